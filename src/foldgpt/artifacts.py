@@ -1,0 +1,157 @@
+"""Files that appear whole or not at all, and the hashes that say whether their inputs changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from foldgpt.errors import ArtifactError
+
+_STAGING_MARK = ".foldgpt-partial-"
+
+
+def _cannot_write(path: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(f"cannot write {path}: {error.strerror or error}. Nothing was left behind.")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically (UTF-8): readers see the old content or the new, never a part.
+
+    Raises:
+        ArtifactError: the folder cannot be created or written, or the disk is full.
+    """
+    path = Path(path)
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{_STAGING_MARK}{path.name}-")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; an artefact gets the permissions any other new file would.
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN and infinities are refused: they are not JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path, what: str = "file") -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        what: what the file is, for the error message ("plan", "analysis").
+
+    Raises:
+        ArtifactError: missing, unreadable, or not JSON; the message names the line.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{what} not found: {path}") from None
+    except OSError as error:
+        raise ArtifactError(f"cannot read the {what} {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"the {what} {path} is not UTF-8 text (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise ArtifactError(
+            f"the {what} {path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from error
+
+
+@contextmanager
+def staged_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """Build a folder beside its final place and move it there only when the block ends without error.
+
+    Args:
+        path: the final folder.
+        replace: replace an existing folder; otherwise an existing one is an error.
+
+    Yields:
+        The staging folder to write into. It is removed if the block raises.
+
+    Raises:
+        ArtifactError: the place is taken, cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    check_free(path, replace=replace)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_STAGING_MARK}{path.name}-"))
+        umask = os.umask(0)
+        os.umask(umask)
+        staging.chmod(0o777 & ~umask)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        yield staging
+        _move_into_place(staging, path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move_into_place(staging: Path, path: Path) -> None:
+    """Rename `staging` to `path`; an existing folder is moved aside first and dropped after."""
+    retired: Path | None = None
+    if path.exists():
+        retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_STAGING_MARK}{path.name}-")) / "old"
+        path.rename(retired)
+    try:
+        staging.rename(path)
+    except OSError:
+        if retired is not None:
+            retired.rename(path)
+        raise
+    finally:
+        if retired is not None:
+            shutil.rmtree(retired.parent, ignore_errors=True)
+
+
+def check_free(path: str | Path, *, replace: bool = False) -> None:
+    """Raise `ArtifactError` if `path` holds something that a new output would overwrite."""
+    path = Path(path)
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not replace):
+        raise ArtifactError(f"{path} already exists. Choose another place, or pass --overwrite to replace it.")
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove staging files that a killed process left beside `path`."""
+    path = Path(path)
+    for leftover in path.parent.glob(f"{_STAGING_MARK}{path.name}-*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def hash_of(value: Any) -> str:
+    """SHA-256 (hex) of a JSON-serialisable value, independent of key order and white space."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def hash_of_file(path: str | Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

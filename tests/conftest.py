@@ -1,0 +1,10 @@
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+import os
+
+# Threads of tiny products only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
