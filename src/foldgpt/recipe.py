@@ -1,0 +1,167 @@
+"""Recipe: a whole run as one validated value, in YAML or Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from foldgpt.artifacts import write_text
+from foldgpt.errors import ArtifactError, UsageError, did_you_mean
+from foldgpt.plan import SUBLAYERS, Sublayer, explain
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Calibration(_Section):
+    """The text on which redundancy is measured."""
+
+    texts: list[str] = Field(default=["demo:wikipedia"], min_length=1)
+    """Texts: files (txt, jsonl, parquet; globs), `hub:NAME`, or `demo:wikipedia`."""
+    context: int = Field(default=512, ge=2)
+    """Tokens in one window."""
+    num_tokens: int = Field(default=32_768, ge=2)
+    """Tokens in all windows together."""
+
+
+class Select(_Section):
+    """Which blocks are removed."""
+
+    method: str = "bi"
+    """Selector: bi, angular, last or random."""
+    remove: int | None = Field(default=None, ge=0)
+    """How many blocks to remove."""
+    remove_ratio: float | None = Field(default=None, ge=0, lt=1)
+    """The same as a fraction of all blocks."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.remove is not None and self.remove_ratio is not None:
+            raise ValueError("give remove or remove_ratio, not both")
+        return self
+
+
+class Share(_Section):
+    """Which kept blocks share weights."""
+
+    method: Literal["none", "adjacent"] = "none"
+    """How groups are made."""
+    group_size: int = Field(default=2, ge=2)
+    """Blocks in a group."""
+    sublayers: list[Sublayer] = Field(default=list(SUBLAYERS), min_length=1)
+    """What a group shares: attention, mlp or both."""
+    donor: str = "first"
+    """How the shared weights are made: first, last or mean of the members."""
+
+
+class Evaluate(_Section):
+    """What is measured of the folded model beside the source."""
+
+    texts: list[str] = ["demo:wikipedia"]
+    """Texts for perplexity, read from the start; empty for none."""
+    context: int = Field(default=512, ge=2)
+    """Tokens in one window."""
+    stride: int | None = Field(default=None, ge=1)
+    """Tokens from one window to the next; the context by default (no overlap)."""
+    max_windows: int | None = Field(default=40, ge=1)
+    """Use the first windows only; null for all."""
+    speed: bool = True
+    """Measure prefill and decode speed."""
+    memory: bool = True
+    """Measure peak memory, each model in a process of its own."""
+
+
+class Recipe(_Section):
+    """A whole run: which model, what is cut, how it is measured."""
+
+    model: str
+    """Hub id, local folder, GGUF file, or `demo:smollm2-135m` / `demo:gemma3-270m`."""
+    revision: str | None = None
+    """Revision on the hub."""
+    dtype: DType = "auto"
+    """Number format the model is loaded and saved in; auto is the checkpoint's own."""
+    device: str = "auto"
+    """Device to compute on; auto takes a GPU if there is one."""
+    max_memory_gb: float | None = Field(default=None, gt=0)
+    """Memory for the weights; a larger model is analysed from disk. 80 % of what is free by default."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    seed: int = 0
+    """Seed of all that is drawn."""
+    calibration: Calibration = Calibration()
+    """The text on which redundancy is measured."""
+    select: Select = Select()
+    """Which blocks are removed."""
+    share: Share = Share()
+    """Which kept blocks share weights."""
+    evaluate: Evaluate = Evaluate()
+    """What is measured."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe from YAML.
+
+        Raises:
+            ArtifactError: the file is missing or cannot be read.
+            UsageError: it is not YAML, or a value is wrong; each one is named with its place.
+        """
+        path = Path(path)
+        try:
+            value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ArtifactError(f"recipe not found: {path}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArtifactError(f"cannot read the recipe {path}: {error}") from error
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", None) or str(error)
+            mark = getattr(error, "problem_mark", None)
+            place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            raise UsageError(f"the recipe {path} is not valid YAML: {problem}{place}") from None
+        if not isinstance(value, dict):
+            raise UsageError(
+                f"the recipe {path} must be a mapping of keys to values, such as `model: demo:smollm2-135m`"
+            )
+        return cls.from_dict(value, str(path))
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any], place: str = "recipe") -> Recipe:
+        """Validate a recipe given as plain values.
+
+        Raises:
+            UsageError: a value is wrong; each one is named with its place, unknown keys with the nearest one.
+        """
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            hints = "".join(_hint(cls, item["loc"]) for item in error.errors() if item["type"] == "extra_forbidden")
+            raise UsageError(f"{place}: {explain(error)}.{hints}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe, every default spelled out, as YAML."""
+        write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+    def changed(self, **sections: Any) -> Recipe:
+        """A copy with other values; `None` leaves a value as it is, a dict changes parts of a section."""
+        value = self.model_dump(mode="json")
+        for name, change in sections.items():
+            if isinstance(change, dict):
+                value[name].update({key: part for key, part in change.items() if part is not None})
+            elif change is not None:
+                value[name] = change
+        return type(self).from_dict(value)
+
+
+def _hint(model: type[BaseModel], place: tuple[int | str, ...]) -> str:
+    """The nearest valid key for an unknown one."""
+    for part in place[:-1]:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return ""
+        model = annotation
+    return did_you_mean(str(place[-1]), model.model_fields)
