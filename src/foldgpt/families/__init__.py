@@ -1,0 +1,16 @@
+"""Model families as data: where blocks and sublayers live, and which config fields depend on the block index."""
+
+from foldgpt.families.config_fields import check_config, remap_config_
+from foldgpt.families.decoder import Decoder, decoder_of
+from foldgpt.families.table import FAMILIES, Family, Sublayers, family_of
+
+__all__ = [
+    "FAMILIES",
+    "Decoder",
+    "Family",
+    "Sublayers",
+    "check_config",
+    "decoder_of",
+    "family_of",
+    "remap_config_",
+]

@@ -1,0 +1,66 @@
+"""A loaded model seen as what matters here: its list of blocks and what is inside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from foldgpt.errors import UnsupportedModelError
+from foldgpt.families.table import Sublayers, family_of, sublayers_of
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder-only language model and the places inside it.
+
+    Attributes:
+        model: the causal language model.
+        config: the config that describes the blocks (the text config of a multimodal model).
+        model_type: the source architecture, also when the model is a folded one.
+        blocks_path: dotted path of the list of blocks, e.g. "model.layers".
+        blocks: the list itself, in order of depth.
+        sublayers: names of the sublayers inside a block, or None when the family has no entry.
+    """
+
+    model: nn.Module
+    config: Any
+    model_type: str
+    blocks_path: str
+    blocks: nn.ModuleList
+    sublayers: Sublayers | None
+
+    def set_blocks(self, blocks: nn.ModuleList) -> None:
+        """Put another list of blocks in place of the present one."""
+        parent, _, name = self.blocks_path.rpartition(".")
+        setattr(self.model.get_submodule(parent), name, blocks)
+
+
+def decoder_of(model: nn.Module) -> Decoder:
+    """Find the blocks of a causal language model.
+
+    Raises:
+        UnsupportedModelError: the blocks are not where the family (or the usual shape) has them, or their
+            number is not the config's.
+    """
+    whole_config: Any = model.config
+    config = whole_config.get_text_config(decoder=True)
+    model_type = getattr(whole_config, "source_model_type", whole_config.model_type)
+    path = family_of(model_type).blocks
+    try:
+        blocks = model.get_submodule(path)
+    except AttributeError:
+        blocks = None
+    if not isinstance(blocks, nn.ModuleList):
+        raise UnsupportedModelError(
+            f"no list of blocks at {path!r} in {type(model).__name__} (model type {model_type!r}). "
+            "Only decoder-only models whose blocks are one list can be folded; "
+            "a family that keeps them elsewhere needs a row in foldgpt/families/table.py."
+        )
+    if len(blocks) != config.num_hidden_layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds {len(blocks)} blocks, but its config says "
+            f"num_hidden_layers={config.num_hidden_layers}."
+        )
+    return Decoder(model, config, model_type, path, blocks, sublayers_of(model_type, config))
