@@ -1,0 +1,19 @@
+"""Doing what a plan says to a model, undoing it, and saving the result so that it is known to be right."""
+
+from foldgpt.folding.checkpoint import Verification, save_folded, verify_checkpoint
+from foldgpt.folding.donors import DONORS
+from foldgpt.folding.fold import fold_, predicted_parameters, source_model_of, unfold_
+from foldgpt.folding.kinds import kind_of, same_kind
+
+__all__ = [
+    "DONORS",
+    "Verification",
+    "fold_",
+    "kind_of",
+    "predicted_parameters",
+    "same_kind",
+    "save_folded",
+    "source_model_of",
+    "unfold_",
+    "verify_checkpoint",
+]

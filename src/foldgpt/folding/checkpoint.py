@@ -1,0 +1,184 @@
+"""Saving a folded model so that what appears under the final name has been loaded, run and compared."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from foldgpt.artifacts import staged_folder, write_json
+from foldgpt.errors import ArtifactError, VerificationError
+from foldgpt.plan import FoldPlan
+
+#: Largest relative error (of centred logits, root mean square) taken for rounding, by dtype. Wrong positions,
+#: stale indices or random weights are off by 0.1 and more.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+
+_PROBE_TOKENS = 24
+_PREFILL_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked of a saved checkpoint, with the figures seen.
+
+    Attributes:
+        model_class: name of the class it loads as.
+        logits_identical: whether the reloaded model's logits equal the saved one's bit by bit.
+        reload_error: relative error of the reloaded model's logits (0 when identical).
+        cache_error: largest relative error of step-by-step decoding with a KV cache against none.
+        num_parameters: unique parameters.
+        weight_bytes: bytes of all stored tensors.
+    """
+
+    model_class: str
+    logits_identical: bool
+    reload_error: float
+    cache_error: float
+    num_parameters: int
+    weight_bytes: int
+
+
+def save_folded(
+    model: nn.Module,
+    plan: FoldPlan,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    expected_parameters: int | None = None,
+    max_shard_size: str = "5GB",
+    replace: bool = False,
+) -> Verification:
+    """Save a folded model, verify it, and only then let it appear under its final name.
+
+    The folder holds an ordinary Hugging Face checkpoint, the tokenizer, `plan.json` and `verification.json`.
+
+    Args:
+        model: a model on which `fold_` has been called.
+        plan: the plan it was folded by.
+        folder: where to save.
+        tokenizer: saved beside the model, with its chat template.
+        expected_parameters: unique parameters that `predicted_parameters` foretold.
+        max_shard_size: largest size of one safetensors file.
+        replace: replace an existing folder.
+
+    Raises:
+        VerificationError: the checkpoint does not do what the model does; nothing is left behind.
+        ArtifactError: the folder exists, or cannot be written.
+    """
+    with staged_folder(folder, replace=replace) as staging:
+        try:
+            model.save_pretrained(staging, max_shard_size=max_shard_size)  # type: ignore[operator]
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
+        except SafetensorError as error:
+            raise ArtifactError(f"cannot write {folder}: {error}. Nothing was left behind.") from error
+        plan.save(staging / "plan.json")
+        verification = verify_checkpoint(staging, model, expected_parameters=expected_parameters)
+        write_json(staging / "verification.json", asdict(verification))
+    return verification
+
+
+@torch.no_grad()
+def verify_checkpoint(folder: str | Path, model: nn.Module, *, expected_parameters: int | None = None) -> Verification:
+    """Load a checkpoint and compare it with the model it was saved from.
+
+    Args:
+        folder: the checkpoint.
+        model: the model in memory.
+        expected_parameters: unique parameters it should have.
+
+    Raises:
+        VerificationError: keys missing or too many, another class, other logits, a KV cache that changes the
+            result, or another size than its parameters say.
+    """
+    folder = Path(folder)
+    parameter = next(model.parameters())
+    reloaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=parameter.dtype, output_loading_info=True)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            shown = ", ".join(sorted(str(key) for key in info[problem])[:5])
+            raise VerificationError(f"the saved model has {problem.replace('_', ' ')} on loading: {shown}")
+    if type(reloaded) is not type(model):
+        raise VerificationError(f"saved a {type(model).__name__}, but it loads as {type(reloaded).__name__}")
+    reloaded = reloaded.to(parameter.device).eval()
+
+    was_training = model.training
+    model.eval()
+    probe = _probe(model)
+    before, after = _logits(model, probe), _logits(reloaded, probe)
+    reload_error = _relative_error(after, before)
+    cache_error = _relative_error(_cached_logits(reloaded, probe), after)
+    model.train(was_training)
+    tolerance = _TOLERANCE[parameter.dtype]
+    if not reload_error <= tolerance:
+        raise VerificationError(
+            f"the saved model computes something else than the one in memory (relative error {reload_error:.2g}, "
+            f"tolerance {tolerance:.0e}). A config field may depend on the block index in a way foldgpt does not know."
+        )
+    if not cache_error <= tolerance:
+        raise VerificationError(
+            f"decoding with a KV cache differs from decoding without (relative error {cache_error:.2g}, "
+            f"tolerance {tolerance:.0e})"
+        )
+    num_parameters = sum(p.numel() for p in reloaded.parameters())
+    if expected_parameters is not None and num_parameters != expected_parameters:
+        raise VerificationError(
+            f"the plan foretold {expected_parameters:,} unique parameters; the saved model has {num_parameters:,}"
+        )
+    stored = sum(_tensor_bytes(file) for file in folder.glob("*.safetensors"))
+    unique = sum(p.numel() * p.element_size() for p in reloaded.parameters())
+    if abs(stored - unique) > 0.01 * unique:
+        raise VerificationError(f"the checkpoint stores {stored:,} bytes for {unique:,} bytes of unique parameters")
+    return Verification(
+        model_class=type(reloaded).__name__,
+        logits_identical=torch.equal(before, after),
+        reload_error=reload_error,
+        cache_error=cache_error,
+        num_parameters=num_parameters,
+        weight_bytes=stored,
+    )
+
+
+def _probe(model: nn.Module) -> torch.Tensor:
+    """Token ids [2, 24], random but always the same."""
+    config: Any = model.config
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, _PROBE_TOKENS)
+    ids = torch.randint(0, config.get_text_config().vocab_size, shape, generator=generator)
+    return ids.to(next(model.parameters()).device)
+
+
+def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def _cached_logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of a prefill and then one token at a time."""
+    output = model(input_ids=ids[:, :_PREFILL_TOKENS], use_cache=True)
+    logits = [output.logits]
+    for step in range(_PREFILL_TOKENS, ids.shape[1]):
+        output = model(input_ids=ids[:, step : step + 1], past_key_values=output.past_key_values, use_cache=True)
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+def _relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Root-mean-square difference over the spread of the reference's logits; infinite if not finite."""
+    value, reference = value.double(), reference.double()
+    spread = (reference - reference.mean(dim=-1, keepdim=True)).square().mean().sqrt()
+    error = float((value - reference).square().mean().sqrt() / spread)
+    return error if error == error else float("inf")
+
+
+def _tensor_bytes(file: Path) -> int:
+    """Bytes of the tensors in a safetensors file, without its header."""
+    with safe_open(file, framework="pt") as tensors:
+        keys = list(tensors.keys())
+    header = int.from_bytes(file.open("rb").read(8), "little")
+    return file.stat().st_size - 8 - header if keys else 0

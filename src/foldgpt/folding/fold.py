@@ -1,0 +1,240 @@
+"""`fold_`: make a loaded model what its plan says, in place. `unfold_`: give every position its own weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from foldgpt.errors import PlanError, UnsupportedModelError, did_you_mean
+from foldgpt.families import Decoder, check_config, decoder_of, remap_config_
+from foldgpt.folding.donors import DONORS
+from foldgpt.folding.kinds import check_group, shareable_leaves, sublayer_modules
+from foldgpt.modeling.configuration_foldgpt import folded_config_class
+from foldgpt.modeling.modeling_foldgpt import (
+    AUTO_MAP,
+    LAYOUT_VERSION,
+    apply_layout_,
+    folded_model_class,
+    give_back_,
+)
+from foldgpt.plan import FoldPlan, Group, SourceModel
+
+#: Attributes by which transformers' modules know their place in the KV cache.
+_INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number")
+
+
+def source_model_of(model: nn.Module, name: str | None = None, revision: str | None = None) -> SourceModel:
+    """What a plan needs to know of a loaded model.
+
+    Args:
+        model: a causal language model.
+        name: how the user named it; the config's `name_or_path` by default.
+        revision: its revision on the hub.
+    """
+    decoder = decoder_of(model)
+    config: Any = model.config
+    return SourceModel(
+        model=name or config.name_or_path or type(model).__name__,
+        revision=revision,
+        model_type=decoder.model_type,
+        num_blocks=len(decoder.blocks),
+    )
+
+
+def fold_(model: nn.Module, plan: FoldPlan) -> None:
+    """Fold a model in place: remove what the plan removes and let its groups share weights.
+
+    Whole blocks removed: the model stays of its own class. Anything shared, or a sublayer removed: its class
+    becomes `Folded<source class>`, a subclass of it. All checks come first: a model that is refused is as it
+    was.
+
+    Args:
+        model: the source, a causal language model in full precision.
+        plan: what to do.
+
+    Raises:
+        PlanError: the plan is for another model, or cannot be carried out on this one.
+        UnsupportedModelError: the model has something that depends on the block index and has no rule.
+    """
+    decoder = decoder_of(model)
+    _check_fits(decoder, plan)
+    layout = _layout_of(decoder, plan)  # while source indices still hold
+    remap_config_(decoder.config, plan.kept)
+    _make_donors_(decoder, plan)
+    _keep_(decoder, plan.kept)
+    if not plan.is_removal_only:
+        apply_layout_(model, layout)
+        _become_folded_(model, plan, layout)
+
+
+def unfold_(model: nn.Module) -> None:
+    """Give every position its own copy of what it borrows, in place; the logits do not change by a bit.
+
+    A model without removed sublayers becomes one of the source's own class.
+
+    Raises:
+        PlanError: the model shares nothing.
+    """
+    config: Any = model.config
+    layout = getattr(config, "fold_layout", None)
+    if layout is None:
+        raise PlanError(f"this {type(model).__name__} shares no weights; there is nothing to unfold")
+    decoder = decoder_of(model)
+    for entry in layout["borrowed"]:
+        for name in entry["modules"]:
+            give_back_(decoder.blocks[entry["position"]], name)
+    if layout["absent"]:
+        config.fold_layout = {**layout, "borrowed": []}
+        return
+    config.__class__ = type(config).__mro__[1]
+    for name in ("fold_layout", "fold_plan", "source_model_type", "auto_map"):
+        if hasattr(config, name):
+            delattr(config, name)
+    model.__class__ = type(model).__mro__[2]
+
+
+def predicted_parameters(model: nn.Module, plan: FoldPlan) -> int:
+    """Unique parameters that the folded model will have.
+
+    Args:
+        model: the source, not yet folded.
+        plan: the plan.
+    """
+    decoder = decoder_of(model)
+    _check_fits(decoder, plan)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for index in plan.removed:
+        total -= _count(decoder.blocks[index])
+    gone = _absent_modules(decoder, plan)
+    for index, (zeroed, passed_through) in gone.items():
+        total -= sum(_count(decoder.blocks[index].get_submodule(name)) for name in (*zeroed, *passed_through))
+    for group in plan.groups:
+        for index in group.blocks[1:]:
+            names = shareable_leaves(decoder, index, group.sublayers)
+            total -= sum(_count(decoder.blocks[index].get_submodule(name)) for name in names)
+    return total
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _check_fits(decoder: Decoder, plan: FoldPlan) -> None:
+    if getattr(decoder.model.config, "fold_layout", None) is not None:
+        raise PlanError("this model is folded already; unfold_ it first")
+    num_blocks = len(decoder.blocks)
+    if plan.source.num_blocks != num_blocks:
+        raise PlanError(
+            f"the plan is for a model of {plan.source.num_blocks} blocks ({plan.source.model}); "
+            f"this {type(decoder.model).__name__} has {num_blocks}"
+        )
+    if plan.source.model_type != decoder.model_type:
+        raise PlanError(
+            f"the plan is for model type {plan.source.model_type!r} ({plan.source.model}); "
+            f"this one is {decoder.model_type!r}"
+        )
+    check_config(decoder.config)
+    for group in plan.groups:
+        if group.donor not in DONORS:
+            raise PlanError(
+                f"group {list(group.blocks)}: unknown donor {group.donor!r}.{did_you_mean(group.donor, DONORS)}"
+            )
+        check_group(decoder, group.blocks, group.sublayers)
+    _check_first_attention(decoder, plan)
+
+
+def _check_first_attention(decoder: Decoder, plan: FoldPlan) -> None:
+    """The KV cache's length is read from the first block of each attention type, so that one must attend."""
+    types = getattr(decoder.config, "layer_types", None) or ["attention"] * len(decoder.blocks)
+    first_of: dict[str, int] = {}
+    for index in plan.kept:
+        first_of.setdefault(types[index], index)
+    for kind, index in first_of.items():
+        if index in plan.removed_attention:
+            raise PlanError(
+                f"cannot remove the attention of block {index}: it is the first kept block with {kind}, from which "
+                "transformers reads the length of the KV cache. Remove the whole block, or another attention."
+            )
+
+
+def _absent_modules(decoder: Decoder, plan: FoldPlan) -> dict[int, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Source index → (modules replaced by zero, modules replaced by the identity) for removed sublayers."""
+    absent: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+    for index in plan.removed_attention:
+        *before, output = sublayer_modules(decoder, "attention")
+        assert decoder.sublayers is not None
+        absent[index] = ((output,), (*before, *decoder.sublayers.attention_norms))
+    for index in plan.removed_mlp:
+        *before, output = sublayer_modules(decoder, "mlp")
+        assert decoder.sublayers is not None
+        absent[index] = ((output,), (*before, *decoder.sublayers.mlp_norms))
+    return absent
+
+
+def _layout_of(decoder: Decoder, plan: FoldPlan) -> dict[str, Any]:
+    """The layout (see `apply_layout_`) that a plan gives its folded model."""
+    position_of = plan.position_of
+    borrowed = [
+        {
+            "position": position_of[index],
+            "owner": position_of[group.blocks[0]],
+            "modules": shareable_leaves(decoder, index, group.sublayers),
+        }
+        for group in plan.groups
+        for index in group.blocks[1:]
+    ]
+    absent = [
+        {
+            "position": position_of[index],
+            "returns_pair": list(zeroed) if index in plan.removed_attention else [],
+            "returns_tensor": list(zeroed) if index in plan.removed_mlp else [],
+            "passed_through": list(passed_through),
+        }
+        for index, (zeroed, passed_through) in _absent_modules(decoder, plan).items()
+    ]
+    return {"version": LAYOUT_VERSION, "blocks": decoder.blocks_path, "borrowed": borrowed, "absent": absent}
+
+
+@torch.no_grad()
+def _make_donors_(decoder: Decoder, plan: FoldPlan) -> None:
+    """Write each group's shared weights into its first member, which owns them from here on."""
+    for group in plan.groups:
+        for name in shareable_leaves(decoder, group.blocks[0], group.sublayers):
+            _make_donor_(decoder, group, name)
+
+
+def _make_donor_(decoder: Decoder, group: Group, name: str) -> None:
+    leaves = [decoder.blocks[index].get_submodule(name) for index in group.blocks]
+    for key, owned in leaves[0].named_parameters():
+        members = [leaf.get_parameter(key).data for leaf in leaves]
+        if any(member.is_meta for member in members):
+            raise UnsupportedModelError(
+                f"the weights of blocks {list(group.blocks)} are offloaded; load the whole model in memory to share them"
+            )
+        owned.data.copy_(DONORS[group.donor](members))
+
+
+def _keep_(decoder: Decoder, kept: tuple[int, ...]) -> None:
+    """Drop all but the kept blocks and tell the rest their new place."""
+    blocks = [decoder.blocks[index] for index in kept]
+    for position, block in enumerate(blocks):
+        for module in block.modules():
+            for name in _INDEX_ATTRIBUTES:
+                if isinstance(getattr(module, name, None), int):
+                    setattr(module, name, position)
+    decoder.set_blocks(nn.ModuleList(blocks))
+
+
+def _become_folded_(model: nn.Module, plan: FoldPlan, layout: dict[str, Any]) -> None:
+    """Give a folded model the class and the config that save and load its structure."""
+    config: Any = model.config
+    model_type = config.model_type
+    source_class = type(model)
+    config.__class__ = folded_config_class(model_type)
+    config.source_model_type = model_type
+    config.fold_plan = plan.to_json_dict()
+    config.fold_layout = layout
+    config.auto_map = dict(AUTO_MAP)
+    model.__class__ = folded_model_class(source_class)

@@ -1,0 +1,102 @@
+"""What can be shared between blocks: their leaf modules with matrices, if they are of one kind and shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from foldgpt.errors import PlanError, UnsupportedModelError
+from foldgpt.families import Decoder
+from foldgpt.plan import SUBLAYERS, Sublayer
+
+#: Config fields with one entry per block that make blocks of equal shape compute different things.
+_KIND_FIELDS: dict[Sublayer, tuple[str, ...]] = {
+    "attention": (
+        "layer_types",
+        "layers_block_type",
+        "attention_layers",
+        "no_rope_layers",
+        "layer_rope_theta",
+    ),
+    "mlp": ("mlp_layer_types", "activation_sparsity_pattern"),
+}
+
+
+def sublayer_modules(decoder: Decoder, sublayer: Sublayer) -> tuple[str, ...]:
+    """Names inside a block of the modules of one sublayer.
+
+    Raises:
+        UnsupportedModelError: the family has no entry, so its sublayers are not known.
+    """
+    if decoder.sublayers is None:
+        raise UnsupportedModelError(
+            f"the sublayers of model type {decoder.model_type!r} are not known (with this config), so its blocks can be "
+            "removed and shared whole, but not attention and MLP apart. Add a row to foldgpt/families/table.py."
+        )
+    return decoder.sublayers.attention if sublayer == "attention" else decoder.sublayers.mlp
+
+
+def shareable_leaves(decoder: Decoder, index: int, sublayers: Sequence[Sublayer]) -> list[str]:
+    """Names, inside block `index`, of the leaf modules that a group can share in the given sublayers.
+
+    A leaf is the outermost module that itself holds a parameter of two or more dimensions (a linear layer,
+    the experts of a mixture, a router). Norms and other vectors stay private.
+    """
+    block = decoder.blocks[index]
+    if set(sublayers) == set(SUBLAYERS) and decoder.sublayers is None:
+        roots = [name for name, _ in block.named_children()]
+    else:
+        roots = [name for sublayer in sublayers for name in sublayer_modules(decoder, sublayer)]
+    return [leaf for root in roots for leaf in _leaves(block.get_submodule(root), root)]
+
+
+def _leaves(module: nn.Module, name: str) -> list[str]:
+    if any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False)):
+        return [name]
+    return [leaf for child, sub in module.named_children() for leaf in _leaves(sub, f"{name}.{child}")]
+
+
+def kind_of(decoder: Decoder, index: int, sublayers: Sequence[Sublayer]) -> dict[str, Any]:
+    """All that two blocks must agree on to share the given sublayers, by name.
+
+    Args:
+        decoder: the source model.
+        index: source index of the block.
+        sublayers: what would be shared.
+    """
+    kind: dict[str, Any] = {}
+    for sublayer in sublayers:
+        for field in _KIND_FIELDS[sublayer]:
+            per_block = getattr(decoder.config, field, None)
+            if isinstance(per_block, (list, tuple)) and len(per_block) == len(decoder.blocks):
+                kind[field] = per_block[index]
+    block = decoder.blocks[index]
+    for name in shareable_leaves(decoder, index, sublayers):
+        leaf = block.get_submodule(name)
+        shapes = {key: tuple(p.shape) for key, p in leaf.named_parameters()}
+        kind[name] = (type(leaf).__name__, shapes)
+    return kind
+
+
+def same_kind(decoder: Decoder, first: int, second: int, sublayers: Sequence[Sublayer]) -> bool:
+    """Whether two blocks can share the given sublayers."""
+    return kind_of(decoder, first, sublayers) == kind_of(decoder, second, sublayers)
+
+
+def check_group(decoder: Decoder, blocks: Sequence[int], sublayers: Sequence[Sublayer]) -> None:
+    """Refuse a group of mixed kinds.
+
+    Raises:
+        PlanError: names the two blocks and what differs.
+    """
+    reference = kind_of(decoder, blocks[0], sublayers)
+    for index in blocks[1:]:
+        kind = kind_of(decoder, index, sublayers)
+        for name in sorted(reference.keys() | kind.keys()):
+            if reference.get(name) != kind.get(name):
+                raise PlanError(
+                    f"group {list(blocks)} mixes kinds: {name} is {reference.get(name)} in block {blocks[0]} and "
+                    f"{kind.get(name)} in block {index}. Blocks that share weights must be of one kind and shape."
+                )

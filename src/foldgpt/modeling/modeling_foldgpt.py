@@ -1,0 +1,252 @@
+"""Folded models: the source's own classes, in which some positions borrow modules and some lack them.
+
+One mechanism serves every architecture. The class of a folded Llama is a subclass of `LlamaForCausalLM` that
+builds the stock model and then applies the `fold_layout` of its config: a borrowed leaf module (a linear
+layer, the experts of a mixture) is not registered a second time but reached through its owner, so it has one
+parameter, one entry in the state dict, one place for a quantiser, an adapter or an offload hook. What is
+private to a position (its `layer_idx`, its norms) stays in the position's own modules.
+
+This file travels inside each folded checkpoint, so it imports torch, transformers and its neighbour only.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+from .configuration_foldgpt import FoldedConfig, folded_config_class
+
+LAYOUT_VERSION = 1
+
+#: What `auto_map` says, so that the checkpoint also loads where foldgpt is not installed.
+AUTO_MAP = {
+    "AutoConfig": "configuration_foldgpt.FoldedConfig",
+    "AutoModel": "modeling_foldgpt.FoldedModel",
+    "AutoModelForCausalLM": "modeling_foldgpt.FoldedForCausalLM",
+}
+
+
+class Borrowed:
+    """Stands where a leaf module was, and calls the one that another position owns.
+
+    It is not an `nn.Module`: nothing that walks the model meets the shared weights twice. The owner's module
+    is looked up at each call, so whatever replaces it there (a quantised layer, an adapter) is used here too.
+
+    Args:
+        holder: the module that has the owned leaf as a child.
+        name: the child's name.
+    """
+
+    def __init__(self, holder: nn.Module, name: str) -> None:
+        self._holder = holder
+        self._name = name
+
+    @property
+    def owned(self) -> nn.Module:
+        """The module that is borrowed."""
+        return getattr(self._holder, self._name)
+
+    def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        owned = self.owned
+        weight = next(owned.parameters(), None)
+        # Blocks may sit on different devices. Offloaded weights are on "meta": their hook moves the input.
+        elsewhere = weight is not None and weight.device not in (hidden.device, torch.device("meta"))
+        if elsewhere:
+            home, away = hidden.device, weight.device
+            moved, args, kwargs = _to(away, hidden), _to(away, args), _to(away, kwargs)
+            return _to(home, owned(moved, *args, **kwargs))
+        return _to(hidden.device, owned(hidden, *args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.owned, name)
+
+    def __repr__(self) -> str:
+        return f"Borrowed({self._name} of {type(self._holder).__name__})"
+
+
+def _to(device: torch.device, value: Any) -> Any:
+    """Move the tensors in a value to a device; no copy where they are there already."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_to(device, item) for item in value)
+    if isinstance(value, dict):
+        return {key: _to(device, item) for key, item in value.items()}
+    return value
+
+
+class Absent(nn.Module):
+    """In place of a removed sublayer: contributes zero to the residual stream.
+
+    Args:
+        returns_pair: whether the sublayer returned a pair (attention: output and weights).
+    """
+
+    def __init__(self, returns_pair: bool) -> None:
+        super().__init__()
+        self.returns_pair = returns_pair
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        zeros = torch.zeros_like(hidden_states)
+        return (zeros, None) if self.returns_pair else zeros
+
+
+def apply_layout_(model: nn.Module, layout: dict[str, Any]) -> None:
+    """Give a stock model with the right number of blocks the structure of a folded one, in place.
+
+    Args:
+        model: causal language model or base model of the source architecture.
+        layout: `{"version": 1, "blocks": path, "borrowed": [...], "absent": [...]}`. Each entry of "borrowed"
+            is `{"position": p, "owner": q, "modules": [names inside the block]}`; each of "absent" is
+            `{"position": p, "returns_pair": [names], "returns_tensor": [names], "passed_through": [names]}`:
+            sublayers replaced by zero, and modules that serve them replaced by the identity.
+
+    Raises:
+        ValueError: the layout is of a later version of foldgpt.
+    """
+    if layout["version"] != LAYOUT_VERSION:
+        raise ValueError(
+            f"this folded checkpoint has layout version {layout['version']}; this code reads version {LAYOUT_VERSION}. "
+            "Update foldgpt."
+        )
+    blocks = _blocks_of(model, layout["blocks"])
+    for entry in layout["borrowed"]:
+        for name in entry["modules"]:
+            borrow_(blocks[entry["position"]], blocks[entry["owner"]], name)
+    for entry in layout["absent"]:
+        block = blocks[entry["position"]]
+        for name in entry["returns_pair"]:
+            block.set_submodule(name, Absent(returns_pair=True))
+        for name in entry["returns_tensor"]:
+            block.set_submodule(name, Absent(returns_pair=False))
+        for name in entry["passed_through"]:
+            block.set_submodule(name, nn.Identity())
+
+
+def borrow_(block: nn.Module, owner: nn.Module, name: str) -> None:
+    """Let `block` use the leaf module `name` of `owner` in place of its own, which is dropped."""
+    parent, _, leaf = name.rpartition(".")
+    holder = block.get_submodule(parent)
+    delattr(holder, leaf)
+    holder.__dict__[leaf] = Borrowed(owner.get_submodule(parent), leaf)
+
+
+def give_back_(block: nn.Module, name: str) -> None:
+    """Undo `borrow_`: the block gets a module of its own again, a copy of the one it borrowed."""
+    parent, _, leaf = name.rpartition(".")
+    holder = block.get_submodule(parent)
+    borrowed = holder.__dict__.pop(leaf)
+    holder.add_module(leaf, copy.deepcopy(borrowed.owned))
+
+
+def _blocks_of(model: nn.Module, path: str) -> nn.ModuleList:
+    """The list of blocks; `path` is that of the causal language model, of which `model` may be the base."""
+    prefix = f"{model.base_model_prefix}."
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return model.get_submodule(path.removeprefix(prefix))
+
+
+class FoldedMixin:
+    """Makes a stock transformers class build and save the folded structure."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        apply_layout_(self, config.fold_layout)  # type: ignore[arg-type]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the code that loads the checkpoint is saved with it."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        copy_code_to(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+def copy_code_to(folder: Any) -> None:
+    """Put the files that load a folded checkpoint beside it."""
+    here = Path(__file__).parent
+    for name in ("configuration_foldgpt.py", "modeling_foldgpt.py"):
+        if (here / name).resolve() != (Path(folder) / name).resolve():
+            shutil.copyfile(here / name, Path(folder) / name)
+
+
+@functools.cache
+def folded_model_class(source_class: type) -> type:
+    """The class of folded models whose source has the given class (a causal or a base model)."""
+    name = f"Folded{source_class.__name__}"
+    config_class = folded_config_class(source_class.config_class.model_type)
+    folded = type(
+        name,
+        (FoldedMixin, source_class),
+        {
+            "__module__": __name__,
+            "__qualname__": name,
+            "__doc__": f"{source_class.__name__} with removed or shared parts.",
+            "config_class": config_class,
+        },
+    )
+    setattr(sys.modules[__name__], name, folded)  # so that instances can be pickled by name
+    return folded
+
+
+class _Front:
+    """Loads a folded checkpoint into the class that fits its architecture."""
+
+    _mapping: Any
+
+    @classmethod
+    def class_for(cls, config: Any) -> type:
+        """The model class for a folded config."""
+        source_config_class = type(config).__mro__[1]
+        return folded_model_class(cls._mapping[source_config_class])
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+        """Load a folded checkpoint; arguments as in transformers."""
+        config = kwargs.pop("config", None)
+        if config is None:
+            config = FoldedConfig.from_pretrained(pretrained_model_name_or_path)
+        return cls.class_for(config).from_pretrained(  # type: ignore[attr-defined]
+            pretrained_model_name_or_path, *args, config=config, **kwargs
+        )
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        """Build a folded model with random weights."""
+        return cls.class_for(config)._from_config(config, **kwargs)  # type: ignore[attr-defined]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing to do: every folded config names its own code in `auto_map`."""
+
+
+class FoldedForCausalLM(_Front):
+    """Front of the folded causal language models."""
+
+    _mapping = MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+class FoldedModel(_Front):
+    """Front of the folded base models (no language-modelling head)."""
+
+    _mapping = MODEL_MAPPING
+
+
+def register(source_model_type: str) -> None:
+    """Make the Auto classes load folded models of one architecture without remote code."""
+    config_class = folded_config_class(source_model_type)
+    source_config_class = config_class.__mro__[1]
+    for auto, mapping in ((AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING), (AutoModel, MODEL_MAPPING)):
+        if source_config_class in mapping:
+            auto.register(config_class, folded_model_class(mapping[source_config_class]), exist_ok=True)

@@ -1,0 +1,206 @@
+"""Field notes R1 to R6: what goes wrong when blocks are removed. (R7 is in the family contract.)"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+
+from foldgpt.errors import PlanError, UnsupportedModelError
+from foldgpt.families import check_config, decoder_of, remap_config_
+from foldgpt.folding import fold_, save_folded, source_model_of
+from foldgpt.plan import FoldPlan
+from models import tiny_config, tiny_model, token_ids
+from reference import skipping, stepwise_logits
+
+
+def test_r1_every_layer_index_is_renumbered() -> None:
+    model = tiny_model("llama")
+    fold_(model, FoldPlan.create(source_model_of(model), removed=[0, 2]))
+    for position, block in enumerate(decoder_of(model).blocks):
+        indices = {m.layer_idx for m in block.modules() if hasattr(m, "layer_idx")}
+        assert indices == {position}
+
+
+@torch.no_grad()
+def test_r1_the_trap_is_real() -> None:
+    """Blocks deleted without renumbering: the cache slots are wrong. If this passes, the contract is blind."""
+    model = tiny_model("llama")
+    decoder = decoder_of(model)
+    decoder.set_blocks(torch.nn.ModuleList([b for i, b in enumerate(decoder.blocks) if i not in (0, 2)]))
+    model.config.num_hidden_layers = 4
+    ids = token_ids(model)
+    with pytest.raises((IndexError, AssertionError)):
+        torch.testing.assert_close(stepwise_logits(model, ids, 5), model(ids, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_r2_number_of_blocks_is_updated_in_a_text_sub_config(tmp_path: Path) -> None:
+    text = tiny_config("gemma3").to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    ids = token_ids(model)
+    expected = skipping(model, (1, 3))(ids).logits
+    plan = FoldPlan.create(source_model_of(model), removed=[1, 3])
+    fold_(model, plan)
+    assert model.config.text_config.num_hidden_layers == 4
+    assert len(model.config.text_config.layer_types) == 4
+    save_folded(model, plan, tmp_path / "folded")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded")
+    assert torch.equal(loaded(ids).logits, expected)
+
+
+def test_r3_layer_types_are_sliced_not_regenerated() -> None:
+    model = tiny_model("gemma3")
+    types = list(model.config.layer_types)
+    assert types == ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    fold_(model, FoldPlan.create(source_model_of(model), removed=[0]))
+    assert model.config.layer_types == types[1:]
+
+
+def test_r4_smollm3_rope_flags_follow_their_blocks() -> None:
+    config = tiny_config("smollm3")
+    assert config.no_rope_layers == [1, 1, 0, 1, 1, 0]
+    remap_config_(config, (0, 2, 3, 5))
+    assert config.no_rope_layers == [1, 0, 1, 0]
+
+
+def test_r4_qwen_moe_step_becomes_a_list_of_dense_blocks() -> None:
+    config = tiny_config("qwen3_moe")  # sparse: blocks 3 and 5; every second, but for block 1
+    remap_config_(config, (1, 2, 3, 5))
+    assert (config.decoder_sparse_step, config.mlp_only_layers) == (1, [0, 1])
+
+
+def test_r4_llama4_moe_layers_are_remapped() -> None:
+    config = AutoConfig.for_model("llama4_text", num_hidden_layers=6, interleave_moe_layer_step=2)
+    assert config.moe_layers == [1, 3, 5]
+    remap_config_(config, (0, 1, 4, 5))
+    assert config.moe_layers == [1, 3]
+    assert len(config.no_rope_layers) == len(config.layer_types) == 4
+
+
+@pytest.mark.parametrize(("kept", "dense"), [((0, 1, 2, 3, 4, 5), 2), ((1, 2, 3), 1), ((2, 3), 0), ((0, 1, 5), 2)])
+def test_r4_first_dense_blocks_of_deepseek_are_counted(kept: tuple[int, ...], dense: int) -> None:
+    config = AutoConfig.for_model("deepseek_v3", num_hidden_layers=6, first_k_dense_replace=2)
+    remap_config_(config, kept)
+    assert config.first_k_dense_replace == dense
+
+
+@torch.no_grad()
+def test_r4_deepseek_loads_with_the_right_dense_blocks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+    }
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    config = AutoConfig.for_model(
+        "deepseek_v3", vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, first_k_dense_replace=2, **small, **latent,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = token_ids(model)
+    expected = skipping(model, (1,))(ids, use_cache=False).logits
+    plan = FoldPlan.create(source_model_of(model), removed=[1])
+    fold_(model, plan)
+    save_folded(model, plan, tmp_path / "folded")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded")
+    torch.testing.assert_close(loaded(ids, use_cache=False).logits, expected)
+
+
+def test_r4_lfm2_attention_indices_and_types_agree() -> None:
+    config = AutoConfig.for_model("lfm2", num_hidden_layers=6, full_attn_idxs=[2, 5])
+    types = list(config.layer_types)
+    remap_config_(config, (1, 2, 4, 5))
+    assert config.layer_types == [types[i] for i in (1, 2, 4, 5)]
+    if getattr(config, "full_attn_idxs", None):
+        assert config.full_attn_idxs == [1, 3]
+
+
+def test_r4_qwen2_window_limit_shrinks_with_the_blocks_below_it() -> None:
+    config = tiny_config("qwen2")
+    types = list(config.layer_types)
+    remap_config_(config, (1, 3, 4))
+    assert config.layer_types == [types[i] for i in (1, 3, 4)]
+    assert config.max_window_layers == 1
+
+
+def test_r4_per_block_sizes_of_gemma3n_are_sliced() -> None:
+    config = AutoConfig.for_model("gemma3n_text", num_hidden_layers=6, num_kv_shared_layers=0)
+    config.intermediate_size = [16, 32, 48, 64, 80, 96]
+    config.activation_sparsity_pattern = [0.9, 0.9, 0.0, 0.0, 0.0, 0.0]
+    remap_config_(config, (1, 2, 5))
+    assert config.intermediate_size == [32, 48, 96]
+    assert config.activation_sparsity_pattern == [0.9, 0.0, 0.0]
+
+
+def test_r4_block_types_of_nemotron_h_follow() -> None:
+    config = AutoConfig.for_model("nemotron_h")
+    types = list(config.layers_block_type)
+    assert len(types) == config.num_hidden_layers
+    kept = tuple(range(1, len(types)))
+    try:
+        remap_config_(config, kept)
+    except (UnsupportedModelError, AttributeError):
+        return  # refused by name, or a read-only length: never silently wrong
+    assert list(config.layers_block_type) == types[1:]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("attn_layer_period", 4),
+        ("cross_attention_layers", [1, 3]),
+        ("my_block_pattern", "MA*"),
+        ("some_list", [0, 1, 2, 3, 4, 5]),
+        ("scale_by_every_n", 2),
+        ("per_layer_config", {"1": {"head_dim": 8}}),
+    ],
+)
+def test_r4_unknown_index_dependent_field_is_refused_by_name(field: str, value: Any) -> None:
+    model = tiny_model("llama")
+    plan = FoldPlan.create(source_model_of(model), removed=[1])
+    object.__setattr__(model.config, field, value) if field != "per_layer_config" else None
+    if field == "per_layer_config":
+        model.config.per_layer_config = {1: {"rms_norm_eps": 1e-3}}
+    with pytest.raises(UnsupportedModelError, match=field):
+        fold_(model, plan)
+    assert len(decoder_of(model).blocks) == 6, "a refused model is left as it was"
+
+
+def test_r4_gpt2_scaling_by_layer_index_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="scale_attn_by_inverse_layer_idx"):
+        check_config(tiny_config("gpt2", scale_attn_by_inverse_layer_idx=True))
+
+
+def test_r5_shared_kv_blocks_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="num_kv_shared_layers"):
+        remap_config_(AutoConfig.for_model("gemma3n_text"), (0, 1, 2))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_r6_first_attention_of_each_type_must_stay(family: str) -> None:
+    model = tiny_model(family)
+    source = source_model_of(model)
+    for first in (0,) if family == "llama" else (0, 2):
+        before = copy.deepcopy(model)
+        with pytest.raises(PlanError, match=f"attention of block {first}"):
+            fold_(model, FoldPlan.create(source, removed_attention=[first]))
+        ids = token_ids(model)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, before(ids).logits)
+
+
+def test_r6_holds_for_the_first_kept_block_when_earlier_ones_go() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(PlanError, match="attention of block 1"):
+        fold_(model, FoldPlan.create(source_model_of(model), removed=[0], removed_attention=[1]))
