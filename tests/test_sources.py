@@ -1,0 +1,320 @@
+"""Models come whole or not at all, and what cannot be folded is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from foldgpt import sources
+from foldgpt.demo import demo_model, demo_text
+from foldgpt.errors import SourceError, UnsupportedModelError, UsageError
+from foldgpt.sources import load_gguf, load_source, load_tokenizer, model_fingerprint, resolve, save_tokenizer
+from tiny import tiny_tokenizer
+
+
+def _tiny_config(**changes: Any) -> LlamaConfig:
+    values = {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaConfig(**{**values, **heads, "tie_word_embeddings": False, **changes})
+
+
+@pytest.fixture(scope="module")
+def _saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    torch.manual_seed(0)
+    LlamaForCausalLM(_tiny_config()).save_pretrained(folder)
+    tiny_tokenizer(bos=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(_saved: Path, tmp_path: Path) -> Path:
+    """A tiny Llama of four blocks with its tokenizer; each test gets its own copy."""
+    return shutil.copytree(_saved, tmp_path / "tiny-llama")
+
+
+def _edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def test_a_local_folder_loads_as_it_was_saved(folder: Path) -> None:
+    source = load_source(str(folder), device="cpu")
+    assert not source.model.training
+    assert source.model.dtype == torch.float32
+    assert (source.revision, source.offloaded) == (None, False)
+    stored = load_file(folder / "model.safetensors")
+    loaded = source.model.state_dict()
+    assert stored.keys() == loaded.keys()
+    assert all(torch.equal(stored[key], loaded[key]) for key in stored)
+
+
+def test_the_dtype_can_be_chosen(folder: Path) -> None:
+    assert load_source(str(folder), dtype="bfloat16", device="cpu").model.dtype == torch.bfloat16
+    with pytest.raises(UsageError, match="Did you mean 'bfloat16'"):
+        load_source(str(folder), dtype="bfloat6", device="cpu")
+
+
+def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
+    with pytest.raises(UsageError, match="device 'nonsense' is not available"):
+        load_source(str(folder), device="nonsense")
+
+
+def test_the_tokenizer_is_saved_with_its_chat_template(folder: Path, tmp_path: Path) -> None:
+    source = load_source(str(folder), device="cpu")
+    (tmp_path / "out").mkdir()
+    _edit_config(folder)
+    shutil.copy(folder / "config.json", tmp_path / "out")
+    save_tokenizer(source, tmp_path / "out")
+    again = load_tokenizer(str(tmp_path / "out"))
+    assert again.chat_template == source.tokenizer.chat_template is not None
+    text = "Hello wörld\n\n 12"
+    assert (
+        again(text)["input_ids"] == source.tokenizer(text)["input_ids"] == tiny_tokenizer(bos=True)(text)["input_ids"]
+    )
+
+
+def test_a_model_larger_than_the_memory_stays_on_disk_and_computes_the_same(folder: Path) -> None:
+    whole = load_source(str(folder), device="cpu")
+    some_blocks = sum(p.numel() * 4 for p in whole.model.model.layers[:2].parameters())
+    part = load_source(str(folder), device="cpu", max_memory_gb=(some_blocks + 2 * 128 * 32 * 4) / 1e9)
+    assert part.offloaded
+    assert any(parameter.is_meta for parameter in part.model.parameters())
+    assert part._offload_folder is not None
+    assert list(Path(part._offload_folder.name).iterdir()) == [], "blocks must be read from the checkpoint itself"
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(part.model(ids).logits, whole.model(ids).logits)
+    assert part.fingerprint == whole.fingerprint
+
+
+# -------------------------------------------------------------------------------------------- fingerprint
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_fingerprint_is_of_the_content(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    if not whole:
+        monkeypatch.setattr(sources, "_HASHED_WHOLE_BYTES", 0)
+    first = model_fingerprint(folder)
+    assert first.startswith("full:" if whole else "sampled:")
+    assert model_fingerprint(shutil.copytree(folder, tmp_path / "elsewhere")) == first
+    _edit_config(folder, transformers_version="0.0.0")
+    assert model_fingerprint(folder) == first
+    _edit_config(folder, rms_norm_eps=1.0)
+    assert model_fingerprint(folder) != first
+    elsewhere = tmp_path / "elsewhere"
+    _edit_weights(elsewhere, lambda tensors: tensors["model.layers.2.mlp.up_proj.weight"][5, 5].add_(1))
+    assert model_fingerprint(elsewhere) != first
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("{parent}/tiny-lama", r"no model at .*Did you mean '.*tiny-llama'"),
+        ("{parent}/nowhere/model.gguf", r"The folder .*nowhere does not exist"),
+        ("./model.gguf", "no model at ./model.gguf"),
+        ("{parent}", "has no config.json"),
+        ("{parent}/tiny-llama/config.json", "not a GGUF file"),
+        ("demo:smollm2", "Did you mean 'smollm2-135m'"),
+    ],
+)
+def test_a_model_that_is_not_there(folder: Path, spec: str, message: str) -> None:
+    with pytest.raises((SourceError, UsageError), match=message):
+        resolve(spec.format(parent=folder.parent))
+
+
+def test_a_revision_needs_a_hub_model(folder: Path) -> None:
+    with pytest.raises(UsageError, match="is on this machine"):
+        resolve(str(folder), revision="main")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_short_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def offline(*_: Any, **__: Any) -> None:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("a page of advice")
+
+    monkeypatch.setattr(sources, "snapshot_download", offline)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match="no folder owner/name, and the hub cannot be reached") as caught:
+        load_source("owner/name")
+    assert "advice" not in str(caught.value)
+
+
+def test_a_hub_snapshot_gives_its_commit(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = shutil.copytree(folder, tmp_path / "snapshots" / commit)
+    monkeypatch.setattr(sources, "snapshot_download", lambda *_, **__: str(snapshot))
+    assert load_source("owner/name", device="cpu").revision == commit
+
+
+@pytest.mark.parametrize(
+    ("config", "model"),
+    [
+        (transformers.BertConfig, transformers.BertForMaskedLM),
+        (transformers.BertConfig, transformers.BertModel),
+        (transformers.T5Config, transformers.T5ForConditionalGeneration),
+        (transformers.BartConfig, transformers.BartForConditionalGeneration),
+        (transformers.ViTConfig, transformers.ViTModel),
+        (transformers.LlamaConfig, transformers.LlamaForSequenceClassification),
+    ],
+)
+def test_what_is_not_a_decoder_is_refused(tmp_path: Path, config: type, model: type) -> None:
+    config(architectures=[model.__name__]).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=f"{model.__name__}.* is not a decoder-only language model"):
+        load_source(str(tmp_path))
+
+
+def test_gpt_neox_is_a_decoder_although_its_config_says_otherwise(tmp_path: Path) -> None:
+    transformers.GPTNeoXConfig(architectures=["GPTNeoXForCausalLM"]).save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match="no weights in safetensors"):
+        load_source(str(tmp_path))
+
+
+def test_a_quantised_checkpoint_is_refused(folder: Path) -> None:
+    _edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UnsupportedModelError, match=r"quantised \(gptq\)\. Fold full-precision weights"):
+        load_source(str(folder))
+
+
+def test_a_checkpoint_with_its_own_code_is_refused_unless_trusted(folder: Path) -> None:
+    _edit_config(folder, model_type="my_own", auto_map={"AutoConfig": "own.Config"})
+    with pytest.raises(UnsupportedModelError, match="--trust-remote-code"):
+        load_source(str(folder))
+
+
+def test_a_corrupt_config_is_named(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(SourceError, match=r"config\.json is not valid JSON"):
+        load_source(str(folder))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header", "length", "empty"])
+def test_a_corrupt_safetensors_file_is_named(folder: Path, damage: str) -> None:
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    damaged = {
+        "truncated": content[:-100],
+        "header": content[:8] + b"x" + content[9:],
+        "length": struct.pack("<Q", 1 << 60) + content[8:],
+        "empty": b"",
+    }
+    path.write_bytes(damaged[damage])
+    with pytest.raises(SourceError, match=r"corrupt safetensors file .*model\.safetensors"):
+        load_source(str(folder))
+
+
+def test_a_missing_shard_is_named(folder: Path) -> None:
+    model = LlamaForCausalLM(_tiny_config())
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="50KB")
+    assert not load_source(str(folder), device="cpu").offloaded
+    next(folder.glob("model-00002-*")).unlink()
+    with pytest.raises(SourceError, match=r"incomplete: model-00002-of-\d+\.safetensors"):
+        load_source(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"missing: model\.layers\.1\.mlp\.up_proj\.weight"),
+        (lambda t: t.update({"model.layers.9.x": torch.ones(1)}), r"not part of the model: model\.layers\.9\.x"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(5)}), "cannot load|of another shape"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_refused(folder: Path, change: Any, message: str) -> None:
+    _edit_weights(folder, change)
+    with pytest.raises(SourceError, match=message):
+        load_source(str(folder), device="cpu")
+
+
+def test_fewer_blocks_in_the_config_than_in_the_file_are_refused(folder: Path) -> None:
+    _edit_config(folder, num_hidden_layers=3)
+    with pytest.raises(SourceError, match=r"not part of the model: model\.layers\.3\..* and 6 more"):
+        load_source(str(folder), device="cpu")
+
+
+def test_a_model_without_a_tokenizer_is_refused(folder: Path) -> None:
+    for file in folder.glob("token*"):
+        file.unlink()
+    with pytest.raises(SourceError, match="no tokenizer that can be read"):
+        load_source(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a GGUF file at all", b"GGUF" + bytes(40)])
+def test_a_corrupt_gguf_file_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(SourceError, match=r"corrupt or truncated GGUF file .*model\.gguf"):
+        load_source(str(tmp_path / "model.gguf"))
+
+
+# --------------------------------------------------------------------------------------------- real models
+
+
+@pytest.fixture(scope="module")
+def smollm2_gguf() -> Path:
+    folder = demo_model("smollm2-135m")
+    return next(folder.parent.parent.glob("payloads/*/SmolLM2*.gguf"))
+
+
+@pytest.mark.real_model
+def test_a_gguf_model_can_be_saved_and_is_the_demo_model(smollm2_gguf: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_gguf(smollm2_gguf, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    demo = load_source("demo:smollm2-135m", device="cpu")
+    ids = demo.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, demo.model(ids).logits)
+        assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
+
+
+@pytest.mark.real_model
+def test_a_truncated_gguf_file_is_refused(smollm2_gguf: Path, tmp_path: Path) -> None:
+    with smollm2_gguf.open("rb") as file:
+        (tmp_path / "cut.gguf").write_bytes(file.read(50_000_000))
+    with pytest.raises(SourceError, match=r"corrupt or truncated GGUF file .*cut\.gguf"):
+        load_source(str(tmp_path / "cut.gguf"))
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize(("name", "adds_bos"), [("smollm2-135m", False), ("gemma3-270m", True)])
+def test_a_demo_tokenizer_survives_save_and_load(tmp_path: Path, name: str, adds_bos: bool) -> None:
+    tokenizer = load_tokenizer(f"demo:{name}")
+    shutil.copy(demo_model(name) / "config.json", tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    text = demo_text("wikipedia")[0][:50_000] + "\n\n\n naïve — “日本語” 🙂\tdon't  1999   12"
+    ids = tokenizer(text)["input_ids"]
+    assert again(text)["input_ids"] == ids
+    assert (ids[0] == tokenizer.bos_token_id) == adds_bos
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.real_model
+def test_smollm2_cuts_blanks_before_digits_as_in_training() -> None:
+    tokenizer = load_tokenizer("demo:smollm2-135m")
+    assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
