@@ -1,0 +1,19 @@
+"""Selectors that do not look at the model: yardsticks that any measured one must beat."""
+
+from __future__ import annotations
+
+import numpy
+
+from foldgpt.selection.selection import Request, Selection
+
+
+def last(request: Request) -> Selection:
+    """Remove the last blocks, the deepest first."""
+    order = tuple(reversed(range(request.num_blocks)))
+    return Selection("last", None, order, tuple(sorted(order[: request.num_remove])))
+
+
+def random(request: Request) -> Selection:
+    """Remove blocks drawn uniformly with the request's seed."""
+    order = tuple(int(index) for index in numpy.random.default_rng(request.seed).permutation(request.num_blocks))
+    return Selection("random", None, order, tuple(sorted(order[: request.num_remove])))
