@@ -1,0 +1,188 @@
+"""All measurements of a folded model, and of its source beside it, as one result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from foldgpt.artifacts import read_json
+from foldgpt.errors import ArtifactError, UsageError
+from foldgpt.evaluation.memory import PeakMemory, peak_memory
+from foldgpt.evaluation.performance import Speed, measure_speed
+from foldgpt.evaluation.perplexity import Perplexity, perplexity
+from foldgpt.evaluation.size import ModelSize, folder_bytes, size_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from foldgpt.corpus import Windows
+
+FORMAT = "foldgpt.evaluation"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate.
+
+    Attributes:
+        name: how the result calls it, e.g. "source" or "folded".
+        model: the loaded model.
+        folder: where it is saved (a folder, or a GGUF file); None leaves out bytes on disk and peak memory.
+    """
+
+    name: str
+    model: PreTrainedModel
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one model; None where a measurement was not asked for or not possible.
+
+    Attributes:
+        name: of the subject.
+        size: parameters, bytes, KV cache.
+        bytes_on_disk: of the weight files.
+        perplexity: with its protocol.
+        speed: prefill and decode, with its protocol.
+        peak_memory: of a fresh process that loads and runs the saved model.
+    """
+
+    name: str
+    size: ModelSize
+    bytes_on_disk: int | None
+    perplexity: Perplexity | None
+    speed: Speed | None
+    peak_memory: PeakMemory | None
+
+    def figures(self) -> dict[str, float | None]:
+        """The headline numbers by name, in the order in which a table shows them."""
+        return {
+            "num_blocks": self.size.num_blocks,
+            "unique_parameters": self.size.unique_parameters,
+            "block_parameters": self.size.block_parameters,
+            "bytes_on_disk": self.bytes_on_disk,
+            "perplexity": None if self.perplexity is None else self.perplexity.value,
+            "prefill_tokens_per_s": None if self.speed is None else self.speed.prefill.median,
+            "decode_tokens_per_s": None if self.speed is None else self.speed.decode.median,
+            "peak_memory_bytes": None if self.peak_memory is None else self.peak_memory.peak_rss,
+            "kv_bytes_per_token": self.size.kv_bytes_per_token,
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, ready for JSON.
+
+    Attributes:
+        folded: the model in question.
+        baseline: the model it is compared with; None if there was none.
+        ratios: folded / baseline for each of `Measured.figures()`; None where either is missing. The speeds'
+            are medians of paired ratios, not ratios of medians.
+    """
+
+    folded: Measured
+    baseline: Measured | None
+    ratios: dict[str, float | None] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, with its format and version. Pass it to `artifacts.write_json`."""
+        return {"format": FORMAT, "version": VERSION, **_ADAPTER.dump_python(self, mode="json")}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any], where: str = "the evaluation") -> Evaluation:
+        """Read the JSON form back.
+
+        Args:
+            value: what `to_dict` gave.
+            where: what the value is or comes from, for the error message.
+
+        Raises:
+            ArtifactError: another format or version, or a field that is missing or of the wrong type.
+        """
+        if not isinstance(value, Mapping) or value.get("format") != FORMAT:
+            raise ArtifactError(f"{where} is not an evaluation (its format should be {FORMAT!r}).")
+        if value.get("version") != VERSION:
+            raise ArtifactError(f"{where} has version {value.get('version')}; this foldgpt reads {VERSION}.")
+        try:
+            return _ADAPTER.validate_python({name: value.get(name) for name in ("folded", "baseline", "ratios")})
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise ArtifactError(f"{where}: {place}: {first['msg']}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evaluation:
+        """Read an evaluation file. Raises `ArtifactError` as `read_json` and `from_dict` do."""
+        return cls.from_dict(read_json(path, "evaluation"), str(path))
+
+
+_ADAPTER = TypeAdapter(Evaluation)
+
+
+def evaluate(
+    folded: Subject,
+    baseline: Subject | None = None,
+    *,
+    windows: Windows | None = None,
+    speed: bool = True,
+    memory: bool = True,
+    seed: int = 0,
+) -> Evaluation:
+    """Measure a folded model and, in the same run, the model it is compared with.
+
+    Args:
+        folded: the model in question.
+        baseline: usually its source; the ratios refer to it.
+        windows: text for the perplexity, the same for both; None leaves perplexity out.
+        speed: measure prefill and decode speed, the two models taking turns.
+        memory: measure peak memory, for subjects saved as a Hugging Face folder.
+        seed: of the random prompt whose speed is measured.
+
+    Raises:
+        UsageError: the two subjects have one name.
+        FoldGPTError: a measurement failed; see `perplexity`, `measure_speed`, `peak_memory`, `folder_bytes`.
+    """
+    subjects = [folded] if baseline is None else [baseline, folded]
+    if baseline is not None and baseline.name == folded.name:
+        raise UsageError(f"both models are called {folded.name!r}; they need two names to be told apart.")
+    speeds = measure_speed({subject.name: subject.model for subject in subjects}, seed=seed) if speed else {}
+    measured = [
+        Measured(
+            name=subject.name,
+            size=size_of(subject.model),
+            bytes_on_disk=None if subject.folder is None else folder_bytes(subject.folder),
+            perplexity=None if windows is None else perplexity(subject.model, windows),
+            speed=speeds.get(subject.name),
+            peak_memory=_peak_memory(subject) if memory else None,
+        )
+        for subject in subjects
+    ]
+    if baseline is None:
+        return Evaluation(measured[0], None, None)
+    return Evaluation(measured[1], measured[0], _ratios(measured[1], measured[0]))
+
+
+def _peak_memory(subject: Subject) -> PeakMemory | None:
+    # A GGUF file is dequantised on the way in, so it has no peak of its own to compare.
+    if subject.folder is None or not subject.folder.is_dir():
+        return None
+    dtype = str(subject.model.dtype).removeprefix("torch.")
+    return peak_memory(subject.folder, dtype=dtype, device=str(subject.model.device))
+
+
+def _ratios(folded: Measured, baseline: Measured) -> dict[str, float | None]:
+    own, other = folded.figures(), baseline.figures()
+    ratios: dict[str, float | None] = {}
+    for name, value in own.items():
+        base = other[name]
+        ratios[name] = None if value is None or not base else value / base
+    if folded.speed is not None:
+        ratios["prefill_tokens_per_s"] = folded.speed.prefill.ratio
+        ratios["decode_tokens_per_s"] = folded.speed.decode.ratio
+    return ratios
