@@ -1,0 +1,190 @@
+"""Results as text for a terminal: the comparison of two models, and a plan as a strip of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from string import ascii_lowercase, ascii_uppercase
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.table import Table
+from rich.text import Text
+
+from foldgpt.plan import FoldPlan, Sublayer
+
+if TYPE_CHECKING:
+    from foldgpt.evaluation import Evaluation, Measured
+
+_LETTERS = ascii_uppercase + ascii_lowercase
+_GROUP_STYLES = ("cyan", "magenta", "yellow", "green", "blue", "red")
+_KEPT, _REMOVED = "█", "·"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _millions(value: float) -> str:
+    return f"{value / 1e6:,.1f} M" if value >= 1e5 else _number(value)
+
+
+def _megabytes(value: float) -> str:
+    return f"{value / 1e6:,.1f} MB" if value >= 1e5 else f"{value / 1e3:,.1f} kB"
+
+
+def _significant(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+#: Figure → label and how its values are written, in the order of the table.
+_ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "num_blocks": ("blocks", _number),
+    "unique_parameters": ("unique parameters", _millions),
+    "block_parameters": ("  of which in blocks", _millions),
+    "bytes_on_disk": ("size on disk", _megabytes),
+    "perplexity": ("perplexity", _significant),
+    "prefill_tokens_per_s": ("prefill, tokens/s", _significant),
+    "decode_tokens_per_s": ("decode, tokens/s", _significant),
+    "peak_memory_bytes": ("peak memory", _megabytes),
+    "kv_bytes_per_token": ("KV cache per token", _megabytes),
+}
+
+
+def comparison_table(evaluation: Evaluation) -> Table:
+    """The headline figures: source, folded and their ratio; how they were measured is the caption.
+
+    Rows that no model has a value for are left out, and so are source and ratio without a baseline.
+    """
+    table = Table(caption=_caption(evaluation.folded), caption_justify="left", caption_style="dim")
+    table.add_column("")
+    models = [model for model in (evaluation.baseline, evaluation.folded) if model is not None]
+    for model in models:
+        table.add_column(model.name, justify="right", no_wrap=True)
+    if evaluation.ratios is not None:
+        table.add_column("ratio", justify="right", no_wrap=True)
+    for name, (label, write) in _ROWS.items():
+        values = [model.figures()[name] for model in models]
+        if all(value is None for value in values):
+            continue
+        cells = ["–" if value is None else write(value) for value in values]
+        if evaluation.ratios is not None:
+            ratio = evaluation.ratios.get(name)
+            cells.append("–" if ratio is None else f"{ratio:.2f}×")
+        table.add_row(label, *cells)
+    return table
+
+
+def _caption(measured: Measured) -> str | None:
+    parts = []
+    if measured.perplexity is not None:
+        scores = measured.perplexity
+        error = "" if scores.standard_error is None else f" ± {scores.value * scores.standard_error:.2g}"
+        parts.append(
+            f"Perplexity in {scores.dtype}: {_written(scores.protocol)}. "
+            f"{measured.name}: {_significant(scores.value)}{error} (standard error over windows)."
+        )
+    if measured.speed is not None:
+        protocol = measured.speed.protocol
+        threads = f", {protocol['num_threads']} threads" if protocol["device"] == "cpu" else ""
+        parts.append(
+            f"Speed: {protocol['prompt_tokens']} prompt and {protocol['decode_tokens']} new tokens, batch "
+            f"{protocol['batch_size']}, median of {protocol['repeats']}, {protocol['device']}, "
+            f"{protocol['dtype']}{threads}."
+        )
+    if measured.peak_memory is not None:
+        peak = measured.peak_memory
+        accelerator = (
+            "" if peak.peak_accelerator is None else f"; {_megabytes(peak.peak_accelerator)} on the accelerator"
+        )
+        parts.append(
+            f"Peak memory of a fresh process, of which {_megabytes(peak.baseline_rss)} are Python and its "
+            f"libraries{accelerator}."
+        )
+    return "\n".join(parts) or None
+
+
+def _written(protocol: dict[str, Any]) -> str:
+    """A protocol as `key value` pairs."""
+    items = []
+    for key, value in protocol.items():
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        elif isinstance(value, int):
+            value = _number(value)
+        elif isinstance(value, list):
+            value = " + ".join(map(repr, value)) if key == "join" else " + ".join(map(str, value))
+        items.append(f"{key.replace('_', ' ')} {value}")
+    return ", ".join(items)
+
+
+Fate = int | Literal["kept", "removed"]
+
+
+def fates_of(plan: FoldPlan) -> dict[str, list[Fate]]:
+    """What becomes of each source block: "kept", "removed", or the number of the group it shares weights in.
+
+    Returns:
+        {"block": fates}, or {"attention": fates, "MLP": fates} where the two fare differently.
+    """
+    attention, mlp = _fates(plan, "attention"), _fates(plan, "mlp")
+    return {"block": attention} if attention == mlp else {"attention": attention, "MLP": mlp}
+
+
+def _fates(plan: FoldPlan, sublayer: Sublayer) -> list[Fate]:
+    fates: list[Fate] = ["kept"] * plan.source.num_blocks
+    for block in (*plan.removed, *(plan.removed_attention if sublayer == "attention" else plan.removed_mlp)):
+        fates[block] = "removed"
+    for number, group in enumerate(plan.groups):
+        if sublayer in group.sublayers:
+            for block in group.blocks:
+                fates[block] = number
+    return fates
+
+
+def group_letter(number: int) -> str:
+    """The letter of a group: A to Z, a to z, and again from A."""
+    return _LETTERS[number % len(_LETTERS)]
+
+
+def plan_strip(plan: FoldPlan) -> Text:
+    """A plan as one character per source block, with a ruler above and a legend below.
+
+    Kept blocks are `█`, removed ones `·`, and blocks that share weights bear the letter of their group. When
+    attention and MLP fare differently, each has a strip of its own.
+    """
+    rows = fates_of(plan)
+    margin = max(map(len, rows)) + 1
+    text = Text(no_wrap=True)
+    text.append(" " * margin + _ruler(plan.source.num_blocks) + "\n", style="dim")
+    for label, fates in rows.items():
+        text.append(f"{label:<{margin}}")
+        for fate in fates:
+            text.append(*_cell(fate))
+        text.append("\n")
+    text.append(" " * margin + _legend(plan, rows), style="dim")
+    return text
+
+
+def _cell(fate: Fate) -> tuple[str, str]:
+    """Character and style of one block."""
+    if fate == "kept":
+        return _KEPT, ""
+    if fate == "removed":
+        return _REMOVED, "dim"
+    return group_letter(fate), f"bold {_GROUP_STYLES[fate % len(_GROUP_STYLES)]}"
+
+
+def _ruler(num_blocks: int) -> str:
+    """Source indices, one every ten blocks."""
+    return "".join(f"{index:<10}" for index in range(0, num_blocks, 10)).rstrip()
+
+
+def _legend(plan: FoldPlan, rows: dict[str, list[Fate]]) -> str:
+    fates = {fate for row in rows.values() for fate in row}
+    parts = [f"{plan.source.num_blocks} → {len(plan.kept)} blocks"]
+    if "kept" in fates:
+        parts.append(f"{_KEPT} kept")
+    if "removed" in fates:
+        parts.append(f"{_REMOVED} removed")
+    if plan.groups:
+        parts.append("same letter: shared weights")
+    return "   ".join(parts)
