@@ -1,0 +1,103 @@
+"""Distances between the next-token distributions of two models, from their last hidden states.
+
+The logits of a batch in fp32 would fill the memory (tokens × vocabulary), so they are made, compared and dropped
+a few rows at a time; where a gradient is wanted, it is taken in the same visit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foldgpt.objectives.head import Head
+
+#: What the logits of one chunk may take, in bytes of fp32. Small enough to stay near the cache.
+_CHUNK_BYTES = 16 * 2**20
+
+
+@torch.no_grad()
+def forward_kl(head: Head, teacher_RH: Tensor, student_RH: Tensor, *, student_head: Head | None = None) -> Tensor:
+    """KL(teacher ‖ student) of the next-token distributions, one value a row, in nats.
+
+    Args:
+        head: the teacher's head.
+        teacher_RH: the teacher's hidden states after the final norm, [rows, H].
+        student_RH: the student's, [rows, H].
+        student_head: the student's head, if it is another.
+
+    Returns:
+        fp32 [rows].
+    """
+    size = _rows(head)
+    student_head = student_head or head
+    parts = [
+        _kl_rows(head.logits(teacher), student_head.logits(student))
+        for teacher, student in zip(teacher_RH.split(size), student_RH.split(size), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def cross_entropy(head: Head, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
+    """−log p(target) of each row, in nats, fp32 [rows].
+
+    Args:
+        head: the model's head.
+        hidden_RH: hidden states after the final norm, [rows, H].
+        targets_R: token ids, int64 [rows].
+    """
+    size = _rows(head)
+    parts = [
+        torch.nn.functional.cross_entropy(head.logits(hidden), targets, reduction="none")
+        for hidden, targets in zip(hidden_RH.split(size), targets_R.split(size), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def forward_kl_loss(head: Head, teacher_RH: Tensor, student_RH: Tensor) -> Tensor:
+    """The mean of `forward_kl` as a scalar that can be differentiated with respect to `student_RH`.
+
+    The head itself gets no gradient.
+    """
+    loss: Tensor = _FusedMean.apply(student_RH, teacher_RH, head)
+    return loss
+
+
+def _rows(head: Head) -> int:
+    return max(1, _CHUNK_BYTES // (4 * head.vocab_size))
+
+
+def _kl_rows(teacher_RV: Tensor, student_RV: Tensor) -> Tensor:
+    # KL = Σ p (z_t − z_s) − lse(z_t) + lse(z_s): one exponential table for each model and no log-softmax tables.
+    teacher_lse = teacher_RV.logsumexp(-1)
+    probability = (teacher_RV - teacher_lse[:, None]).exp_()
+    difference = (probability * (teacher_RV - student_RV)).sum(-1)
+    return difference - teacher_lse + student_RV.logsumexp(-1)
+
+
+class _FusedMean(torch.autograd.Function):
+    """Loss and gradient in one visit of each chunk, so that no logits are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, student_RH: Tensor, teacher_RH: Tensor, head: Head) -> Tensor:
+        gradient = torch.empty_like(student_RH)
+        total = torch.zeros((), dtype=torch.float32, device=student_RH.device)
+        size = _rows(head)
+        for start in range(0, len(student_RH), size):
+            rows = slice(start, start + size)
+            with torch.no_grad():
+                teacher_RV = head.logits(teacher_RH[rows])
+            with torch.enable_grad():
+                hidden = student_RH[rows].detach().requires_grad_()
+                loss = _kl_rows(teacher_RV, head.logits(hidden)).sum() / len(student_RH)
+                (gradient[rows],) = torch.autograd.grad(loss, hidden)
+            total += loss.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_outputs[0].to(gradient.dtype), None, None

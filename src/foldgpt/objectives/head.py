@@ -1,0 +1,57 @@
+"""The language-modelling head as a function of hidden states, so that logits can be made a few rows at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foldgpt.errors import UnsupportedModelError
+from foldgpt.families import decoder_of
+
+
+class Head:
+    """Hidden states after the final norm → logits, as the model itself makes them.
+
+    Args:
+        model: a causal language model.
+
+    Raises:
+        UnsupportedModelError: the model does more to its logits than is known here (soft-capping, a constant
+            factor); found out by comparing with the model's own logits on a few tokens.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._output: Any = model.get_output_embeddings()  # type: ignore[operator]
+        decoder = decoder_of(model)
+        config: Any = decoder.config
+        self.vocab_size: int = config.vocab_size
+        self._cap: float | None = getattr(config, "final_logit_softcapping", None)
+        # Granite divides, Cohere multiplies.
+        self._factor: float = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        self._check(model, decoder.blocks_path.rpartition(".")[0])
+
+    def logits(self, hidden_RH: Tensor) -> Tensor:
+        """Logits [rows, V] of hidden states [rows, H], in fp32."""
+        logits_RV: Tensor = self._output(hidden_RH).float()
+        if self._factor != 1:
+            logits_RV = logits_RV * self._factor
+        if self._cap:
+            logits_RV = torch.tanh(logits_RV / self._cap) * self._cap
+        return logits_RV
+
+    @torch.no_grad()
+    def _check(self, model: Any, body_path: str) -> None:
+        device = model.get_input_embeddings().weight.device
+        ids_BT = torch.arange(1, 9, device=device)[None] % self.vocab_size
+        was_training = model.training
+        model.eval()
+        hidden_BTH = model.get_submodule(body_path)(input_ids=ids_BT, use_cache=False).last_hidden_state
+        own_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()
+        model.train(was_training)
+        if not torch.allclose(self.logits(hidden_BTH), own_BTV, rtol=2e-2, atol=2e-2 * float(own_BTV.abs().max())):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does something to its logits that foldgpt does not know; "
+                "objectives on logits are not possible for it."
+            )

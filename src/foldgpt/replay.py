@@ -1,0 +1,181 @@
+"""Replay: run the blocks of a model one by one, each on any hidden state.
+
+A search over blocks to remove asks the same question hundreds of times: what comes out at the end if the
+stream passes only some of the blocks, from some depth on? `Replay` records, in one pass of the untouched
+model, the residual stream at every block boundary and what else each block is called with (masks, rotary
+embeddings). After that any block can be called on any state of the same shape, so that a question is answered
+from the first block that it changes, and two questions share what they have in common.
+
+Nothing here knows an architecture: what each block and what comes after the last one is called with is
+observed, and the replay of the untouched model must give its own hidden states back, or the model is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foldgpt.errors import UnsupportedModelError, UsageError
+from foldgpt.families import Decoder, decoder_of
+
+
+class Replay:
+    """The untouched model's states on some windows, and its blocks ready to be called one by one.
+
+    Shape suffixes: W windows, B windows of a micro-batch, T tokens of a window, H hidden size, V vocabulary.
+
+    Args:
+        model: a causal language model, in memory.
+        ids_WT: token ids, int64, without padding.
+        batch_size: windows per micro-batch; by default about 2,048 tokens.
+
+    Attributes:
+        states: the residual stream h_0 … h_N at the block boundaries, [W, T, H] each, in the model's dtype; h_N
+            leaves the last block, before the final norm.
+        num_block_calls: block calls so far, in calls on all W windows: N of them are one forward pass.
+
+    Raises:
+        UsageError: the windows are not [W, T] or hold ids outside the vocabulary.
+        UnsupportedModelError: replaying the untouched model does not give its own output.
+    """
+
+    def __init__(self, model: nn.Module, ids_WT: Tensor, *, batch_size: int | None = None) -> None:
+        self.decoder: Decoder = decoder_of(model)
+        if ids_WT.ndim != 2 or 0 in ids_WT.shape:
+            raise UsageError(f"windows must be token ids of shape [windows, tokens], got {list(ids_WT.shape)}.")
+        vocabulary = self.decoder.config.vocab_size
+        if int(ids_WT.max()) >= vocabulary or int(ids_WT.min()) < 0:
+            raise UsageError(
+                f"the windows hold ids outside the model's vocabulary of {vocabulary:,}. "
+                "Was the text tokenized for another model?"
+            )
+        self.model = model
+        self.ids_WT = ids_WT
+        self.batch_size = max(1, 2048 // ids_WT.shape[1]) if batch_size is None else batch_size
+        self.num_block_calls = 0.0
+        self._body = model.get_submodule(self.decoder.blocks_path.rpartition(".")[0])
+        self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._tail: list[nn.Module] = []
+        self.states: list[Tensor] = self._record()
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the model."""
+        return len(self.decoder.blocks)
+
+    @property
+    def num_windows(self) -> int:
+        """Windows that were recorded."""
+        return len(self.ids_WT)
+
+    def batches(self) -> Iterator[slice]:
+        """The windows of each micro-batch."""
+        for start in range(0, self.num_windows, self.batch_size):
+            yield slice(start, min(start + self.batch_size, self.num_windows))
+
+    def block(self, index: int, hidden_BTH: Tensor) -> Tensor:
+        """What block `index` makes of a residual stream [B, T, H]; gradients flow if they are enabled."""
+        args, kwargs = self._arguments_for(len(hidden_BTH))[index]
+        self.num_block_calls += len(hidden_BTH) / self.num_windows
+        return _tensor_of(self.decoder.blocks[index](hidden_BTH, *args, **kwargs))
+
+    def run(self, hidden_BTH: Tensor, blocks: Sequence[int]) -> Tensor:
+        """Pass a stream [B, T, H] through the given blocks in order."""
+        for index in blocks:
+            hidden_BTH = self.block(index, hidden_BTH)
+        return hidden_BTH
+
+    def finish(self, hidden_BTH: Tensor) -> Tensor:
+        """What the model does after its last block, up to the head's input (the final norm, usually)."""
+        for module in self._tail:
+            hidden_BTH = module(hidden_BTH)
+        return hidden_BTH
+
+    @contextmanager
+    def mlp_output(self, index: int) -> Iterator[list[Tensor]]:
+        """Collect what the last module of a block's MLP puts out while the context is open.
+
+        Raises:
+            UnsupportedModelError: the family's sublayers are not known.
+        """
+        if self.decoder.sublayers is None:
+            raise UnsupportedModelError(f"the sublayers of model type {self.decoder.model_type!r} are not known")
+        module = self.decoder.blocks[index].get_submodule(self.decoder.sublayers.mlp[-1])
+        collected: list[Tensor] = []
+        handle = module.register_forward_hook(lambda _module, _args, output: collected.append(_tensor_of(output)))
+        try:
+            yield collected
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def _record(self) -> list[Tensor]:
+        states: list[list[Tensor]] = [[] for _ in range(self.num_blocks + 1)]
+        blocks = self.decoder.blocks
+        for windows in self.batches():
+            seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+            tail: list[nn.Module] = []
+            last: list[Tensor] = []
+
+            def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seen: list[Any] = seen) -> None:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                # Copied: some families update their tensors in place.
+                states[len(seen)].append(hidden.clone())
+                rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+                seen.append((args[1:], rest))
+
+            def after_last(_: nn.Module, args: Any, output: Any, last: list[Tensor] = last) -> None:
+                last.append(_tensor_of(output).clone())
+
+            def in_tail(module: nn.Module, args: Any, tail: list[Any] = tail, last: list[Tensor] = last) -> None:
+                if last:
+                    tail.append(module)
+
+            others = [child for child in self._body.children() if child is not blocks]
+            handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+            handles.append(blocks[-1].register_forward_hook(after_last))
+            handles += [child.register_forward_pre_hook(in_tail) for child in others]
+            try:
+                output = self._body(input_ids=self.ids_WT[windows].to(self._device), use_cache=False)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            states[-1] += last
+            self._tail = tail
+            self._arguments[windows.stop - windows.start] = seen
+            if windows.start == 0:
+                self._check(states, output.last_hidden_state)
+        return [torch.cat(parts) for parts in states]
+
+    def _check(self, states: list[list[Tensor]], last_BTH: Tensor) -> None:
+        replayed = self.finish(self.run(states[0][0], range(self.num_blocks)))
+        self.num_block_calls = 0.0
+        largest = float(last_BTH.abs().max())
+        if not torch.allclose(replayed.float(), last_BTH.float(), rtol=1e-3, atol=1e-3 * largest):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} does something between its blocks that cannot be replayed block by block; "
+                "searches that measure removed blocks are not possible for it. BI, angular and last still are."
+            )
+
+    def _arguments_for(self, num_windows: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        if num_windows not in self._arguments:
+            raise UsageError(
+                f"micro-batches of {num_windows} windows were not recorded; use those of `batches` "
+                f"({sorted(self._arguments)})"
+            )
+        return self._arguments[num_windows]
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        return device
+
+
+def _tensor_of(output: Any) -> Tensor:
+    """A block's or sublayer's hidden states; some return them alone, some first in a tuple."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found

@@ -1,0 +1,71 @@
+"""Replaying a model block by block gives what the model itself gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from foldgpt.errors import UsageError
+from foldgpt.families import decoder_of
+from foldgpt.objectives import Head
+from foldgpt.replay import Replay
+from models import CONFIGS, tiny_model, token_ids
+from reference import skipping
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@torch.no_grad()
+def test_a_removed_set_replayed_equals_skipping_its_blocks(family: str) -> None:
+    model = tiny_model(family)
+    ids = token_ids(model, (3, 20))
+    replay, head = Replay(model, ids, batch_size=2), Head(model)
+    expected = skipping(model, [1, 3])(input_ids=ids, use_cache=False).logits
+    kept = [2, 4, 5]
+    got = [head.logits(replay.finish(replay.run(replay.states[1][rows], kept))) for rows in replay.batches()]
+    torch.testing.assert_close(torch.cat(got), expected, rtol=1e-4, atol=1e-4)
+    assert replay.num_block_calls == pytest.approx(3)
+
+
+@torch.no_grad()
+def test_states_are_those_at_the_block_boundaries() -> None:
+    model = tiny_model("gpt2")
+    ids = token_ids(model, (2, 12))
+    replay = Replay(model, ids)
+    seen: list[torch.Tensor] = []
+    handle = decoder_of(model).blocks[4].register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    model(input_ids=ids)
+    handle.remove()
+    assert torch.equal(replay.states[4], seen[0])
+    assert len(replay.states) == 7
+
+
+def test_mlp_output_is_what_the_mlp_adds() -> None:
+    model = tiny_model("llama")
+    replay = Replay(model, token_ids(model))
+    with torch.no_grad(), replay.mlp_output(2) as collected:
+        replay.block(2, replay.states[2])
+    block = decoder_of(model).blocks[2]
+    assert not block.mlp._forward_hooks
+    between = replay.states[3] - collected[0]
+    torch.testing.assert_close(block.mlp(block.post_attention_layernorm(between)), collected[0])
+
+
+def test_gradients_flow_through_a_block() -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    replay = Replay(model, token_ids(model))
+    gate = torch.tensor(0.5, requires_grad=True)
+    before = replay.states[2]
+    replay.finish(before + gate * (replay.block(2, before) - before)).square().sum().backward()
+    assert gate.grad is not None and gate.grad.abs() > 0
+
+
+def test_windows_of_another_vocabulary_are_refused() -> None:
+    with pytest.raises(UsageError, match="vocabulary of 128"):
+        Replay(tiny_model("llama"), torch.full((1, 4), 128))
+
+
+def test_other_batch_sizes_are_refused() -> None:
+    model = tiny_model("llama")
+    replay = Replay(model, token_ids(model, (4, 8)), batch_size=2)
+    with pytest.raises(UsageError, match=r"\[2\]"):
+        replay.block(0, replay.states[0])
