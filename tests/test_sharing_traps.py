@@ -140,7 +140,7 @@ def test_s6_other_shapes_are_refused() -> None:
     model = tiny_model("llama")
     narrow = tiny_model("llama", intermediate_size=32).model.layers[1].mlp
     model.model.layers[1].mlp = narrow
-    with pytest.raises(PlanError, match="mlp.down_proj"):
+    with pytest.raises(PlanError, match=r"mlp\.down_proj"):
         fold_(model, FoldPlan.create(source_model_of(model), groups=[Group(blocks=(0, 1))]))
 
 

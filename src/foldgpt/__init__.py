@@ -42,7 +42,7 @@ _HOME = {
     "unfold_": "foldgpt.folding",
 }
 
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

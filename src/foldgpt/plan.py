@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -14,8 +14,8 @@ from foldgpt.errors import PlanError
 Sublayer = Literal["attention", "mlp"]
 SUBLAYERS: tuple[Sublayer, ...] = ("attention", "mlp")
 
-FORMAT = "foldgpt.plan"
-VERSION = 1
+FORMAT: Final = "foldgpt.plan"
+VERSION: Final = 1
 
 
 class _Frozen(BaseModel):
@@ -123,7 +123,8 @@ class FoldPlan(_Frozen):
                         raise ValueError(f"group {list(group.blocks)} shares the removed {sublayer} of block {block}")
                     if block in owner:
                         raise ValueError(
-                            f"groups {list(owner[block])} and {list(group.blocks)} both share the {sublayer} of block {block}"
+                            f"groups {list(owner[block])} and {list(group.blocks)} both share the {sublayer} "
+                            f"of block {block}"
                         )
                     owner[block] = group.blocks
 

@@ -23,7 +23,8 @@ def _slice_per_block(config: Any, name: str, kept: tuple[int, ...], num_blocks: 
         return value
     if len(value) != num_blocks:
         raise UnsupportedModelError(
-            f"config field {name!r} has {len(value)} entries for {num_blocks} blocks; cannot tell which belong to which."
+            f"config field {name!r} has {len(value)} entries for {num_blocks} blocks; "
+            "cannot tell which belong to which."
         )
     return [value[index] for index in kept]
 

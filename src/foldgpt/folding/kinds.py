@@ -32,8 +32,8 @@ def sublayer_modules(decoder: Decoder, sublayer: Sublayer) -> tuple[str, ...]:
     """
     if decoder.sublayers is None:
         raise UnsupportedModelError(
-            f"the sublayers of model type {decoder.model_type!r} are not known (with this config), so its blocks can be "
-            "removed and shared whole, but not attention and MLP apart. Add a row to foldgpt/families/table.py."
+            f"the sublayers of model type {decoder.model_type!r} are not known (with this config), so its blocks "
+            "can be removed and shared whole, but not attention and MLP apart. Add a row to foldgpt/families/table.py."
         )
     return decoder.sublayers.attention if sublayer == "attention" else decoder.sublayers.mlp
 

@@ -48,7 +48,7 @@ class FoldedConfig:
 
 
 def _source_type(config_dict: dict[str, Any]) -> str:
-    source_type = config_dict.get("source_model_type")
+    source_type: Any = config_dict.get("source_model_type")
     if source_type not in CONFIG_MAPPING:
         raise ValueError(
             f"config.json of a folded model must name its architecture in 'source_model_type'; found {source_type!r}, "
@@ -57,7 +57,7 @@ def _source_type(config_dict: dict[str, Any]) -> str:
     return source_type
 
 
-def folded_config_class(source_model_type: str) -> type:
+def folded_config_class(source_model_type: str) -> Any:
     """The config class of folded models of one architecture: a subclass of the source's own."""
     if source_model_type not in _classes:
         _classes[source_model_type] = _make_config_class(source_model_type)
@@ -66,7 +66,7 @@ def folded_config_class(source_model_type: str) -> type:
     return _classes[source_model_type]
 
 
-_classes: dict[str, type] = {}
+_classes: dict[str, Any] = {}
 
 
 def _make_config_class(source_model_type: str) -> type:

@@ -57,10 +57,9 @@ class Borrowed:
 
     def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         owned = self.owned
-        weight = next(owned.parameters(), None)
+        weight: torch.Tensor | None = next(owned.parameters(), None)
         # Blocks may sit on different devices. Offloaded weights are on "meta": their hook moves the input.
-        elsewhere = weight is not None and weight.device not in (hidden.device, torch.device("meta"))
-        if elsewhere:
+        if weight is not None and weight.device not in (hidden.device, torch.device("meta")):
             home, away = hidden.device, weight.device
             moved, args, kwargs = _to(away, hidden), _to(away, args), _to(away, kwargs)
             return _to(home, owned(moved, *args, **kwargs))
@@ -150,7 +149,7 @@ def give_back_(block: nn.Module, name: str) -> None:
     holder.add_module(leaf, copy.deepcopy(borrowed.owned))
 
 
-def _blocks_of(model: nn.Module, path: str) -> nn.ModuleList:
+def _blocks_of(model: nn.Module, path: str) -> Any:
     """The list of blocks; `path` is that of the causal language model, of which `model` may be the base."""
     prefix = f"{model.base_model_prefix}."
     try:
@@ -163,7 +162,7 @@ class FoldedMixin:
     """Makes a stock transformers class build and save the folded structure."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         apply_layout_(self, config.fold_layout)  # type: ignore[arg-type]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -182,7 +181,7 @@ def copy_code_to(folder: Any) -> None:
 
 
 @functools.cache
-def folded_model_class(source_class: type) -> type:
+def folded_model_class(source_class: Any) -> Any:
     """The class of folded models whose source has the given class (a causal or a base model)."""
     name = f"Folded{source_class.__name__}"
     config_class = folded_config_class(source_class.config_class.model_type)
@@ -206,7 +205,7 @@ class _Front:
     _mapping: Any
 
     @classmethod
-    def class_for(cls, config: Any) -> type:
+    def class_for(cls, config: Any) -> Any:
         """The model class for a folded config."""
         source_config_class = type(config).__mro__[1]
         return folded_model_class(cls._mapping[source_config_class])
@@ -217,14 +216,12 @@ class _Front:
         config = kwargs.pop("config", None)
         if config is None:
             config = FoldedConfig.from_pretrained(pretrained_model_name_or_path)
-        return cls.class_for(config).from_pretrained(  # type: ignore[attr-defined]
-            pretrained_model_name_or_path, *args, config=config, **kwargs
-        )
+        return cls.class_for(config).from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
         """Build a folded model with random weights."""
-        return cls.class_for(config)._from_config(config, **kwargs)  # type: ignore[attr-defined]
+        return cls.class_for(config)._from_config(config, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
