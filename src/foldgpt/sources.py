@@ -36,9 +36,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from foldgpt.artifacts import hash_of, hash_of_file
+from foldgpt.artifacts import hash_of, hash_of_file, staged_folder
 from foldgpt.demo import demo_model
 from foldgpt.errors import SourceError, UnsupportedModelError, UsageError, did_you_mean
+from foldgpt.progress import note
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -95,7 +96,7 @@ def resolve(spec: str, *, revision: str | None = None) -> Path:
         UsageError: an unknown demo model, or a revision of something that has none.
     """
     if spec.startswith("demo:"):
-        place = demo_model(spec.removeprefix("demo:"))
+        place = demo_model(spec.removeprefix("demo:"), _convert_gguf)
     else:
         place = Path(spec).expanduser()
         if not place.exists():
@@ -499,6 +500,15 @@ def load_gguf(path: Path, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTr
             delattr(owner, name)
     model.is_quantized = False
     return model.eval(), _gguf_tokenizer(path, metadata)
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    """Dequantise a GGUF file to bf16 once, so that later loads read plain safetensors."""
+    note(f"converting {path.name} to bf16 (once)")
+    model, tokenizer = load_gguf(path, dtype=torch.bfloat16)
+    with staged_folder(folder) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
 
 
 def _gguf_metadata(path: Path) -> dict[str, gguf.ReaderField]:
