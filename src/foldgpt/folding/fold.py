@@ -60,6 +60,7 @@ def fold_(model: nn.Module, plan: FoldPlan) -> None:
     """
     decoder = decoder_of(model)
     _check_fits(decoder, plan)
+    _check_in_memory(decoder, plan)
     layout = _layout_of(decoder, plan)  # while source indices still hold
     remap_config_(decoder.config, plan.kept)
     _make_donors_(decoder, plan)
@@ -145,6 +146,16 @@ def _check_fits(decoder: Decoder, plan: FoldPlan) -> None:
     _check_first_attention(decoder, plan)
 
 
+def _check_in_memory(decoder: Decoder, plan: FoldPlan) -> None:
+    """Donors are made of weights, and offloaded blocks have none to read."""
+    for group in plan.groups:
+        if any(parameter.is_meta for index in group.blocks for parameter in decoder.blocks[index].parameters()):
+            raise UnsupportedModelError(
+                f"the weights of blocks {list(group.blocks)} are offloaded; "
+                "load the whole model in memory to share them"
+            )
+
+
 def _check_first_attention(decoder: Decoder, plan: FoldPlan) -> None:
     """The KV cache's length is read from the first block of each attention type, so that one must attend."""
     types = getattr(decoder.config, "layer_types", None) or ["attention"] * len(decoder.blocks)
@@ -209,10 +220,6 @@ def _make_donor_(decoder: Decoder, group: Group, name: str) -> None:
     leaves = [decoder.blocks[index].get_submodule(name) for index in group.blocks]
     for key, owned in leaves[0].named_parameters():
         members = [leaf.get_parameter(key).data for leaf in leaves]
-        if any(member.is_meta for member in members):
-            raise UnsupportedModelError(
-                f"the weights of blocks {list(group.blocks)} are offloaded; load the whole model in memory to share them"
-            )
         owned.data.copy_(DONORS[group.donor](members))
 
 
@@ -231,7 +238,7 @@ def _become_folded_(model: nn.Module, plan: FoldPlan, layout: dict[str, Any]) ->
     """Give a folded model the class and the config that save and load its structure."""
     config: Any = model.config
     model_type = config.model_type
-    source_class = type(model)
+    source_class: Any = type(model)
     config.__class__ = folded_config_class(model_type)
     config.source_model_type = model_type
     config.fold_plan = plan.to_json_dict()
