@@ -83,7 +83,7 @@ def test_s2_a_stock_class_cannot_half_load_it(saved: tuple[Any, Path]) -> None:
         try:
             AutoModelForCausalLM.from_pretrained({str(folder)!r})
         except ValueError as error:
-            print("refused:", "custom code" in str(error))
+            print("\\nrefused:", "custom code" in str(error))  # after the question whether to run it
     """
     assert run_python(code, folder) == "refused: True"
 
@@ -310,7 +310,12 @@ def run_python(code: str, folder: Path) -> str:
     """Run a script in a fresh process; the last line it prints."""
     environment = {**os.environ, "HF_HOME": str(folder.parent / "hf"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip().splitlines()[-1]
