@@ -51,7 +51,7 @@ class Group(_Frozen):
     blocks: tuple[int, ...] = Field(min_length=2)
     sublayers: tuple[Sublayer, ...] = Field(default=SUBLAYERS, min_length=1)
     donor: str = "first"
-    private: tuple[Literal["norms"], ...] = ("norms",)
+    private: tuple[Literal["norms"]] = ("norms",)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -167,8 +167,15 @@ class FoldPlan(_Frozen):
             place: where it came from, for the error message.
 
         Raises:
-            PlanError: one line for each thing that is wrong.
+            PlanError: another format or version, or what is wrong with each field.
         """
+        if isinstance(value, dict) and value.get("format", FORMAT) != FORMAT:
+            raise PlanError(f"{place}: not a plan: its 'format' is {value['format']!r}, expected {FORMAT!r}")
+        if isinstance(value, dict) and value.get("version", VERSION) != VERSION:
+            raise PlanError(
+                f"{place}: plan of version {value['version']!r}, but this foldgpt reads version {VERSION}. "
+                "Update foldgpt, or make the plan again."
+            )
         try:
             return cls.model_validate(value)
         except ValidationError as error:
