@@ -1,0 +1,181 @@
+"""Recipe: one strict value for a whole run, and errors that say where and what was meant."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+import yaml
+
+from foldgpt.artifacts import hash_of
+from foldgpt.errors import ArtifactError, UsageError
+from foldgpt.recipe import Recipe
+
+EXAMPLE = """
+model: demo:smollm2-135m
+calibration:
+  texts: [a.txt, b.jsonl]
+  num_tokens: 4096
+select: {method: random, remove: 6}
+share:
+  method: adjacent
+  group_size: 3
+  sublayers: [mlp]
+evaluate:
+  texts: []
+  max_windows: null
+seed: 7
+"""
+
+
+def test_yaml_is_read_and_the_rest_is_default(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(EXAMPLE)
+    recipe = Recipe.load(tmp_path / "recipe.yaml")
+    assert (recipe.model, recipe.seed) == ("demo:smollm2-135m", 7)
+    assert (recipe.calibration.texts, recipe.calibration.num_tokens) == (["a.txt", "b.jsonl"], 4096)
+    assert recipe.calibration.context == Recipe(model="x").calibration.context
+    assert (recipe.select.method, recipe.select.remove, recipe.select.remove_ratio) == ("random", 6, None)
+    assert (recipe.share.group_size, recipe.share.sublayers) == (3, ["mlp"])
+    assert (recipe.evaluate.texts, recipe.evaluate.max_windows) == ([], None)
+
+
+def test_a_saved_recipe_spells_out_every_default_and_reads_back(tmp_path: Path) -> None:
+    (tmp_path / "short.yaml").write_text(EXAMPLE)
+    recipe = Recipe.load(tmp_path / "short.yaml")
+    recipe.save(tmp_path / "recipe.yaml")
+    assert Recipe.load(tmp_path / "recipe.yaml") == recipe
+    written = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    assert set(written) == set(Recipe.model_fields)
+    assert written["calibration"]["context"] == recipe.calibration.context
+    assert next(iter(written)) == "model", "in the order in which a reader wants it"
+
+
+def test_a_recipe_is_frozen() -> None:
+    recipe = Recipe(model="x")
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        recipe.seed = 1  # type: ignore[misc]
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        recipe.select.remove = 1  # type: ignore[misc]
+
+
+def test_every_field_is_documented_in_the_schema() -> None:
+    schema = Recipe.model_json_schema()
+    sections = {"Recipe": schema, **schema["$defs"]}
+    bare = [
+        f"{name}.{key}"
+        for name, section in sections.items()
+        for key, value in section.get("properties", {}).items()
+        if not (value.get("description") or schema["$defs"][value["$ref"].rpartition("/")[2]].get("description"))
+    ]
+    assert not bare
+    assert all(section["additionalProperties"] is False for section in sections.values())
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({}, "model: Field required"),
+        ({"modle": "x", "model": "x"}, "modle: unknown key. Did you mean 'model'?"),
+        ({"model": "x", "selct": {}}, "selct: unknown key. Did you mean 'select'?"),
+        ({"model": "x", "calibration": {"contxt": 3}}, "calibration.contxt: unknown key. Did you mean 'context'?"),
+        ({"model": "x", "share": {"goup_size": 3}}, "share.goup_size: unknown key. Did you mean 'group_size'?"),
+        ({"model": "x", "evaluate": {"zzz": 3}}, "Valid choices: context, "),
+        # Strict: a string is not a number, and a number is not a flag.
+        ({"model": 3}, "model: Input should be a valid string (got 3)"),
+        ({"model": "x", "calibration": {"context": "512"}}, "calibration.context: Input should be a valid integer"),
+        ({"model": "x", "calibration": {"context": 512.0}}, "calibration.context: Input should be a valid integer"),
+        ({"model": "x", "seed": True}, "seed: Input should be a valid integer (got True)"),
+        ({"model": "x", "evaluate": {"speed": 1}}, "evaluate.speed: Input should be a valid boolean (got 1)"),
+        ({"model": "x", "calibration": {"texts": "a.txt"}}, "calibration.texts: Input should be a valid list"),
+        ({"model": "x", "calibration": None}, "calibration: Input should be a valid dictionary"),
+        # Ranges.
+        ({"model": "x", "calibration": {"texts": []}}, "calibration.texts: List should have at least 1 item"),
+        ({"model": "x", "calibration": {"context": 1}}, "calibration.context: Input should be greater than or equal"),
+        ({"model": "x", "select": {"remove": -1}}, "select.remove: Input should be greater than or equal to 0"),
+        ({"model": "x", "select": {"remove_ratio": 1}}, "select.remove_ratio: Input should be less than 1"),
+        ({"model": "x", "share": {"group_size": 1}}, "share.group_size: Input should be greater than or equal to 2"),
+        ({"model": "x", "max_memory_gb": 0}, "max_memory_gb: Input should be greater than 0"),
+        # Choices, and values that contradict each other.
+        ({"model": "x", "dtype": "float8"}, "dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
+        ({"model": "x", "share": {"sublayers": ["ffn"]}}, "share.sublayers.0: Input should be 'attention' or 'mlp'"),
+        (
+            {"model": "x", "select": {"remove": 1, "remove_ratio": 0.5}},
+            "select: give remove or remove_ratio, not both",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value[:50],
+)
+def test_a_wrong_value_is_named_with_its_place(value: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
+        Recipe.from_dict(value, "recipe.yaml")
+    assert str(caught.value).startswith("recipe.yaml: ")
+
+
+def test_all_wrong_values_are_named_at_once() -> None:
+    with pytest.raises(UsageError, match=r"seed: .*; calibration\.context: "):
+        Recipe.from_dict({"model": "x", "seed": "one", "calibration": {"context": 0}})
+
+
+def test_whole_numbers_do_for_fractions() -> None:
+    recipe = Recipe.from_dict({"model": "x", "max_memory_gb": 8, "select": {"remove_ratio": 0}})
+    assert (recipe.max_memory_gb, recipe.select.remove_ratio) == (8.0, 0.0)
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: x\nselect: {method: bi\nseed: 1\n", r"is not valid YAML: .* at line \d+, column \d+"),
+        ("model: x\n\tseed: 1\n", r"is not valid YAML: .* at line 2, column 1"),
+        ("- model\n", "must be a mapping of keys to values, such as `model: "),
+        ("", "must be a mapping of keys to values"),
+        ("model: x\nselct: {}\n", r"recipe\.yaml: selct: unknown key\. Did you mean 'select'"),
+        ("model: !!python/object/apply:os.getcwd []\n", "is not valid YAML: could not determine a constructor"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_a_usage_error(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message) as caught:
+        Recipe.load(tmp_path / "recipe.yaml")
+    assert str(tmp_path / "recipe.yaml") in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"recipe not found: .*recipe\.yaml"):
+        Recipe.load(tmp_path / "recipe.yaml")
+    with pytest.raises(ArtifactError, match="cannot read the recipe"):
+        Recipe.load(tmp_path)
+    (tmp_path / "recipe.yaml").write_bytes(b"model: \xff\xfe")
+    with pytest.raises(ArtifactError, match="cannot read the recipe"):
+        Recipe.load(tmp_path / "recipe.yaml")
+
+
+# ------------------------------------------------------------------------------------------------- changes
+
+
+def test_changed_leaves_alone_what_is_none() -> None:
+    recipe = Recipe.from_dict({"model": "x", "seed": 3, "select": {"method": "random", "remove": 2}})
+    changed = recipe.changed(seed=None, dtype="float32", select={"remove": 4, "method": None}, share={"group_size": 3})
+    assert (changed.model, changed.seed, changed.dtype) == ("x", 3, "float32")
+    assert (changed.select.method, changed.select.remove, changed.share.group_size) == ("random", 4, 3)
+    assert (recipe.dtype, recipe.select.remove) == ("auto", 2), "the recipe itself is as it was"
+
+
+def test_changed_values_are_validated() -> None:
+    recipe = Recipe(model="x")
+    with pytest.raises(UsageError, match=r"calibration\.contxt: unknown key\. Did you mean 'context'"):
+        recipe.changed(calibration={"contxt": 3})
+    with pytest.raises(UsageError, match=r"share\.group_size"):
+        recipe.changed(share={"group_size": 1})
+
+
+def test_equal_recipes_have_equal_hashes() -> None:
+    """A run folder is known by the hash of its recipe: defaults that are spelled out change nothing."""
+    short, long = Recipe(model="x"), Recipe.from_dict({"seed": 0, "share": {"method": "none"}, "model": "x"})
+    assert hash_of(short.model_dump(mode="json")) == hash_of(long.model_dump(mode="json"))
+    assert hash_of(short.model_dump(mode="json")) != hash_of(short.changed(seed=1).model_dump(mode="json"))
