@@ -1,0 +1,6 @@
+"""Closed-form compensation: the blocks before a cut take over, linearly, what the removed ones did."""
+
+from foldgpt.compensation.compensator import RIDGES, Compensator
+from foldgpt.compensation.correction import Correction, CutReport
+
+__all__ = ["RIDGES", "Compensator", "Correction", "CutReport"]

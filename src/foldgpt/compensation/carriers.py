@@ -1,0 +1,121 @@
+"""Which matrices can carry a correction: those that make a sublayer's output, and what stands behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from foldgpt.errors import UnsupportedModelError
+from foldgpt.families import Decoder
+from foldgpt.plan import Sublayer
+
+#: Names of the matrices that a sublayer ends in; in mixtures each expert has one, or all are one parameter.
+_OUTPUT_NAMES: dict[Sublayer, frozenset[str]] = {
+    "mlp": frozenset({"down_proj", "c_proj", "dense_4h_to_h", "fc2"}),
+    "attention": frozenset({"o_proj", "out_proj", "c_proj", "dense"}),
+}
+
+#: Norms that stand between a sublayer's output and the residual stream, where a family has them.
+_NORM_BEHIND: dict[Sublayer, str] = {
+    "mlp": "post_feedforward_layernorm",
+    "attention": "post_attention_layernorm",
+}
+
+
+@dataclass(frozen=True)
+class OutputMatrix:
+    """One matrix that makes a sublayer's output, or one parameter that holds those of all experts.
+
+    Attributes:
+        weight: [H, I], [I, H] if transposed, with the experts in front if there are several.
+        bias: [H], or None.
+        transposed: whether the output runs along the last dimension (GPT-2's Conv1D).
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    transposed: bool
+
+    @torch.no_grad()
+    def mapped(self, map_HH: Tensor, bias_H: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias that make M + M D + b of M, in the dtype of D.
+
+        Args:
+            map_HH: D.
+            bias_H: b, or None.
+        """
+        weight = self.weight.to(map_HH)
+        weight = weight + (weight @ map_HH if self.transposed else map_HH.T @ weight)
+        if self.bias is None:
+            return weight, None
+        bias = self.bias.to(map_HH)
+        bias = bias + bias @ map_HH
+        return weight, bias if bias_H is None else bias + bias_H.to(bias)
+
+
+def sublayer_names(decoder: Decoder, sublayer: Sublayer) -> tuple[str, ...]:
+    """Names of a sublayer's modules; the last one returns its output.
+
+    Raises:
+        UnsupportedModelError: the family's sublayers are not known.
+    """
+    if decoder.sublayers is None:
+        raise UnsupportedModelError(
+            f"the sublayers of model type {decoder.model_type!r} are not known (with this config), so removed blocks "
+            "cannot be compensated. Add a row to foldgpt/families/table.py, or switch compensation off."
+        )
+    return decoder.sublayers.attention if sublayer == "attention" else decoder.sublayers.mlp
+
+
+def output_module(decoder: Decoder, index: int, sublayer: Sublayer) -> nn.Module:
+    """The module of block `index` that returns the sublayer's output."""
+    return decoder.blocks[index].get_submodule(sublayer_names(decoder, sublayer)[-1])
+
+
+def norm_behind(decoder: Decoder, index: int, sublayer: Sublayer) -> nn.Module | None:
+    """The norm between a sublayer's output and the residual stream, if the family has one there."""
+    names = sublayer_names(decoder, sublayer)
+    assert decoder.sublayers is not None
+    name = _NORM_BEHIND[sublayer]
+    own = decoder.sublayers.mlp_norms if sublayer == "mlp" else decoder.sublayers.attention_norms
+    # Llama's post_attention_layernorm serves the MLP and stands in front of it.
+    return decoder.blocks[index].get_submodule(name) if names and name in own else None
+
+
+def output_matrices(decoder: Decoder, index: int, sublayer: Sublayer, module: nn.Module) -> list[OutputMatrix]:
+    """The matrices that make what `module` returns.
+
+    Args:
+        decoder: the model.
+        index: the block, for the message.
+        sublayer: which sublayer `module` is the output of.
+        module: what `output_module` gives, or a copy of it.
+
+    Raises:
+        UnsupportedModelError: there are none with a known name, or they are not plain matrices in memory.
+    """
+    found = list(_matrices(module, sublayer_names(decoder, sublayer)[-1], _OUTPUT_NAMES[sublayer]))
+    place = f"the {sublayer} of block {index} of model type {decoder.model_type!r}"
+    if not found:
+        known = ", ".join(sorted(_OUTPUT_NAMES[sublayer]))
+        raise UnsupportedModelError(f"{place} has no output matrix of a known name ({known}); it cannot be corrected")
+    for matrix in found:
+        if matrix.weight.is_meta or not matrix.weight.is_floating_point():
+            raise UnsupportedModelError(f"{place} is offloaded or quantised; correct the plain model in memory first")
+    return found
+
+
+def _matrices(root: nn.Module, root_name: str, names: frozenset[str]) -> Iterator[OutputMatrix]:
+    for path, module in root.named_modules():
+        name = (path or root_name).rpartition(".")[2]
+        weight = getattr(module, "weight", None)
+        if name in names and isinstance(weight, nn.Parameter):
+            # Conv1D keeps its weight as [inputs, outputs].
+            yield OutputMatrix(weight, getattr(module, "bias", None), type(module).__name__ == "Conv1D")
+        for key, parameter in module.named_parameters(recurse=False):
+            if key in names:
+                bias = getattr(module, f"{key}_bias", None)
+                yield OutputMatrix(parameter, bias, getattr(module, "is_transposed", False))

@@ -1,0 +1,205 @@
+"""The fit at one cut, in closed form, fast enough to run inside a search for blocks to remove."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from foldgpt.compensation.carriers import norm_behind, output_matrices, output_module
+from foldgpt.compensation.correction import Correction, CutReport
+from foldgpt.compensation.least_squares import Sums, best_ridge, solve
+from foldgpt.errors import UnsupportedModelError, UsageError
+from foldgpt.plan import Sublayer
+from foldgpt.replay import Replay
+
+#: Tried on held-out tokens under ridge="auto".
+RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
+
+#: The share of the tokens (the last ones, in whole windows) on which a fit is judged.
+_HELD_OUT = 0.25
+
+
+class Compensator:
+    """Fits, at a cut, the linear map that makes the block before it do the work of the removed ones.
+
+    With M the sublayer's output, o the stream behind the block and L the source's stream where the next kept block
+    begins, D minimises Σ w ‖L − o − M D‖² + ridge ‖D‖² over tokens, and the block's M becomes M + M D: its output
+    matrix is multiplied by 1 + D, no parameter is added. The ridge draws the map to the identity, that is, to the
+    plain removal. The idea is ReplaceMe's (Shopkhoev et al. 2025, arXiv 2505.02819).
+
+    Each token counts by 1 / ‖L‖², since the next block normalises its input; tokens with massive activations, which
+    would count for nothing and spoil the sums, are left out.
+
+    Args:
+        replay: the source, recorded on the windows that are fitted on.
+        ridge: multiple of the Gram matrix's mean diagonal; "auto" takes the best of `RIDGES` on held-out tokens.
+        outliers: tokens are left out whose ‖M‖, ‖L − o‖ or ‖L‖ is more than this many times the median.
+
+    Raises:
+        UsageError: a number that makes no sense.
+        UnsupportedModelError: the family's sublayers are not known, or what a block does with its sublayer's output
+            is not a multiple added to the stream.
+    """
+
+    def __init__(self, replay: Replay, *, ridge: float | Literal["auto"] = "auto", outliers: float = 10.0) -> None:
+        if ridge != "auto" and not ridge >= 0:
+            raise UsageError(f"the ridge must be at least 0 or 'auto', not {ridge}")
+        if not outliers > 1:
+            raise UsageError(f"outliers is a multiple of the median norm, so more than 1, not {outliers}")
+        self.replay = replay
+        self.ridge = ridge
+        self.outliers = outliers
+        config = replay.decoder.config
+        #: What a sublayer's output is multiplied by before it is added to the stream (Granite).
+        self._multiplier: float = getattr(config, "residual_multiplier", 1.0)
+        self._checked: set[Sublayer] = set()
+
+    @torch.no_grad()
+    def correct(
+        self,
+        block: int,
+        output_WTH: Tensor,
+        mlp_output_WTH: Tensor,
+        target_WTH: Tensor,
+        *,
+        sublayer: Sublayer = "mlp",
+    ) -> tuple[Tensor, Correction]:
+        """Fit the correction of one block and apply it to the stream.
+
+        Args:
+            block: source index of the last kept block before the cut.
+            output_WTH: the stream behind it, o, in the model that is being folded.
+            mlp_output_WTH: what `Replay.mlp_output` collected in that pass, M.
+            target_WTH: the source's stream where the next kept block begins, L.
+            sublayer: which sublayer's output M is.
+
+        Returns:
+            The stream behind the corrected block, [W, T, H] in the dtype of o, and the correction.
+
+        Raises:
+            UsageError: the shapes differ, or a value is not finite.
+            UnsupportedModelError: see the class.
+        """
+        if not output_WTH.shape == mlp_output_WTH.shape == target_WTH.shape:
+            shapes = ", ".join(str(list(x.shape)) for x in (output_WTH, mlp_output_WTH, target_WTH))
+            raise UsageError(f"output, MLP output and target of block {block} must have one shape, got {shapes}")
+        self._check(block, sublayer)
+        if norm_behind(self.replay.decoder, block, sublayer) is not None:
+            raise UnsupportedModelError("a norm stands between the sublayer and the stream; not fitted yet")
+        module = output_module(self.replay.decoder, block, sublayer)
+        matrices = output_matrices(self.replay.decoder, block, sublayer, module)
+        has_bias = len(matrices) == 1 and matrices[0].bias is not None
+
+        inputs_RH = mlp_output_WTH.flatten(0, -2)
+        output_RH = output_WTH.flatten(0, -2)
+        target_RH = target_WTH.flatten(0, -2).float()
+        wanted_RH = target_RH - output_RH.float()
+        weight_R = self._weights(block, inputs_RH, wanted_RH, target_RH)
+        if self._multiplier != 1:
+            wanted_RH = wanted_RH / self._multiplier
+
+        first_held = _first_held_out(target_WTH)
+        fitted = Sums.of(inputs_RH[:first_held], wanted_RH[:first_held], weight_R[:first_held])
+        held = Sums.of(inputs_RH[first_held:], wanted_RH[first_held:], weight_R[first_held:])
+        ridge = best_ridge(fitted, held, RIDGES, bias=has_bias) if self.ridge == "auto" else self.ridge
+        part_map, part_bias = solve(fitted, ridge, bias=has_bias)
+        map_HH, bias_H = solve(fitted + held, ridge, bias=has_bias)
+
+        correction = Correction(
+            block=block,
+            sublayer=sublayer,
+            map_HH=map_HH.float(),
+            bias_H=None if bias_H is None else bias_H.float(),
+            scale_H=None,
+            report=_report(weight_R, ridge, self._multiplier**2, fitted, held, part_map, part_bias),
+        )
+        change_RH = inputs_RH.float() @ correction.map_HH
+        if correction.bias_H is not None:
+            change_RH += correction.bias_H
+        corrected_RH = output_RH.float() + self._multiplier * change_RH
+        return corrected_RH.to(output_WTH.dtype).view(output_WTH.shape), correction
+
+    def _weights(self, block: int, inputs_RH: Tensor, wanted_RH: Tensor, target_RH: Tensor) -> Tensor:
+        """1 / ‖L‖² of each token, 0 for those left out."""
+        weight_R = 1 / target_RH.square().sum(-1).clamp_min(1e-30)
+        for rows in (inputs_RH, wanted_RH, target_RH):
+            norm_R = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
+            if not bool(norm_R.isfinite().all()):
+                raise UsageError(f"the states of block {block} hold values that are not finite")
+            median = norm_R.median()
+            if median > 0:
+                weight_R = weight_R.masked_fill(norm_R > self.outliers * median, 0.0)
+        return weight_R
+
+    def _check(self, block: int, sublayer: Sublayer) -> None:
+        """Once for each sublayer: its output, times the multiplier, is what reaches the stream."""
+        decoder = self.replay.decoder
+        module = output_module(decoder, block, sublayer)  # refuses unknown families
+        if sublayer in self._checked or norm_behind(decoder, block, sublayer) is not None:
+            return
+        first = next(iter(self.replay.batches()))
+        hidden_BTH = self.replay.states[block][first]
+        generator = torch.Generator().manual_seed(0)
+        size = float(self.replay.states[block + 1][first].float().square().mean().sqrt())
+        probe_BTH = torch.randn(hidden_BTH.shape, generator=generator).to(hidden_BTH) * size
+        with_probe = self._with_output(block, module, hidden_BTH, probe_BTH)
+        without = self._with_output(block, module, hidden_BTH, torch.zeros_like(probe_BTH))
+        reached_BTH = with_probe.float() - without.float()
+        missed = torch.linalg.vector_norm(reached_BTH - self._multiplier * probe_BTH.float())
+        if missed > 0.02 * torch.linalg.vector_norm(reached_BTH):
+            raise UnsupportedModelError(
+                f"in model type {decoder.model_type!r} the {sublayer} output is not simply added to the stream, and "
+                "foldgpt does not know what happens to it; removed blocks cannot be compensated. Switch that off."
+            )
+        self._checked.add(sublayer)
+
+    def _with_output(self, block: int, module: nn.Module, hidden_BTH: Tensor, put_BTH: Tensor) -> Tensor:
+        """The block's output if its sublayer gave this."""
+
+        def replace(_module: nn.Module, _args: object, output: object) -> object:
+            # The shape may differ (OPT flattens the tokens), and a block may add to what it is given in place.
+            if isinstance(output, tuple):
+                return (put_BTH.reshape(output[0].shape).clone(), *output[1:])
+            assert isinstance(output, Tensor)
+            return put_BTH.reshape(output.shape).clone()
+
+        handle = module.register_forward_hook(replace)
+        calls = self.replay.num_block_calls
+        try:
+            return self.replay.block(block, hidden_BTH)
+        finally:
+            handle.remove()
+            self.replay.num_block_calls = calls
+
+
+def _first_held_out(target_WTH: Tensor) -> int:
+    """The row where the held-out part begins: a window's first row if there are windows enough."""
+    windows, tokens = target_WTH.shape[0], target_WTH.shape[:-1].numel()
+    if windows >= 4:
+        return round(windows * (1 - _HELD_OUT)) * (tokens // windows)
+    return max(1, round(tokens * (1 - _HELD_OUT)))
+
+
+def _report(
+    weight_R: Tensor,
+    ridge: float,
+    scale: float,
+    fitted: Sums,
+    held: Sums,
+    map_HH: Tensor,
+    bias_H: Tensor | None,
+) -> CutReport:
+    used = int((weight_R > 0).sum())
+    split = max(held.count, 1), max(fitted.count, 1)
+    # Weights are 1 / ‖L‖², so that a weighted sum of squares over a number of tokens is a mean relative error.
+    before = held.square * scale / split[0]
+    return CutReport(
+        tokens=used,
+        left_out=len(weight_R) - used,
+        ridge=ridge,
+        before=before,
+        after=before * held.error(map_HH, bias_H),
+        fitted=fitted.square * scale / split[1] * fitted.error(map_HH, bias_H),
+    )

@@ -1,0 +1,62 @@
+"""What a correction is: a linear map on a sublayer's output, and how well it was fitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from foldgpt.plan import Sublayer
+
+
+@dataclass(frozen=True)
+class CutReport:
+    """How well one correction fits.
+
+    Errors are means over tokens of ‖L − stream‖² / ‖L‖², with L the source's state, on tokens without those left out.
+
+    Attributes:
+        tokens: tokens fitted on, held-out ones included.
+        left_out: tokens left out because of their extreme norm.
+        ridge: the ridge, as a multiple of the mean diagonal of the Gram matrix.
+        before: error of the uncorrected stream, on the held-out tokens.
+        after: error on the held-out tokens of a map that was fitted on the others only.
+        fitted: error of that map on the tokens it was fitted on; far below `after`, there were too few.
+    """
+
+    tokens: int
+    left_out: int
+    ridge: float
+    before: float
+    after: float
+    fitted: float
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A change of one kept block that makes up for what was removed behind it.
+
+    The sublayer's output M becomes M + M D + b, by a change of the matrix that makes M. Where a norm stands between
+    M and the residual stream, it gets new scales as well.
+
+    Attributes:
+        block: source index of the block that carries the correction.
+        sublayer: which of its sublayers carries it.
+        map_HH: D, fp32 [H, H], for M as rows.
+        bias_H: b, fp32 [H]; None where the matrix has no bias.
+        scale_H: the norm's new scales, fp32 [H], as multipliers (for Gemma: 1 + its weight); None without a norm.
+        report: how well it fits.
+    """
+
+    block: int
+    sublayer: Sublayer
+    map_HH: Tensor
+    bias_H: Tensor | None
+    scale_H: Tensor | None
+    report: CutReport
+
+    def mapped(self, sublayer_output_RH: Tensor) -> Tensor:
+        """M + M D + b for rows M [R, H], fp32."""
+        rows = sublayer_output_RH.float()
+        mapped = rows + rows @ self.map_HH
+        return mapped if self.bias_H is None else mapped + self.bias_H

@@ -1,0 +1,124 @@
+"""Ridge regression from sums that are collected chunk by chunk: R ≈ M D with ‖D‖ kept small."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+#: Rows multiplied at a time: enough to keep the matrix product busy, little beside the states themselves.
+_CHUNK_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Sums:
+    """All that least squares needs to know of some rows, in fp64.
+
+    Attributes:
+        gram_KK: MᵀWM.
+        cross_KH: MᵀWR.
+        square: Σ w ‖r‖².
+        mean_K: Σ w m.
+        mean_H: Σ w r.
+        weight: Σ w.
+        count: rows of weight above 0.
+    """
+
+    gram_KK: Tensor
+    cross_KH: Tensor
+    square: float
+    mean_K: Tensor
+    mean_H: Tensor
+    weight: float
+    count: int
+
+    @classmethod
+    def of(cls, inputs_RK: Tensor, wanted_RH: Tensor, weight_R: Tensor) -> Self:
+        """Sum over rows. Products are fp32 and their sums fp64.
+
+        Args:
+            inputs_RK: M.
+            wanted_RH: R, fp32.
+            weight_R: w ≥ 0; rows of weight 0 are skipped altogether.
+        """
+        used = weight_R.nonzero()[:, 0]
+        width, height = inputs_RK.shape[1], wanted_RH.shape[1]
+        gram = torch.zeros(width, width, dtype=torch.float64)
+        cross = torch.zeros(width, height, dtype=torch.float64)
+        mean_K, mean_H = torch.zeros(width, dtype=torch.float64), torch.zeros(height, dtype=torch.float64)
+        square = 0.0
+        for rows in used.split(_CHUNK_ROWS):
+            inputs, wanted, weight = inputs_RK[rows].float(), wanted_RH[rows].float(), weight_R[rows].float()
+            weighted = inputs * weight[:, None]
+            gram += (inputs.T @ weighted).cpu()
+            cross += (weighted.T @ wanted).cpu()
+            square += float((wanted.square().sum(-1) * weight).sum())
+            mean_K += weighted.sum(0).cpu()
+            mean_H += (wanted * weight[:, None]).sum(0).cpu()
+        return cls(gram, cross, square, mean_K, mean_H, float(weight_R.sum()), len(used))
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            self.gram_KK + other.gram_KK,
+            self.cross_KH + other.cross_KH,
+            self.square + other.square,
+            self.mean_K + other.mean_K,
+            self.mean_H + other.mean_H,
+            self.weight + other.weight,
+            self.count + other.count,
+        )
+
+    def error(self, map_KH: Tensor, bias_H: Tensor | None = None) -> float:
+        """‖R − M D − b‖² / ‖R‖² for these rows."""
+        if self.square == 0:
+            return 0.0
+        total = self.square + float((map_KH * (self.gram_KK @ map_KH - 2 * self.cross_KH)).sum())
+        if bias_H is not None:
+            total += self.weight * float(bias_H.square().sum())
+            total -= 2 * float(bias_H @ (self.mean_H - self.mean_K @ map_KH))
+        return max(total, 0.0) / self.square
+
+
+def solve(sums: Sums, ridge: float, *, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """The D (and b) that minimise Σ w ‖r − m D − b‖² + ridge · mean diagonal of the Gram matrix · ‖D‖².
+
+    Args:
+        sums: the rows.
+        ridge: ≥ 0. With 0, or too little of it, for a singular Gram matrix it is raised until a solution exists.
+        bias: whether there is a b; it is not penalised.
+
+    Returns:
+        D [K, H] and b [H] (or None), fp64.
+    """
+    gram, cross = sums.gram_KK, sums.cross_KH
+    if bias and sums.weight > 0:
+        gram = gram - torch.outer(sums.mean_K, sums.mean_K) / sums.weight
+        cross = cross - torch.outer(sums.mean_K, sums.mean_H) / sums.weight
+    size = float(gram.diagonal().mean())
+    if size <= 0:
+        found = torch.zeros_like(cross)
+    else:
+        found = _solve_ridged(gram, cross, ridge * size, 1e-10 * size)
+    if not bias or sums.weight == 0:
+        return found, None
+    return found, (sums.mean_H - sums.mean_K @ found) / sums.weight
+
+
+def _solve_ridged(gram_KK: Tensor, cross_KH: Tensor, ridge: float, least: float) -> Tensor:
+    while True:
+        ridged = gram_KK.clone()
+        ridged.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(ridged)
+        if not failed:
+            return torch.cholesky_solve(cross_KH, factor)
+        # Not positive definite to working precision. This ends: a ridge of the matrix's own size always is.
+        ridge = max(10 * ridge, least)
+
+
+def best_ridge(fitted: Sums, held_out: Sums, ridges: Sequence[float], *, bias: bool) -> float:
+    """The ridge whose solution on `fitted` is nearest on `held_out`."""
+    errors = [held_out.error(*solve(fitted, ridge, bias=bias)) for ridge in ridges]
+    return ridges[errors.index(min(errors))]
