@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from typing import Any
 from foldgpt.errors import ArtifactError
 
 _STAGING_MARK = ".foldgpt-partial-"
+#: What `tempfile` puts after the prefix it is given.
+_RANDOM_SUFFIX = re.compile(r"[a-z0-9_]{8}")
 
 
 def _cannot_write(path: Path, error: OSError) -> ArtifactError:
@@ -28,10 +31,11 @@ def write_text(path: str | Path, text: str) -> None:
         ArtifactError: the folder cannot be created or written, or the disk is full.
     """
     path = Path(path)
-    temporary: str | None = None
+    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{_STAGING_MARK}{path.name}-")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_STAGING_MARK}{path.name}-")
+        temporary = Path(name)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -39,12 +43,13 @@ def write_text(path: str | Path, text: str) -> None:
         # mkstemp makes private files; an artefact gets the permissions any other new file would.
         umask = os.umask(0)
         os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise _cannot_write(path, error) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -129,16 +134,30 @@ def _move_into_place(staging: Path, path: Path) -> None:
 
 
 def check_free(path: str | Path, *, replace: bool = False) -> None:
-    """Raise `ArtifactError` if `path` holds something that a new output would overwrite."""
+    """Raise `ArtifactError` if `path` holds something that a new folder would overwrite, or cannot be read.
+
+    An empty folder is free. A file never is: `replace` is meant for an earlier folder.
+    """
     path = Path(path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not replace):
+    try:
+        is_file = path.is_file()
+        is_taken = path.is_dir() and any(path.iterdir()) and not replace
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
+    if is_file:
+        raise ArtifactError(f"{path} is a file, and a folder is to be written there. Choose another place.")
+    if is_taken:
         raise ArtifactError(f"{path} already exists. Choose another place, or pass --overwrite to replace it.")
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Remove staging files that a killed process left beside `path`."""
+    """Remove what a killed process left beside `path` while it was writing it, and nothing else."""
     path = Path(path)
-    for leftover in path.parent.glob(f"{_STAGING_MARK}{path.name}-*"):
+    prefix = f"{_STAGING_MARK}{path.name}-"
+    for leftover in path.parent.iterdir():
+        # Exactly: the staging folder of `run-2` begins as one of `run` does.
+        if not (leftover.name.startswith(prefix) and _RANDOM_SUFFIX.fullmatch(leftover.name.removeprefix(prefix))):
+            continue
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
