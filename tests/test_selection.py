@@ -1,0 +1,210 @@
+"""Selectors that need no search (BI, angular run, last, random), and groups of neighbours."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from foldgpt.analysis import Analysis
+from foldgpt.errors import UsageError
+from foldgpt.families import decoder_of
+from foldgpt.folding import fold_, source_model_of
+from foldgpt.plan import FoldPlan, Group
+from foldgpt.selection import SELECTORS, Request, number_to_remove, select
+from foldgpt.sharing import adjacent_groups
+from models import NUM_BLOCKS, tiny_model
+
+
+def analysis_of(bi: list[float], spans: dict[int, list[float]] | None = None) -> Analysis:
+    """An analysis with the given BI, and angular distances by length of the run (0.5 where not given)."""
+    n = len(bi)
+    angular = [(spans or {}).get(length, [0.5] * (n - length + 1)) for length in range(1, n + 1)]
+    return Analysis(
+        model_type="llama",
+        num_blocks=n,
+        num_windows=1,
+        num_tokens=8,
+        seconds=0.0,
+        bi=bi,
+        relative_update=[0.1] * n,
+        cosine=[[1.0] * (n + 1)] * (n + 1),
+        angular=angular,
+        # Other values than those above: a selector that reads these by mistake chooses otherwise.
+        angular_last_token=[[1 - i / 100 for i in range(n - length)] for length in range(n)],
+    )
+
+
+BI = [0.9, 0.2, 0.4, 0.1, 0.3, 0.8]
+
+
+# ------------------------------------------------------------------------------------------------------ BI
+
+
+def test_bi_removes_the_least_influential_blocks() -> None:
+    selection = select("bi", Request(num_blocks=6, num_remove=3, analysis=analysis_of(BI)))
+    assert selection.removed == (1, 3, 4)
+    assert selection.order == (3, 1, 4, 2, 5, 0)
+    assert (selection.method, selection.scores) == ("bi", tuple(BI))
+
+
+def test_bi_breaks_ties_by_depth() -> None:
+    selection = select("bi", Request(num_blocks=5, num_remove=2, analysis=analysis_of([0.2, 0.1, 0.1, 0.3, 0.1])))
+    assert selection.order == (1, 2, 4, 0, 3)
+    assert selection.removed == (1, 2)
+
+
+# ------------------------------------------------------------------------------------------------- angular
+
+
+def test_angular_removes_the_run_with_the_smallest_distance() -> None:
+    spans = {1: [0.1, 0.2, 0.3, 0.3, 0.2, 0.4], 2: [0.5, 0.4, 0.3, 0.1, 0.6], 3: [0.3, 0.2, 0.2, 0.9]}
+    analysis = analysis_of(BI, spans)
+    assert select("angular", Request(6, 1, analysis)).removed == (0,)
+    assert select("angular", Request(6, 2, analysis)).removed == (3, 4), "a run, not the two best blocks"
+    three = select("angular", Request(6, 3, analysis))
+    assert three.removed == three.order == (1, 2, 3), "the first of equals"
+    assert three.scores == tuple(spans[1])
+
+
+def test_the_longest_run_leaves_one_block() -> None:
+    analysis = analysis_of(BI, {5: [0.4, 0.3]})
+    assert select("angular", Request(6, 5, analysis)).removed == (1, 2, 3, 4, 5)
+
+
+# ---------------------------------------------------------------------------------------- last and random
+
+
+def test_last_removes_the_deepest_blocks() -> None:
+    selection = select("last", Request(num_blocks=6, num_remove=2))
+    assert (selection.removed, selection.order, selection.scores) == ((4, 5), (5, 4, 3, 2, 1, 0), None)
+
+
+def test_random_depends_on_the_seed_alone() -> None:
+    def drawn(num_remove: int, seed: int) -> tuple[int, ...]:
+        selection = select("random", Request(num_blocks=30, num_remove=num_remove, seed=seed))
+        assert selection.removed == tuple(sorted(selection.order[:num_remove]))
+        assert sorted(selection.order) == list(range(30)) and selection.scores is None
+        return selection.removed
+
+    assert drawn(6, seed=3) == drawn(6, seed=3)
+    assert len({drawn(6, seed) for seed in range(20)}) == 20
+    assert set(drawn(6, seed=3)) < set(drawn(7, seed=3)), "a larger budget goes on where a smaller one ended"
+
+
+def test_random_is_the_same_on_every_machine_and_in_every_version() -> None:
+    """Pinned: a plan made from a recipe must not change with a release."""
+    assert select("random", Request(num_blocks=12, num_remove=4, seed=0)).removed == (2, 4, 7, 9)
+
+
+def test_random_draws_every_block_equally_often() -> None:
+    counts = [0] * 10
+    for seed in range(600):
+        for block in select("random", Request(num_blocks=10, num_remove=3, seed=seed)).removed:
+            counts[block] += 1
+    # 180 each, with a standard deviation of 11; five of those is never exceeded by chance.
+    assert all(125 < count < 235 for count in counts), counts
+
+
+# ----------------------------------------------------------------------------------------------- requests
+
+
+@pytest.mark.parametrize("method", ["bi", "angular", "last", "random"])
+def test_nothing_to_remove_removes_nothing(method: str) -> None:
+    assert select(method, Request(num_blocks=6, num_remove=0, analysis=analysis_of(BI))).removed == ()
+
+
+@pytest.mark.parametrize("method", ["bi", "angular", "last", "random"])
+@pytest.mark.parametrize("num_remove", [-1, 6, 7])
+def test_a_number_that_cannot_be_removed_is_refused(method: str, num_remove: int) -> None:
+    message = f"cannot remove {num_remove} of 6 blocks; a number from 0 to 5 leaves at least one"
+    with pytest.raises(UsageError, match=re.escape(message)):
+        select(method, Request(num_blocks=6, num_remove=num_remove, analysis=analysis_of(BI)))
+
+
+@pytest.mark.parametrize("method", ["bi", "angular"])
+def test_an_analysis_that_is_missing_or_of_another_model_is_refused(method: str) -> None:
+    with pytest.raises(UsageError, match=f"selector '{method}' reads an analysis; run `foldgpt analyze` first"):
+        select(method, Request(num_blocks=6, num_remove=1))
+    with pytest.raises(UsageError, match="analysis is of a model with 6 blocks, this one has 8"):
+        select(method, Request(num_blocks=8, num_remove=1, analysis=analysis_of(BI)))
+
+
+def test_an_unknown_selector_gets_a_suggestion() -> None:
+    with pytest.raises(UsageError, match=r"unknown selector 'angualr'\. Did you mean 'angular'\?"):
+        select("angualr", Request(num_blocks=6, num_remove=1))
+    assert {"bi", "angular", "last", "random"} <= set(SELECTORS)
+
+
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [
+        ({"remove": 3, "ratio": None}, 3),
+        ({"remove": 0, "ratio": None}, 0),
+        ({"remove": None, "ratio": None}, 0),
+        ({"remove": None, "ratio": 0.25}, 8),
+        ({"remove": None, "ratio": 0.2}, 6),
+        ({"remove": None, "ratio": 0.01}, 0),
+    ],
+)
+def test_a_ratio_is_of_all_blocks(options: dict[str, Any], number: int) -> None:
+    assert number_to_remove(30, **options) == number
+
+
+# -------------------------------------------------------------------------------------------- adjacent groups
+
+
+def blocks_of(groups: tuple[Group, ...]) -> list[tuple[int, ...]]:
+    return [group.blocks for group in groups]
+
+
+def test_neighbours_share_and_leftovers_stay_alone() -> None:
+    decoder = decoder_of(tiny_model("llama"))
+    assert blocks_of(adjacent_groups(decoder, range(6), size=2)) == [(0, 1), (2, 3), (4, 5)]
+    assert blocks_of(adjacent_groups(decoder, range(6), size=4)) == [(0, 1, 2, 3)]
+    assert adjacent_groups(decoder, range(6), size=7) == ()
+
+
+def test_neighbours_are_so_among_the_kept() -> None:
+    decoder = decoder_of(tiny_model("llama"))
+    assert blocks_of(adjacent_groups(decoder, (0, 3, 4, 5), size=2)) == [(0, 3), (4, 5)]
+
+
+def test_a_group_says_what_it_was_asked_for() -> None:
+    decoder = decoder_of(tiny_model("llama"))
+    (group,) = adjacent_groups(decoder, (1, 2), size=2, sublayers=("mlp",), donor="mean")
+    assert group == Group(blocks=(1, 2), sublayers=("mlp",), donor="mean")
+
+
+@pytest.mark.parametrize(
+    ("family", "sublayers", "groups"),
+    [
+        # gemma3: sliding, sliding, full, twice; only the attention cares.
+        ("gemma3", ("attention", "mlp"), [(0, 1), (3, 4)]),
+        ("gemma3", ("attention",), [(0, 1), (3, 4)]),
+        ("gemma3", ("mlp",), [(0, 1), (2, 3), (4, 5)]),
+        # qwen3_moe: blocks 3 and 5 are sparse, the others dense; only the MLP cares.
+        ("qwen3_moe", ("attention", "mlp"), [(0, 1)]),
+        ("qwen3_moe", ("attention",), [(0, 1), (2, 3), (4, 5)]),
+        # smollm3: blocks 2 and 5 are without rotary embedding.
+        ("smollm3", ("attention", "mlp"), [(0, 1), (3, 4)]),
+    ],
+)
+def test_another_kind_ends_a_run(family: str, sublayers: Any, groups: list[tuple[int, ...]]) -> None:
+    model = tiny_model(family)
+    found = adjacent_groups(decoder_of(model), range(NUM_BLOCKS), size=2, sublayers=sublayers)
+    assert blocks_of(found) == groups
+    fold_(model, FoldPlan.create(source_model_of(model), groups=found))
+
+
+def test_a_run_that_was_cut_short_begins_again() -> None:
+    """Sizes of three: the sliding blocks 0 and 1 are too few, and must not be joined with 3."""
+    decoder = decoder_of(tiny_model("gemma3"))
+    assert adjacent_groups(decoder, range(6), size=3) == ()
+    assert blocks_of(adjacent_groups(decoder, (0, 1, 3, 4), size=3)) == [(0, 1, 3)]
+
+
+def test_a_group_of_one_is_refused() -> None:
+    with pytest.raises(UsageError, match="a group needs at least 2 blocks, got --group-size 1"):
+        adjacent_groups(decoder_of(tiny_model("llama")), range(6), size=1)
