@@ -1,6 +1,8 @@
 """Closed-form compensation: the blocks before a cut take over, linearly, what the removed ones did."""
 
+from foldgpt.compensation.compensate import compensate
 from foldgpt.compensation.compensator import RIDGES, Compensator
 from foldgpt.compensation.correction import Correction, CutReport
+from foldgpt.compensation.merge import merge_
 
-__all__ = ["RIDGES", "Compensator", "Correction", "CutReport"]
+__all__ = ["RIDGES", "Compensator", "Correction", "CutReport", "compensate", "merge_"]

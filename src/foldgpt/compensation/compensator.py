@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -144,8 +145,11 @@ class Compensator:
         generator = torch.Generator().manual_seed(0)
         size = float(self.replay.states[block + 1][first].float().square().mean().sqrt())
         probe_BTH = torch.randn(hidden_BTH.shape, generator=generator).to(hidden_BTH) * size
-        with_probe = self._with_output(block, module, hidden_BTH, probe_BTH)
-        without = self._with_output(block, module, hidden_BTH, torch.zeros_like(probe_BTH))
+        # The other sublayer is silenced: an MLP would answer to a change of the attention before it.
+        other = output_module(decoder, block, "mlp" if sublayer == "attention" else "attention")
+        nothing_BTH = torch.zeros_like(probe_BTH)
+        with_probe = self._with_outputs(block, {module: probe_BTH, other: nothing_BTH}, hidden_BTH)
+        without = self._with_outputs(block, {module: nothing_BTH, other: nothing_BTH}, hidden_BTH)
         reached_BTH = with_probe.float() - without.float()
         missed = torch.linalg.vector_norm(reached_BTH - self._multiplier * probe_BTH.float())
         if missed > 0.02 * torch.linalg.vector_norm(reached_BTH):
@@ -155,23 +159,60 @@ class Compensator:
             )
         self._checked.add(sublayer)
 
-    def _with_output(self, block: int, module: nn.Module, hidden_BTH: Tensor, put_BTH: Tensor) -> Tensor:
-        """The block's output if its sublayer gave this."""
-
-        def replace(_module: nn.Module, _args: object, output: object) -> object:
-            # The shape may differ (OPT flattens the tokens), and a block may add to what it is given in place.
-            if isinstance(output, tuple):
-                return (put_BTH.reshape(output[0].shape).clone(), *output[1:])
-            assert isinstance(output, Tensor)
-            return put_BTH.reshape(output.shape).clone()
-
-        handle = module.register_forward_hook(replace)
+    def _with_outputs(self, block: int, put: Mapping[nn.Module, Tensor], hidden_BTH: Tensor) -> Tensor:
+        """The block's output if its sublayers gave these."""
+        handles = [
+            module.register_forward_hook(lambda _module, _args, output, value=value: _replaced(output, value))
+            for module, value in put.items()
+        ]
         calls = self.replay.num_block_calls
         try:
             return self.replay.block(block, hidden_BTH)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
             self.replay.num_block_calls = calls
+
+    def run(
+        self, block: int, stream_WTH: Tensor, *, sublayer: Sublayer = "mlp", absent: Sublayer | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Pass a stream through one block.
+
+        Args:
+            block: source index of the block.
+            stream_WTH: what goes in, for all recorded windows.
+            sublayer: whose output is wanted.
+            absent: a sublayer that is removed and adds nothing.
+
+        Returns:
+            What comes out and what the sublayer put out, both [W, T, H]: o and M for `correct`.
+        """
+        collected: list[Tensor] = []
+
+        def collect(_module: nn.Module, _args: object, output: Any) -> None:
+            # Copied: a block may add to it in place (Falcon).
+            collected.append((output[0] if isinstance(output, tuple) else output).clone())
+
+        decoder = self.replay.decoder
+        handles = [output_module(decoder, block, sublayer).register_forward_hook(collect)]
+        if absent is not None:
+            module = output_module(decoder, block, absent)
+            nothing = torch.zeros((), dtype=stream_WTH.dtype, device=stream_WTH.device)
+            handles.append(module.register_forward_hook(lambda _module, _args, output: _replaced(output, nothing)))
+        try:
+            outputs = [self.replay.block(block, stream_WTH[rows]) for rows in self.replay.batches()]
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.cat(outputs), torch.cat([part.reshape(-1) for part in collected]).view(stream_WTH.shape)
+
+
+def _replaced(output: Any, put: Tensor) -> Any:
+    """`put` in the place and the shape of a sublayer's output (OPT flattens the tokens, attention returns a tuple)."""
+    if isinstance(output, tuple):
+        return (_replaced(output[0], put), *output[1:])
+    # A copy: a block may add to it in place.
+    return (put.reshape(output.shape) if put.ndim else put.expand(output.shape)).clone()
 
 
 def _first_held_out(target_WTH: Tensor) -> int:

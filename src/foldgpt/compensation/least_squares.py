@@ -98,10 +98,7 @@ def solve(sums: Sums, ridge: float, *, bias: bool) -> tuple[Tensor, Tensor | Non
         gram = gram - torch.outer(sums.mean_K, sums.mean_K) / sums.weight
         cross = cross - torch.outer(sums.mean_K, sums.mean_H) / sums.weight
     size = float(gram.diagonal().mean())
-    if size <= 0:
-        found = torch.zeros_like(cross)
-    else:
-        found = _solve_ridged(gram, cross, ridge * size, 1e-10 * size)
+    found = _solve_ridged(gram, cross, ridge * size, 1e-10 * size) if size > 0 else torch.zeros_like(cross)
     if not bias or sums.weight == 0:
         return found, None
     return found, (sums.mean_H - sums.mean_K @ found) / sums.weight

@@ -1,0 +1,92 @@
+"""Corrections for everything that is removed from a model, from front to back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from foldgpt.compensation.compensator import Compensator
+from foldgpt.compensation.correction import Correction
+from foldgpt.errors import PlanError
+from foldgpt.plan import FoldPlan, Sublayer
+from foldgpt.replay import Replay
+
+
+@torch.no_grad()
+def compensate(
+    model: nn.Module,
+    removal: FoldPlan | Iterable[int],
+    ids_WT: Tensor,
+    *,
+    ridge: float | Literal["auto"] = "auto",
+    outliers: float = 10.0,
+    where: Literal["cuts", "behind"] = "cuts",
+    replay: Replay | None = None,
+) -> dict[int, Correction]:
+    """Fit the corrections that make up for removed blocks and sublayers; the model itself is not changed.
+
+    The kept blocks run one by one on the calibration windows. Where something was removed, the block before the cut
+    is corrected so that the stream behind it comes near the source's, and the later blocks see the corrected stream.
+    A kept block that loses its attention carries the correction in its MLP, one that loses its MLP in its attention.
+    Nothing stands before a cut at block 0, so that one is left as it is.
+
+    Args:
+        model: the source, not folded.
+        removal: the plan, or the source indices of the removed blocks.
+        ids_WT: calibration windows, int64 [W, T].
+        ridge: see `Compensator`.
+        outliers: see `Compensator`.
+        where: "cuts" corrects the blocks before the cuts, "behind" also every kept block behind the first cut.
+        replay: the model recorded on these windows, if that was done already.
+
+    Returns:
+        Source index of the carrying block → its correction; for `merge_`.
+
+    Raises:
+        PlanError: a block that must carry a correction shares that sublayer with others.
+        UsageError: the windows do not fit the model.
+        UnsupportedModelError: the model's family cannot be compensated.
+    """
+    removed, absent, shared = _parts(removal)
+    replay = replay or Replay(model, ids_WT)
+    compensator = Compensator(replay, ridge=ridge, outliers=outliers)
+    kept = [index for index in range(replay.num_blocks) if index not in removed]
+    stream_WTH = replay.states[0]
+    corrections: dict[int, Correction] = {}
+    differs = kept[0] > 0
+    for index, following in zip(kept, [*kept[1:], replay.num_blocks], strict=True):
+        is_cut = following > index + 1 or index in absent
+        if not is_cut and not differs:
+            # Still the source's own stream.
+            stream_WTH = replay.states[index + 1]
+            continue
+        differs = True
+        if not is_cut and where == "cuts":
+            stream_WTH = torch.cat([replay.block(index, stream_WTH[rows]) for rows in replay.batches()])
+            continue
+        carrier: Sublayer = "attention" if absent.get(index) == "mlp" else "mlp"
+        if index in shared[carrier]:
+            raise PlanError(
+                f"block {index} must make up for what is removed behind it, but shares its {carrier} with other blocks"
+            )
+        output_WTH, carried_WTH = compensator.run(index, stream_WTH, sublayer=carrier, absent=absent.get(index))
+        stream_WTH, corrections[index] = compensator.correct(
+            index, output_WTH, carried_WTH, replay.states[following], sublayer=carrier
+        )
+    return corrections
+
+
+def _parts(removal: FoldPlan | Iterable[int]) -> tuple[set[int], dict[int, Sublayer], dict[Sublayer, set[int]]]:
+    """Removed blocks, kept blocks that lose a sublayer, and the blocks that share each sublayer."""
+    shared: dict[Sublayer, set[int]] = {"attention": set(), "mlp": set()}
+    if not isinstance(removal, FoldPlan):
+        return set(removal), {}, shared
+    absent: dict[int, Sublayer] = dict.fromkeys(removal.removed_attention, "attention")
+    absent.update(dict.fromkeys(removal.removed_mlp, "mlp"))
+    for group in removal.groups:
+        for sublayer in group.sublayers:
+            shared[sublayer] |= set(group.blocks)
+    return set(removal.removed), absent, shared

@@ -1,0 +1,101 @@
+"""Writing corrections into the weights: the same matrices, changed; nothing is added."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from foldgpt.compensation.carriers import norm_behind, output_matrices, output_module
+from foldgpt.compensation.correction import Correction
+from foldgpt.compensation.norms import weight_for
+from foldgpt.errors import UnsupportedModelError, UsageError
+from foldgpt.families import Decoder, decoder_of
+
+#: How far the merged module may be from the corrected one on random inputs, in fp32, relative to its output.
+_TOLERANCE = 1e-3
+
+
+@torch.no_grad()
+def merge_(model: nn.Module, corrections: Mapping[int, Correction]) -> None:
+    """Merge corrections into a model in place, before it is folded.
+
+    Products are made in fp32 (fp64 for a model in fp64) and cast once. Each changed module is tried on random
+    inputs before anything is written: a model that is refused is as it was.
+
+    Args:
+        model: the source that the corrections were fitted for, not yet folded.
+        corrections: source index → correction, as `compensate` returns them.
+
+    Raises:
+        UsageError: the corrections are for a model of another shape, or the model is folded already.
+        UnsupportedModelError: the matrices cannot be found, or do not act as expected.
+    """
+    decoder = decoder_of(model)
+    if getattr(model.config, "fold_layout", None) is not None:
+        raise UsageError("this model is folded already; corrections are merged before folding")
+    written: list[tuple[nn.Parameter, Tensor]] = []
+    for index, correction in corrections.items():
+        if not 0 <= index < len(decoder.blocks):
+            raise UsageError(f"there is a correction for block {index}; the model has {len(decoder.blocks)} blocks")
+        written += _merged(decoder, index, correction)
+    for parameter, value in written:
+        parameter.copy_(value)
+
+
+def _merged(decoder: Decoder, index: int, correction: Correction) -> list[tuple[nn.Parameter, Tensor]]:
+    """Each parameter of block `index` that changes, and its new value in the parameter's dtype."""
+    module = output_module(decoder, index, correction.sublayer)
+    matrices = output_matrices(decoder, index, correction.sublayer, module)
+    weight = matrices[0].weight
+    outputs = weight.shape[-1 if matrices[0].transposed else -2]
+    if correction.map_HH.shape != (outputs, outputs):
+        raise UsageError(
+            f"the correction of block {index} is {list(correction.map_HH.shape)}, but the outputs of its "
+            f"{correction.sublayer} are {outputs}. Was it fitted on another model?"
+        )
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    map_HH = correction.map_HH.to(weight.device, dtype)
+    bias_H = None if correction.bias_H is None else correction.bias_H.to(weight.device, dtype)
+
+    written: list[tuple[nn.Parameter, Tensor]] = []
+    trial = copy.deepcopy(module).to(dtype)
+    before_RH = _tried(correction, trial, outputs)
+    for own, tried in zip(matrices, output_matrices(decoder, index, correction.sublayer, trial), strict=True):
+        new_weight, new_bias = tried.mapped(map_HH, bias_H)
+        written.append((own.weight, new_weight.to(own.weight.dtype)))
+        tried.weight.copy_(new_weight)
+        if own.bias is not None and tried.bias is not None and new_bias is not None:
+            written.append((own.bias, new_bias.to(own.bias.dtype)))
+            tried.bias.copy_(new_bias)
+    expected_RH = before_RH + before_RH @ map_HH + (0 if bias_H is None else bias_H)
+    missed = torch.linalg.vector_norm(_tried(correction, trial, outputs) - expected_RH)
+    if not missed <= _TOLERANCE * torch.linalg.vector_norm(expected_RH):
+        raise UnsupportedModelError(
+            f"the {correction.sublayer} of block {index} of model type {decoder.model_type!r} does not end in the "
+            "matrices that foldgpt knows; its correction cannot be merged."
+        )
+    norm = norm_behind(decoder, index, correction.sublayer)
+    if correction.scale_H is not None:
+        if norm is None:
+            raise UsageError(f"the correction of block {index} is for a norm that this model does not have")
+        written.append((norm.weight, weight_for(norm, correction.scale_H)))  # type: ignore[arg-type]
+    return written
+
+
+def _tried(correction: Correction, module: nn.Module, num_outputs: int) -> Tensor:
+    """What a sublayer's module, in fp32 or fp64, makes of some random rows [R, H].
+
+    An attention cannot be called without its masks and positions; there the projection alone is tried.
+    """
+    if correction.sublayer == "attention":
+        module = [child for child in module.modules() if any(True for _ in child.parameters(recurse=False))][-1]
+    weight = next(parameter for parameter in module.parameters() if parameter.ndim >= 2)
+    own = next((parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 2), None)
+    num_inputs = num_outputs if own is None else own.numel() // num_outputs
+    generator = torch.Generator().manual_seed(0)
+    rows_BTH = torch.randn((1, 16, num_inputs), generator=generator).to(weight)
+    output: Tensor = module(rows_BTH)
+    return output.flatten(0, -2)
