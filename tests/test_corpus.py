@@ -212,6 +212,7 @@ def test_bos_comes_first_in_each_window(tmp_path: Path, adds_bos: bool, asked: A
 
 
 def test_evaluation_is_the_whole_text_in_order(tmp_path: Path) -> None:
+    """Field note M5: tokens, context, stride, BOS and join rule are on record."""
     text = "".join(_words(13))  # 104 characters
     (tmp_path / "a.txt").write_text(text)
     windows = evaluation_windows([f"{tmp_path}/a.txt"], TOKENIZER, context=10)

@@ -109,6 +109,7 @@ def test_low_precision_logits_are_scored_in_fp32() -> None:
 
 
 def test_carries_protocol_and_fingerprint() -> None:
+    """Field note M5: no perplexity without how it was measured."""
     text = windows()
     measured = perplexity(llama(), text)
     assert measured.protocol == text.protocol
