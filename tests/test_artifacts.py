@@ -298,15 +298,27 @@ def test_a_failed_replacement_leaves_the_old_folder(tmp_path: Path, monkeypatch:
     assert names(tmp_path) == ["folder"]
 
 
-def test_an_empty_folder_is_free_and_a_file_never_is(tmp_path: Path) -> None:
+def test_an_empty_folder_is_replaced_and_a_file_never_is(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write_folder(tmp_path / "empty", "new")
     assert (tmp_path / "empty" / "sub" / "file").read_text() == "new"
     (tmp_path / "file").write_text("precious")
-    for replace in (False, True):
-        with pytest.raises(ArtifactError, match="file is a file, and a folder is to be written there"):
-            write_folder(tmp_path / "file", "new", replace=replace)
+    with pytest.raises(ArtifactError, match="file already exists"):
+        write_folder(tmp_path / "file", "new")
+    with pytest.raises(ArtifactError, match="file is a file, and a folder is to be written there"):
+        write_folder(tmp_path / "file", "new", replace=True)
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_place_is_free_if_nothing_would_be_lost(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write_text(tmp_path / "full" / "file", "")
+    for place in ("missing", "empty"):
+        check_free(tmp_path / place)
+    for place in ("full", "full/file"):
+        with pytest.raises(ArtifactError, match=f"{place} already exists"):
+            check_free(tmp_path / place)
+        check_free(tmp_path / place, replace=True)
 
 
 @needs_sigkill

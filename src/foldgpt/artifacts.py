@@ -88,7 +88,7 @@ def staged_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
     Args:
         path: the final folder.
-        replace: replace an existing folder; otherwise an existing one is an error.
+        replace: replace an existing folder; otherwise an existing one is an error. A file always is.
 
     Yields:
         The staging folder to write into. It is removed if the block raises.
@@ -98,6 +98,8 @@ def staged_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     check_free(path, replace=replace)
+    if path.is_file():
+        raise ArtifactError(f"{path} is a file, and a folder is to be written there. Choose another place.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
@@ -134,19 +136,16 @@ def _move_into_place(staging: Path, path: Path) -> None:
 
 
 def check_free(path: str | Path, *, replace: bool = False) -> None:
-    """Raise `ArtifactError` if `path` holds something that a new folder would overwrite, or cannot be read.
+    """Raise `ArtifactError` if `path` holds something that a new output would overwrite, or cannot be read.
 
-    An empty folder is free. A file never is: `replace` is meant for an earlier folder.
+    An empty folder is free.
     """
     path = Path(path)
     try:
-        is_file = path.is_file()
-        is_taken = path.is_dir() and any(path.iterdir()) and not replace
+        is_taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
     except OSError as error:
         raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
-    if is_file:
-        raise ArtifactError(f"{path} is a file, and a folder is to be written there. Choose another place.")
-    if is_taken:
+    if is_taken and not replace:
         raise ArtifactError(f"{path} already exists. Choose another place, or pass --overwrite to replace it.")
 
 
