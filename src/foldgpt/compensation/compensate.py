@@ -23,6 +23,7 @@ def compensate(
     *,
     ridge: float | Literal["auto"] = "auto",
     outliers: float = 10.0,
+    rounds: int = 3,
     where: Literal["cuts", "behind"] = "cuts",
     replay: Replay | None = None,
 ) -> dict[int, Correction]:
@@ -39,6 +40,7 @@ def compensate(
         ids_WT: calibration windows, int64 [W, T].
         ridge: see `Compensator`.
         outliers: see `Compensator`.
+        rounds: see `Compensator`.
         where: "cuts" corrects the blocks before the cuts, "behind" also every kept block behind the first cut.
         replay: the model recorded on these windows, if that was done already.
 
@@ -52,7 +54,7 @@ def compensate(
     """
     removed, absent, shared = _parts(removal)
     replay = replay or Replay(model, ids_WT)
-    compensator = Compensator(replay, ridge=ridge, outliers=outliers)
+    compensator = Compensator(replay, ridge=ridge, outliers=outliers, rounds=rounds)
     kept = [index for index in range(replay.num_blocks) if index not in removed]
     stream_WTH = replay.states[0]
     corrections: dict[int, Correction] = {}

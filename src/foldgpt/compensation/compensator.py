@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from foldgpt.compensation.carriers import norm_behind, output_matrices, output_module
 from foldgpt.compensation.correction import Correction, CutReport
 from foldgpt.compensation.least_squares import Sums, best_ridge, solve
+from foldgpt.compensation.norms import effective_scale, epsilon_of
+from foldgpt.compensation.through_norm import NormedFit, error_of, fit_through_norm
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.plan import Sublayer
 from foldgpt.replay import Replay
@@ -37,6 +39,7 @@ class Compensator:
         replay: the source, recorded on the windows that are fitted on.
         ridge: multiple of the Gram matrix's mean diagonal; "auto" takes the best of `RIDGES` on held-out tokens.
         outliers: tokens are left out whose ‖M‖, ‖L − o‖ or ‖L‖ is more than this many times the median.
+        rounds: rounds of alternating least squares where a norm stands behind the sublayer (Gemma 2 and 3, OLMo 2).
 
     Raises:
         UsageError: a number that makes no sense.
@@ -44,7 +47,9 @@ class Compensator:
             is not a multiple added to the stream.
     """
 
-    def __init__(self, replay: Replay, *, ridge: float | Literal["auto"] = "auto", outliers: float = 10.0) -> None:
+    def __init__(
+        self, replay: Replay, *, ridge: float | Literal["auto"] = "auto", outliers: float = 10.0, rounds: int = 3
+    ) -> None:
         if ridge != "auto" and not ridge >= 0:
             raise UsageError(f"the ridge must be at least 0 or 'auto', not {ridge}")
         if not outliers > 1:
@@ -52,6 +57,7 @@ class Compensator:
         self.replay = replay
         self.ridge = ridge
         self.outliers = outliers
+        self.rounds = rounds
         config = replay.decoder.config
         #: What a sublayer's output is multiplied by before it is added to the stream (Granite).
         self._multiplier: float = getattr(config, "residual_multiplier", 1.0)
@@ -87,40 +93,100 @@ class Compensator:
             shapes = ", ".join(str(list(x.shape)) for x in (output_WTH, mlp_output_WTH, target_WTH))
             raise UsageError(f"output, MLP output and target of block {block} must have one shape, got {shapes}")
         self._check(block, sublayer)
-        if norm_behind(self.replay.decoder, block, sublayer) is not None:
-            raise UnsupportedModelError("a norm stands between the sublayer and the stream; not fitted yet")
-        module = output_module(self.replay.decoder, block, sublayer)
-        matrices = output_matrices(self.replay.decoder, block, sublayer, module)
-        has_bias = len(matrices) == 1 and matrices[0].bias is not None
-
         inputs_RH = mlp_output_WTH.flatten(0, -2)
-        output_RH = output_WTH.flatten(0, -2)
+        output_RH = output_WTH.flatten(0, -2).float()
         target_RH = target_WTH.flatten(0, -2).float()
-        wanted_RH = target_RH - output_RH.float()
-        weight_R = self._weights(block, inputs_RH, wanted_RH, target_RH)
-        if self._multiplier != 1:
-            wanted_RH = wanted_RH / self._multiplier
-
+        weight_R = self._weights(block, inputs_RH, target_RH - output_RH, target_RH)
         first_held = _first_held_out(target_WTH)
+        norm = norm_behind(self.replay.decoder, block, sublayer)
+        fit = self._fit_linear if norm is None else self._fit_normed
+        corrected_RH, correction = fit(block, sublayer, inputs_RH, output_RH, target_RH, weight_R, first_held)
+        return corrected_RH.to(output_WTH.dtype).view(output_WTH.shape), correction
+
+    def _fit_linear(
+        self,
+        block: int,
+        sublayer: Sublayer,
+        inputs_RH: Tensor,
+        output_RH: Tensor,
+        target_RH: Tensor,
+        weight_R: Tensor,
+        first_held: int,
+    ) -> tuple[Tensor, Correction]:
+        decoder = self.replay.decoder
+        matrices = output_matrices(decoder, block, sublayer, output_module(decoder, block, sublayer))
+        bias = len(matrices) == 1 and matrices[0].bias is not None
+        wanted_RH = (target_RH - output_RH) / self._multiplier
         fitted = Sums.of(inputs_RH[:first_held], wanted_RH[:first_held], weight_R[:first_held])
         held = Sums.of(inputs_RH[first_held:], wanted_RH[first_held:], weight_R[first_held:])
-        ridge = best_ridge(fitted, held, RIDGES, bias=has_bias) if self.ridge == "auto" else self.ridge
-        part_map, part_bias = solve(fitted, ridge, bias=has_bias)
-        map_HH, bias_H = solve(fitted + held, ridge, bias=has_bias)
-
+        ridge = best_ridge(fitted, held, RIDGES, bias=bias) if self.ridge == "auto" else self.ridge
+        part = solve(fitted, ridge, bias=bias)
+        map_HH, bias_H = solve(fitted + held, ridge, bias=bias)
+        # Weights are 1 / ‖L‖², so that a weighted sum of squares over the number of tokens is a mean relative error.
+        size = self._multiplier**2 / max(held.count, 1)
+        report = CutReport(
+            tokens=fitted.count + held.count,
+            left_out=len(weight_R) - fitted.count - held.count,
+            ridge=ridge,
+            before=held.square * size,
+            after=held.square * size * held.error(*part),
+            fitted=fitted.square * self._multiplier**2 / max(fitted.count, 1) * fitted.error(*part),
+        )
         correction = Correction(
             block=block,
             sublayer=sublayer,
-            map_HH=map_HH.float(),
-            bias_H=None if bias_H is None else bias_H.float(),
+            map_HH=map_HH.to(output_RH),
+            bias_H=None if bias_H is None else bias_H.to(output_RH),
             scale_H=None,
-            report=_report(weight_R, ridge, self._multiplier**2, fitted, held, part_map, part_bias),
+            report=report,
         )
         change_RH = inputs_RH.float() @ correction.map_HH
         if correction.bias_H is not None:
             change_RH += correction.bias_H
-        corrected_RH = output_RH.float() + self._multiplier * change_RH
-        return corrected_RH.to(output_WTH.dtype).view(output_WTH.shape), correction
+        return output_RH + self._multiplier * change_RH, correction
+
+    def _fit_normed(
+        self,
+        block: int,
+        sublayer: Sublayer,
+        inputs_RH: Tensor,
+        output_RH: Tensor,
+        target_RH: Tensor,
+        weight_R: Tensor,
+        first_held: int,
+    ) -> tuple[Tensor, Correction]:
+        norm = norm_behind(self.replay.decoder, block, sublayer)
+        assert norm is not None
+        scale_H, epsilon = effective_scale(norm), epsilon_of(norm)
+        own = NormedFit(torch.zeros(len(scale_H), len(scale_H)).to(scale_H), scale_H)
+        contribution_RH = own.contribution(inputs_RH, epsilon)
+        wanted_RH = target_RH - output_RH + contribution_RH
+
+        def fit(rows: slice, ridge: float) -> NormedFit:
+            return fit_through_norm(
+                inputs_RH[rows], wanted_RH[rows], weight_R[rows], scale_H, epsilon, ridge=ridge, rounds=self.rounds
+            )
+
+        def error(found: NormedFit, rows: slice) -> float:
+            count = max(int((weight_R[rows] > 0).sum()), 1)
+            return error_of(found, inputs_RH[rows], wanted_RH[rows], weight_R[rows], epsilon) / count
+
+        fitted, held = slice(0, first_held), slice(first_held, len(weight_R))
+        ridges = RIDGES if self.ridge == "auto" else (self.ridge,)
+        tried = [(error(part, held), ridge, part) for ridge in ridges for part in [fit(fitted, ridge)]]
+        after, ridge, part = min(tried, key=lambda entry: entry[0])
+        found = fit(slice(None), ridge)
+        used = int((weight_R > 0).sum())
+        report = CutReport(
+            tokens=used,
+            left_out=len(weight_R) - used,
+            ridge=ridge,
+            before=error(own, held),
+            after=after,
+            fitted=error(part, fitted),
+        )
+        correction = Correction(block, sublayer, found.map_HH, None, found.scale_H, report)
+        return output_RH - contribution_RH + found.contribution(inputs_RH, epsilon), correction
 
     def _weights(self, block: int, inputs_RH: Tensor, wanted_RH: Tensor, target_RH: Tensor) -> Tensor:
         """1 / ‖L‖² of each token, 0 for those left out."""
@@ -221,26 +287,3 @@ def _first_held_out(target_WTH: Tensor) -> int:
     if windows >= 4:
         return round(windows * (1 - _HELD_OUT)) * (tokens // windows)
     return max(1, round(tokens * (1 - _HELD_OUT)))
-
-
-def _report(
-    weight_R: Tensor,
-    ridge: float,
-    scale: float,
-    fitted: Sums,
-    held: Sums,
-    map_HH: Tensor,
-    bias_H: Tensor | None,
-) -> CutReport:
-    used = int((weight_R > 0).sum())
-    split = max(held.count, 1), max(fitted.count, 1)
-    # Weights are 1 / ‖L‖², so that a weighted sum of squares over a number of tokens is a mean relative error.
-    before = held.square * scale / split[0]
-    return CutReport(
-        tokens=used,
-        left_out=len(weight_R) - used,
-        ridge=ridge,
-        before=before,
-        after=before * held.error(map_HH, bias_H),
-        fitted=fitted.square * scale / split[1] * fitted.error(map_HH, bias_H),
-    )

@@ -62,7 +62,7 @@ def _merged(decoder: Decoder, index: int, correction: Correction) -> list[tuple[
 
     written: list[tuple[nn.Parameter, Tensor]] = []
     trial = copy.deepcopy(module).to(dtype)
-    before_RH = _tried(correction, trial, outputs)
+    before_RH = _tried(decoder, index, correction, trial, outputs)
     for own, tried in zip(matrices, output_matrices(decoder, index, correction.sublayer, trial), strict=True):
         new_weight, new_bias = tried.mapped(map_HH, bias_H)
         written.append((own.weight, new_weight.to(own.weight.dtype)))
@@ -71,7 +71,7 @@ def _merged(decoder: Decoder, index: int, correction: Correction) -> list[tuple[
             written.append((own.bias, new_bias.to(own.bias.dtype)))
             tried.bias.copy_(new_bias)
     expected_RH = before_RH + before_RH @ map_HH + (0 if bias_H is None else bias_H)
-    missed = torch.linalg.vector_norm(_tried(correction, trial, outputs) - expected_RH)
+    missed = torch.linalg.vector_norm(_tried(decoder, index, correction, trial, outputs) - expected_RH)
     if not missed <= _TOLERANCE * torch.linalg.vector_norm(expected_RH):
         raise UnsupportedModelError(
             f"the {correction.sublayer} of block {index} of model type {decoder.model_type!r} does not end in the "
@@ -85,17 +85,17 @@ def _merged(decoder: Decoder, index: int, correction: Correction) -> list[tuple[
     return written
 
 
-def _tried(correction: Correction, module: nn.Module, num_outputs: int) -> Tensor:
+def _tried(decoder: Decoder, index: int, correction: Correction, module: nn.Module, num_outputs: int) -> Tensor:
     """What a sublayer's module, in fp32 or fp64, makes of some random rows [R, H].
 
     An attention cannot be called without its masks and positions; there the projection alone is tried.
     """
+    matrix = output_matrices(decoder, index, correction.sublayer, module)[0].weight
+    holder = next(m for m in module.modules() if any(p is matrix for p in m.parameters(recurse=False)))
     if correction.sublayer == "attention":
-        module = [child for child in module.modules() if any(True for _ in child.parameters(recurse=False))][-1]
-    weight = next(parameter for parameter in module.parameters() if parameter.ndim >= 2)
-    own = next((parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 2), None)
-    num_inputs = num_outputs if own is None else own.numel() // num_outputs
+        module = holder
+    num_inputs = matrix.numel() // num_outputs if module is holder else num_outputs
     generator = torch.Generator().manual_seed(0)
-    rows_BTH = torch.randn((1, 16, num_inputs), generator=generator).to(weight)
+    rows_BTH = torch.randn((1, 16, num_inputs), generator=generator).to(matrix)
     output: Tensor = module(rows_BTH)
     return output.flatten(0, -2)
