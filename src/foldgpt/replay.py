@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from foldgpt.errors import UnsupportedModelError, UsageError
-from foldgpt.families import Decoder, decoder_of
+from foldgpt.families import Decoder, Sublayers, decoder_of
+from foldgpt.modeling.modeling_foldgpt import Absent
+from foldgpt.plan import Sublayer
 
 
 class Replay:
@@ -77,11 +79,24 @@ class Replay:
         for start in range(0, self.num_windows, self.batch_size):
             yield slice(start, min(start + self.batch_size, self.num_windows))
 
-    def block(self, index: int, hidden_BTH: Tensor) -> Tensor:
-        """What block `index` makes of a residual stream [B, T, H]; gradients flow if they are enabled."""
+    def block(self, index: int, hidden_BTH: Tensor, *, without: Sublayer | None = None) -> Tensor:
+        """What block `index` makes of a residual stream [B, T, H]; gradients flow if they are enabled.
+
+        Args:
+            index: source index of the block.
+            hidden_BTH: the stream that enters it.
+            without: a sublayer that contributes nothing, as in a model folded without it.
+
+        Raises:
+            UsageError: B is not the size of a recorded micro-batch.
+            UnsupportedModelError: `without` is asked for, and the family's sublayers are not known.
+        """
         args, kwargs = self._arguments_for(len(hidden_BTH))[index]
         self.num_block_calls += len(hidden_BTH) / self.num_windows
-        return _tensor_of(self.decoder.blocks[index](hidden_BTH, *args, **kwargs))
+        if without is None:
+            return _tensor_of(self.decoder.blocks[index](hidden_BTH, *args, **kwargs))
+        with self._without(index, without) as block:
+            return _tensor_of(block(hidden_BTH, *args, **kwargs))
 
     def run(self, hidden_BTH: Tensor, blocks: Sequence[int]) -> Tensor:
         """Pass a stream [B, T, H] through the given blocks in order."""
@@ -102,15 +117,39 @@ class Replay:
         Raises:
             UnsupportedModelError: the family's sublayers are not known.
         """
-        if self.decoder.sublayers is None:
-            raise UnsupportedModelError(f"the sublayers of model type {self.decoder.model_type!r} are not known")
-        module = self.decoder.blocks[index].get_submodule(self.decoder.sublayers.mlp[-1])
+        module = self.decoder.blocks[index].get_submodule(self._sublayers.mlp[-1])
         collected: list[Tensor] = []
-        handle = module.register_forward_hook(lambda _module, _args, output: collected.append(_tensor_of(output)))
+        # Copied: a block may add to it in place (Falcon).
+        handle = module.register_forward_hook(lambda _, _args, output: collected.append(_tensor_of(output).clone()))
         try:
             yield collected
         finally:
             handle.remove()
+
+    @contextmanager
+    def _without(self, index: int, sublayer: Sublayer) -> Iterator[nn.Module]:
+        """The block while one sublayer is out of it, with the norms that serve it alone (as `fold_` does it)."""
+        block, sublayers = self.decoder.blocks[index], self._sublayers
+        attention = sublayer == "attention"
+        *before, output = sublayers.attention if attention else sublayers.mlp
+        norms = sublayers.attention_norms if attention else sublayers.mlp_norms
+        originals = {name: block.get_submodule(name) for name in (*before, output, *norms)}
+        try:
+            for name in originals:
+                block.set_submodule(name, Absent(returns_pair=attention) if name == output else nn.Identity())
+            yield block
+        finally:
+            for name, module in originals.items():
+                block.set_submodule(name, module)
+
+    @property
+    def _sublayers(self) -> Sublayers:
+        if self.decoder.sublayers is None:
+            raise UnsupportedModelError(
+                f"the sublayers of model type {self.decoder.model_type!r} are not known (with this config), so nothing "
+                "can be measured of attention and MLP apart. Add a row to foldgpt/families/table.py."
+            )
+        return self.decoder.sublayers
 
     @torch.no_grad()
     def _record(self) -> list[Tensor]:

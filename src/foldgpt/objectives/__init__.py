@@ -2,5 +2,6 @@
 
 from foldgpt.objectives.divergence import cross_entropy, forward_kl, forward_kl_loss
 from foldgpt.objectives.head import Head
+from foldgpt.objectives.source_predictions import SourcePredictions
 
-__all__ = ["Head", "cross_entropy", "forward_kl", "forward_kl_loss"]
+__all__ = ["Head", "SourcePredictions", "cross_entropy", "forward_kl", "forward_kl_loss"]

@@ -17,6 +17,10 @@ class Head:
     Args:
         model: a causal language model.
 
+    Attributes:
+        vocab_size: V.
+        factor: what the logits are multiplied by (1 in most families).
+
     Raises:
         UnsupportedModelError: the model does more to its logits than is known here (soft-capping, a constant
             factor); found out by comparing with the model's own logits on a few tokens.
@@ -29,17 +33,22 @@ class Head:
         self.vocab_size: int = config.vocab_size
         self._cap: float | None = getattr(config, "final_logit_softcapping", None)
         # Granite divides, Cohere multiplies.
-        self._factor: float = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        self.factor: float = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         self._check(model, decoder.blocks_path.rpartition(".")[0])
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
         """Logits [rows, V] of hidden states [rows, H], in fp32."""
         logits_RV: Tensor = self._output(hidden_RH).float()
-        if self._factor != 1:
-            logits_RV = logits_RV * self._factor
+        if self.factor != 1:
+            logits_RV = logits_RV * self.factor
         if self._cap:
             logits_RV = torch.tanh(logits_RV / self._cap) * self._cap
         return logits_RV
+
+    @property
+    def linear(self) -> nn.Linear | None:
+        """The head's matrix where logits are linear in the hidden states (up to `factor`); None otherwise."""
+        return self._output if isinstance(self._output, nn.Linear) and not self._cap else None
 
     @torch.no_grad()
     def _check(self, model: Any, body_path: str) -> None:

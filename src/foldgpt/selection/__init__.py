@@ -1,12 +1,32 @@
-"""Selectors: which blocks to remove. Each is one function in one file, and one entry in `SELECTORS`."""
+"""Which blocks to remove. A selector is one function in one file and one entry in `SELECTORS`."""
+
+from __future__ import annotations
 
 from foldgpt.selection.angular import angular
 from foldgpt.selection.bi import bi
+from foldgpt.selection.budget import number_to_remove
+from foldgpt.selection.cost import Objective, RemovalCost
 from foldgpt.selection.fixed import last, random
-from foldgpt.selection.selection import Request, Selection, Selector, number_to_remove
+from foldgpt.selection.greedy import greedy
+from foldgpt.selection.loo import loo
+from foldgpt.selection.selection import Request, Selection, Selector
 from foldgpt.selection.selection import select as _select
+from foldgpt.selection.units import Units
 
-SELECTORS: dict[str, Selector] = {"bi": bi, "angular": angular, "last": last, "random": random}
+SELECTORS: dict[str, Selector] = {
+    "bi": bi,
+    "angular": angular,
+    "loo": loo,
+    "greedy": greedy,
+    "last": last,
+    "random": random,
+}
+
+#: Selectors that do not read the redundancy analysis.
+ANALYSIS_FREE = frozenset(SELECTORS) - {"bi", "angular"}
+
+#: Selectors that measure the model on the calibration windows.
+MEASURED = ANALYSIS_FREE - {"last", "random"}
 
 
 def select(method: str, request: Request) -> Selection:
@@ -17,10 +37,23 @@ def select(method: str, request: Request) -> Selection:
         request: what is asked.
 
     Raises:
-        UsageError: an unknown method, a number that cannot be removed, or an analysis that is missing or of
-            another model.
+        UsageError: an unknown method or option, a number that cannot be removed, or an analysis, a model or
+            windows that are missing or do not fit.
+        FoldGPTError: a search that cannot give an answer; the message says why.
     """
     return _select(SELECTORS, method, request)
 
 
-__all__ = ["SELECTORS", "Request", "Selection", "Selector", "number_to_remove", "select"]
+__all__ = [
+    "ANALYSIS_FREE",
+    "MEASURED",
+    "SELECTORS",
+    "Objective",
+    "RemovalCost",
+    "Request",
+    "Selection",
+    "Selector",
+    "Units",
+    "number_to_remove",
+    "select",
+]

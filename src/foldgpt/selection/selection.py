@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
 
 from foldgpt.analysis import Analysis
 from foldgpt.errors import UsageError, did_you_mean
+from foldgpt.families import decoder_of
+from foldgpt.replay import Replay
+from foldgpt.selection.cost import Objective, RemovalCost
+from foldgpt.selection.units import Units
 
 
 @dataclass(frozen=True)
@@ -17,13 +25,27 @@ class Request:
         num_blocks: blocks of the source model.
         num_remove: how many to remove.
         analysis: the redundancy analysis, for selectors that read it.
-        seed: for selectors that draw.
+        seed: for selectors that draw, and for the positions at which costs are measured.
+        model: the source model, in memory, for selectors that measure.
+        ids_WT: calibration windows, int64 [W, T], likewise.
+        objective: what is measured: "kl" to the source or "lm", the language-modelling loss.
+        compensate: judge a set by what it costs after closed-form compensation.
+        sublayers: remove attention and MLP apart, as many parameters as `num_remove` blocks have.
+        checkpoint: a file to keep the progress of a long search in, and to go on from.
+        options: what one selector alone understands; unknown ones are refused.
     """
 
     num_blocks: int
     num_remove: int
     analysis: Analysis | None = None
     seed: int = 0
+    model: nn.Module | None = None
+    ids_WT: Tensor | None = None
+    objective: Objective = "kl"
+    compensate: bool = False
+    sublayers: bool = False
+    checkpoint: Path | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def need_analysis(self, method: str) -> Analysis:
         """The analysis, or an error that says who needs it."""
@@ -35,6 +57,45 @@ class Request:
             )
         return self.analysis
 
+    def need_cost(self, method: str) -> RemovalCost:
+        """The measure of removed sets, made from the model and the windows.
+
+        Raises:
+            UsageError: the model or the windows are missing.
+            UnsupportedModelError: the model cannot be replayed, or its sublayers are not known.
+        """
+        if self.model is None or self.ids_WT is None:
+            raise UsageError(f"the selector {method!r} measures the model on calibration windows; give both")
+        decoder = decoder_of(self.model)
+        if len(decoder.blocks) != self.num_blocks:
+            raise UsageError(f"the model has {len(decoder.blocks)} blocks, the request says {self.num_blocks}")
+        if self.sublayers:
+            units = Units.sublayers(decoder, self.num_remove)
+        else:
+            units = Units.blocks(self.num_blocks, self.num_remove)
+        return RemovalCost(
+            Replay(self.model, self.ids_WT),
+            units=units,
+            objective=self.objective,
+            compensate=self.compensate,
+            seed=self.seed,
+        )
+
+    def check_options(self, method: str, known: Mapping[str, Any]) -> dict[str, Any]:
+        """The options over their defaults.
+
+        Args:
+            method: the selector, for the message.
+            known: every option it understands, with its default.
+
+        Raises:
+            UsageError: an option that it does not understand.
+        """
+        for name in self.options:
+            if name not in known:
+                raise UsageError(f"the selector {method!r} has no option {name!r}.{did_you_mean(name, known)}")
+        return {**known, **self.options}
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -42,15 +103,23 @@ class Selection:
 
     Attributes:
         method: its name.
-        scores: one number a block, higher = more worth keeping; None where the method does not score.
-        order: all blocks it would remove, in that order; at least the removed ones.
+        scores: one number a unit, higher = more worth keeping; None where the method does not score. Units are
+            blocks, or with `Request.sublayers` attention and MLP of block 0, of block 1 and so on.
+        order: all units it would remove, in that order; at least the removed ones.
         removed: the blocks to remove, increasing.
+        removed_attention: blocks that stay but lose their attention, increasing.
+        removed_mlp: blocks that stay but lose their MLP, increasing.
+        report: what was measured on the way, and its cost, as JSON values: "seconds" and "forward_equivalents"
+            (forward passes over all windows) of every measured selector, and what each adds.
     """
 
     method: str
     scores: tuple[float, ...] | None
     order: tuple[int, ...]
     removed: tuple[int, ...]
+    removed_attention: tuple[int, ...] = ()
+    removed_mlp: tuple[int, ...] = ()
+    report: Mapping[str, Any] = field(default_factory=dict)
 
 
 Selector = Callable[[Request], Selection]
@@ -66,10 +135,3 @@ def select(selectors: Mapping[str, Selector], method: str, request: Request) -> 
             f"a number from 0 to {request.num_blocks - 1} leaves at least one"
         )
     return selectors[method](request)
-
-
-def number_to_remove(num_blocks: int, *, remove: int | None, ratio: float | None) -> int:
-    """How many blocks a count or a ratio means; the ratio is of all blocks, rounded to the nearest count."""
-    if remove is not None:
-        return remove
-    return round(num_blocks * ratio) if ratio is not None else 0

@@ -1,0 +1,266 @@
+"""RemovalCost: how far a model without some of its blocks is from its source. The one measure of all searches.
+
+The question is asked hundreds of times, so what can be shared is shared. The source's states are recorded once
+(`Replay`) and are the beginning of every set, up to its first removed block. States that a set passes through
+are kept, so that a set which begins alike is run only from where it differs. The divergence is measured at a
+fixed, seeded choice of positions, the same for all sets (common random numbers): differences between sets are
+then far more accurate than the values themselves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from foldgpt.compensation import Compensator
+from foldgpt.errors import FoldGPTError, UsageError
+from foldgpt.objectives import Head, SourcePredictions, cross_entropy
+from foldgpt.replay import Replay
+from foldgpt.selection.units import Removed, Units
+
+Objective = Literal["kl", "lm"]
+
+#: Positions are chosen so that the head takes at most this share of a forward pass over the same windows …
+_HEAD_SHARE = 0.15
+#: … and are no more than this many: 2,048 give the mean KL to about 3 %, differences between sets much better.
+_MOST_POSITIONS = 2048
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some of the windows, and the positions in them at which predictions are compared.
+
+    Shape suffixes: R positions.
+
+    Attributes:
+        batches: the recorded micro-batches.
+        windows: the windows of all of them together.
+        rows_R: positions, as indices into the flattened windows.
+        source: the source's predictions there; None when the objective does not need them.
+        targets_R: the tokens that follow.
+    """
+
+    batches: tuple[slice, ...]
+    windows: slice
+    rows_R: Tensor
+    source: SourcePredictions | None
+    targets_R: Tensor
+
+
+class RemovalCost:
+    """Costs of sets of removed units.
+
+    Args:
+        replay: the source on the calibration windows.
+        units: what may be removed; by default whole blocks.
+        objective: "kl" to the source, or "lm", the language-modelling loss.
+        compensate: correct the block before each cut in closed form, as `foldgpt.compensation` does when folding.
+        seed: seed of the positions.
+        cache_bytes: what cached states may take.
+
+    Attributes:
+        seconds: time spent so far, the recording not included.
+
+    Raises:
+        UsageError: compensation of sublayers.
+    """
+
+    def __init__(
+        self,
+        replay: Replay,
+        *,
+        units: Units | None = None,
+        objective: Objective = "kl",
+        compensate: bool = False,
+        seed: int = 0,
+        cache_bytes: int = 1536 * 2**20,
+    ) -> None:
+        self.replay = replay
+        self.units = units or Units.blocks(replay.num_blocks, 0)
+        self.objective = objective
+        self.compensate = compensate
+        self.seconds = 0.0
+        if compensate and self.units.per_block > 1:
+            raise UsageError("compensation is for whole blocks; switch it off to remove attention and MLP apart")
+        self.head = Head(replay.model)
+        self._head_rows = 0.0
+        self._seed = seed
+        self._samples: dict[tuple[int, int], Sample] = {}
+        self._cache: OrderedDict[tuple[int, int, Removed, int], list[Tensor]] = OrderedDict()
+        self._cache_room = cache_bytes
+        self._compensator = Compensator(replay) if compensate else None
+
+    # ------------------------------------------------------------------------------------------- samples
+
+    @property
+    def everything(self) -> Sample:
+        """All calibration windows."""
+        return self.sample(0, self.num_batches)
+
+    @property
+    def num_batches(self) -> int:
+        """Recorded micro-batches, the grain of a sample."""
+        return len(list(self.replay.batches()))
+
+    def sample(self, start: int, stop: int) -> Sample:
+        """The sample of micro-batches `start` to `stop` (exclusive); made once."""
+        if (start, stop) not in self._samples:
+            began = time.perf_counter()
+            self._samples[start, stop] = self._make_sample(start, stop)
+            self.seconds += time.perf_counter() - began
+        return self._samples[start, stop]
+
+    @torch.no_grad()
+    def _make_sample(self, start: int, stop: int) -> Sample:
+        batches = tuple(self.replay.batches())[start:stop]
+        windows = slice(batches[0].start, batches[-1].stop)
+        ids_WT = self.replay.ids_WT[windows]
+        # The last position of a window has no next token to score; KL leaves it out as well.
+        num_windows, num_tokens = ids_WT.shape[0], max(1, ids_WT.shape[1] - 1)
+        wanted = int(_HEAD_SHARE * ids_WT.numel() / self._head_cost)
+        wanted = max(1, min(wanted, _MOST_POSITIONS, num_windows * num_tokens))
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + windows.start)
+        chosen = torch.randperm(num_windows * num_tokens, generator=generator)[:wanted].sort().values
+        rows_R = chosen // num_tokens * ids_WT.shape[1] + chosen % num_tokens
+        targets_R = ids_WT.flatten()[(rows_R + 1).clamp_max(ids_WT.numel() - 1)]
+        source = None
+        if self.objective == "kl":
+            source = SourcePredictions(self.head, self._predictions([self.replay.states[-1][windows]], rows_R))
+            self._head_rows += 2 * wanted
+        return Sample(batches, windows, rows_R, source, targets_R.to(self.replay.states[0].device))
+
+    # --------------------------------------------------------------------------------------------- costs
+
+    @property
+    def forward_equivalents(self) -> float:
+        """Work so far in forward passes of the source's blocks over all windows, the recording included.
+
+        A block call counts 1/N. A position at which logits are made counts as many tokens as the head's matrix
+        has parameters, compared with all blocks.
+        """
+        tokens = self.replay.ids_WT.numel()
+        return 1 + self.replay.num_block_calls / self.replay.num_blocks + self._head_rows * self._head_cost / tokens
+
+    def cost(self, removed: Removed, sample: Sample | None = None, *, keep: bool = True) -> float:
+        """Mean KL(source ‖ folded) in nats per token, or the mean language-modelling loss.
+
+        Args:
+            removed: the removed units.
+            sample: where to measure; all windows by default.
+            keep: keep the states passed on the way, for sets that begin alike.
+
+        Raises:
+            FoldGPTError: the folded model's predictions are not finite.
+        """
+        value = float(self.costs(removed, sample, keep=keep).mean())
+        if value != value or value in (float("inf"), float("-inf")):
+            raise FoldGPTError(
+                f"without {sorted(removed)} the model's predictions are not finite; "
+                "load it in float32 or bfloat16 (--dtype)"
+            )
+        return value
+
+    @torch.no_grad()
+    def costs(self, removed: Removed, sample: Sample | None = None, *, keep: bool = True) -> Tensor:
+        """The cost at each position of the sample, fp32 [R]."""
+        began = time.perf_counter()
+        sample = sample or self.everything
+        hidden_RH = self._predictions(self._run(removed, sample, keep), sample.rows_R)
+        self._head_rows += len(hidden_RH)
+        if sample.source is not None:
+            costs_R = sample.source.kl(hidden_RH)
+        else:
+            costs_R = cross_entropy(self.head, hidden_RH, sample.targets_R)
+        self.seconds += time.perf_counter() - began
+        return costs_R
+
+    @torch.no_grad()
+    def walk(self, removed: Removed, sample: Sample | None = None) -> None:
+        """Keep the states of a set at every depth, as a start for sets that also remove one deeper unit."""
+        began = time.perf_counter()
+        self._run(removed, sample or self.everything, keep=True, up_to=self.replay.num_blocks)
+        self.seconds += time.perf_counter() - began
+
+    # -------------------------------------------------------------------------------------------- streams
+
+    def _run(self, removed: Removed, sample: Sample, keep: bool, up_to: int | None = None) -> list[Tensor]:
+        """The stream [B, T, H] after the last block, for each micro-batch, without the removed units."""
+        num_blocks = self.replay.num_blocks
+        whole, lacking = self.units.whole_blocks(removed), self.units.lacking(removed)
+        if up_to is None:
+            # States deeper than the last removed unit are of use to no set but this one.
+            up_to = max((unit // self.units.per_block for unit in removed), default=-1) + 1
+        block, stream = self._deepest(removed, whole, sample)
+        while block < num_blocks:
+            if block in whole:
+                block += 1
+                continue
+            after = block + 1
+            while self.compensate and after in whole:
+                after += 1
+            if after > block + 1:
+                stream = self._compensated(block, after, stream, sample)
+            else:
+                stream = [self.replay.block(block, hidden, without=lacking.get(block)) for hidden in stream]
+            block = after
+            if keep and block <= up_to and block < num_blocks:
+                self._remember(
+                    (sample.windows.start, sample.windows.stop, self.units.below(removed, block), block), stream
+                )
+        return stream
+
+    def _deepest(self, removed: Removed, whole: frozenset[int], sample: Sample) -> tuple[int, list[Tensor]]:
+        """The deepest known state of a set: a block index and the stream that enters it."""
+        for block in range(self.replay.num_blocks, -1, -1):
+            # A cut that goes on changes the compensation of the block before it.
+            if self.compensate and block in whole and block > 0:
+                continue
+            below = self.units.below(removed, block)
+            if not below:
+                return block, [self.replay.states[block][windows] for windows in sample.batches]
+            key = (sample.windows.start, sample.windows.stop, below, block)
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return block, self._cache[key]
+        raise AssertionError("nothing is removed below block 0")
+
+    def _compensated(self, block: int, after: int, stream: list[Tensor], sample: Sample) -> list[Tensor]:
+        """Pass a block whose MLP makes up for the removed blocks between it and block `after`."""
+        assert self._compensator is not None
+        with self.replay.mlp_output(block) as mlp_outputs:
+            outputs = [self.replay.block(block, hidden) for hidden in stream]
+        output_WTH = torch.cat(outputs)
+        # Some MLPs work on flattened tokens.
+        mlp_output_WTH = torch.cat([part.reshape(-1) for part in mlp_outputs]).view(output_WTH.shape)
+        target_WTH = self.replay.states[after][sample.windows]
+        corrected_WTH, _ = self._compensator.correct(block, output_WTH, mlp_output_WTH, target_WTH)
+        return list(corrected_WTH.split([len(output) for output in outputs]))
+
+    def _remember(self, key: tuple[int, int, Removed, int], stream: list[Tensor]) -> None:
+        if key in self._cache:
+            return
+        self._cache[key] = stream
+        self._cache_room -= _bytes(stream)
+        while self._cache_room < 0 and self._cache:
+            _, dropped = self._cache.popitem(last=False)
+            self._cache_room += _bytes(dropped)
+
+    def _predictions(self, stream: list[Tensor], rows_R: Tensor) -> Tensor:
+        """Inputs of the head [R, H] at the chosen positions. What follows the last block acts token by token."""
+        hidden_RH = torch.cat([hidden.flatten(0, 1) for hidden in stream])[rows_R]
+        return self.replay.finish(hidden_RH[None])[0]
+
+    @property
+    def _head_cost(self) -> float:
+        """Work of the head for one token, compared with that of all blocks."""
+        blocks = sum(parameter.numel() for parameter in self.replay.decoder.blocks.parameters())
+        return self.head.vocab_size * self.replay.states[0].shape[-1] / blocks
+
+
+def _bytes(stream: list[Tensor]) -> int:
+    return sum(hidden.numel() * hidden.element_size() for hidden in stream)

@@ -1,0 +1,53 @@
+"""Greedy: remove the block whose removal costs least, measure the rest again, and so on.
+
+The search of SLEB (Song et al. 2024, arXiv 2402.09025), with the KL to the source in place of the language-modelling
+loss unless that is asked for, and run from the candidate on instead of from the start.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from foldgpt.progress import bar
+from foldgpt.selection.cost import RemovalCost
+from foldgpt.selection.measured import ranked, selection_of
+from foldgpt.selection.selection import Request, Selection
+from foldgpt.selection.units import Removed
+
+
+def greedy(request: Request) -> Selection:
+    """Remove one unit at a time, each time the one with which the model is nearest to the source."""
+    request.check_options("greedy", {})
+    cost = request.need_cost("greedy")
+    units = cost.units
+    removed: Removed = frozenset()
+    order: list[int] = []
+    trace: list[dict[str, Any]] = []
+    first: list[float] = []
+    with bar("greedy", units.target) as progress:
+        while units.missing(removed) > 0:
+            costs = _next_costs(cost, removed)
+            first = first or costs
+            best = ranked(costs)[0]
+            removed |= {best}
+            order.append(best)
+            trace.append({"removed": best, "cost": costs[best]})
+            progress.advance(units.sizes[best])
+    # A last unit may be larger than what was missing; what that makes unnecessary is put back.
+    kept_out = units.fill(order) if order else removed
+    scores = first or [0.0] * len(units)
+    report = {"cost": trace[-1]["cost"] if trace else 0.0, "trace": trace}
+    if kept_out != removed:
+        report["cost"] = cost.cost(kept_out)
+    return selection_of("greedy", cost, kept_out, scores=scores, order=order, report=report)
+
+
+def _next_costs(cost: RemovalCost, removed: Removed) -> list[float]:
+    """The cost of also removing each further unit; infinite for those that cannot go."""
+    cost.walk(removed)
+    costs = []
+    for unit in range(len(cost.units)):
+        wider = removed | {unit}
+        possible = unit not in removed and cost.units.is_allowed(wider)
+        costs.append(cost.cost(wider, keep=False) if possible else float("inf"))
+    return costs

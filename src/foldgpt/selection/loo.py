@@ -1,0 +1,17 @@
+"""Leave-one-out: remove the blocks whose removal alone costs least. It does not see how blocks depend on each other."""
+
+from __future__ import annotations
+
+from foldgpt.selection.measured import leave_one_out, ranked, selection_of
+from foldgpt.selection.selection import Request, Selection
+
+
+def loo(request: Request) -> Selection:
+    """Measure the model without each unit in turn, and remove the cheapest ones."""
+    request.check_options("loo", {})
+    cost = request.need_cost("loo")
+    scores = leave_one_out(cost)
+    order = ranked(scores)
+    removed = cost.units.fill(order)
+    value = cost.cost(removed)
+    return selection_of("loo", cost, removed, scores=scores, order=order, report={"cost": value})

@@ -1,0 +1,77 @@
+"""What all measured selectors share: measuring each unit alone, and reporting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from foldgpt.progress import bar
+from foldgpt.selection.cost import RemovalCost, Sample
+from foldgpt.selection.selection import Selection
+from foldgpt.selection.units import Removed
+
+
+def leave_one_out(cost: RemovalCost, sample: Sample | None = None, description: str = "each alone") -> list[float]:
+    """The cost of removing each unit alone; infinite where the model could not exist.
+
+    Args:
+        cost: the measure.
+        sample: where to measure; all windows by default.
+        description: for the progress bar.
+    """
+    units = cost.units
+    scores = []
+    with bar(description, len(units)) as progress:
+        for unit in range(len(units)):
+            allowed = units.is_allowed([unit])
+            scores.append(cost.cost(frozenset([unit]), sample, keep=False) if allowed else float("inf"))
+            progress.advance()
+    return scores
+
+
+def ranked(scores: Sequence[float]) -> list[int]:
+    """Units from the one to remove first to the one to keep longest."""
+    return sorted(range(len(scores)), key=lambda unit: (scores[unit], unit))
+
+
+def selection_of(
+    method: str,
+    cost: RemovalCost,
+    removed: Removed,
+    *,
+    scores: Sequence[float] | None,
+    order: Sequence[int],
+    report: dict[str, Any],
+) -> Selection:
+    """The answer of a measured selector, with the cost of the search in its report.
+
+    Args:
+        method: the selector.
+        cost: the measure it used.
+        removed: the units to remove.
+        scores: one a unit; infinities become the largest finite score, for JSON has none.
+        order: units by removal.
+        report: what else is to be reported.
+    """
+    lacking = cost.units.lacking(removed)
+    if scores is not None:
+        largest = max((score for score in scores if score != float("inf")), default=0.0)
+        scores = [min(score, largest) for score in scores]
+    return Selection(
+        method=method,
+        scores=None if scores is None else tuple(scores),
+        order=tuple(order),
+        removed=tuple(sorted(cost.units.whole_blocks(removed))),
+        removed_attention=tuple(block for block, sublayer in lacking.items() if sublayer == "attention"),
+        removed_mlp=tuple(block for block, sublayer in lacking.items() if sublayer == "mlp"),
+        report={
+            "objective": cost.objective,
+            "compensated": cost.compensate,
+            "num_windows": cost.replay.num_windows,
+            "num_tokens": cost.replay.ids_WT.numel(),
+            "num_positions": len(cost.everything.rows_R),
+            "seconds": round(cost.seconds, 2),
+            "forward_equivalents": round(cost.forward_equivalents, 2),
+            **report,
+        },
+    )

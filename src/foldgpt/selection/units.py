@@ -1,0 +1,122 @@
+"""What a search may remove: whole blocks, or the attention and the MLP of each block apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from foldgpt.errors import UsageError
+from foldgpt.families import Decoder
+from foldgpt.folding.kinds import sublayer_modules
+from foldgpt.plan import SUBLAYERS, Sublayer
+
+Removed = frozenset[int]
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of a search, and how much of them is to go.
+
+    A unit is numbered by depth: block i is unit i; where sublayers are units, the attention of block i is unit
+    2 i and its MLP is unit 2 i + 1.
+
+    Attributes:
+        num_blocks: blocks of the model.
+        per_block: units in a block: 1 (blocks) or 2 (sublayers).
+        sizes: what each unit counts towards the target: 1 for a block, its parameters for a sublayer.
+        target: how much is to be removed, in the same measure.
+        attention_kinds: kind of attention of each block ("full_attention", …).
+    """
+
+    num_blocks: int
+    per_block: int
+    sizes: tuple[int, ...]
+    target: int
+    attention_kinds: tuple[str, ...]
+
+    @classmethod
+    def blocks(cls, num_blocks: int, num_remove: int) -> Units:
+        """Whole blocks, `num_remove` of which are to go."""
+        return cls(num_blocks, 1, (1,) * num_blocks, num_remove, ("attention",) * num_blocks)
+
+    @classmethod
+    def sublayers(cls, decoder: Decoder, num_remove: int) -> Units:
+        """Attention and MLP of each block apart; as many parameters are to go as `num_remove` blocks have.
+
+        Raises:
+            UnsupportedModelError: the family's sublayers are not known.
+        """
+        num_blocks = len(decoder.blocks)
+        sizes = tuple(
+            sum(_count(block.get_submodule(name)) for name in sublayer_modules(decoder, sublayer))
+            for block in decoder.blocks
+            for sublayer in SUBLAYERS
+        )
+        kinds = getattr(decoder.config, "layer_types", None) or ["attention"] * num_blocks
+        return cls(num_blocks, 2, sizes, round(num_remove * sum(sizes) / num_blocks), tuple(kinds))
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def missing(self, removed: Iterable[int]) -> int:
+        """How much the set still falls short of the target; 0 or less when it is met."""
+        return self.target - sum(self.sizes[unit] for unit in removed)
+
+    def below(self, removed: Removed, block: int) -> Removed:
+        """The removed units of the blocks before a block."""
+        return frozenset(unit for unit in removed if unit < block * self.per_block)
+
+    def whole_blocks(self, removed: Iterable[int]) -> frozenset[int]:
+        """Blocks of which nothing is left."""
+        if self.per_block == 1:
+            return frozenset(removed)
+        gone = set(removed)
+        return frozenset(block for block in range(self.num_blocks) if {2 * block, 2 * block + 1} <= gone)
+
+    def lacking(self, removed: Iterable[int]) -> dict[int, Sublayer]:
+        """Blocks that are left, but without their attention or MLP."""
+        if self.per_block == 1:
+            return {}
+        whole = self.whole_blocks(removed)
+        return {unit // 2: SUBLAYERS[unit % 2] for unit in sorted(removed) if unit // 2 not in whole}
+
+    def is_allowed(self, removed: Iterable[int]) -> bool:
+        """Whether a model folded so can exist: a block is left, and the first of each kind of attention attends.
+
+        transformers reads the length of the KV cache from the latter.
+        """
+        whole, lacking = self.whole_blocks(removed), self.lacking(removed)
+        kept = [block for block in range(self.num_blocks) if block not in whole]
+        first_of: dict[str, int] = {}
+        for block in kept:
+            first_of.setdefault(self.attention_kinds[block], block)
+        return bool(kept) and all(lacking.get(block) != "attention" for block in first_of.values())
+
+    def fill(self, order: Sequence[int], start: Removed = frozenset()) -> Removed:
+        """Remove units in the given order until the target is met, then put back what it does not need.
+
+        Raises:
+            UsageError: no set along this order meets the target.
+        """
+        taken: list[int] = []
+        for unit in order:
+            if self.missing([*start, *taken]) <= 0:
+                break
+            if unit not in start and self.is_allowed([*start, *taken, unit]):
+                taken.append(unit)
+        if self.missing([*start, *taken]) > 0:
+            raise UsageError(
+                f"the budget cannot be met: {self.target:,} of {sum(self.sizes):,} are to be removed, but one block of "
+                "each kind of attention must stay"
+            )
+        for unit in list(taken):
+            rest = [other for other in taken if other != unit]
+            if self.missing([*start, *rest]) <= 0 and self.is_allowed([*start, *rest]):
+                taken = rest
+        return start | frozenset(taken)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,118 @@
+"""RemovalCost gives what a folded model gives, however much it reuses."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from foldgpt.errors import UsageError
+from foldgpt.families import decoder_of
+from foldgpt.folding import fold_, source_model_of
+from foldgpt.plan import FoldPlan
+from foldgpt.replay import Replay
+from foldgpt.selection import cost as cost_module
+from foldgpt.selection.cost import RemovalCost
+from foldgpt.selection.units import Units
+from models import CONFIGS, tiny_model, token_ids
+
+FAMILIES_WITH_SUBLAYERS = [family for family in CONFIGS if decoder_of(tiny_model(family)).sublayers is not None]
+
+
+@torch.no_grad()
+def _plain_kl(model: Any, ids: torch.Tensor, rows: torch.Tensor, **removed: Any) -> float:
+    folded = copy.deepcopy(model)
+    fold_(folded, FoldPlan.create(source_model_of(model), **removed))
+    target, own = (
+        functional.log_softmax(m(input_ids=ids, use_cache=False).logits.float(), -1).flatten(0, 1)[rows]
+        for m in (model, folded)
+    )
+    return float(functional.kl_div(own, target, log_target=True, reduction="none").sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_cost_is_the_kl_of_the_folded_model(family: str) -> None:
+    model = tiny_model(family)
+    ids = token_ids(model, (3, 20))
+    cost = RemovalCost(Replay(model, ids, batch_size=2))
+    for removed in ([2], [0, 4], [3, 4, 5]):
+        expected = _plain_kl(model, ids, cost.everything.rows_R, removed=removed)
+        assert cost.cost(frozenset(removed)) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert cost.cost(frozenset()) == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES_WITH_SUBLAYERS)
+def test_removed_sublayers_cost_what_they_cost_in_the_folded_model(family: str) -> None:
+    model = tiny_model(family)
+    ids = token_ids(model, (3, 20))
+    before = copy.deepcopy(model.state_dict())
+    replay = Replay(model, ids, batch_size=2)
+    cost = RemovalCost(replay, units=Units.sublayers(replay.decoder, 1))
+    # Block 1 goes whole, block 2 loses its MLP, block 4 its attention.
+    got = cost.cost(frozenset({2, 3, 5, 8}))
+    expected = _plain_kl(model, ids, cost.everything.rows_R, removed=[1], removed_mlp=[2], removed_attention=[4])
+    assert got == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert list(model.state_dict()) == list(before), "the model is as it was"
+
+
+def test_reused_states_change_nothing_and_save_work() -> None:
+    model = tiny_model("qwen3")
+    ids = token_ids(model, (4, 20))
+    sets = [frozenset(s) for s in ({1}, {1, 4}, {1, 3}, {1, 4, 5}, {0, 3}, {1, 4})]
+    with_cache = RemovalCost(Replay(model, ids, batch_size=2))
+    without = RemovalCost(Replay(model, ids, batch_size=2), cache_bytes=0)
+    assert [with_cache.cost(s) for s in sets] == [without.cost(s) for s in sets]
+    assert with_cache.forward_equivalents < without.forward_equivalents
+
+
+def test_a_walk_makes_the_next_removals_cheap() -> None:
+    model = tiny_model("llama")
+    replay = Replay(model, token_ids(model))
+    cost = RemovalCost(replay)
+    cost.walk(frozenset({1}))
+    before = replay.num_block_calls
+    cost.cost(frozenset({1, 4}))
+    assert replay.num_block_calls - before == 1  # block 5 alone
+
+
+def test_a_sample_is_part_of_everything() -> None:
+    model = tiny_model("llama")
+    replay = Replay(model, token_ids(model, (6, 20)), batch_size=2)
+    cost = RemovalCost(replay)
+    sample = cost.sample(1, 2)
+    assert sample.windows == slice(2, 4)
+    expected = _plain_kl(model, replay.ids_WT[2:4], sample.rows_R, removed=[2])
+    assert cost.cost(frozenset({2}), sample) == pytest.approx(expected, rel=1e-3)
+    assert replay.num_block_calls == pytest.approx(3 / 3)  # blocks 3, 4, 5 on a third of the windows
+
+
+def test_language_modelling_loss_is_that_of_the_folded_model() -> None:
+    model = tiny_model("gemma2")
+    ids = token_ids(model, (2, 20))
+    cost = RemovalCost(Replay(model, ids), objective="lm")
+    folded = copy.deepcopy(model)
+    fold_(folded, FoldPlan.create(source_model_of(model), removed=[3]))
+    with torch.no_grad():
+        logits = folded(input_ids=ids, use_cache=False).logits.float()
+    losses = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    padded = torch.cat([losses.view(2, -1), torch.zeros(2, 1)], 1).flatten()
+    assert cost.cost(frozenset({3})) == pytest.approx(float(padded[cost.everything.rows_R].mean()), rel=1e-4)
+
+
+def test_the_seed_alone_decides_the_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_module, "_MOST_POSITIONS", 50)
+    model = tiny_model("llama")
+    replay = Replay(model, token_ids(model, (4, 60)))
+    first, again, other = (RemovalCost(replay, seed=seed).everything.rows_R for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert len(first) == 50 and not torch.equal(first, other)
+
+
+def test_compensation_of_sublayers_is_refused() -> None:
+    model = tiny_model("llama")
+    replay = Replay(model, token_ids(model))
+    with pytest.raises(UsageError, match="whole blocks"):
+        RemovalCost(replay, units=Units.sublayers(replay.decoder, 1), compensate=True)
