@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -45,7 +46,11 @@ def bar(description: str, total: float) -> Iterator[Bar]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=console.quiet) as progress:
+    if not console.is_terminal:
+        # A log file gets one line instead of a bar.
+        note(description)
+    hidden = console.quiet or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         yield Bar(progress, progress.add_task(description, total=total))
 
 
@@ -57,3 +62,24 @@ def note(message: str) -> None:
 def be_quiet(quiet: bool = True) -> None:
     """Silence (or restore) progress bars and notes for this process."""
     console.quiet = quiet
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No bars and reports of transformers and accelerate: what matters in them is raised as an error here."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    accelerate_log = logging.getLogger("accelerate.big_modeling")
+    accelerate_level = accelerate_log.level
+    transformers_logging.set_verbosity_error()
+    accelerate_log.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        accelerate_log.setLevel(accelerate_level)
+        if bars:
+            transformers_logging.enable_progress_bar()

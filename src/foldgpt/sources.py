@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import logging
 import re
 import struct
 import tempfile
@@ -34,12 +33,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from foldgpt.artifacts import hash_of, hash_of_file, staged_folder
 from foldgpt.demo import demo_model
 from foldgpt.errors import SourceError, UnsupportedModelError, UsageError, did_you_mean
-from foldgpt.progress import note
+from foldgpt.progress import note, quiet_libraries
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -152,7 +150,7 @@ def load_source(
     config = _checked_config(place, trust_remote_code=trust_remote_code)
     headers = _weight_headers(place)
     placement, offload_folder = _placement(headers, torch_dtype, torch_device, max_memory_gb)
-    with _quiet_libraries(), _as_source_errors(place):
+    with quiet_libraries(), _as_source_errors(place):
         model, report = AutoModelForCausalLM.from_pretrained(
             place,
             config=config,
@@ -180,7 +178,7 @@ def load_tokenizer(
     if place.is_file():
         return _gguf_tokenizer(place, _gguf_metadata(place))
     try:
-        with _quiet_libraries():
+        with quiet_libraries():
             return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # each tokenizer class fails in its own way
         raise SourceError(f"{place} has no tokenizer that can be read: {_first_line(error)}") from error
@@ -283,7 +281,7 @@ def _checked_config(place: Path, *, trust_remote_code: bool) -> Any:
         method = (values["quantization_config"] or {}).get("quant_method", "unknown method")
         raise UnsupportedModelError(f"{place} is quantised ({method}). Fold full-precision weights, quantise last.")
     try:
-        with _quiet_libraries():
+        with quiet_libraries():
             config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
         if "auto_map" in values and not trust_remote_code:
@@ -420,25 +418,6 @@ def _loaded_bytes(entry: dict[str, Any], dtype: torch.dtype | None) -> int:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """No bars and reports of the libraries' own: what matters in them is raised as an error here."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    accelerate_log = logging.getLogger("accelerate.big_modeling")
-    accelerate_level = accelerate_log.level
-    transformers_logging.set_verbosity_error()
-    accelerate_log.setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        accelerate_log.setLevel(accelerate_level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-@contextmanager
 def _as_source_errors(place: Path) -> Iterator[None]:
     try:
         yield
@@ -481,10 +460,10 @@ def load_gguf(path: Path, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTr
         UnsupportedModelError: it does not hold a decoder-only language model.
     """
     metadata = _gguf_metadata(path)
-    with _quiet_libraries(), _as_source_errors(path):
+    with quiet_libraries(), _as_source_errors(path):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     _check_decoder_only(config, path)
-    with _quiet_libraries(), _as_source_errors(path):
+    with quiet_libraries(), _as_source_errors(path):
         model, report = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
@@ -524,7 +503,7 @@ def _gguf_metadata(path: Path) -> dict[str, gguf.ReaderField]:
 
 
 def _gguf_tokenizer(path: Path, metadata: dict[str, gguf.ReaderField]) -> PreTrainedTokenizerBase:
-    with _quiet_libraries(), _as_source_errors(path):
+    with quiet_libraries(), _as_source_errors(path):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     scheme = metadata.get("tokenizer.ggml.pre")
     if scheme is not None and scheme.contents() == "smollm":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from foldgpt.errors import UsageError
+from foldgpt.families import decode
 from foldgpt.progress import bar
 
 if TYPE_CHECKING:
@@ -141,15 +142,11 @@ def prefill_and_decode(model: PreTrainedModel, ids_BT: Tensor, prompt_tokens: in
     try:
         _synchronize(model.device)
         start = time.perf_counter()
-        output: Any = model(input_ids=ids_BT[:, :prompt_tokens], use_cache=True, **last_only)
+        _, cache = decode(model, ids_BT[:, :prompt_tokens], **last_only)
         _synchronize(model.device)
         prefilled = time.perf_counter()
         for position in range(prompt_tokens, ids_BT.shape[1]):
-            output = model(
-                input_ids=ids_BT[:, position : position + 1],
-                past_key_values=output.past_key_values,
-                use_cache=True,
-            )
+            _, cache = decode(model, ids_BT[:, position : position + 1], cache)
         _synchronize(model.device)
         return prefilled - start, time.perf_counter() - prefilled
     finally:

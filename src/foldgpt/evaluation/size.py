@@ -12,7 +12,7 @@ from torch import nn
 
 from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError
-from foldgpt.families import decoder_of
+from foldgpt.families import decode, decoder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,7 +82,7 @@ def _cache_layers(model: PreTrainedModel) -> list[Any]:
     model.eval()
     try:
         prompt = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=model.device)
-        cache: Any = model(input_ids=prompt, use_cache=True).past_key_values
+        _, cache = decode(model, prompt)
     finally:
         model.train(was_training)
     if cache is None:

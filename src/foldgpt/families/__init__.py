@@ -2,6 +2,7 @@
 
 from foldgpt.families.config_fields import check_config, remap_config_
 from foldgpt.families.decoder import Decoder, decoder_of
+from foldgpt.families.decoding import decode
 from foldgpt.families.table import FAMILIES, Family, Sublayers, family_of
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Family",
     "Sublayers",
     "check_config",
+    "decode",
     "decoder_of",
     "family_of",
     "remap_config_",
