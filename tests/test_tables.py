@@ -10,7 +10,7 @@ from rich.console import Console
 
 from foldgpt.evaluation import Evaluation, Measured, ModelSize, PeakMemory, Perplexity, Rate, Speed
 from foldgpt.plan import FoldPlan, Group, SourceModel
-from foldgpt.tables import comparison_table, fates_of, group_letter, plan_strip
+from foldgpt.tables import comparison_table, fates_of, group_letter, plan_strip, protocol_lines
 
 
 def measured(name: str, num_blocks: int, **changes: Any) -> Measured:
@@ -69,8 +69,8 @@ def test_source_folded_and_ratio_side_by_side() -> None:
     assert line(text, "KV cache")[1:] == ["23.0 kB", "23.0 kB", "–"]
 
 
-def test_caption_holds_the_protocols() -> None:
-    text = " ".join(rendered(comparison_table(Evaluation(measured("folded", 24), None, None))).split())
+def test_protocols_are_told() -> None:
+    text = " ".join(rendered(protocol_lines(Evaluation(measured("folded", 24), None, None))).split())
     for part in (
         "Perplexity in bfloat16: texts demo:wikipedia + a.txt, join '\\n\\n' + '', tokens 20,480, stride 512, bos no.",
         "folded: 29.12 ± 0.29",
@@ -84,7 +84,7 @@ def test_what_was_not_measured_has_no_row() -> None:
     bare = measured("folded", 24, perplexity=None, speed=None, peak_memory=None, bytes_on_disk=None)
     table = comparison_table(Evaluation(bare, None, None))
     text = rendered(table)
-    assert table.caption is None
+    assert protocol_lines(Evaluation(bare, None, None)).plain == ""
     assert [column.header for column in table.columns] == ["", "folded"]
     for absent in ("perplexity", "decode", "peak", "disk", "ratio"):
         assert absent not in text

@@ -146,6 +146,13 @@ class Recipe(_Section):
         """Write the recipe, every default spelled out, as YAML."""
         write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
+    def changed_to(self, place: tuple[str, str], value: Any) -> Recipe:
+        """A copy with one value of one section set, also to None."""
+        section, name = place
+        return type(self).from_dict(
+            {**self.model_dump(mode="json"), section: {**getattr(self, section).model_dump(mode="json"), name: value}}
+        )
+
     def changed(self, **sections: Any) -> Recipe:
         """A copy with other values; `None` leaves a value as it is, a dict changes parts of a section."""
         value = self.model_dump(mode="json")

@@ -12,7 +12,9 @@ from rich.text import Text
 from foldgpt.plan import FoldPlan, Sublayer
 
 if TYPE_CHECKING:
-    from foldgpt.evaluation import Evaluation, Measured
+    from foldgpt.analysis import Analysis
+    from foldgpt.evaluation import Evaluation
+    from foldgpt.folding import Verification
 
 _LETTERS = ascii_uppercase + ascii_lowercase
 _GROUP_STYLES = ("cyan", "magenta", "yellow", "green", "blue", "red")
@@ -50,11 +52,11 @@ _ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def comparison_table(evaluation: Evaluation) -> Table:
-    """The headline figures: source, folded and their ratio; how they were measured is the caption.
+    """The headline figures: source, folded and their ratio. `protocol_lines` says how they were measured.
 
     Rows that no model has a value for are left out, and so are source and ratio without a baseline.
     """
-    table = Table(caption=_caption(evaluation.folded), caption_justify="left", caption_style="dim")
+    table = Table()
     table.add_column("")
     models = [model for model in (evaluation.baseline, evaluation.folded) if model is not None]
     for model in models:
@@ -73,7 +75,9 @@ def comparison_table(evaluation: Evaluation) -> Table:
     return table
 
 
-def _caption(measured: Measured) -> str | None:
+def protocol_lines(evaluation: Evaluation) -> Text:
+    """How the figures of a comparison were measured, one line for each kind."""
+    measured = evaluation.folded
     parts = []
     if measured.perplexity is not None:
         scores = measured.perplexity
@@ -99,7 +103,7 @@ def _caption(measured: Measured) -> str | None:
             f"Peak memory of a fresh process, of which {_megabytes(peak.baseline_rss)} are Python and its "
             f"libraries{accelerator}."
         )
-    return "\n".join(parts) or None
+    return Text("\n".join(parts), style="dim")
 
 
 def _written(protocol: dict[str, Any]) -> str:
@@ -114,6 +118,50 @@ def _written(protocol: dict[str, Any]) -> str:
             value = " + ".join(map(repr, value)) if key == "join" else " + ".join(map(str, value))
         items.append(f"{key.replace('_', ' ')} {value}")
     return ", ".join(items)
+
+
+def analysis_table(analysis: Analysis) -> Table:
+    """One row per block: block influence, its rank, similarity, and the sublayers' influence where known."""
+    table = Table()
+    for heading in ("block", "BI", "rank", "similarity", "relative update"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    sublayers = [("attention BI", analysis.attention), ("MLP BI", analysis.mlp)]
+    known = [(heading, measures) for heading, measures in sublayers if measures is not None]
+    for heading, _ in known:
+        table.add_column(heading, justify="right", no_wrap=True)
+    ranks = {
+        block: rank for rank, block in enumerate(sorted(range(analysis.num_blocks), key=analysis.bi.__getitem__), 1)
+    }
+    for block in range(analysis.num_blocks):
+        table.add_row(
+            str(block),
+            f"{analysis.bi[block]:.4f}",
+            str(ranks[block]),
+            f"{analysis.similarity[block]:.4f}",
+            f"{analysis.relative_update[block]:.3f}",
+            *(f"{measures.bi[block]:.4f}" for _, measures in known),
+        )
+    return table
+
+
+def analysis_lines(analysis: Analysis) -> Text:
+    """What an analysis was measured on, and what its columns mean."""
+    return Text(
+        f"{analysis.num_tokens:,} tokens in {analysis.num_windows} windows, {analysis.seconds:.0f} s. BI (block "
+        "influence): 1 − mean cosine of a block's input and output; rank 1 changes the stream least.",
+        style="dim",
+    )
+
+
+def verification_lines(verification: Verification) -> Text:
+    """What was checked of a saved checkpoint, in three lines."""
+    reload = "identical" if verification.logits_identical else f"relative error {verification.reload_error:.1e}"
+    return Text(
+        f"loads as {verification.model_class}; {_millions(verification.num_parameters)} parameters, "
+        f"{_megabytes(verification.weight_bytes)}\n"
+        f"logits after reloading: {reload}\n"
+        f"decoding with a KV cache against without: relative error {verification.cache_error:.1e}"
+    )
 
 
 Fate = int | Literal["kept", "removed"]

@@ -1,0 +1,445 @@
+"""The command line: one verb for each step, and `run` for all of them.
+
+Only typer is imported here at the top: everything heavy waits until a verb really runs, so that `--help` answers
+at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from foldgpt.recipe import Recipe
+
+app = typer.Typer(
+    name="foldgpt",
+    help="Make large language models smaller in depth: find redundant blocks, remove them, let the rest share weights.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Hub id, local folder, GGUF file, or demo:smollm2-135m / demo:gemma3-270m.", show_default=False
+    ),
+]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        help="Calibration text: txt, jsonl or parquet file (globs), hub:NAME, or demo:wikipedia. May be repeated.",
+        show_default="demo:wikipedia",
+    ),
+]
+Context = Annotated[int | None, typer.Option(help="Tokens in one calibration window.", show_default="512")]
+Tokens = Annotated[int | None, typer.Option(help="Calibration tokens in all.", show_default="32768")]
+Select = Annotated[str | None, typer.Option(help="Selector: bi, angular, last or random.", show_default="bi")]
+Remove = Annotated[int | None, typer.Option(help="How many blocks to remove.", show_default="0")]
+RemoveRatio = Annotated[float | None, typer.Option(help="The same as a fraction of all blocks.", show_default=False)]
+ShareMethod = Annotated[str | None, typer.Option("--share", help="none or adjacent.", show_default="none")]
+GroupSize = Annotated[int | None, typer.Option(help="Blocks that share one set of weights.", show_default="2")]
+Donor = Annotated[
+    str | None, typer.Option(help="Shared weights: first, last or mean of the members.", show_default="first")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
+DType = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps …", show_default="auto")]
+Seed = Annotated[int | None, typer.Option(help="Seed of all that is drawn.", show_default="0")]
+MaxMemory = Annotated[
+    float | None,
+    typer.Option(
+        "--max-memory-gb",
+        help="Memory for the weights; what does not fit is read from disk block by block.",
+        show_default="80 % of what is free",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool | None, typer.Option("--trust-remote-code", help="Run code that comes with the model.", show_default=False)
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+@app.command()
+def analyze(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Run folder; analysis.json and figures are written there.")],
+    text: Texts = None,
+    context: Context = None,
+    tokens: Tokens = None,
+    revision: Revision = None,
+    dtype: DType = None,
+    device: Device = None,
+    seed: Seed = None,
+    max_memory_gb: MaxMemory = None,
+    trust_remote_code: TrustRemoteCode = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how redundant each block is: similarity, block influence, angular distance."""
+    with _session(quiet):
+        from foldgpt import pipeline
+        from foldgpt.artifacts import check_free, write_json
+        from foldgpt.tables import analysis_lines, analysis_table
+
+        path = out / pipeline.ANALYSIS
+        check_free(path, replace=overwrite)
+        recipe = _recipe(
+            model=model,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            max_memory_gb=max_memory_gb,
+            trust_remote_code=trust_remote_code,
+            calibration=_calibration(text, context, tokens),
+        )
+        analysis = pipeline.make_analysis(pipeline.Workbench(recipe), out / ".analysis-checkpoint.json")
+        write_json(path, analysis.to_json_dict())
+        figures = pipeline.draw(analysis, None, out / pipeline.FIGURES)
+        if as_json:
+            _print_json(analysis.to_json_dict())
+        else:
+            _print(analysis_table(analysis))
+            _print(analysis_lines(analysis))
+            _print_paths([path, *figures])
+
+
+@app.command()
+def plan(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The plan, a JSON file that may be edited.")] = Path("plan.json"),
+    text: Texts = None,
+    analysis: Annotated[
+        Path | None,
+        typer.Option(
+            help="An analysis made before (file or run folder), instead of measuring anew.", show_default=False
+        ),
+    ] = None,
+    select: Select = None,
+    remove: Remove = None,
+    remove_ratio: RemoveRatio = None,
+    share: ShareMethod = None,
+    group_size: GroupSize = None,
+    donor: Donor = None,
+    context: Context = None,
+    tokens: Tokens = None,
+    revision: Revision = None,
+    dtype: DType = None,
+    device: Device = None,
+    seed: Seed = None,
+    max_memory_gb: MaxMemory = None,
+    trust_remote_code: TrustRemoteCode = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Decide which blocks are removed and which share weights."""
+    with _session(quiet):
+        from foldgpt import pipeline
+        from foldgpt.artifacts import check_free
+        from foldgpt.tables import plan_strip
+
+        check_free(out, replace=overwrite)
+        recipe = _recipe(
+            model=model,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            max_memory_gb=max_memory_gb,
+            trust_remote_code=trust_remote_code,
+            calibration=_calibration(text, context, tokens),
+            select={"method": select, "remove": remove, "remove_ratio": remove_ratio},
+            share={"method": share, "group_size": group_size, "donor": donor},
+        )
+        bench = pipeline.Workbench(recipe)
+        measured = None
+        if analysis is not None:
+            measured = pipeline.read_analysis(analysis, bench)
+        elif recipe.select.method not in pipeline.ANALYSIS_FREE:
+            measured = pipeline.make_analysis(bench)
+        made = pipeline.make_plan(bench, measured)
+        made.save(out)
+        if as_json:
+            _print_json(made.to_json_dict())
+        else:
+            _print(plan_strip(made))
+            _print_paths([out])
+
+
+@app.command()
+def fold(
+    model: Model,
+    plan: Annotated[
+        Path, typer.Option(help="The plan: a JSON file, or a folder that holds plan.json.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Where the folded model is saved.", show_default=False)],
+    revision: Revision = None,
+    dtype: DType = None,
+    device: Device = None,
+    max_memory_gb: MaxMemory = None,
+    trust_remote_code: TrustRemoteCode = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Do what a plan says, and save the result once it is verified."""
+    with _session(quiet):
+        from dataclasses import asdict
+
+        from foldgpt import pipeline
+        from foldgpt.artifacts import check_free
+        from foldgpt.plan import FoldPlan
+        from foldgpt.tables import plan_strip, verification_lines
+
+        made = FoldPlan.load(plan)
+        check_free(out, replace=overwrite)
+        recipe = _recipe(
+            model=model,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            max_memory_gb=max_memory_gb,
+            trust_remote_code=trust_remote_code,
+        )
+        verification = pipeline.make_folded(pipeline.Workbench(recipe), made, out, replace=overwrite)
+        if as_json:
+            _print_json(asdict(verification))
+        else:
+            _print(plan_strip(made))
+            _print(verification_lines(verification))
+            _print_paths([out])
+
+
+@app.command("eval")
+def evaluate(
+    folder: Annotated[str, typer.Argument(help="The model to measure: a folder, or any MODEL.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Where the result is written as JSON.", show_default=False)] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Model to compare with, measured in the same run.", show_default=False)
+    ] = None,
+    perplexity: Annotated[
+        list[str] | None,
+        typer.Option(help="Text for perplexity, as --text elsewhere. May be repeated.", show_default=False),
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens in one window.", show_default="512")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from one window to the next.", show_default="the context")
+    ] = None,
+    max_windows: Annotated[int, typer.Option(help="Use the first windows only; 0 for all.")] = 0,
+    speed: Annotated[bool, typer.Option(help="Measure prefill and decode speed.")] = True,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
+    dtype: DType = None,
+    device: Device = None,
+    seed: Seed = None,
+    trust_remote_code: TrustRemoteCode = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure size, perplexity, speed and memory, beside a baseline."""
+    with _session(quiet):
+        from foldgpt import pipeline
+        from foldgpt.artifacts import check_free, write_json
+        from foldgpt.tables import comparison_table, protocol_lines
+
+        if out is not None:
+            check_free(out, replace=overwrite)
+        recipe = _recipe(
+            model=folder if baseline is None else baseline,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            evaluate={
+                "texts": perplexity or [],
+                "context": context,
+                "stride": stride,
+                "speed": speed,
+                "memory": memory,
+            },
+        ).changed_to(("evaluate", "max_windows"), max_windows or None)
+        evaluation = pipeline.make_evaluation(pipeline.Workbench(recipe), folder, compare=baseline is not None)
+        if out is not None:
+            write_json(out, evaluation.to_dict())
+        if as_json:
+            _print_json(evaluation.to_dict())
+        else:
+            _print(comparison_table(evaluation))
+            _print(protocol_lines(evaluation))
+            if out is not None:
+                _print_paths([out])
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(
+            help="recipe.yaml; without one, the flags and their defaults are the recipe.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/latest"),
+    model: Annotated[str | None, typer.Option(help="Model, in place of the recipe's.", show_default=False)] = None,
+    text: Texts = None,
+    context: Context = None,
+    tokens: Tokens = None,
+    select: Select = None,
+    remove: Remove = None,
+    remove_ratio: RemoveRatio = None,
+    share: ShareMethod = None,
+    group_size: GroupSize = None,
+    donor: Donor = None,
+    dtype: DType = None,
+    device: Device = None,
+    seed: Seed = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Take over the folder of another recipe; what still fits is kept.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a whole recipe: analyse, plan, fold, verify, measure, draw."""
+    with _session(quiet):
+        from foldgpt.errors import UsageError
+        from foldgpt.recipe import Recipe
+
+        if recipe is None and model is None:
+            raise UsageError("name a recipe file, or a model with --model")
+        changes: dict[str, Any] = {
+            "model": model,
+            "dtype": dtype,
+            "device": device,
+            "seed": seed,
+            "calibration": _calibration(text, context, tokens),
+            "select": {"method": select, "remove": remove, "remove_ratio": remove_ratio},
+            "share": {"method": share, "group_size": group_size, "donor": donor},
+        }
+        whole = _recipe(**changes) if recipe is None else Recipe.load(recipe).changed(**changes)
+
+        from foldgpt import pipeline
+        from foldgpt.tables import comparison_table, plan_strip, protocol_lines
+
+        result = pipeline.run(whole, out, overwrite=overwrite)
+        if as_json:
+            _print_json(result.evaluation.to_dict())
+        else:
+            _print(plan_strip(result.plan))
+            _print(comparison_table(result.evaluation))
+            _print(protocol_lines(result.evaluation))
+            _print_paths([result.path / pipeline.FOLDED, *result.figures])
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(help="A plan, a folded model, or a run folder.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Show a plan as a strip of blocks, and a run's measurements."""
+    with _session(quiet=True):
+        from foldgpt.artifacts import read_json
+        from foldgpt.errors import ArtifactError
+        from foldgpt.evaluation import Evaluation
+        from foldgpt.plan import FoldPlan
+        from foldgpt.tables import comparison_table, plan_strip, protocol_lines
+
+        plan_path = path / "plan.json" if path.is_dir() else path
+        if path.is_dir() and not plan_path.is_file():
+            raise ArtifactError(f"{path} holds no plan.json: it is neither a run nor a folded model")
+        made = FoldPlan.load(plan_path)
+        evaluation_path = path / "evaluation.json"
+        measured = Evaluation.load(evaluation_path) if path.is_dir() and evaluation_path.is_file() else None
+        if as_json:
+            shown = {"plan": made.to_json_dict()}
+            if measured is not None:
+                shown["evaluation"] = read_json(evaluation_path)
+            _print_json(shown)
+            return
+        _print(plan_strip(made))
+        if measured is not None:
+            _print(comparison_table(measured))
+            _print(protocol_lines(measured))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from foldgpt.recipe import Recipe
+
+    _print_json(Recipe.model_json_schema())
+
+
+def main() -> None:
+    """Entry point of the `foldgpt` command."""
+    app()
+
+
+@contextmanager
+def _session(quiet: bool) -> Iterator[None]:
+    """What all verbs have in common: quietness, and errors as one line and an exit code."""
+    from foldgpt.errors import FoldGPTError
+    from foldgpt.progress import be_quiet
+
+    be_quiet(quiet)
+    try:
+        yield
+    except FoldGPTError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped; what was finished is kept", err=True)
+        raise typer.Exit(130) from None
+
+
+def _recipe(**values: Any) -> Recipe:
+    """A recipe from flags; None stands for the default."""
+    from foldgpt.recipe import Recipe
+
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = {key: part for key, part in value.items() if part is not None}
+        if value is not None:
+            given[name] = value
+    return Recipe.from_dict(given, "options")
+
+
+def _calibration(text: list[str] | None, context: int | None, tokens: int | None) -> dict[str, Any]:
+    return {"texts": text or None, "context": context, "num_tokens": tokens}
+
+
+def _print(shown: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    # Redirected output has no width of its own; a table cut to 80 columns loses its labels.
+    if not console.is_terminal:
+        console = Console(width=120)
+    console.print(shown)
+
+
+def _print_paths(paths: list[Path]) -> None:
+    for path in paths:
+        typer.echo(str(path))
+
+
+def _print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    main()

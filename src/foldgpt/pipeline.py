@@ -1,0 +1,356 @@
+"""The whole story: from a model and some text to a smaller, verified and measured model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from foldgpt.analysis import Analysis, CalibrationIdentity, SourceIdentity, analyze
+from foldgpt.artifacts import hash_of, read_json, write_json
+from foldgpt.corpus import Windows, calibration_windows, evaluation_windows
+from foldgpt.environment import describe_environment
+from foldgpt.errors import ArtifactError, FoldGPTError
+from foldgpt.evaluation import Evaluation, Subject, evaluate
+from foldgpt.families import Decoder, decoder_of
+from foldgpt.folding import Verification, fold_, predicted_parameters, save_folded, source_model_of
+from foldgpt.plan import FoldPlan
+from foldgpt.progress import note
+from foldgpt.recipe import Recipe
+from foldgpt.run_folder import RunFolder, open_run
+from foldgpt.selection import Request, number_to_remove, select
+from foldgpt.sharing import adjacent_groups
+from foldgpt.sources import Source, load_source, load_tokenizer, model_fingerprint, resolve
+
+ANALYSIS, PLAN, FOLDED, EVALUATION = "analysis.json", "plan.json", "folded", "evaluation.json"
+ENVIRONMENT, FIGURES = "environment.json", "figures"
+_FIGURE_NAMES = ("redundancy", "similarity", "plan")
+
+#: Selectors that look at nothing but the number of blocks.
+ANALYSIS_FREE = frozenset({"last", "random"})
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run made, as read back from its folder."""
+
+    path: Path
+    """The run folder."""
+    analysis: Analysis
+    plan: FoldPlan
+    evaluation: Evaluation
+
+    @property
+    def figures(self) -> list[Path]:
+        """The pictures, as PNG; an SVG of the same name lies beside each."""
+        return [self.path / FIGURES / f"{name}.png" for name in _FIGURE_NAMES]
+
+
+def run(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Result:
+    """Run a recipe: analyse, plan, fold, verify, measure, draw.
+
+    Each stage writes its artefact into the run folder when it is complete. A run that was stopped goes on where
+    it was, and a stage whose inputs have not changed is not run again.
+
+    Args:
+        recipe: what to do.
+        out: the run folder.
+        overwrite: take over a folder that holds a run of another recipe.
+
+    Raises:
+        FoldGPTError: one of its kinds, with a message that names what is wrong; finished stages are kept.
+    """
+    with open_run(out, recipe, overwrite=overwrite) as folder:
+        bench = Workbench(recipe)
+        write_json(folder.path / ENVIRONMENT, describe_environment())
+        analysis = _analysis_stage(folder, bench)
+        plan = _plan_stage(folder, bench, analysis)
+        _fold_stage(folder, bench, plan)
+        evaluation = _evaluation_stage(folder, bench)
+        _figures_stage(folder, analysis, plan)
+        return Result(folder.path, analysis, plan, evaluation)
+
+
+class Workbench:
+    """The inputs of a recipe, each made when a stage first needs it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    @cached_property
+    def place(self) -> Path:
+        """The model's files on this machine."""
+        return resolve(self.recipe.model, revision=self.recipe.revision)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the model's weights and config."""
+        return model_fingerprint(self.place)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return load_tokenizer(str(self.place), trust_remote_code=self.recipe.trust_remote_code)
+
+    @cached_property
+    def calibration(self) -> Windows:
+        """Windows on which redundancy is measured."""
+        section = self.recipe.calibration
+        return calibration_windows(
+            section.texts,
+            self.tokenizer,
+            context=section.context,
+            num_tokens=section.num_tokens,
+            seed=self.recipe.seed,
+        )
+
+    @cached_property
+    def calibration_identity(self) -> CalibrationIdentity:
+        """What is recorded of the calibration text."""
+        return CalibrationIdentity(protocol=self.calibration.protocol, fingerprint=self.calibration.fingerprint)
+
+    @cached_property
+    def test(self) -> Windows | None:
+        """Windows on which perplexity is measured; None if the recipe asks for none."""
+        section = self.recipe.evaluate
+        if not section.texts:
+            return None
+        return evaluation_windows(
+            section.texts,
+            self.tokenizer,
+            context=section.context,
+            stride=section.stride,
+            max_windows=section.max_windows,
+        )
+
+    @cached_property
+    def source(self) -> Source:
+        """The loaded model, untouched."""
+        recipe = self.recipe
+        note(f"loading {recipe.model}")
+        return load_source(
+            str(self.place),
+            dtype=recipe.dtype,
+            device=recipe.device,
+            max_memory_gb=recipe.max_memory_gb,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+
+    def take_source(self) -> Source:
+        """Hand the loaded model over to be changed in place; whoever needs the source again loads it anew.
+
+        Raises:
+            FoldGPTError: the model does not fit in memory.
+        """
+        source = self.source
+        if source.offloaded:
+            raise FoldGPTError(
+                f"{self.recipe.model} does not fit in the memory that is free (or allowed by max_memory_gb). Analysis "
+                "runs from disk, but folding needs the whole model in memory."
+            )
+        del self.source
+        return source
+
+    @property
+    def numerics(self) -> dict[str, Any]:
+        """What, beside model and text, changes the numbers a model computes."""
+        return {"dtype": self.recipe.dtype, "device": self.recipe.device}
+
+
+def make_analysis(bench: Workbench, checkpoint: Path | None = None) -> Analysis:
+    """Measure the redundancy of the recipe's model on its calibration text."""
+    recipe = bench.recipe
+    windows = bench.calibration
+    source = bench.source
+    return analyze(
+        source.model,
+        windows.ids,  # type: ignore[arg-type]
+        checkpoint=checkpoint,
+        source=SourceIdentity(spec=recipe.model, revision=source.revision, fingerprint=bench.fingerprint),
+        calibration=bench.calibration_identity,
+    )
+
+
+def make_plan(bench: Workbench, analysis: Analysis | None) -> FoldPlan:
+    """Decide what is removed and shared.
+
+    Args:
+        bench: the inputs.
+        analysis: the redundancy analysis; None only for selectors in `ANALYSIS_FREE`.
+    """
+    recipe = bench.recipe
+    source = bench.source
+    decoder = decoder_of(source.model)
+    num_remove = number_to_remove(len(decoder.blocks), remove=recipe.select.remove, ratio=recipe.select.remove_ratio)
+    selection = select(
+        recipe.select.method,
+        Request(num_blocks=len(decoder.blocks), num_remove=num_remove, analysis=analysis, seed=recipe.seed),
+    )
+    origin: dict[str, Any] = {
+        "selector": selection.method,
+        "scores": None if selection.scores is None else list(selection.scores),
+        "removal_order": list(selection.order),
+        "seed": recipe.seed,
+    }
+    if analysis is not None and analysis.calibration is not None:
+        origin["calibration"] = analysis.calibration.model_dump(mode="json")
+    return FoldPlan.create(
+        source_model_of(source.model, name=recipe.model, revision=source.revision),
+        removed=selection.removed,
+        groups=_groups(recipe, decoder, selection.removed),
+        origin=origin,
+    )
+
+
+def _groups(recipe: Recipe, decoder: Decoder, removed: tuple[int, ...]) -> Any:
+    if recipe.share.method == "none":
+        return ()
+    kept = [index for index in range(len(decoder.blocks)) if index not in removed]
+    return adjacent_groups(
+        decoder,
+        kept,
+        size=recipe.share.group_size,
+        sublayers=tuple(recipe.share.sublayers),
+        donor=recipe.share.donor,
+    )
+
+
+def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool = False) -> Verification:
+    """Fold the recipe's model by a plan and save it, verified."""
+    source = bench.take_source()
+    expected = predicted_parameters(source.model, plan)
+    fold_(source.model, plan)
+    note("saving and verifying the folded model")
+    return save_folded(
+        source.model,
+        plan,
+        folder,
+        tokenizer=source.tokenizer,
+        expected_parameters=expected,
+        replace=replace,
+    )
+
+
+def make_evaluation(bench: Workbench, folded: str | Path, *, compare: bool = True) -> Evaluation:
+    """Measure a model, beside the recipe's unless that is the very one.
+
+    Args:
+        bench: the inputs; its model is the baseline.
+        folded: the model to measure, usually a saved folded one.
+        compare: measure the baseline too, and give ratios.
+    """
+    recipe, section = bench.recipe, bench.recipe.evaluate
+    windows = bench.test
+    place = resolve(str(folded))
+    note(f"loading {folded}")
+    model = load_source(
+        str(place), dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
+    ).model
+    return evaluate(
+        Subject("folded" if compare else "model", model, place),
+        Subject("source", bench.source.model, bench.place) if compare else None,
+        windows=windows,
+        speed=section.speed,
+        memory=section.memory,
+        seed=recipe.seed,
+    )
+
+
+def read_analysis(path: Path, bench: Workbench) -> Analysis:
+    """Read an analysis made before, and refuse one of another model.
+
+    Args:
+        path: the file, or a run folder that holds it.
+        bench: whose model it must be of.
+
+    Raises:
+        ArtifactError: it is not an analysis, or one of another model.
+    """
+    path = path / ANALYSIS if path.is_dir() else path
+    analysis = Analysis.from_json_dict(read_json(path, "analysis"))
+    if analysis.source is not None and analysis.source.fingerprint != bench.fingerprint:
+        raise ArtifactError(
+            f"{path} is an analysis of another model ({analysis.source.spec}), not of {bench.recipe.model}"
+        )
+    return analysis
+
+
+def _analysis_stage(folder: RunFolder, bench: Workbench) -> Analysis:
+    path = folder.path / ANALYSIS
+    return folder.stage(
+        "analysis",
+        {"model": bench.fingerprint, "windows": bench.calibration.fingerprint, **bench.numerics},
+        [ANALYSIS],
+        lambda: write_json(path, make_analysis(bench, folder.path / ".analysis-checkpoint.json").to_json_dict()),
+        lambda: Analysis.from_json_dict(read_json(path, "analysis")),
+    )
+
+
+def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis) -> FoldPlan:
+    path = folder.path / PLAN
+    recipe = bench.recipe
+    inputs = {
+        "analysis": _measures(analysis),
+        "select": recipe.select.model_dump(mode="json"),
+        "share": recipe.share.model_dump(mode="json"),
+        "model": recipe.model,
+        "seed": recipe.seed,
+    }
+    return folder.stage(
+        "plan", inputs, [PLAN], lambda: make_plan(bench, analysis).save(path), lambda: FoldPlan.load(path)
+    )
+
+
+def _measures(analysis: Analysis) -> str:
+    """Identity of an analysis without the time it took."""
+    return hash_of({name: value for name, value in analysis.to_json_dict().items() if name != "seconds"})
+
+
+def _fold_stage(folder: RunFolder, bench: Workbench, plan: FoldPlan) -> None:
+    path = folder.path / FOLDED
+    inputs = {"model": bench.fingerprint, "plan": hash_of(plan.to_json_dict()), **bench.numerics}
+    folder.stage("fold", inputs, [FOLDED], lambda: make_folded(bench, plan, path, replace=True), lambda: None)
+
+
+def _evaluation_stage(folder: RunFolder, bench: Workbench) -> Evaluation:
+    path = folder.path / EVALUATION
+    inputs = {
+        "model": bench.fingerprint,
+        "folded": folder.key_of("fold"),
+        "windows": None if bench.test is None else bench.test.fingerprint,
+        "evaluate": bench.recipe.evaluate.model_dump(mode="json"),
+        "seed": bench.recipe.seed,
+        **bench.numerics,
+    }
+    return folder.stage(
+        "evaluation",
+        inputs,
+        [EVALUATION],
+        lambda: write_json(path, make_evaluation(bench, folder.path / FOLDED).to_dict()),
+        lambda: Evaluation.load(path),
+    )
+
+
+def draw(analysis: Analysis | None, plan: FoldPlan | None, folder: Path) -> list[Path]:
+    """Draw what there is into a folder, as PNG and SVG; returns the PNGs."""
+    from foldgpt.figures import draw_plan, draw_redundancy, draw_similarity  # matplotlib takes a second
+
+    drawn: list[Path] = []
+    if analysis is not None:
+        drawn.append(draw_redundancy(analysis, folder / "redundancy")[0])
+        drawn.append(draw_similarity(analysis, folder / "similarity")[0])
+    if plan is not None:
+        bi = None if analysis is None else analysis.bi
+        drawn.append(draw_plan(plan, folder / "plan", bi=bi)[0])
+    return drawn
+
+
+def _figures_stage(folder: RunFolder, analysis: Analysis, plan: FoldPlan) -> None:
+    folder.stage(
+        "figures",
+        {"analysis": _measures(analysis), "plan": hash_of(plan.to_json_dict())},
+        [FIGURES],
+        lambda: draw(analysis, plan, folder.path / FIGURES),
+        lambda: None,
+    )

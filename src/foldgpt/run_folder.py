@@ -1,0 +1,151 @@
+"""The run folder: artefacts, and the ledger that knows from which inputs each of them was made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+
+import foldgpt
+from foldgpt.artifacts import check_free, hash_of, hash_of_file, read_json, write_json
+from foldgpt.errors import ArtifactError
+from foldgpt.progress import note
+from foldgpt.recipe import Recipe
+
+RECIPE, LEDGER = "recipe.yaml", "run.json"
+_FORMAT = "foldgpt.run"
+
+T = TypeVar("T")
+
+
+class RunFolder:
+    """One run on disk. Get one with `open_run`.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stages: dict[str, Any] = {}
+        if (path / LEDGER).is_file():
+            ledger = read_json(path / LEDGER, "ledger of the run")
+            if not isinstance(ledger, dict) or ledger.get("format") != _FORMAT:
+                raise ArtifactError(f"{path / LEDGER} is not the ledger of a run")
+            self._stages = ledger.get("stages", {})
+
+    def stage(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        outputs: Sequence[str],
+        make: Callable[[], object],
+        read: Callable[[], T],
+    ) -> T:
+        """Make a stage's outputs unless they stand already, made from the same inputs.
+
+        Args:
+            name: the stage, as the ledger and the messages call it.
+            inputs: all that the outputs depend on, as JSON values.
+            outputs: names of the files and folders it writes, each atomically.
+            make: writes them.
+            read: reads the result back, always from disk, so that what is used is what was written.
+        """
+        key = hash_of({**inputs, "foldgpt": foldgpt.__version__})
+        known = self._stages.get(name, {})
+        if known.get("inputs") == key and known.get("outputs") == self._contents(outputs):
+            note(f"{name}: unchanged")
+            return read()
+        started = time.perf_counter()
+        make()
+        self._stages[name] = {
+            "inputs": key,
+            "outputs": self._contents(outputs),
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        write_json(self.path / LEDGER, {"format": _FORMAT, "version": 1, "stages": self._stages})
+        return read()
+
+    def key_of(self, name: str) -> str:
+        """Identity of what a stage made, to be an input of a later one."""
+        return hash_of(self._stages[name]["outputs"])
+
+    def _contents(self, outputs: Sequence[str]) -> dict[str, Any]:
+        """What the outputs hold: hashes of small files, sizes of large ones; None for what is missing."""
+        contents: dict[str, Any] = {}
+        for name in outputs:
+            path = self.path / name
+            files = sorted(path.rglob("*")) if path.is_dir() else [path]
+            for file in files:
+                if file.is_dir():
+                    continue
+                place = str(file.relative_to(self.path))
+                contents[place] = _identity(file) if file.is_file() else None
+        return contents
+
+
+def _identity(file: Path) -> str:
+    size = file.stat().st_size
+    return f"{size} bytes" if size > 16 << 20 else hash_of_file(file)
+
+
+@contextmanager
+def open_run(path: str | Path, recipe: Recipe, *, overwrite: bool = False) -> Iterator[RunFolder]:
+    """Open a run folder for one recipe, and keep other processes out of it meanwhile.
+
+    A folder that holds an interrupted or finished run of the same recipe is continued.
+
+    Args:
+        path: the folder; made if it does not exist.
+        recipe: what is to be run.
+        overwrite: take over the folder of another recipe. What its stages made is made again only where the
+            inputs differ.
+
+    Raises:
+        ArtifactError: the folder holds another run or something else, is in use, or cannot be written.
+    """
+    path = Path(path)
+    recipe_path = path / RECIPE
+    if recipe_path.is_file():
+        _check_same(path, Recipe.load(recipe_path), recipe, overwrite=overwrite)
+    elif not (path / LEDGER).is_file():
+        check_free(path, replace=overwrite)
+    recipe.save(recipe_path)
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ArtifactError(f"another process is working in {path}") from None
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
+    with lock:
+        try:
+            yield RunFolder(path)
+        finally:
+            lock.release()
+
+
+def _check_same(path: Path, there: Recipe, asked: Recipe, *, overwrite: bool) -> None:
+    if there == asked or overwrite:
+        return
+    before, after = _flat(there.model_dump(mode="json")), _flat(asked.model_dump(mode="json"))
+    changed = [key for key in after if before.get(key) != after[key]]
+    shown = "; ".join(f"{key} was {before.get(key)!r} and is now {after[key]!r}" for key in changed[:3])
+    more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
+    raise ArtifactError(
+        f"{path} holds a run of another recipe: {shown}{more}. Choose another folder, or pass --overwrite."
+    )
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            flat.update(_flat(item, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = item
+    return flat

@@ -1,0 +1,208 @@
+"""The command line: verbs, exit codes, messages, and a quick `--help`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from foldgpt import progress
+from foldgpt.cli import app
+from foldgpt.plan import FoldPlan
+from foldgpt.recipe import Recipe
+from run_inputs import tiny_recipe, tiny_source, tiny_text
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_source(tmp_path_factory.mktemp("cli") / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_text(tmp_path_factory.mktemp("cli-text") / "text.txt")
+
+
+@pytest.fixture(autouse=True)
+def loud_again() -> Any:
+    yield
+    progress.be_quiet(False)
+
+
+def foldgpt(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+CALIBRATION = ("--context", 32, "--tokens", 256)
+
+
+def test_the_verbs_one_after_another(model: Path, text: Path, tmp_path: Path) -> None:
+    made = foldgpt("analyze", model, "--text", text, *CALIBRATION, "--out", tmp_path / "run", "--quiet")
+    assert made.exit_code == 0, made.output
+    assert "rank" in made.stdout
+    assert (tmp_path / "run" / "figures" / "similarity.svg").is_file()
+
+    plan = tmp_path / "plan.json"
+    made = foldgpt("plan", model, "--analysis", tmp_path / "run", "--select", "bi", "--remove", 2, "--out", plan)
+    assert made.exit_code == 0, made.output
+    assert "6 → 4 blocks" in made.stdout
+
+    made = foldgpt("fold", model, "--plan", plan, "--out", tmp_path / "folded", "--json", "-q")
+    assert made.exit_code == 0, made.output
+    assert json.loads(made.stdout)["model_class"] == "LlamaForCausalLM"
+
+    made = foldgpt(
+        *("eval", tmp_path / "folded", "--baseline", model, "--perplexity", text, "--context", 32),
+        *("--max-windows", 3, "--no-speed", "--no-memory", "--out", tmp_path / "evaluation.json", "--quiet"),
+    )
+    assert made.exit_code == 0, made.output
+    assert "perplexity" in made.stdout and "windows 3" in made.stdout
+    assert json.loads((tmp_path / "evaluation.json").read_text())["folded"]["size"]["num_blocks"] == 4
+
+    made = foldgpt("show", tmp_path / "folded")
+    assert made.exit_code == 0 and "6 → 4 blocks" in made.stdout
+
+
+def test_eval_of_one_model_alone(model: Path, text: Path) -> None:
+    made = foldgpt("eval", model, "--perplexity", text, "--context", 32, "--no-speed", "--no-memory", "--json", "-q")
+    assert made.exit_code == 0, made.output
+    value = json.loads(made.stdout)
+    assert value["baseline"] is None
+    assert value["folded"]["perplexity"]["protocol"]["text_complete"] is True
+
+
+def test_plan_measures_by_itself_and_knows_its_groups(model: Path, text: Path, tmp_path: Path) -> None:
+    made = foldgpt(
+        *("plan", model, "--text", text, *CALIBRATION, "--select", "angular", "--remove-ratio", 0.34, "-q"),
+        *("--share", "adjacent", "--group-size", 2, "--donor", "last", "--out", tmp_path / "plan.json"),
+    )
+    assert made.exit_code == 0, made.output
+    plan = FoldPlan.load(tmp_path / "plan.json")
+    first, last = plan.removed
+    assert last == first + 1
+    assert [group.donor for group in plan.groups] == ["last", "last"]
+
+
+def test_selectors_that_look_at_nothing_measure_nothing(model: Path, tmp_path: Path) -> None:
+    made = foldgpt(
+        "plan", model, "--text", "no-such.txt", "--select", "last", "--remove", 2, "--out", tmp_path / "p", "-q"
+    )
+    assert made.exit_code == 0, made.output
+    assert FoldPlan.load(tmp_path / "p").removed == (4, 5)
+
+
+def test_run_takes_a_recipe_and_flags(model: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(model, text)))
+    out = tmp_path / "run"
+    made = foldgpt("run", tmp_path / "recipe.yaml", "--remove", 1, "--out", out, "--quiet")
+    assert made.exit_code == 0, made.output
+    assert Recipe.load(out / "recipe.yaml").select.remove == 1
+    lines = made.stdout.splitlines()
+    assert lines[-1] == str(out / "figures" / "plan.png")
+    shown = foldgpt("show", out)
+    assert "perplexity" in shown.stdout and "6 → 5 blocks" in shown.stdout
+    again = foldgpt("run", tmp_path / "recipe.yaml", "--out", out, "--quiet")
+    assert again.exit_code == 1
+    assert "select.remove was 1 and is now 2" in again.stderr
+
+
+def test_json_is_alone_on_standard_output(model: Path, text: Path, tmp_path: Path) -> None:
+    made = foldgpt("analyze", model, "--text", text, *CALIBRATION, "--out", tmp_path, "--json")
+    assert len(json.loads(made.stdout)["bi"]) == 6
+    assert "loading" in made.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (["analyze", "no-such-folder/model", "--out", "OUT"], 1, "no-such-folder/model"),
+        (["analyze", "demo:smollm", "--out", "OUT"], 2, "Did you mean 'smollm2-135m'?"),
+        (["analyze", "MODEL", "--text", "missing.txt", "--out", "OUT"], 1, "no text file matches missing.txt"),
+        (["analyze", "MODEL", "--text", "TEXT", "--dtype", "float8", "--out", "OUT"], 2, "dtype"),
+        (
+            ["analyze", "MODEL", "--text", "TEXT", "--tokens", "64", "--context", "999", "--out", "OUT"],
+            2,
+            "do not fill",
+        ),
+        (
+            ["plan", "MODEL", "--select", "best", "--remove", "2", "--text", "TEXT", "--out", "OUT"],
+            2,
+            "unknown selector",
+        ),
+        (["plan", "MODEL", "--select", "last", "--remove", "6", "--out", "OUT"], 2, "cannot remove 6 of 6 blocks"),
+        (["plan", "MODEL", "--remove", "1", "--remove-ratio", "0.1", "--out", "OUT"], 2, "not both"),
+        (["plan", "MODEL", "--share", "pairs", "--out", "OUT"], 2, "share.method"),
+        (["fold", "MODEL", "--plan", "missing.json", "--out", "OUT"], 1, "plan not found: missing.json"),
+        (["eval", "MODEL", "--perplexity", "TEXT", "--context", "1", "--out", "OUT"], 2, "evaluate.context"),
+        (["run", "missing.yaml", "--out", "OUT"], 1, "recipe not found: missing.yaml"),
+        (["run", "--out", "OUT"], 2, "name a recipe file, or a model"),
+        (["show", "OUT"], 1, "plan not found"),
+        (["analyse", "MODEL"], 2, "No such command 'analyse'"),
+    ],
+    ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_clear_message_and_no_output(
+    arguments: list[str], exit_code: int, message: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    places = {"MODEL": str(model), "TEXT": str(text), "OUT": str(out)}
+    made = foldgpt(*(places.get(argument, argument) for argument in arguments))
+    assert made.exit_code == exit_code, made.output
+    assert message in made.stderr.replace("\n", " ")
+    assert "Traceback" not in made.output
+    assert list(tmp_path.rglob("*")) in ([], [out])
+
+
+def test_an_existing_output_is_not_overwritten(model: Path, text: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    arguments = ("plan", model, "--select", "last", "--remove", 1, "--out", plan, "-q")
+    assert foldgpt(*arguments).exit_code == 0
+    before = plan.read_bytes()
+    made = foldgpt("plan", model, "--select", "last", "--remove", 2, "--out", plan, "-q")
+    assert made.exit_code == 1 and "--overwrite" in made.stderr
+    assert plan.read_bytes() == before
+    made = foldgpt("plan", model, "--select", "last", "--remove", 2, "--out", plan, "-q", "--overwrite")
+    assert made.exit_code == 0 and len(FoldPlan.load(plan).removed) == 2
+
+
+def test_an_analysis_of_another_model_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    other = tiny_source(tmp_path / "other", seed=1)
+    foldgpt("analyze", other, "--text", text, *CALIBRATION, "--out", tmp_path / "run", "-q")
+    made = foldgpt("plan", model, "--analysis", tmp_path / "run", "--remove", 1, "--out", tmp_path / "plan.json")
+    assert made.exit_code == 1 and "analysis of another model" in made.stderr
+
+
+def test_a_plan_for_another_model_is_refused(model: Path, tmp_path: Path) -> None:
+    other = tiny_source(tmp_path / "other", num_hidden_layers=4)
+    foldgpt("plan", other, "--select", "last", "--remove", 1, "--out", tmp_path / "plan.json", "-q")
+    made = foldgpt("fold", model, "--plan", tmp_path / "plan.json", "--out", tmp_path / "folded", "-q")
+    assert made.exit_code == 2 and "for a model of 4 blocks" in made.stderr
+    assert not (tmp_path / "folded").exists()
+
+
+def test_schema_describes_every_key(tmp_path: Path) -> None:
+    schema = json.loads(foldgpt("schema").stdout)
+    assert schema["properties"]["model"]["description"].startswith("Hub id, local folder, GGUF file")
+    assert schema["additionalProperties"] is False
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['foldgpt', '--help']\nfrom foldgpt.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n"
+        "    print([name for name in ('torch', 'transformers', 'pydantic') if name in sys.modules])"
+    )
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+        assert done.stdout.splitlines()[-1] == "[]"
+    assert min(seconds) < 0.5

@@ -1,0 +1,225 @@
+"""A whole run: its artefacts, what is done again and what is not, and what a kill leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from foldgpt import pipeline
+from foldgpt.artifacts import write_text
+from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
+from foldgpt.plan import FoldPlan
+from foldgpt.recipe import Recipe
+from foldgpt.run_folder import open_run
+from run_inputs import tiny_recipe, tiny_source, tiny_text
+
+STAGES = ["analysis", "plan", "fold", "evaluation", "figures"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return tiny_source(folder / "model"), tiny_text(folder / "text.txt")
+
+
+@pytest.fixture
+def recipe(inputs: tuple[Path, Path]) -> Recipe:
+    return Recipe.from_dict(tiny_recipe(*inputs))
+
+
+@pytest.fixture
+def stages_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the stages that are really made, in order."""
+    made: list[str] = []
+    makers = {
+        "analysis": "make_analysis",
+        "plan": "make_plan",
+        "fold": "make_folded",
+        "evaluation": "make_evaluation",
+        "figures": "draw",
+    }
+    for stage, name in makers.items():
+        maker = getattr(pipeline, name)
+
+        def spy(*args: Any, stage: str = stage, maker: Any = maker, **kwargs: Any) -> Any:
+            made.append(stage)
+            return maker(*args, **kwargs)
+
+        monkeypatch.setattr(pipeline, name, spy)
+    return made
+
+
+def test_a_run_leaves_all_artefacts(recipe: Recipe, tmp_path: Path) -> None:
+    result = pipeline.run(recipe, tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
+    assert names == {
+        "analysis.json",
+        "environment.json",
+        "evaluation.json",
+        "figures",
+        "folded",
+        "plan.json",
+        "recipe.yaml",
+        "run.json",
+    }
+    assert Recipe.load(tmp_path / "run" / "recipe.yaml") == recipe
+    assert FoldPlan.load(tmp_path / "run") == result.plan
+    assert len(result.plan.removed) == 2
+    assert result.plan.origin["calibration"]["fingerprint"] == result.analysis.calibration.fingerprint  # type: ignore[union-attr]
+    assert [path.is_file() and path.with_suffix(".svg").is_file() for path in result.figures] == [True] * 3
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "folded")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.config.num_hidden_layers == 4
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "folded").chat_template is not None
+    figures = result.evaluation.folded.figures()
+    assert figures["num_blocks"] == 4
+    assert result.evaluation.baseline.figures()["num_blocks"] == 6  # type: ignore[union-attr]
+
+
+def test_run_twice_makes_nothing_again(recipe: Recipe, tmp_path: Path, stages_run: list[str]) -> None:
+    first = pipeline.run(recipe, tmp_path / "run")
+    assert stages_run == STAGES
+    stages_run.clear()
+    second = pipeline.run(recipe, tmp_path / "run")
+    assert stages_run == []
+    assert second == first
+
+
+def test_only_stages_with_other_inputs_run_again(recipe: Recipe, tmp_path: Path, stages_run: list[str]) -> None:
+    pipeline.run(recipe, tmp_path / "run")
+    stages_run.clear()
+    pipeline.run(recipe.changed(evaluate={"max_windows": 2}), tmp_path / "run", overwrite=True)
+    assert stages_run == ["evaluation"]
+    stages_run.clear()
+    pipeline.run(recipe.changed(select={"remove": 1}), tmp_path / "run", overwrite=True)
+    assert stages_run == ["plan", "fold", "evaluation", "figures"]
+
+
+def test_a_changed_model_is_noticed(tmp_path: Path, stages_run: list[str]) -> None:
+    model, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
+    recipe = Recipe.from_dict(tiny_recipe(model, text))
+    pipeline.run(recipe, tmp_path / "run")
+    tiny_source(model, seed=1)
+    stages_run.clear()
+    pipeline.run(recipe, tmp_path / "run")
+    assert stages_run == STAGES
+
+
+def test_a_damaged_artefact_is_made_again(recipe: Recipe, tmp_path: Path, stages_run: list[str]) -> None:
+    pipeline.run(recipe, tmp_path / "run")
+    (tmp_path / "run" / "folded" / "model.safetensors").write_bytes(b"half a file")
+    stages_run.clear()
+    pipeline.run(recipe, tmp_path / "run")
+    assert stages_run == ["fold"]  # what it makes is the same as before, so the evaluation still holds
+
+
+def test_a_folder_of_another_recipe_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    pipeline.run(recipe, tmp_path / "run")
+    with pytest.raises(ArtifactError, match=r"select.remove was 2 and is now 3.*--overwrite"):
+        pipeline.run(recipe.changed(select={"remove": 3}), tmp_path / "run")
+    assert Recipe.load(tmp_path / "run" / "recipe.yaml") == recipe
+
+
+def test_a_folder_that_holds_something_else_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "letter.txt").write_text("dear reader")
+    with pytest.raises(ArtifactError, match="already exists"):
+        pipeline.run(recipe, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["letter.txt"]
+
+
+def test_two_processes_do_not_share_a_folder(recipe: Recipe, tmp_path: Path) -> None:
+    code = (
+        "import sys; from foldgpt.recipe import Recipe; from foldgpt.run_folder import open_run\n"
+        "from foldgpt.errors import ArtifactError\n"
+        "try:\n    open_run(sys.argv[1], Recipe.load(sys.argv[2])).__enter__()\n"
+        "except ArtifactError as error:\n    print(error)"
+    )
+    recipe.save(tmp_path / "recipe.yaml")
+    with open_run(tmp_path / "run", recipe):
+        command = [sys.executable, "-c", code, str(tmp_path / "run"), str(tmp_path / "recipe.yaml")]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "another process is working in" in printed
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_a_killed_run_goes_on_where_it_was(stage: str, recipe: Recipe, tmp_path: Path, stages_run: list[str]) -> None:
+    recipe.save(tmp_path / "recipe.yaml")
+    maker = {"plan": "make_plan", "fold": "make_folded", "evaluation": "make_evaluation", "figures": "draw"}[stage]
+    write_text(
+        tmp_path / "killed.py",
+        "import os, signal, sys\nfrom foldgpt import pipeline\nfrom foldgpt.recipe import Recipe\n"
+        f"pipeline.{maker} = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "pipeline.run(Recipe.load(sys.argv[1]), sys.argv[2])\n",
+    )
+    command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "recipe.yaml"), str(tmp_path / "run")]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    pipeline.run(recipe, tmp_path / "run")
+    assert stages_run == STAGES[STAGES.index(stage) :]
+
+
+def test_killed_while_saving_leaves_no_folded_model(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.save(tmp_path / "recipe.yaml")
+    write_text(
+        tmp_path / "killed.py",
+        "import os, signal, sys\nfrom foldgpt import pipeline\nfrom foldgpt.folding import checkpoint\n"
+        "from foldgpt.recipe import Recipe\n"
+        "checkpoint.verify_checkpoint = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "pipeline.run(Recipe.load(sys.argv[1]), sys.argv[2])\n",
+    )
+    command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "recipe.yaml"), str(tmp_path / "run")]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert not (tmp_path / "run" / "folded").exists()
+    assert any(path.name.startswith(".foldgpt-partial-folded") for path in (tmp_path / "run").iterdir())
+    pipeline.run(recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "folded" / "verification.json").is_file()
+    assert not any(path.name.startswith(".foldgpt-partial") for path in (tmp_path / "run").iterdir())
+
+
+def test_a_failing_stage_keeps_the_finished_ones(recipe: Recipe, tmp_path: Path, stages_run: list[str]) -> None:
+    with pytest.raises(UsageError, match=r"unknown selector .bo.. .*bi"):
+        pipeline.run(recipe.changed(select={"method": "bo"}), tmp_path / "run")
+    assert (tmp_path / "run" / "analysis.json").is_file()
+    assert not (tmp_path / "run" / "plan.json").exists()
+    stages_run.clear()
+    pipeline.run(recipe, tmp_path / "run", overwrite=True)
+    assert "analysis" not in stages_run
+
+
+def test_removing_every_block_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot remove 6 of 6 blocks"):
+        pipeline.run(recipe.changed(select={"remove": 6}), tmp_path / "run")
+
+
+def test_a_text_shorter_than_one_window_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    short = tiny_text(tmp_path / "short.txt", num_words=3)
+    with pytest.raises(FoldGPTError, match=r"short.txt is too short"):
+        pipeline.run(recipe.changed(calibration={"texts": [str(short)]}), tmp_path / "run")
+
+
+def test_sharing_run(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = Recipe.from_dict(
+        tiny_recipe(*inputs, share={"method": "adjacent", "group_size": 2, "donor": "mean"}, dtype="bfloat16")
+    )
+    result = pipeline.run(recipe, tmp_path / "run")
+    assert [group.donor for group in result.plan.groups] == ["mean", "mean"]
+    verification = json.loads((tmp_path / "run" / "folded" / "verification.json").read_text())
+    assert verification["model_class"] == "FoldedLlamaForCausalLM"
+    size = result.evaluation.folded.size
+    assert size.unique_parameters == verification["num_parameters"] < size.stored_parameters + 1
+    stored = (tmp_path / "run" / "folded" / "model.safetensors").stat().st_size
+    assert stored == pytest.approx(2 * size.unique_parameters, rel=0.15)  # the header weighs in tiny models
+
+
+def test_a_model_too_large_for_memory_is_analysed_but_not_folded(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(FoldGPTError, match="folding needs the whole model in memory"):
+        pipeline.run(recipe.changed(max_memory_gb=0.0001), tmp_path / "run")
+    assert (tmp_path / "run" / "analysis.json").is_file()
