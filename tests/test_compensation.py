@@ -1,0 +1,473 @@
+"""Compensation: what is fitted is what the merged and folded model computes, and it does what it promises."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from foldgpt.compensation import Compensator, Correction, CutReport, compensate, merge_
+from foldgpt.compensation.least_squares import Sums, solve
+from foldgpt.compensation.norms import effective_scale, weight_for
+from foldgpt.compensation.through_norm import error_of, fit_through_norm, normed
+from foldgpt.errors import PlanError, UnsupportedModelError, UsageError
+from foldgpt.families import decoder_of
+from foldgpt.folding import fold_, save_folded, source_model_of
+from foldgpt.objectives import Head, forward_kl
+from foldgpt.plan import FoldPlan, Group
+from foldgpt.replay import Replay
+from models import CONFIGS, tiny_model, token_ids
+from reference import blocks_of
+
+NORMED = ("gemma2", "gemma3", "olmo2")
+
+
+def folded(model: Any, plan: FoldPlan, corrections: dict[int, Correction]) -> Any:
+    """A merged and folded copy."""
+    model = copy.deepcopy(model)
+    merge_(model, corrections)
+    fold_(model, plan)
+    return model
+
+
+def correction(size: int = 32, block: int = 2, **changes: Any) -> Correction:
+    """A correction with a random map."""
+    map_HH = torch.randn(size, size, generator=torch.Generator().manual_seed(5)) * 0.1
+    report = CutReport(tokens=1, left_out=0, ridge=0.1, before=1.0, after=1.0, fitted=1.0)
+    return Correction(**{"block": block, "sublayer": "mlp", "map_HH": map_HH, "bias_H": None, "scale_H": None,
+                         "report": report, **changes})  # fmt: skip
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    "removal",
+    [
+        {"removed": [2, 4]},
+        {"removed": [1, 2, 5]},
+        {"removed": [3], "removed_mlp": [1], "removed_attention": [4]},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_the_corrected_stream_is_that_of_the_merged_and_folded_model(
+    family: str, removal: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(family)
+    ids = token_ids(model, (6, 30))
+    plan = FoldPlan.create(source_model_of(model), **removal)
+    streams: dict[int, torch.Tensor] = {}
+    correct = Compensator.correct
+
+    def recorded(self: Compensator, block: int, *args: Any, **kwargs: Any) -> Any:
+        corrected, found = correct(self, block, *args, **kwargs)
+        streams[block] = corrected
+        return corrected, found
+
+    monkeypatch.setattr(Compensator, "correct", recorded)
+    corrections = compensate(model, plan, ids)
+    small = folded(model, plan, corrections)
+    seen: dict[int, torch.Tensor] = {}
+    for block in corrections:
+
+        def record(_module: Any, _args: Any, output: Any, block: int = block) -> None:
+            seen[block] = (output[0] if isinstance(output, tuple) else output).clone()
+
+        decoder_of(small).blocks[plan.position_of[block]].register_forward_hook(record)
+    small(input_ids=ids)
+    expected = {1, 3} if removal["removed"] == [2, 4] else {0, 4} if "removed_mlp" not in removal else {1, 2, 4}
+    assert set(seen) == expected
+    for block, stream in streams.items():
+        assert not torch.allclose(stream, Replay(model, ids).states[block + 1], atol=1e-3), "nothing was corrected"
+        torch.testing.assert_close(seen[block], stream, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gemma3", "olmo2", "opt", "qwen3_moe", "granite"])
+@torch.no_grad()
+def test_held_out_windows_come_nearer_to_the_source(family: str) -> None:
+    model = tiny_model(family)
+    # Small blocks, as in a trained model: removing one is a small change.
+    for block in blocks_of(model)[2:4]:
+        for parameter in block.parameters():
+            parameter.mul_(0.5)
+    fit_on, judged_on = token_ids(model, (40, 30), seed=1), token_ids(model, (8, 30), seed=2)
+    plan = FoldPlan.create(source_model_of(model), removed=[2, 3])
+    expected = Replay(model, judged_on).states[4]
+    plain = Replay(model, judged_on).states[2]
+    corrections = compensate(model, plan, fit_on)
+    merged = copy.deepcopy(model)
+    merge_(merged, corrections)
+    corrected = Replay(merged, judged_on).states[2]
+    report = corrections[1].report
+
+    def relative_error(stream: torch.Tensor) -> float:
+        return float(((stream - expected).square().sum(-1) / expected.square().sum(-1)).mean())
+
+    assert relative_error(corrected) < 0.98 * relative_error(plain)
+    # The report's held-out error is an honest forecast for other windows.
+    assert report.before == pytest.approx(relative_error(plain), rel=0.15)
+    assert report.after == pytest.approx(relative_error(corrected), rel=0.15)
+    assert report.fitted <= report.after * 1.05
+
+
+@torch.no_grad()
+def test_what_is_linear_in_the_mlp_output_is_recovered_wholly() -> None:
+    model = tiny_model("llama-tied")  # its down_proj has a bias
+    replay = Replay(model, token_ids(model, (8, 30)))
+    compensator = Compensator(replay, ridge=0.0)
+    output, mlp = compensator.run(2, replay.states[2])
+    wanted_map, wanted_bias = torch.randn(32, 32) * 0.2, torch.randn(32)
+    target = output + mlp @ wanted_map + wanted_bias
+    corrected, found = compensator.correct(2, output, mlp, target)
+    torch.testing.assert_close(corrected, target, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.map_HH, wanted_map, rtol=1e-3, atol=1e-3)
+    assert found.report.after < 1e-6 < found.report.before
+
+
+@torch.no_grad()
+def test_a_block_that_is_linear_in_its_predecessors_mlp_can_be_removed_without_loss() -> None:
+    model = tiny_model("opt")
+    decoder = decoder_of(model)
+    ids = token_ids(model, (8, 30))
+    # A block that adds A M, with M what the MLP before it put out.
+    matrix = torch.randn(32, 32) * 0.3
+    last: list[torch.Tensor] = []
+    decoder.blocks[2].fc2.register_forward_hook(lambda _module, _args, output: last.append(output))
+    decoder.blocks[3].forward = lambda hidden, *args, **kwargs: hidden + (last[-1] @ matrix).view(hidden.shape)
+    expected = model(input_ids=ids).logits
+    plan = FoldPlan.create(source_model_of(model), removed=[3])
+    corrections = compensate(model, plan, ids, ridge=0.0)
+    decoder.blocks[2].fc2._forward_hooks.clear()
+    torch.testing.assert_close(folded(model, plan, corrections)(input_ids=ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_ridge_draws_the_map_to_plain_removal() -> None:
+    model = tiny_model("llama")
+    replay = Replay(model, token_ids(model, (8, 30)))
+    sizes = []
+    for ridge in (0.0, 0.1, 10.0, 1e9):
+        compensator = Compensator(replay, ridge=ridge)
+        output, mlp = compensator.run(1, replay.states[1])
+        corrected, found = compensator.correct(1, output, mlp, replay.states[4])
+        sizes.append(float(found.map_HH.norm()))
+        assert found.report.ridge == ridge
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 10 * sizes[2]
+    torch.testing.assert_close(corrected, output)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@torch.no_grad()
+def test_fewer_tokens_than_channels_do_no_harm(family: str) -> None:
+    model = tiny_model(family)
+    ids = token_ids(model, (1, 20))
+    for ridge in (0.0, "auto"):
+        corrections = compensate(model, [2], ids, ridge=ridge)  # type: ignore[arg-type]
+        assert corrections[1].map_HH.isfinite().all()
+    # Too few to learn from: the held-out tokens choose a strong ridge, and so a small change.
+    report = corrections[1].report
+    assert report.tokens == 20
+    assert report.after < 1.3 * report.before
+    assert report.ridge >= 0.1
+
+
+@torch.no_grad()
+def test_the_ridge_is_chosen_on_held_out_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = tiny_model("llama")
+    replay = Replay(model, token_ids(model, (8, 30)))
+    compensator = Compensator(replay)
+    output, mlp = compensator.run(1, replay.states[1])
+    noise = output + torch.randn(output.shape, generator=generator)
+    learnable = output + mlp @ torch.randn(32, 32, generator=generator)
+    assert compensator.correct(1, output, mlp, noise)[1].report.ridge >= 1
+    assert compensator.correct(1, output, mlp, learnable)[1].report.ridge <= 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2"])
+@torch.no_grad()
+def test_tokens_with_massive_activations_are_left_out(family: str) -> None:
+    model = tiny_model(family)
+    replay = Replay(model, token_ids(model, (8, 30)))
+    compensator = Compensator(replay, ridge=0.1)
+    output, mlp = compensator.run(1, replay.states[1])
+    target = replay.states[3].clone()
+    _, clean = compensator.correct(1, output, mlp, target)
+    output[0, 0, 3], target[0, 0, 3] = 4000.0, 9000.0
+    _, found = compensator.correct(1, output, mlp, target)
+    assert (clean.report.left_out, found.report.left_out, found.report.tokens) == (0, 1, 239)
+    torch.testing.assert_close(found.map_HH, clean.map_HH, rtol=0, atol=0.1 * float(clean.map_HH.abs().max()))
+    _, trusting = Compensator(replay, ridge=0.1, outliers=1e9).correct(1, output, mlp, target)
+    assert trusting.report.left_out == 0
+
+
+@torch.no_grad()
+def test_a_cut_at_the_first_block_has_nothing_to_carry_it() -> None:
+    model = tiny_model("llama")
+    ids = token_ids(model, (4, 20))
+    assert compensate(model, [0, 1], ids) == {}
+    corrections = compensate(model, [0, 4], ids)
+    assert list(corrections) == [3]
+    # The carrier saw the student's stream, which began at block 1 with the embeddings.
+    replay = Replay(model, ids)
+    stream = torch.cat([replay.run(replay.states[0][rows], [1, 2]) for rows in replay.batches()])
+    compensator = Compensator(replay)
+    expected = compensator.correct(3, *compensator.run(3, stream), replay.states[5])[1]
+    torch.testing.assert_close(corrections[3].map_HH, expected.map_HH)
+
+
+@torch.no_grad()
+def test_a_cut_at_the_end_aims_at_what_leaves_the_last_block() -> None:
+    model = tiny_model("llama")
+    ids = token_ids(model, (8, 30))
+    replay = Replay(model, ids)
+    corrections = compensate(model, [4, 5], ids, replay=replay, ridge=0.1)
+    compensator = Compensator(replay, ridge=0.1)
+    output, mlp = compensator.run(3, replay.states[3])
+    _, expected = compensator.correct(3, output, mlp, replay.states[6])
+    assert list(corrections) == [3]
+    torch.testing.assert_close(corrections[3].map_HH, expected.map_HH)
+
+
+@torch.no_grad()
+def test_only_the_carriers_matrices_change_and_the_source_does_not() -> None:
+    model = tiny_model("gpt2")
+    before = copy.deepcopy(model.state_dict())
+    corrections = compensate(model, [2, 4], token_ids(model, (4, 20)))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    merge_(model, corrections)
+    after = model.state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {f"transformer.h.{i}.mlp.c_proj.{p}" for i in (1, 3) for p in ("weight", "bias")}
+    assert all(after[name].shape == value.shape and after[name].dtype == value.dtype for name, value in before.items())
+
+
+@torch.no_grad()
+def test_a_merge_is_made_in_fp32_and_cast_once() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    weight = blocks_of(model)[2].mlp.down_proj.weight
+    before = weight.float()
+    change = correction()
+    merge_(model, {2: change})
+    exact = ((torch.eye(32) + change.map_HH).T.double() @ before.double()).to(torch.bfloat16)
+    assert weight.dtype == torch.bfloat16
+    # A product in bf16 would differ in most places; rounding ties may differ in a few.
+    assert (weight != exact).float().mean() < 0.01
+
+
+@torch.no_grad()
+def test_a_merge_into_a_model_in_fp64_is_exact() -> None:
+    model = tiny_model("gpt_neox").double()
+    block = blocks_of(model)[2]
+    rows = torch.randn(5, 32, dtype=torch.float64)
+    before = block.mlp(rows)
+    change = correction(bias_H=torch.randn(32))
+    merge_(model, {2: change})
+    expected = before + before @ change.map_HH.double() + change.bias_H.double()  # type: ignore[union-attr]
+    torch.testing.assert_close(block.mlp(rows), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@torch.no_grad()
+def test_a_corrected_model_saves_and_loads_like_any_other(family: str, tmp_path: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model(family)
+    ids = token_ids(model, (4, 20))
+    plan = FoldPlan.create(source_model_of(model), removed=[2, 4])
+    small = folded(model, plan, compensate(model, plan, ids))
+    save_folded(small, plan, tmp_path / "folded")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded").eval()
+    assert type(loaded) is type(model)
+    torch.testing.assert_close(loaded(input_ids=ids).logits, small(input_ids=ids).logits)
+
+
+# ------------------------------------------------------------------------------------------- through a norm
+
+
+@pytest.mark.parametrize("family", NORMED)
+@torch.no_grad()
+def test_a_map_and_scales_in_front_of_the_stream_are_found_through_the_norm(family: str) -> None:
+    model = tiny_model(family)
+    replay = Replay(model, token_ids(model, (16, 30)))
+    other = copy.deepcopy(model)
+    norm = blocks_of(other)[2].post_feedforward_layernorm
+    merge_(other, {2: correction(scale_H=effective_scale(norm) * torch.linspace(0.7, 1.4, 32))})
+    target = Replay(other, replay.ids_WT).states[3]
+    compensator = Compensator(replay, ridge=1e-6, rounds=10)
+    output, mlp = compensator.run(2, replay.states[2])
+    corrected, found = compensator.correct(2, output, mlp, target)
+    assert found.report.after < 0.02 * found.report.before
+    assert (corrected - target).norm() < 0.15 * (output - target).norm()
+
+
+@torch.no_grad()
+def test_alternating_rounds_pay_and_never_end_worse() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(400, 16, generator=generator)
+    scale = torch.linspace(0.5, 3, 16)
+    wanted = 2 * scale * normed(rows @ torch.randn(16, 16, generator=generator), 1e-6)
+    weight = torch.ones(400)
+    errors = [
+        error_of(
+            fit_through_norm(rows, wanted, weight, scale, 1e-6, ridge=1e-4, rounds=rounds), rows, wanted, weight, 1e-6
+        )
+        for rounds in (0, 1, 4, 8)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.2 * errors[0]
+
+
+@pytest.mark.parametrize("family", NORMED)
+@torch.no_grad()
+def test_where_nothing_is_missing_nothing_changes_behind_a_norm(family: str) -> None:
+    model = tiny_model(family)
+    replay = Replay(model, token_ids(model, (8, 30)))
+    compensator = Compensator(replay)
+    output, mlp = compensator.run(2, replay.states[2])
+    corrected, found = compensator.correct(2, output, mlp, output)
+    torch.testing.assert_close(corrected, output, rtol=1e-4, atol=1e-4)
+    assert found.map_HH.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("family", ["gemma3", "olmo2"])
+def test_scales_are_the_multipliers_of_either_kind_of_norm(family: str) -> None:
+    norm = blocks_of(tiny_model(family))[0].post_feedforward_layernorm
+    scale = effective_scale(norm)
+    torch.testing.assert_close(scale, norm.weight.detach() + (1 if family == "gemma3" else 0))
+    torch.testing.assert_close(weight_for(norm, scale), norm.weight.detach())
+
+
+def test_another_norm_behind_a_sublayer_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="LayerNorm"):
+        effective_scale(torch.nn.LayerNorm(8))
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_families_without_known_sublayers_are_refused_by_name() -> None:
+    model = tiny_model("opt", do_layer_norm_before=False)
+    with pytest.raises(UnsupportedModelError, match="'opt'"):
+        compensate(model, [2], token_ids(model))
+
+
+def test_a_sublayer_whose_output_is_not_simply_added_is_refused() -> None:
+    model = tiny_model("granite")
+    model.config.residual_multiplier = 0.7  # the blocks were built with 0.5
+    with pytest.raises(UnsupportedModelError, match="not simply added"):
+        compensate(model, [2], token_ids(model))
+
+
+@torch.no_grad()
+def test_a_matrix_that_does_not_end_the_sublayer_is_refused_before_anything_is_written() -> None:
+    model = tiny_model("llama")
+    mlp = blocks_of(model)[3].mlp
+    forward = type(mlp).forward
+
+    class Squashed(type(mlp)):  # type: ignore[misc]
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return forward(self, rows).tanh()
+
+    mlp.__class__ = Squashed
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UnsupportedModelError, match="block 3"):
+        merge_(model, {2: correction(), 3: correction(block=3)})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_carrier_that_shares_its_weights_is_refused() -> None:
+    model = tiny_model("llama")
+    ids = token_ids(model, (4, 20))
+    source = source_model_of(model)
+    plan = FoldPlan.create(source, removed=[3], groups=[Group(blocks=(1, 2))])
+    with pytest.raises(PlanError, match="block 2"):
+        compensate(model, plan, ids)
+    elsewhere = FoldPlan.create(source, removed=[3], groups=[Group(blocks=(2, 4), sublayers=("attention",))])
+    assert list(compensate(model, elsewhere, ids)) == [2]
+
+
+def test_a_correction_of_another_model_is_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(UsageError, match=r"\[16, 16\]"):
+        merge_(model, {2: correction(size=16)})
+    with pytest.raises(UsageError, match="block 9"):
+        merge_(model, {9: correction(block=9)})
+    with pytest.raises(UsageError, match="norm"):
+        merge_(model, {2: correction(scale_H=torch.ones(32))})
+
+
+def test_a_folded_model_is_refused() -> None:
+    model = tiny_model("llama")
+    plan = FoldPlan.create(source_model_of(model), groups=[Group(blocks=(1, 2))])
+    fold_(model, plan)
+    with pytest.raises(UsageError, match="folded already"):
+        merge_(model, {4: correction(block=4)})
+
+
+def test_numbers_that_make_no_sense_are_refused() -> None:
+    model = tiny_model("llama")
+    replay = Replay(model, token_ids(model))
+    with pytest.raises(UsageError, match="ridge"):
+        Compensator(replay, ridge=-1.0)
+    with pytest.raises(UsageError, match="outliers"):
+        Compensator(replay, outliers=1.0)
+    compensator = Compensator(replay)
+    output, mlp = compensator.run(1, replay.states[1])
+    with pytest.raises(UsageError, match=r"\[2, 19, 32\]"):
+        compensator.correct(1, output, mlp, replay.states[3][:, 1:])
+    output[0, 0, 0] = float("nan")
+    with pytest.raises(UsageError, match="block 1"):
+        compensator.correct(1, output, mlp, replay.states[3])
+
+
+# ------------------------------------------------------------------------------------------- least squares
+
+
+def test_sums_tell_the_error_of_a_map_without_the_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, wanted = torch.randn(50, 6, generator=generator), torch.randn(50, 4, generator=generator)
+    weight = torch.rand(50, generator=generator)
+    weight[:5] = 0
+    map_KH, bias_H = torch.randn(6, 4, generator=generator).double(), torch.randn(4, generator=generator).double()
+    missed = wanted.double() - inputs.double() @ map_KH - bias_H
+    expected = (weight * missed.square().sum(-1)).sum() / (weight * wanted.square().sum(-1)).sum()
+    sums = Sums.of(inputs[:20], wanted[:20], weight[:20]) + Sums.of(inputs[20:], wanted[20:], weight[20:])
+    assert sums.error(map_KH, bias_H) == pytest.approx(float(expected), rel=1e-5)
+    assert sums.count == 45
+
+
+def test_solutions_are_those_of_weighted_least_squares() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, wanted = torch.randn(50, 6, generator=generator), torch.randn(50, 4, generator=generator)
+    weight = torch.rand(50, generator=generator) + 0.1
+    found, bias = solve(Sums.of(inputs, wanted, weight), 0.0, bias=True)
+    root = weight.double().sqrt()[:, None]
+    with_one = torch.cat([inputs.double(), torch.ones(50, 1, dtype=torch.float64)], dim=1)
+    expected = torch.linalg.lstsq(with_one * root, wanted.double() * root).solution
+    torch.testing.assert_close(found, expected[:-1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bias, expected[-1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_singular_gram_matrix_has_a_solution() -> None:
+    inputs = torch.ones(10, 3)
+    found, _ = solve(Sums.of(inputs, 2 * torch.ones(10, 2), torch.ones(10)), 0.0, bias=False)
+    torch.testing.assert_close(inputs.double() @ found, 2 * torch.ones(10, 2, dtype=torch.float64), rtol=1e-3, atol=0)
+    nothing, _ = solve(Sums.of(0 * inputs, inputs, torch.ones(10)), 0.0, bias=False)
+    assert not nothing.any()
+
+
+@torch.no_grad()
+def test_compensation_brings_predictions_nearer() -> None:
+    model = tiny_model("gpt2")
+    ids = token_ids(model, (40, 30))
+    plan = FoldPlan.create(source_model_of(model), removed=[2, 4])
+    head, source = Head(model), Replay(model, ids)
+
+    def divergence(corrections: dict[int, Correction]) -> float:
+        small = folded(model, plan, corrections)
+        hidden = small.transformer(input_ids=ids).last_hidden_state
+        return float(forward_kl(head, source.finish(source.states[-1]).flatten(0, 1), hidden.flatten(0, 1)).mean())
+
+    assert divergence(compensate(model, plan, ids)) < 0.9 * divergence({})
