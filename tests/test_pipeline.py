@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from foldgpt import pipeline
 from foldgpt.artifacts import write_text
-from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
+from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, UsageError
 from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Recipe
 from foldgpt.run_folder import open_run
@@ -184,19 +184,48 @@ def test_killed_while_saving_leaves_no_folded_model(recipe: Recipe, tmp_path: Pa
     assert not any(path.name.startswith(".foldgpt-partial") for path in (tmp_path / "run").iterdir())
 
 
+def test_an_unknown_selector_is_refused_before_anything_runs(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"unknown selector 'angula'. Did you mean 'angular'?"):
+        pipeline.run(recipe.changed(select={"method": "angula"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_failing_stage_keeps_the_finished_ones(recipe: Recipe, tmp_path: Path, stages_run: list[str]) -> None:
-    with pytest.raises(UsageError, match=r"unknown selector .bo.. .*bi"):
-        pipeline.run(recipe.changed(select={"method": "bo"}), tmp_path / "run")
+    with pytest.raises(UsageError, match="cannot remove 6 of 6 blocks"):
+        pipeline.run(recipe.changed(select={"remove": 6}), tmp_path / "run")
     assert (tmp_path / "run" / "analysis.json").is_file()
     assert not (tmp_path / "run" / "plan.json").exists()
     stages_run.clear()
     pipeline.run(recipe, tmp_path / "run", overwrite=True)
-    assert "analysis" not in stages_run
+    assert stages_run == STAGES[1:]
 
 
-def test_removing_every_block_is_refused(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot remove 6 of 6 blocks"):
-        pipeline.run(recipe.changed(select={"remove": 6}), tmp_path / "run")
+def test_a_search_with_compensation(recipe: Recipe, tmp_path: Path) -> None:
+    searched = recipe.changed(
+        select={"method": "greedy", "num_tokens": 128, "remove": 2}, compensate={"method": "linear"}
+    )
+    result = pipeline.run(searched, tmp_path / "run")
+    assert result.plan.compensation is not None
+    assert result.plan.origin["report"]["compensated"] is True
+    assert result.plan.origin["report"]["num_tokens"] == 128
+    plain = pipeline.run(searched.changed(compensate={"method": "none"}), tmp_path / "plain")
+    # Same shapes, other weights: compensation adds nothing.
+    assert result.evaluation.folded.size == plain.evaluation.folded.size
+    both = [tmp_path / name / "folded" for name in ("run", "plain")]
+    weights = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in both]
+    changed = [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]
+    if result.plan.kept == plain.plan.kept:
+        assert changed and all(name.endswith("down_proj.weight") for name in changed)
+
+
+def test_compensation_on_another_text_than_the_plans_is_refused(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    text = tiny_text(tmp_path / "text.txt")
+    recipe = Recipe.from_dict(tiny_recipe(inputs[0], text, compensate={"method": "linear"}))
+    result = pipeline.run(recipe, tmp_path / "run")
+    text.write_text(text.read_text(encoding="utf-8")[5:], encoding="utf-8")
+    with pytest.raises(PlanError, match="is not what it was"):
+        pipeline.make_folded(pipeline.Workbench(recipe), result.plan, tmp_path / "folded")
+    assert not (tmp_path / "folded").exists()
 
 
 def test_a_text_shorter_than_one_window_is_refused(recipe: Recipe, tmp_path: Path) -> None:

@@ -46,6 +46,10 @@ Tokens = Annotated[int | None, typer.Option(help="Calibration tokens in all.", s
 Select = Annotated[str | None, typer.Option(help="Selector: bi, angular, last or random.", show_default="bi")]
 Remove = Annotated[int | None, typer.Option(help="How many blocks to remove.", show_default="0")]
 RemoveRatio = Annotated[float | None, typer.Option(help="The same as a fraction of all blocks.", show_default=False)]
+Compensate = Annotated[
+    str | None,
+    typer.Option(help="none, or linear: the block before each cut takes over what it can.", show_default="none"),
+]
 ShareMethod = Annotated[str | None, typer.Option("--share", help="none or adjacent.", show_default="none")]
 GroupSize = Annotated[int | None, typer.Option(help="Blocks that share one set of weights.", show_default="2")]
 Donor = Annotated[
@@ -131,6 +135,7 @@ def plan(
     select: Select = None,
     remove: Remove = None,
     remove_ratio: RemoveRatio = None,
+    compensate: Compensate = None,
     share: ShareMethod = None,
     group_size: GroupSize = None,
     donor: Donor = None,
@@ -150,6 +155,7 @@ def plan(
     with _session(quiet):
         from foldgpt import pipeline
         from foldgpt.artifacts import check_free
+        from foldgpt.selection import ANALYSIS_FREE
         from foldgpt.tables import plan_strip
 
         check_free(out, replace=overwrite)
@@ -163,13 +169,14 @@ def plan(
             trust_remote_code=trust_remote_code,
             calibration=_calibration(text, context, tokens),
             select={"method": select, "remove": remove, "remove_ratio": remove_ratio},
+            compensate={"method": compensate},
             share={"method": share, "group_size": group_size, "donor": donor},
         )
         bench = pipeline.Workbench(recipe)
         measured = None
         if analysis is not None:
             measured = pipeline.read_analysis(analysis, bench)
-        elif recipe.select.method not in pipeline.ANALYSIS_FREE:
+        elif recipe.select.method not in ANALYSIS_FREE:
             measured = pipeline.make_analysis(bench)
         made = pipeline.make_plan(bench, measured)
         made.save(out)
@@ -300,6 +307,7 @@ def run(
     select: Select = None,
     remove: Remove = None,
     remove_ratio: RemoveRatio = None,
+    compensate: Compensate = None,
     share: ShareMethod = None,
     group_size: GroupSize = None,
     donor: Donor = None,
@@ -326,6 +334,7 @@ def run(
             "seed": seed,
             "calibration": _calibration(text, context, tokens),
             "select": {"method": select, "remove": remove, "remove_ratio": remove_ratio},
+            "compensate": {"method": compensate},
             "share": {"method": share, "group_size": group_size, "donor": donor},
         }
         whole = _recipe(**changes) if recipe is None else Recipe.load(recipe).changed(**changes)

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from foldgpt.analysis import Analysis, CalibrationIdentity, SourceIdentity, analyze
 from foldgpt.artifacts import hash_of, read_json, write_json
+from foldgpt.compensation import compensate, merge_
 from foldgpt.corpus import Windows, calibration_windows, evaluation_windows
 from foldgpt.environment import describe_environment
-from foldgpt.errors import ArtifactError, FoldGPTError
+from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, UsageError, did_you_mean
 from foldgpt.evaluation import Evaluation, Subject, evaluate
 from foldgpt.families import Decoder, decoder_of
 from foldgpt.folding import Verification, fold_, predicted_parameters, save_folded, source_model_of
-from foldgpt.plan import FoldPlan
+from foldgpt.plan import Compensation, FoldPlan
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 from foldgpt.run_folder import RunFolder, open_run
-from foldgpt.selection import Request, number_to_remove, select
+from foldgpt.selection import MEASURED, SELECTORS, Request, number_to_remove, select
 from foldgpt.sharing import adjacent_groups
 from foldgpt.sources import Source, load_source, load_tokenizer, model_fingerprint, resolve
 
 ANALYSIS, PLAN, FOLDED, EVALUATION = "analysis.json", "plan.json", "folded", "evaluation.json"
 ENVIRONMENT, FIGURES = "environment.json", "figures"
 _FIGURE_NAMES = ("redundancy", "similarity", "plan")
-
-#: Selectors that look at nothing but the number of blocks.
-ANALYSIS_FREE = frozenset({"last", "random"})
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def run(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Result:
     Raises:
         FoldGPTError: one of its kinds, with a message that names what is wrong; finished stages are kept.
     """
+    bench = Workbench(recipe)
     with open_run(out, recipe, overwrite=overwrite) as folder:
-        bench = Workbench(recipe)
         write_json(folder.path / ENVIRONMENT, describe_environment())
         analysis = _analysis_stage(folder, bench)
         plan = _plan_stage(folder, bench, analysis)
@@ -76,6 +76,14 @@ class Workbench:
     """The inputs of a recipe, each made when a stage first needs it."""
 
     def __init__(self, recipe: Recipe) -> None:
+        """Take a recipe; a name in it that only the code can check is checked now, before anything is loaded.
+
+        Raises:
+            UsageError: the selector does not exist.
+        """
+        method = recipe.select.method
+        if method not in SELECTORS:
+            raise UsageError(f"unknown selector {method!r}.{did_you_mean(method, SELECTORS)}")
         self.recipe = recipe
 
     @cached_property
@@ -109,6 +117,23 @@ class Workbench:
     def calibration_identity(self) -> CalibrationIdentity:
         """What is recorded of the calibration text."""
         return CalibrationIdentity(protocol=self.calibration.protocol, fingerprint=self.calibration.fingerprint)
+
+    @property
+    def compensation(self) -> Compensation:
+        """What a plan records, so that folding can compensate on the calibration text."""
+        section = self.recipe.calibration
+        return Compensation(
+            texts=tuple(section.texts),
+            context=section.context,
+            num_tokens=section.num_tokens,
+            seed=self.recipe.seed,
+            fingerprint=self.calibration.fingerprint,
+        )
+
+    def selection_ids(self) -> Tensor:
+        """Calibration windows for selectors that measure, [W, T]: the first ones; they are in random order."""
+        num_windows = max(1, self.recipe.select.num_tokens // self.recipe.calibration.context)
+        return self.calibration.ids[:num_windows]
 
     @cached_property
     def test(self) -> Windows | None:
@@ -172,33 +197,53 @@ def make_analysis(bench: Workbench, checkpoint: Path | None = None) -> Analysis:
     )
 
 
-def make_plan(bench: Workbench, analysis: Analysis | None) -> FoldPlan:
+def make_plan(bench: Workbench, analysis: Analysis | None, checkpoint: Path | None = None) -> FoldPlan:
     """Decide what is removed and shared.
 
     Args:
         bench: the inputs.
         analysis: the redundancy analysis; None only for selectors in `ANALYSIS_FREE`.
+        checkpoint: where a long search keeps its progress.
     """
-    recipe = bench.recipe
+    recipe, section = bench.recipe, bench.recipe.select
     source = bench.source
     decoder = decoder_of(source.model)
-    num_remove = number_to_remove(len(decoder.blocks), remove=recipe.select.remove, ratio=recipe.select.remove_ratio)
-    selection = select(
-        recipe.select.method,
-        Request(num_blocks=len(decoder.blocks), num_remove=num_remove, analysis=analysis, seed=recipe.seed),
+    num_blocks = len(decoder.blocks)
+    compensation = bench.compensation if recipe.compensate.method != "none" else None
+    request = Request(
+        num_blocks=num_blocks,
+        num_remove=number_to_remove(num_blocks, remove=section.remove, ratio=section.remove_ratio),
+        analysis=analysis,
+        seed=recipe.seed,
+        objective=section.objective,
+        # A set is judged by what it costs as it will be folded.
+        compensate=compensation is not None and not section.sublayers,
+        sublayers=section.sublayers,
+        checkpoint=checkpoint,
+        options=section.options,
     )
-    origin: dict[str, Any] = {
+    origin: dict[str, Any] = {"seed": recipe.seed}
+    if section.method in MEASURED:
+        ids_WT = bench.selection_ids()
+        request = replace(request, model=source.model, ids_WT=ids_WT)
+        origin["calibration"] = bench.calibration_identity.model_dump(mode="json")
+    elif analysis is not None and analysis.calibration is not None:
+        origin["calibration"] = analysis.calibration.model_dump(mode="json")
+    selection = select(section.method, request)
+    origin |= {
         "selector": selection.method,
         "scores": None if selection.scores is None else list(selection.scores),
         "removal_order": list(selection.order),
-        "seed": recipe.seed,
+        "report": dict(selection.report),
     }
-    if analysis is not None and analysis.calibration is not None:
-        origin["calibration"] = analysis.calibration.model_dump(mode="json")
+    removes_anything = selection.removed or selection.removed_attention or selection.removed_mlp
     return FoldPlan.create(
         source_model_of(source.model, name=recipe.model, revision=source.revision),
         removed=selection.removed,
+        removed_attention=selection.removed_attention,
+        removed_mlp=selection.removed_mlp,
         groups=_groups(recipe, decoder, selection.removed),
+        compensation=compensation if removes_anything else None,
         origin=origin,
     )
 
@@ -220,6 +265,8 @@ def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool
     """Fold the recipe's model by a plan and save it, verified."""
     source = bench.take_source()
     expected = predicted_parameters(source.model, plan)
+    if plan.compensation is not None:
+        _compensate_(source.model, plan, plan.compensation, source.tokenizer)
     fold_(source.model, plan)
     note("saving and verifying the folded model")
     return save_folded(
@@ -230,6 +277,24 @@ def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool
         expected_parameters=expected,
         replace=replace,
     )
+
+
+def _compensate_(model: Any, plan: FoldPlan, compensation: Compensation, tokenizer: Any) -> None:
+    """Let kept blocks take over what the removed ones did, as the plan says."""
+    windows = calibration_windows(
+        compensation.texts,
+        tokenizer,
+        context=compensation.context,
+        num_tokens=compensation.num_tokens,
+        seed=compensation.seed,
+    )
+    if windows.fingerprint != compensation.fingerprint:
+        raise PlanError(
+            f"the calibration text of the plan ({', '.join(compensation.texts)}) is not what it was when the plan was "
+            "made. Make the plan again, or set its compensation to null."
+        )
+    note("compensating for the removed blocks")
+    merge_(model, compensate(model, plan, windows.ids))
 
 
 def make_evaluation(bench: Workbench, folded: str | Path, *, compare: bool = True) -> Evaluation:
@@ -290,15 +355,23 @@ def _analysis_stage(folder: RunFolder, bench: Workbench) -> Analysis:
 def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis) -> FoldPlan:
     path = folder.path / PLAN
     recipe = bench.recipe
+    checkpoint = folder.path / ".search-checkpoint.json"
     inputs = {
         "analysis": _measures(analysis),
+        "fingerprint": bench.fingerprint,
+        "windows": bench.calibration.fingerprint,
         "select": recipe.select.model_dump(mode="json"),
+        "compensate": recipe.compensate.model_dump(mode="json"),
         "share": recipe.share.model_dump(mode="json"),
         "model": recipe.model,
         "seed": recipe.seed,
     }
     return folder.stage(
-        "plan", inputs, [PLAN], lambda: make_plan(bench, analysis).save(path), lambda: FoldPlan.load(path)
+        "plan",
+        inputs,
+        [PLAN],
+        lambda: make_plan(bench, analysis, checkpoint).save(path),
+        lambda: FoldPlan.load(path),
     )
 
 

@@ -62,6 +62,28 @@ class Group(_Frozen):
         return self
 
 
+class Compensation(_Frozen):
+    """How the kept blocks before each cut take over, in closed form, what the removed ones did.
+
+    The fit is made when the model is folded, on this text, and merged into weights that are there already.
+
+    Attributes:
+        method: "linear": a linear map on the MLP's output; see docs/compensation.md.
+        texts: the calibration texts.
+        context: tokens in one window.
+        num_tokens: tokens in all windows.
+        seed: seed of their order.
+        fingerprint: of the windows; folding refuses a text that has changed since.
+    """
+
+    method: Literal["linear"] = "linear"
+    texts: tuple[str, ...] = Field(min_length=1)
+    context: int = Field(ge=2)
+    num_tokens: int = Field(ge=2)
+    seed: int = 0
+    fingerprint: str
+
+
 class FoldPlan(_Frozen):
     """All that happens to a model, by source index. It alone decides; nothing else is consulted.
 
@@ -72,6 +94,7 @@ class FoldPlan(_Frozen):
         removed_attention: kept blocks whose attention sublayer is removed.
         removed_mlp: kept blocks whose MLP sublayer is removed.
         groups: sets of kept blocks that share weights; disjoint for each sublayer.
+        compensation: how kept blocks make up for removed ones; None leaves their weights as they are.
         origin: where the plan comes from (selector, scores, calibration); free-form, not read by `fold_`.
     """
 
@@ -83,6 +106,7 @@ class FoldPlan(_Frozen):
     removed_attention: tuple[int, ...] = ()
     removed_mlp: tuple[int, ...] = ()
     groups: tuple[Group, ...] = ()
+    compensation: Compensation | None = None
     origin: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -137,6 +161,7 @@ class FoldPlan(_Frozen):
         removed_attention: Iterable[int] = (),
         removed_mlp: Iterable[int] = (),
         groups: Sequence[Group] = (),
+        compensation: Compensation | None = None,
         origin: dict[str, Any] | None = None,
     ) -> FoldPlan:
         """Make a plan from what is removed and shared; all else is kept.
@@ -154,6 +179,7 @@ class FoldPlan(_Frozen):
                 "removed_attention": sorted(set(removed_attention)),
                 "removed_mlp": sorted(set(removed_mlp)),
                 "groups": [group.model_dump() for group in groups],
+                "compensation": None if compensation is None else compensation.model_dump(),
                 "origin": origin or {},
             }
         )

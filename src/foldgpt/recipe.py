@@ -34,17 +34,32 @@ class Select(_Section):
     """Which blocks are removed."""
 
     method: str = "bi"
-    """Selector: bi, angular, last or random."""
+    """Selector: gates, greedy, loo, taylor, bi, angular, last or random."""
     remove: int | None = Field(default=None, ge=0)
     """How many blocks to remove."""
     remove_ratio: float | None = Field(default=None, ge=0, lt=1)
     """The same as a fraction of all blocks."""
+    objective: Literal["kl", "lm"] = "kl"
+    """What searches measure: kl, the divergence from the source, or lm, the language-modelling loss."""
+    sublayers: bool = False
+    """Remove attention and MLP apart, as many parameters as that many blocks have."""
+    num_tokens: int = Field(default=8192, ge=2)
+    """Calibration tokens that searches measure on, of those in the calibration section."""
+    options: dict[str, Any] = {}
+    """What one selector alone understands; see docs/selection.md."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
         if self.remove is not None and self.remove_ratio is not None:
             raise ValueError("give remove or remove_ratio, not both")
         return self
+
+
+class Compensate(_Section):
+    """How kept blocks make up for removed ones, without new parameters."""
+
+    method: Literal["none", "linear"] = "none"
+    """linear: a map fitted in closed form on the calibration text and merged into the block before each cut."""
 
 
 class Share(_Section):
@@ -98,6 +113,8 @@ class Recipe(_Section):
     """The text on which redundancy is measured."""
     select: Select = Select()
     """Which blocks are removed."""
+    compensate: Compensate = Compensate()
+    """How kept blocks make up for removed ones."""
     share: Share = Share()
     """Which kept blocks share weights."""
     evaluate: Evaluate = Evaluate()
