@@ -56,28 +56,30 @@ def compensate(
     replay = replay or Replay(model, ids_WT)
     compensator = Compensator(replay, ridge=ridge, outliers=outliers, rounds=rounds)
     kept = [index for index in range(replay.num_blocks) if index not in removed]
-    stream_WTH = replay.states[0]
+    begins = dict(zip(kept, [*kept[1:], replay.num_blocks], strict=True))
+    carriers = {index for index in kept if begins[index] > index + 1 or index in absent}
+    if where == "behind":
+        first = min([*carriers, *(kept[:1] if kept[0] else [])], default=replay.num_blocks)
+        carriers = {index for index in kept if index >= first}
     corrections: dict[int, Correction] = {}
-    differs = kept[0] > 0
-    for index, following in zip(kept, [*kept[1:], replay.num_blocks], strict=True):
-        is_cut = following > index + 1 or index in absent
-        if not is_cut and not differs:
-            # Still the source's own stream.
-            stream_WTH = replay.states[index + 1]
-            continue
-        differs = True
-        if not is_cut and where == "cuts":
+    stream_WTH = replay.states[0]
+    for index in kept:
+        if index > max(carriers, default=-1):
+            break  # nothing more to fit
+        if not corrections and index not in carriers and kept[0] == 0:
+            stream_WTH = replay.states[index + 1]  # still the source's own
+        elif index not in carriers:
             stream_WTH = torch.cat([replay.block(index, stream_WTH[rows]) for rows in replay.batches()])
-            continue
-        carrier: Sublayer = "attention" if absent.get(index) == "mlp" else "mlp"
-        if index in shared[carrier]:
-            raise PlanError(
-                f"block {index} must make up for what is removed behind it, but shares its {carrier} with other blocks"
+        else:
+            carrier: Sublayer = "attention" if absent.get(index) == "mlp" else "mlp"
+            if index in shared[carrier]:
+                raise PlanError(
+                    f"block {index} must make up for what is removed behind it, but shares its {carrier} with others"
+                )
+            output_WTH, carried_WTH = compensator.run(index, stream_WTH, sublayer=carrier, absent=absent.get(index))
+            stream_WTH, corrections[index] = compensator.correct(
+                index, output_WTH, carried_WTH, replay.states[begins[index]], sublayer=carrier
             )
-        output_WTH, carried_WTH = compensator.run(index, stream_WTH, sublayer=carrier, absent=absent.get(index))
-        stream_WTH, corrections[index] = compensator.correct(
-            index, output_WTH, carried_WTH, replay.states[following], sublayer=carrier
-        )
     return corrections
 
 

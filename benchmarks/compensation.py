@@ -1,0 +1,185 @@
+"""What closed-form compensation gives: perplexity and KL to the source of removed blocks, without and with it.
+
+Corrections are fitted on calibration text only and merged, the model is folded, and the folded model is measured on
+another text: the first windows, without overlap. Seconds are those of the fit with the source's states recorded
+anew for each set, as a user would wait for them; the merge is below a second.
+
+    python benchmarks/compensation.py --model demo:smollm2-135m --text C4.jsonl --text WIKIPEDIA.jsonl \
+        --evaluate wiki.test.raw --remove 13-18 --remove 13,14,16,17,18,25
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foldgpt.artifacts import write_json, write_text
+from foldgpt.compensation import compensate, merge_
+from foldgpt.corpus import Windows, calibration_windows, evaluation_windows
+from foldgpt.environment import describe_environment
+from foldgpt.families import decoder_of
+from foldgpt.folding import fold_, source_model_of
+from foldgpt.objectives import Head, cross_entropy, forward_kl
+from foldgpt.plan import FoldPlan
+from foldgpt.progress import be_quiet
+from foldgpt.sources import load_source
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo:smollm2-135m")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--text", action="append", help="calibration text; may be repeated (demo:wikipedia)")
+    parser.add_argument("--evaluate", default="demo:wikipedia", help="text to measure on; it must be another one")
+    parser.add_argument("--remove", action="append", required=True, help="a set, e.g. 13-18 or 3,7-9; may be repeated")
+    parser.add_argument("--tokens", type=int, action="append", help="calibration tokens; may be repeated (8192)")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=40, help="windows to measure on")
+    parser.add_argument("--where", choices=("cuts", "behind"), default="cuts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default="compensation", help="stem of the result files")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    arguments.text = arguments.text or ["demo:wikipedia"]
+    arguments.tokens = arguments.tokens or [8192]
+    return arguments
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One folded model on the evaluation windows."""
+
+    perplexity: float
+    kl: float
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    be_quiet()
+    source = load_source(arguments.model, dtype=arguments.dtype)
+    judged_on = evaluation_windows(
+        [arguments.evaluate], source.tokenizer, context=arguments.context, max_windows=arguments.windows
+    )
+    fit_on = {
+        tokens: calibration_windows(
+            arguments.text, source.tokenizer, context=arguments.context, num_tokens=tokens, seed=arguments.seed
+        )
+        for tokens in arguments.tokens
+    }
+    head = Head(source.model)
+    teacher = last_hidden(source.model, judged_on.ids)
+    original = measured(head, teacher, teacher, judged_on)
+    rows = []
+    for blocks in map(blocks_of, arguments.remove):
+        plan = FoldPlan.create(source_model_of(source.model, source.spec), removed=blocks)
+        plain = judge(source.model, plan, {}, head, teacher, judged_on)
+        for windows in fit_on.values():
+            started = time.perf_counter()
+            corrections = compensate(source.model, plan, windows.ids, where=arguments.where)
+            seconds = time.perf_counter() - started
+            rows.append(
+                {
+                    "removed": blocks,
+                    "tokens": windows.ids.numel(),
+                    "without": asdict(plain),
+                    "with": asdict(judge(source.model, plan, corrections, head, teacher, judged_on)),
+                    "seconds": round(seconds, 2),
+                    "cuts": {index: asdict(found.report) for index, found in corrections.items()},
+                }
+            )
+            print(rows[-1], flush=True)
+    result = {
+        "benchmark": "compensation",
+        "command": ["python", *(Path(word).name if "/" in word else word for word in sys.argv)],
+        "config": {
+            name: [Path(text).name for text in value]
+            if name == "text"
+            else Path(value).name
+            if name == "evaluate"
+            else value
+            for name, value in vars(arguments).items()
+            if name not in ("out", "seed", "name")
+        },
+        "seed": arguments.seed,
+        "environment": describe_environment(),
+        "source": {"spec": source.spec, "revision": source.revision, "fingerprint": source.fingerprint},
+        "calibration": {
+            tokens: {"protocol": windows.protocol, "fingerprint": windows.fingerprint}
+            for tokens, windows in fit_on.items()
+        },
+        "evaluation": {"protocol": judged_on.protocol, "fingerprint": judged_on.fingerprint},
+        "num_blocks": plan.source.num_blocks,
+        "original": asdict(original),
+        "sets": rows,
+    }
+    write_json(arguments.out / f"{arguments.name}.json", result)
+    write_text(arguments.out / f"{arguments.name}.md", as_markdown(result))
+    print(as_markdown(result))
+
+
+def blocks_of(text: str) -> list[int]:
+    """The blocks that "3,7-9" names."""
+    blocks: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        blocks += range(int(first), int(last or first) + 1)
+    return blocks
+
+
+def judge(model: Any, plan: FoldPlan, corrections: Any, head: Head, teacher: Tensor, judged_on: Windows) -> Measured:
+    """Merge, fold and measure a copy."""
+    model = copy.deepcopy(model)
+    merge_(model, corrections)
+    fold_(model, plan)
+    return measured(head, teacher, last_hidden(model, judged_on.ids), judged_on)
+
+
+@torch.inference_mode()
+def last_hidden(model: Any, ids_WT: Tensor) -> Tensor:
+    """What the head would get, [W, T, H]."""
+    body = model.get_submodule(decoder_of(model).blocks_path.rpartition(".")[0])
+    return torch.cat([body(input_ids=ids_BT, use_cache=False).last_hidden_state for ids_BT in ids_WT.split(4)])
+
+
+def measured(head: Head, teacher_WTH: Tensor, student_WTH: Tensor, judged_on: Windows) -> Measured:
+    """Perplexity of the student, and its mean KL from the teacher, over all tokens but each window's first."""
+    student_RH = student_WTH[:, :-1].flatten(0, 1)
+    loss = cross_entropy(head, student_RH, judged_on.ids[:, 1:].flatten()).double().mean()
+    kl = forward_kl(head, teacher_WTH[:, :-1].flatten(0, 1), student_RH).double().mean()
+    return Measured(perplexity=round(float(loss.exp()), 3), kl=round(float(kl), 4))
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    config, environment = result["config"], result["environment"]
+    rows = "\n".join(
+        f"| {', '.join(map(str, row['removed']))} | {row['without']['perplexity']:.2f} | "
+        f"{row['with']['perplexity']:.2f} | {row['without']['kl']:.3f} | {row['with']['kl']:.3f} | "
+        f"{row['tokens']:,} | {row['seconds']:.1f} |"
+        for row in result["sets"]
+    )
+    return f"""# Closed-form compensation
+
+{config["model"]} ({result["num_blocks"]} blocks, {config["dtype"]}); corrections fitted on
+{", ".join(config["text"])} in windows of {config["context"]}, measured on the first {config["windows"]} windows of
+{config["evaluate"]}, without overlap. The source has perplexity {result["original"]["perplexity"]:.2f} there.
+
+| removed blocks | perplexity without | with | KL without | with | tokens fitted on | seconds |
+|---|---|---|---|---|---|---|
+{rows}
+
+`{" ".join(result["command"])}`, seed {result["seed"]}.
+{environment["cpu"]}, {environment["torch_threads"]} threads, {environment["ram_gb"]} GB RAM,
+torch {environment["torch"]}, transformers {environment["transformers"]}, {environment["date"]}.
+"""
+
+
+if __name__ == "__main__":
+    main()
