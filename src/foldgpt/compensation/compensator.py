@@ -18,7 +18,7 @@ from foldgpt.plan import Sublayer
 from foldgpt.replay import Replay
 
 #: Tried on held-out tokens under ridge="auto".
-RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
+RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
 
 #: The share of the tokens (the last ones, in whole windows) on which a fit is judged.
 _HELD_OUT = 0.25
@@ -140,7 +140,8 @@ class Compensator:
             scale_H=None,
             report=report,
         )
-        change_RH = inputs_RH.float() @ correction.map_HH
+        # In the dtype of the states, as the merged model will.
+        change_RH = (inputs_RH @ correction.map_HH.to(inputs_RH.dtype)).float()
         if correction.bias_H is not None:
             change_RH += correction.bias_H
         return output_RH + self._multiplier * change_RH, correction

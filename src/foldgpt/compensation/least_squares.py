@@ -9,8 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-#: Rows multiplied at a time: enough to keep the matrix product busy, little beside the states themselves.
-_CHUNK_ROWS = 4096
+#: Rows multiplied at a time: enough to keep the matrix product busy, few enough that rounding averages out.
+_CHUNK_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Sums:
 
     @classmethod
     def of(cls, inputs_RK: Tensor, wanted_RH: Tensor, weight_R: Tensor) -> Self:
-        """Sum over rows. Products are fp32 and their sums fp64.
+        """Sum over rows. Products are fp32 (or bf16 for states in bf16), their sums over chunks fp64.
 
         Args:
             inputs_RK: M.
@@ -50,14 +50,17 @@ class Sums:
         cross = torch.zeros(width, height, dtype=torch.float64)
         mean_K, mean_H = torch.zeros(width, dtype=torch.float64), torch.zeros(height, dtype=torch.float64)
         square = 0.0
+        # States in bf16 are multiplied in bf16, 2.5 times as fast; the products of each chunk are rounded.
+        dtype = torch.bfloat16 if inputs_RK.dtype == torch.bfloat16 else torch.float32
         for rows in used.split(_CHUNK_ROWS):
-            inputs, wanted, weight = inputs_RK[rows].float(), wanted_RH[rows].float(), weight_R[rows].float()
-            weighted = inputs * weight[:, None]
-            gram += (inputs.T @ weighted).cpu()
-            cross += (weighted.T @ wanted).cpu()
-            square += float((wanted.square().sum(-1) * weight).sum())
-            mean_K += weighted.sum(0).cpu()
-            mean_H += (wanted * weight[:, None]).sum(0).cpu()
+            root_R1 = weight_R[rows].float().sqrt()[:, None]
+            inputs, wanted = inputs_RK[rows].float() * root_R1, wanted_RH[rows].float() * root_R1
+            square += float(wanted.square().sum())
+            mean_K += (inputs.T @ root_R1)[:, 0].cpu()
+            mean_H += (wanted.T @ root_R1)[:, 0].cpu()
+            factor = inputs.to(dtype)
+            gram += (factor.T @ factor).cpu()
+            cross += (factor.T @ wanted.to(dtype)).cpu()
         return cls(gram, cross, square, mean_K, mean_H, float(weight_R.sum()), len(used))
 
     def __add__(self, other: Sums) -> Sums:
