@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from foldgpt.compensation.correction import Correction
 from foldgpt.errors import UnsupportedModelError
 from foldgpt.families import Decoder
 from foldgpt.plan import Sublayer
@@ -40,20 +41,21 @@ class OutputMatrix:
     transposed: bool
 
     @torch.no_grad()
-    def mapped(self, map_HH: Tensor, bias_H: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The weight and the bias that make M + M D + b of M, in the dtype of D.
-
-        Args:
-            map_HH: D.
-            bias_H: b, or None.
-        """
-        weight = self.weight.to(map_HH)
-        weight = weight + (weight @ map_HH if self.transposed else map_HH.T @ weight)
+    def corrected(self, correction: Correction, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias that make M + X D + b of M, in `dtype`."""
+        weight = self.weight.to(dtype)
+        map_KH = correction.map_KH.to(weight)
+        inner = correction.features == "inner"
+        if inner:
+            weight = weight + (map_KH if self.transposed else map_KH.T)
+        else:
+            weight = weight + (weight @ map_KH if self.transposed else map_KH.T @ weight)
         if self.bias is None:
             return weight, None
-        bias = self.bias.to(map_HH)
-        bias = bias + bias @ map_HH
-        return weight, bias if bias_H is None else bias + bias_H.to(bias)
+        bias = self.bias.to(weight)
+        if not inner:
+            bias = bias + bias @ map_KH
+        return weight, bias if correction.bias_H is None else bias + correction.bias_H.to(bias)
 
 
 def sublayer_names(decoder: Decoder, sublayer: Sublayer) -> tuple[str, ...]:
@@ -119,3 +121,15 @@ def _matrices(root: nn.Module, root_name: str, names: frozenset[str]) -> Iterato
             if key in names:
                 bias = getattr(module, f"{key}_bias", None)
                 yield OutputMatrix(parameter, bias, getattr(module, "is_transposed", False))
+
+
+def inner_module(module: nn.Module, matrices: Sequence[OutputMatrix]) -> nn.Module | None:
+    """The module inside (or equal to) `module` whose input the one output matrix multiplies; None for several.
+
+    Args:
+        module: what `output_module` gives.
+        matrices: its output matrices.
+    """
+    if len(matrices) != 1 or matrices[0].weight.ndim != 2:
+        return None
+    return next(m for m in module.modules() if any(p is matrices[0].weight for p in m.parameters(recurse=False)))

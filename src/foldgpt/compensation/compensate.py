@@ -24,6 +24,7 @@ def compensate(
     ridge: float | Literal["auto"] = "auto",
     outliers: float = 10.0,
     rounds: int = 3,
+    features: Literal["inner", "output"] = "inner",
     where: Literal["cuts", "behind"] = "cuts",
     replay: Replay | None = None,
 ) -> dict[int, Correction]:
@@ -41,6 +42,8 @@ def compensate(
         ridge: see `Compensator`.
         outliers: see `Compensator`.
         rounds: see `Compensator`.
+        features: "inner" refits the whole output matrix on what it is given; "output" maps what it puts out, as is done
+            in any case where there are several (mixtures of experts).
         where: "cuts" corrects the blocks before the cuts, "behind" also every kept block behind the first cut.
         replay: the model recorded on these windows, if that was done already.
 
@@ -76,9 +79,17 @@ def compensate(
                 raise PlanError(
                     f"block {index} must make up for what is removed behind it, but shares its {carrier} with others"
                 )
-            output_WTH, carried_WTH = compensator.run(index, stream_WTH, sublayer=carrier, absent=absent.get(index))
+            inner: list[Tensor] | None = [] if features == "inner" else None
+            output_WTH, carried_WTH = compensator.run(
+                index, stream_WTH, sublayer=carrier, absent=absent.get(index), inner=inner
+            )
             stream_WTH, corrections[index] = compensator.correct(
-                index, output_WTH, carried_WTH, replay.states[begins[index]], sublayer=carrier
+                index,
+                output_WTH,
+                carried_WTH,
+                replay.states[begins[index]],
+                sublayer=carrier,
+                inner_RI=torch.cat(inner) if inner else None,
             )
     return corrections
 

@@ -8,17 +8,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from foldgpt.compensation.carriers import norm_behind, output_matrices, output_module
+from foldgpt.compensation.carriers import inner_module, norm_behind, output_matrices, output_module
 from foldgpt.compensation.correction import Correction, CutReport
 from foldgpt.compensation.least_squares import Sums, best_ridge, solve
 from foldgpt.compensation.norms import effective_scale, epsilon_of
-from foldgpt.compensation.through_norm import NormedFit, error_of, fit_through_norm
+from foldgpt.compensation.through_norm import NormedFit, error_of, fit_through_norm, normed
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.plan import Sublayer
 from foldgpt.replay import Replay
 
 #: Tried on held-out tokens under ridge="auto".
-RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
+RIDGES = (1e-3, 1e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 
 #: The share of the tokens (the last ones, in whole windows) on which a fit is judged.
 _HELD_OUT = 0.25
@@ -27,10 +27,10 @@ _HELD_OUT = 0.25
 class Compensator:
     """Fits, at a cut, the linear map that makes the block before it do the work of the removed ones.
 
-    With M the sublayer's output, o the stream behind the block and L the source's stream where the next kept block
-    begins, D minimises Σ w ‖L − o − M D‖² + ridge ‖D‖² over tokens, and the block's M becomes M + M D: its output
-    matrix is multiplied by 1 + D, no parameter is added. The ridge draws the map to the identity, that is, to the
-    plain removal. The idea is ReplaceMe's (Shopkhoev et al. 2025, arXiv 2505.02819).
+    With M the sublayer's output, X that output or what the output matrix is given, o the stream behind the block and L
+    the source's stream where the next kept block begins, D minimises Σ w ‖L − o − X D‖² + ridge ‖D‖² over tokens, and
+    the block's M becomes M + X D by a change of its output matrix; no parameter is added. The ridge draws the result
+    to the plain removal. The idea is ReplaceMe's (Shopkhoev et al. 2025, arXiv 2505.02819), with X = M.
 
     Each token counts by 1 / ‖L‖², since the next block normalises its input; tokens with massive activations, which
     would count for nothing and spoil the sums, are left out.
@@ -72,8 +72,12 @@ class Compensator:
         target_WTH: Tensor,
         *,
         sublayer: Sublayer = "mlp",
+        inner_RI: Tensor | None = None,
     ) -> tuple[Tensor, Correction]:
         """Fit the correction of one block and apply it to the stream.
+
+        With `inner_RI` the whole output matrix is refitted; without it only what it puts out is mapped, which is
+        faster and weaker.
 
         Args:
             block: source index of the last kept block before the cut.
@@ -81,6 +85,7 @@ class Compensator:
             mlp_output_WTH: what `Replay.mlp_output` collected in that pass, M.
             target_WTH: the source's stream where the next kept block begins, L.
             sublayer: which sublayer's output M is.
+            inner_RI: what the sublayer's output matrix is given, as `run` collects it, for all tokens in order.
 
         Returns:
             The stream behind the corrected block, [W, T, H] in the dtype of o, and the correction.
@@ -100,28 +105,32 @@ class Compensator:
         first_held = _first_held_out(target_WTH)
         norm = norm_behind(self.replay.decoder, block, sublayer)
         fit = self._fit_linear if norm is None else self._fit_normed
-        corrected_RH, correction = fit(block, sublayer, inputs_RH, output_RH, target_RH, weight_R, first_held)
-        return corrected_RH.to(output_WTH.dtype).view(output_WTH.shape), correction
+        features_RK = inputs_RH if inner_RI is None else inner_RI
+        found_RH, correction = fit(
+            block, sublayer, inputs_RH, features_RK, output_RH, target_RH - output_RH, weight_R, first_held
+        )
+        return found_RH.to(output_WTH.dtype).view(output_WTH.shape), correction
 
     def _fit_linear(
         self,
         block: int,
         sublayer: Sublayer,
         inputs_RH: Tensor,
+        features_RK: Tensor,
         output_RH: Tensor,
-        target_RH: Tensor,
+        missing_RH: Tensor,
         weight_R: Tensor,
         first_held: int,
     ) -> tuple[Tensor, Correction]:
         decoder = self.replay.decoder
         matrices = output_matrices(decoder, block, sublayer, output_module(decoder, block, sublayer))
         bias = len(matrices) == 1 and matrices[0].bias is not None
-        wanted_RH = (target_RH - output_RH) / self._multiplier
-        fitted = Sums.of(inputs_RH[:first_held], wanted_RH[:first_held], weight_R[:first_held])
-        held = Sums.of(inputs_RH[first_held:], wanted_RH[first_held:], weight_R[first_held:])
+        wanted_RH = missing_RH / self._multiplier
+        fitted = Sums.of(features_RK[:first_held], wanted_RH[:first_held], weight_R[:first_held])
+        held = Sums.of(features_RK[first_held:], wanted_RH[first_held:], weight_R[first_held:])
         ridge = best_ridge(fitted, held, RIDGES, bias=bias) if self.ridge == "auto" else self.ridge
         part = solve(fitted, ridge, bias=bias)
-        map_HH, bias_H = solve(fitted + held, ridge, bias=bias)
+        map_KH, bias_H = solve(fitted + held, ridge, bias=bias)
         # Weights are 1 / ‖L‖², so that a weighted sum of squares over the number of tokens is a mean relative error.
         size = self._multiplier**2 / max(held.count, 1)
         report = CutReport(
@@ -135,13 +144,14 @@ class Compensator:
         correction = Correction(
             block=block,
             sublayer=sublayer,
-            map_HH=map_HH.to(output_RH),
+            features="output" if features_RK is inputs_RH else "inner",
+            map_KH=map_KH.to(output_RH),
             bias_H=None if bias_H is None else bias_H.to(output_RH),
             scale_H=None,
             report=report,
         )
         # In the dtype of the states, as the merged model will.
-        change_RH = (inputs_RH @ correction.map_HH.to(inputs_RH.dtype)).float()
+        change_RH = (features_RK @ correction.map_KH.to(features_RK.dtype)).float()
         if correction.bias_H is not None:
             change_RH += correction.bias_H
         return output_RH + self._multiplier * change_RH, correction
@@ -151,26 +161,26 @@ class Compensator:
         block: int,
         sublayer: Sublayer,
         inputs_RH: Tensor,
+        features_RK: Tensor,
         output_RH: Tensor,
-        target_RH: Tensor,
+        missing_RH: Tensor,
         weight_R: Tensor,
         first_held: int,
     ) -> tuple[Tensor, Correction]:
         norm = norm_behind(self.replay.decoder, block, sublayer)
         assert norm is not None
         scale_H, epsilon = effective_scale(norm), epsilon_of(norm)
-        own = NormedFit(torch.zeros(len(scale_H), len(scale_H)).to(scale_H), scale_H)
-        contribution_RH = own.contribution(inputs_RH, epsilon)
-        wanted_RH = target_RH - output_RH + contribution_RH
+        own = NormedFit(torch.zeros(features_RK.shape[1], len(scale_H)).to(scale_H), scale_H)
+        contribution_RH = scale_H * normed(inputs_RH.float(), epsilon)
+        wanted_RH = missing_RH + contribution_RH
 
         def fit(rows: slice, ridge: float) -> NormedFit:
-            return fit_through_norm(
-                inputs_RH[rows], wanted_RH[rows], weight_R[rows], scale_H, epsilon, ridge=ridge, rounds=self.rounds
-            )
+            inputs, features, wanted, weight = (x[rows] for x in (inputs_RH, features_RK, wanted_RH, weight_R))
+            return fit_through_norm(inputs, features, wanted, weight, scale_H, epsilon, ridge=ridge, rounds=self.rounds)
 
         def error(found: NormedFit, rows: slice) -> float:
-            count = max(int((weight_R[rows] > 0).sum()), 1)
-            return error_of(found, inputs_RH[rows], wanted_RH[rows], weight_R[rows], epsilon) / count
+            inputs, features, wanted, weight = (x[rows] for x in (inputs_RH, features_RK, wanted_RH, weight_R))
+            return error_of(found, inputs, features, wanted, weight, epsilon) / max(int((weight > 0).sum()), 1)
 
         fitted, held = slice(0, first_held), slice(first_held, len(weight_R))
         ridges = RIDGES if self.ridge == "auto" else (self.ridge,)
@@ -186,8 +196,9 @@ class Compensator:
             after=after,
             fitted=error(part, fitted),
         )
-        correction = Correction(block, sublayer, found.map_HH, None, found.scale_H, report)
-        return output_RH - contribution_RH + found.contribution(inputs_RH, epsilon), correction
+        features: Literal["inner", "output"] = "output" if features_RK is inputs_RH else "inner"
+        correction = Correction(block, sublayer, features, found.map_KH, None, found.scale_H, report)
+        return output_RH - contribution_RH + found.contribution(inputs_RH, features_RK, epsilon), correction
 
     def _weights(self, block: int, inputs_RH: Tensor, wanted_RH: Tensor, target_RH: Tensor) -> Tensor:
         """1 / ‖L‖² of each token, 0 for those left out."""
@@ -241,7 +252,13 @@ class Compensator:
             self.replay.num_block_calls = calls
 
     def run(
-        self, block: int, stream_WTH: Tensor, *, sublayer: Sublayer = "mlp", absent: Sublayer | None = None
+        self,
+        block: int,
+        stream_WTH: Tensor,
+        *,
+        sublayer: Sublayer = "mlp",
+        absent: Sublayer | None = None,
+        inner: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Pass a stream through one block.
 
@@ -250,6 +267,8 @@ class Compensator:
             stream_WTH: what goes in, for all recorded windows.
             sublayer: whose output is wanted.
             absent: a sublayer that is removed and adds nothing.
+            inner: a list to which what the sublayer's output matrix is given is appended, [tokens, I] a micro-batch;
+                it stays empty where there is more than one such matrix.
 
         Returns:
             What comes out and what the sublayer put out, both [W, T, H]: o and M for `correct`.
@@ -261,11 +280,18 @@ class Compensator:
             collected.append((output[0] if isinstance(output, tuple) else output).clone())
 
         decoder = self.replay.decoder
-        handles = [output_module(decoder, block, sublayer).register_forward_hook(collect)]
+        module = output_module(decoder, block, sublayer)
+        handles = [module.register_forward_hook(collect)]
+        if inner is not None:
+            holder = inner_module(module, output_matrices(decoder, block, sublayer, module))
+            if holder is not None:
+                handles.append(
+                    holder.register_forward_pre_hook(lambda _module, args: inner.append(args[0].flatten(0, -2).clone()))
+                )
         if absent is not None:
-            module = output_module(decoder, block, absent)
+            gone = output_module(decoder, block, absent)
             nothing = torch.zeros((), dtype=stream_WTH.dtype, device=stream_WTH.device)
-            handles.append(module.register_forward_hook(lambda _module, _args, output: _replaced(output, nothing)))
+            handles.append(gone.register_forward_hook(lambda _module, _args, output: _replaced(output, nothing)))
         try:
             outputs = [self.replay.block(block, stream_WTH[rows]) for rows in self.replay.batches()]
         finally:

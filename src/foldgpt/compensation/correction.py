@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -36,13 +37,15 @@ class CutReport:
 class Correction:
     """A change of one kept block that makes up for what was removed behind it.
 
-    The sublayer's output M becomes M + M D + b, by a change of the matrix that makes M. Where a norm stands between
-    M and the residual stream, it gets new scales as well.
+    The sublayer's output M becomes M + X D + b, by a change of the matrix that makes M from its inputs d. X is d, or M
+    itself where there is more than one such matrix. Where a norm stands between M and the residual stream, it gets new
+    scales as well.
 
     Attributes:
         block: source index of the block that carries the correction.
         sublayer: which of its sublayers carries it.
-        map_HH: D, fp32 [H, H], for M as rows.
+        features: what X is: "inner" for d, [tokens, I], or "output" for M, [tokens, H].
+        map_KH: D, fp32 [I, H] or [H, H].
         bias_H: b, fp32 [H]; None where the matrix has no bias.
         scale_H: the norm's new scales, fp32 [H], as multipliers (for Gemma: 1 + its weight); None without a norm.
         report: how well it fits.
@@ -50,13 +53,8 @@ class Correction:
 
     block: int
     sublayer: Sublayer
-    map_HH: Tensor
+    features: Literal["inner", "output"]
+    map_KH: Tensor
     bias_H: Tensor | None
     scale_H: Tensor | None
     report: CutReport
-
-    def mapped(self, sublayer_output_RH: Tensor) -> Tensor:
-        """M + M D + b for rows M [R, H], fp32."""
-        rows = sublayer_output_RH.float()
-        mapped = rows + rows @ self.map_HH
-        return mapped if self.bias_H is None else mapped + self.bias_H

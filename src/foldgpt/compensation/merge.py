@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from foldgpt.compensation.carriers import norm_behind, output_matrices, output_module
+from foldgpt.compensation.carriers import inner_module, norm_behind, output_matrices, output_module
 from foldgpt.compensation.correction import Correction
 from foldgpt.compensation.norms import weight_for
 from foldgpt.errors import UnsupportedModelError, UsageError
@@ -51,27 +51,29 @@ def _merged(decoder: Decoder, index: int, correction: Correction) -> list[tuple[
     matrices = output_matrices(decoder, index, correction.sublayer, module)
     weight = matrices[0].weight
     outputs = weight.shape[-1 if matrices[0].transposed else -2]
-    if correction.map_HH.shape != (outputs, outputs):
+    wanted = (weight.numel() // outputs if correction.features == "inner" else outputs, outputs)
+    if correction.map_KH.shape != wanted:
         raise UsageError(
-            f"the correction of block {index} is {list(correction.map_HH.shape)}, but the outputs of its "
-            f"{correction.sublayer} are {outputs}. Was it fitted on another model?"
+            f"the correction of block {index} is {list(correction.map_KH.shape)}, but its {correction.sublayer} needs "
+            f"{list(wanted)}. Was it fitted on another model?"
         )
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    map_HH = correction.map_HH.to(weight.device, dtype)
-    bias_H = None if correction.bias_H is None else correction.bias_H.to(weight.device, dtype)
-
     written: list[tuple[nn.Parameter, Tensor]] = []
     trial = copy.deepcopy(module).to(dtype)
-    before_RH = _tried(decoder, index, correction, trial, outputs)
+    inner_RI, before_RH = _tried(decoder, index, correction, trial, outputs)
     for own, tried in zip(matrices, output_matrices(decoder, index, correction.sublayer, trial), strict=True):
-        new_weight, new_bias = tried.mapped(map_HH, bias_H)
+        new_weight, new_bias = tried.corrected(correction, dtype)
         written.append((own.weight, new_weight.to(own.weight.dtype)))
         tried.weight.copy_(new_weight)
         if own.bias is not None and tried.bias is not None and new_bias is not None:
             written.append((own.bias, new_bias.to(own.bias.dtype)))
             tried.bias.copy_(new_bias)
-    expected_RH = before_RH + before_RH @ map_HH + (0 if bias_H is None else bias_H)
-    missed = torch.linalg.vector_norm(_tried(decoder, index, correction, trial, outputs) - expected_RH)
+    features_RK = inner_RI if correction.features == "inner" else before_RH
+    expected_RH = before_RH + features_RK @ correction.map_KH.to(before_RH)
+    if correction.bias_H is not None:
+        expected_RH += correction.bias_H.to(before_RH)
+    _, after_RH = _tried(decoder, index, correction, trial, outputs)
+    missed = torch.linalg.vector_norm(after_RH - expected_RH)
     if not missed <= _TOLERANCE * torch.linalg.vector_norm(expected_RH):
         raise UnsupportedModelError(
             f"the {correction.sublayer} of block {index} of model type {decoder.model_type!r} does not end in the "
@@ -85,17 +87,28 @@ def _merged(decoder: Decoder, index: int, correction: Correction) -> list[tuple[
     return written
 
 
-def _tried(decoder: Decoder, index: int, correction: Correction, module: nn.Module, num_outputs: int) -> Tensor:
-    """What a sublayer's module, in fp32 or fp64, makes of some random rows [R, H].
+def _tried(
+    decoder: Decoder, index: int, correction: Correction, module: nn.Module, num_outputs: int
+) -> tuple[Tensor, Tensor]:
+    """Let a sublayer's module, in fp32 or fp64, work on some random rows.
 
     An attention cannot be called without its masks and positions; there the projection alone is tried.
+
+    Returns:
+        What its output matrix was given, [R, I] (meaningless if there are several), and what came out, [R, H].
     """
-    matrix = output_matrices(decoder, index, correction.sublayer, module)[0].weight
-    holder = next(m for m in module.modules() if any(p is matrix for p in m.parameters(recurse=False)))
-    if correction.sublayer == "attention":
+    matrices = output_matrices(decoder, index, correction.sublayer, module)
+    holder = inner_module(module, matrices)
+    if correction.sublayer == "attention" and holder is not None:
         module = holder
-    num_inputs = matrix.numel() // num_outputs if module is holder else num_outputs
+    num_inputs = matrices[0].weight.numel() // num_outputs if module is holder else num_outputs
     generator = torch.Generator().manual_seed(0)
-    rows_BTH = torch.randn((1, 16, num_inputs), generator=generator).to(matrix)
-    output: Tensor = module(rows_BTH)
-    return output.flatten(0, -2)
+    rows_BTH = torch.randn((1, 16, num_inputs), generator=generator).to(matrices[0].weight)
+    given: list[Tensor] = [rows_BTH]
+    watched = module if holder is None else holder
+    handle = watched.register_forward_pre_hook(lambda _module, args: given.append(args[0]))
+    try:
+        output: Tensor = module(rows_BTH)
+    finally:
+        handle.remove()
+    return given[-1].flatten(0, -2), output.flatten(0, -2)

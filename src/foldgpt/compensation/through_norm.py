@@ -1,7 +1,7 @@
 """The fit where an RMSNorm stands between the output matrix and the stream: alternating least squares.
 
 The block adds c = s ∘ u / rms(u) to the stream, with u what the output matrix gives and s the norm's scales. A map on
-c cannot be merged, but u may become u + u D and s may change: c' = s' ∘ u' / rms(u'). With rms(u') held fixed that is
+c cannot be merged, but u may become u + X D and s may change: c' = s' ∘ u' / rms(u'). With rms(u') held fixed that is
 linear in D, with D held fixed it is linear in s', and each is one least-squares problem; the two are solved in turn.
 """
 
@@ -23,17 +23,20 @@ class NormedFit:
     """What a fit through a norm gives.
 
     Attributes:
-        map_HH: D, fp32.
+        map_KH: D, fp32.
         scale_H: s', fp32.
     """
 
-    map_HH: Tensor
+    map_KH: Tensor
     scale_H: Tensor
 
-    def contribution(self, inputs_RH: Tensor, epsilon: float) -> Tensor:
-        """c' for rows u, fp32 [R, H]."""
-        rows = inputs_RH.float()
-        return self.scale_H * normed(rows + rows @ self.map_HH, epsilon)
+    def contribution(self, inputs_RH: Tensor, features_RK: Tensor, epsilon: float) -> Tensor:
+        """c' for rows u and X, fp32 [R, H]."""
+        return self.scale_H * normed(self.mapped(inputs_RH, features_RK), epsilon)
+
+    def mapped(self, inputs_RH: Tensor, features_RK: Tensor) -> Tensor:
+        """u + X D, fp32 [R, H]."""
+        return inputs_RH.float() + (features_RK @ self.map_KH.to(features_RK.dtype)).float()
 
 
 def normed(rows_RH: Tensor, epsilon: float) -> Tensor:
@@ -43,6 +46,7 @@ def normed(rows_RH: Tensor, epsilon: float) -> Tensor:
 
 def fit_through_norm(
     inputs_RH: Tensor,
+    features_RK: Tensor,
     wanted_RH: Tensor,
     weight_R: Tensor,
     scale_H: Tensor,
@@ -55,6 +59,7 @@ def fit_through_norm(
 
     Args:
         inputs_RH: u, what goes into the norm.
+        features_RK: X, what the map is applied to.
         wanted_RH: the contribution that is wanted, fp32.
         weight_R: each row's weight.
         scale_H: the norm's present scales.
@@ -63,38 +68,42 @@ def fit_through_norm(
         rounds: how often D and s' are refitted; 0 refits s' only.
     """
     used = weight_R.nonzero()[:, 0]
-    rows, wanted, weight = inputs_RH[used].float(), wanted_RH[used], weight_R[used]
-    fit = NormedFit(torch.zeros(rows.shape[1], rows.shape[1]).to(rows), scale_H)
-    best, best_error = fit, error_of(fit, rows, wanted, weight, epsilon)
-    fit = _with_best_scales(fit, rows, wanted, weight, epsilon, ridge, scale_H)
+    rows, features, wanted, weight = inputs_RH[used].float(), features_RK[used], wanted_RH[used], weight_R[used]
+    fit = NormedFit(torch.zeros(features.shape[1], rows.shape[1]).to(rows), scale_H)
+    best, best_error = fit, _error(fit.scale_H * normed(rows, epsilon), wanted, weight)
+    mapped = rows
     for number in range(rounds + 1):
-        error = error_of(fit, rows, wanted, weight, epsilon)
+        if number:
+            inverse_R1 = torch.rsqrt(mapped.square().mean(-1, keepdim=True) + epsilon)
+            least = _LEAST_SCALE * fit.scale_H.square().mean().sqrt()
+            scale = torch.where(fit.scale_H.abs() < least, least.copysign(fit.scale_H), fit.scale_H)
+            divided = (features * inverse_R1).to(features.dtype)
+            change, _ = solve(Sums.of(divided, wanted - scale * rows * inverse_R1, weight), ridge, bias=False)
+            fit = NormedFit(change.to(rows) / scale, fit.scale_H)
+            mapped = fit.mapped(rows, features)
+        unscaled = normed(mapped, epsilon)
+        fit = NormedFit(fit.map_KH, _best_scales(unscaled, wanted, weight, ridge, scale_H))
+        error = _error(fit.scale_H * unscaled, wanted, weight)
         if error < best_error:
             best, best_error = fit, error
-        if number == rounds:
-            break
-        mapped = rows + rows @ fit.map_HH
-        divided = rows * torch.rsqrt(mapped.square().mean(-1, keepdim=True) + epsilon)
-        least = _LEAST_SCALE * fit.scale_H.square().mean().sqrt()
-        scale = torch.where(fit.scale_H.abs() < least, least.copysign(fit.scale_H), fit.scale_H)
-        change, _ = solve(Sums.of(divided, wanted - scale * divided, weight), ridge, bias=False)
-        fit = NormedFit(change.to(rows) / scale, fit.scale_H)
-        fit = _with_best_scales(fit, rows, wanted, weight, epsilon, ridge, scale_H)
     return best
 
 
-def error_of(fit: NormedFit, inputs_RH: Tensor, wanted_RH: Tensor, weight_R: Tensor, epsilon: float) -> float:
+def _error(contribution_RH: Tensor, wanted_RH: Tensor, weight_R: Tensor) -> float:
     """Σ w ‖wanted − c'‖²."""
-    missed_R = (wanted_RH - fit.contribution(inputs_RH, epsilon)).square().sum(-1)
-    return float((missed_R * weight_R).double().sum())
+    return float(((wanted_RH - contribution_RH).square().sum(-1) * weight_R).double().sum())
 
 
-def _with_best_scales(
-    fit: NormedFit, rows: Tensor, wanted: Tensor, weight: Tensor, epsilon: float, ridge: float, own_H: Tensor
-) -> NormedFit:
+def error_of(
+    fit: NormedFit, inputs_RH: Tensor, features_RK: Tensor, wanted_RH: Tensor, weight_R: Tensor, epsilon: float
+) -> float:
+    """Σ w ‖wanted − c'‖² of a fit on any rows."""
+    return _error(fit.contribution(inputs_RH, features_RK, epsilon), wanted_RH, weight_R)
+
+
+def _best_scales(unscaled: Tensor, wanted: Tensor, weight: Tensor, ridge: float, own_H: Tensor) -> Tensor:
     """Each channel's scale by least squares, drawn to the norm's own one by the ridge."""
-    unscaled = normed(rows + rows @ fit.map_HH, epsilon)
     weighted = unscaled * weight[:, None]
     square_H, cross_H = (weighted * unscaled).sum(0), (weighted * wanted).sum(0)
     penalty = ridge * square_H.mean()
-    return NormedFit(fit.map_HH, (cross_H + penalty * own_H) / (square_H + penalty))
+    return (cross_H + penalty * own_H) / (square_H + penalty)
