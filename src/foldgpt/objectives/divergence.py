@@ -6,6 +6,7 @@ a few rows at a time; where a gradient is wanted, it is taken in the same visit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,7 +63,26 @@ def forward_kl_loss(head: Head, teacher_RH: Tensor, student_RH: Tensor) -> Tenso
 
     The head itself gets no gradient.
     """
-    loss: Tensor = _FusedMean.apply(student_RH, teacher_RH, head)
+
+    def losses(rows: slice, logits_RV: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher_RV = head.logits(teacher_RH[rows])
+        return _kl_rows(teacher_RV, logits_RV)
+
+    loss: Tensor = _FusedMean.apply(student_RH, losses, head)
+    return loss
+
+
+def cross_entropy_loss(head: Head, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
+    """The mean of `cross_entropy` as a scalar that can be differentiated with respect to `hidden_RH`.
+
+    The head itself gets no gradient.
+    """
+
+    def losses(rows: slice, logits_RV: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits_RV, targets_R[rows], reduction="none")
+
+    loss: Tensor = _FusedMean.apply(hidden_RH, losses, head)
     return loss
 
 
@@ -83,17 +103,15 @@ class _FusedMean(torch.autograd.Function):
     """Loss and gradient in one visit of each chunk, so that no logits are kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, student_RH: Tensor, teacher_RH: Tensor, head: Head) -> Tensor:
-        gradient = torch.empty_like(student_RH)
-        total = torch.zeros((), dtype=torch.float32, device=student_RH.device)
+    def forward(ctx: Any, hidden_RH: Tensor, losses: Callable[[slice, Tensor], Tensor], head: Head) -> Tensor:
+        gradient = torch.empty_like(hidden_RH)
+        total = torch.zeros((), dtype=torch.float32, device=hidden_RH.device)
         size = chunk_rows(head)
-        for start in range(0, len(student_RH), size):
+        for start in range(0, len(hidden_RH), size):
             rows = slice(start, start + size)
-            with torch.no_grad():
-                teacher_RV = head.logits(teacher_RH[rows])
             with torch.enable_grad():
-                hidden = student_RH[rows].detach().requires_grad_()
-                loss = _kl_rows(teacher_RV, head.logits(hidden)).sum() / len(student_RH)
+                hidden = hidden_RH[rows].detach().requires_grad_()
+                loss = losses(rows, head.logits(hidden)).sum() / len(hidden_RH)
                 (gradient[rows],) = torch.autograd.grad(loss, hidden)
             total += loss.detach()
         ctx.save_for_backward(gradient)

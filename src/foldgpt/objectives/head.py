@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foldgpt.errors import UnsupportedModelError
+from foldgpt.errors import FoldGPTError, UnsupportedModelError
 from foldgpt.families import decoder_of
 
 
@@ -24,6 +24,7 @@ class Head:
     Raises:
         UnsupportedModelError: the model does more to its logits than is known here (soft-capping, a constant
             factor); found out by comparing with the model's own logits on a few tokens.
+        FoldGPTError: its logits are not finite.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,6 +60,11 @@ class Head:
         hidden_BTH = model.get_submodule(body_path)(input_ids=ids_BT, use_cache=False).last_hidden_state
         own_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()
         model.train(was_training)
+        if not bool(own_BTV.isfinite().all()):
+            raise FoldGPTError(
+                f"the logits of this {type(model).__name__} are not finite; load it in float32 or bfloat16 (--dtype), "
+                "or check its weights"
+            )
         if not torch.allclose(self.logits(hidden_BTH), own_BTV, rtol=2e-2, atol=2e-2 * float(own_BTV.abs().max())):
             raise UnsupportedModelError(
                 f"{type(model).__name__} does something to its logits that foldgpt does not know; "

@@ -7,17 +7,21 @@ from foldgpt.selection.bi import bi
 from foldgpt.selection.budget import number_to_remove
 from foldgpt.selection.cost import Objective, RemovalCost
 from foldgpt.selection.fixed import last, random
+from foldgpt.selection.gating.gates import gates
 from foldgpt.selection.greedy import greedy
 from foldgpt.selection.loo import loo
 from foldgpt.selection.selection import Request, Selection, Selector
 from foldgpt.selection.selection import select as _select
+from foldgpt.selection.taylor import taylor
 from foldgpt.selection.units import Units
 
 SELECTORS: dict[str, Selector] = {
+    "gates": gates,
     "bi": bi,
     "angular": angular,
     "loo": loo,
     "greedy": greedy,
+    "taylor": taylor,
     "last": last,
     "random": random,
 }

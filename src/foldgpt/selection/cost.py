@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,6 +24,9 @@ from foldgpt.replay import Replay
 from foldgpt.selection.units import Removed, Units
 
 Objective = Literal["kl", "lm"]
+
+#: The sample, the removed units before a block, and that block: what determines the stream that enters it.
+StateKey = tuple[tuple[int, int, bool], Removed, int]
 
 #: Positions are chosen so that the head takes at most this share of a forward pass over the same windows …
 _HEAD_SHARE = 0.15
@@ -43,6 +46,7 @@ class Sample:
         rows_R: positions, as indices into the flattened windows.
         source: the source's predictions there; None when the objective does not need them.
         targets_R: the tokens that follow.
+        compensate: whether sets are measured after compensation, fitted on these windows.
     """
 
     batches: tuple[slice, ...]
@@ -50,6 +54,12 @@ class Sample:
     rows_R: Tensor
     source: SourcePredictions | None
     targets_R: Tensor
+    compensate: bool
+
+    @property
+    def key(self) -> tuple[int, int, bool]:
+        """What tells cached states of different samples apart."""
+        return self.windows.start, self.windows.stop, self.compensate
 
 
 class RemovalCost:
@@ -90,8 +100,8 @@ class RemovalCost:
         self.head = Head(replay.model)
         self._head_rows = 0.0
         self._seed = seed
-        self._samples: dict[tuple[int, int], Sample] = {}
-        self._cache: OrderedDict[tuple[int, int, Removed, int], list[Tensor]] = OrderedDict()
+        self._samples: dict[tuple[int, int, bool], Sample] = {}
+        self._cache: OrderedDict[StateKey, list[Tensor]] = OrderedDict()
         self._cache_room = cache_bytes
         self._compensator = Compensator(replay) if compensate else None
 
@@ -107,16 +117,26 @@ class RemovalCost:
         """Recorded micro-batches, the grain of a sample."""
         return len(list(self.replay.batches()))
 
-    def sample(self, start: int, stop: int) -> Sample:
-        """The sample of micro-batches `start` to `stop` (exclusive); made once."""
-        if (start, stop) not in self._samples:
+    def sample(self, start: int, stop: int, *, compensate: bool | None = None) -> Sample:
+        """The sample of micro-batches `start` to `stop` (exclusive); made once.
+
+        Args:
+            start: first micro-batch.
+            stop: the one after the last.
+            compensate: another choice than the measure's own, for samples too small to fit on.
+        """
+        compensate = self.compensate if compensate is None else compensate
+        key = start, stop, compensate
+        if key not in self._samples:
             began = time.perf_counter()
-            self._samples[start, stop] = self._make_sample(start, stop)
+            same = self._samples.get((start, stop, not compensate))
+            made = self._make_sample(start, stop, compensate) if same is None else replace(same, compensate=compensate)
+            self._samples[key] = made
             self.seconds += time.perf_counter() - began
-        return self._samples[start, stop]
+        return self._samples[key]
 
     @torch.no_grad()
-    def _make_sample(self, start: int, stop: int) -> Sample:
+    def _make_sample(self, start: int, stop: int, compensate: bool) -> Sample:
         batches = tuple(self.replay.batches())[start:stop]
         windows = slice(batches[0].start, batches[-1].stop)
         ids_WT = self.replay.ids_WT[windows]
@@ -132,7 +152,7 @@ class RemovalCost:
         if self.objective == "kl":
             source = SourcePredictions(self.head, self._predictions([self.replay.states[-1][windows]], rows_R))
             self._head_rows += 2 * wanted
-        return Sample(batches, windows, rows_R, source, targets_R.to(self.replay.states[0].device))
+        return Sample(batches, windows, rows_R, source, targets_R.to(self.replay.states[0].device), compensate)
 
     # --------------------------------------------------------------------------------------------- costs
 
@@ -201,7 +221,7 @@ class RemovalCost:
                 block += 1
                 continue
             after = block + 1
-            while self.compensate and after in whole:
+            while sample.compensate and after in whole:
                 after += 1
             if after > block + 1:
                 stream = self._compensated(block, after, stream, sample)
@@ -209,21 +229,19 @@ class RemovalCost:
                 stream = [self.replay.block(block, hidden, without=lacking.get(block)) for hidden in stream]
             block = after
             if keep and block <= up_to and block < num_blocks:
-                self._remember(
-                    (sample.windows.start, sample.windows.stop, self.units.below(removed, block), block), stream
-                )
+                self._remember((sample.key, self.units.below(removed, block), block), stream)
         return stream
 
     def _deepest(self, removed: Removed, whole: frozenset[int], sample: Sample) -> tuple[int, list[Tensor]]:
         """The deepest known state of a set: a block index and the stream that enters it."""
         for block in range(self.replay.num_blocks, -1, -1):
             # A cut that goes on changes the compensation of the block before it.
-            if self.compensate and block in whole and block > 0:
+            if sample.compensate and block in whole and block > 0:
                 continue
             below = self.units.below(removed, block)
             if not below:
                 return block, [self.replay.states[block][windows] for windows in sample.batches]
-            key = (sample.windows.start, sample.windows.stop, below, block)
+            key = (sample.key, below, block)
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return block, self._cache[key]
@@ -241,7 +259,7 @@ class RemovalCost:
         corrected_WTH, _ = self._compensator.correct(block, output_WTH, mlp_output_WTH, target_WTH)
         return list(corrected_WTH.split([len(output) for output in outputs]))
 
-    def _remember(self, key: tuple[int, int, Removed, int], stream: list[Tensor]) -> None:
+    def _remember(self, key: StateKey, stream: list[Tensor]) -> None:
         if key in self._cache:
             return
         self._cache[key] = stream
@@ -254,6 +272,18 @@ class RemovalCost:
         """Inputs of the head [R, H] at the chosen positions. What follows the last block acts token by token."""
         hidden_RH = torch.cat([hidden.flatten(0, 1) for hidden in stream])[rows_R]
         return self.replay.finish(hidden_RH[None])[0]
+
+    def predicted_equivalents(self, num_sets: int, sample: Sample, *, share_run: float = 0.5) -> float:
+        """What measuring some sets will count in `forward_equivalents`.
+
+        Args:
+            num_sets: how many.
+            sample: where.
+            share_run: the share of the blocks that is run for one, on average.
+        """
+        tokens = self.replay.ids_WT.numel()
+        windows = (sample.windows.stop - sample.windows.start) / self.replay.num_windows
+        return num_sets * (share_run * windows + len(sample.rows_R) * self._head_cost / tokens)
 
     @property
     def _head_cost(self) -> float:

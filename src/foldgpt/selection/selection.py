@@ -16,6 +16,9 @@ from foldgpt.replay import Replay
 from foldgpt.selection.cost import Objective, RemovalCost
 from foldgpt.selection.units import Units
 
+#: Micro-batches hold about so many tokens, and there are at least so many of them if the windows suffice.
+_BATCH_TOKENS, _LEAST_BATCHES = 2048, 8
+
 
 @dataclass(frozen=True)
 class Request:
@@ -73,8 +76,11 @@ class Request:
             units = Units.sublayers(decoder, self.num_remove)
         else:
             units = Units.blocks(self.num_blocks, self.num_remove)
+        # Searches look at a few micro-batches at a time, so there should be some.
+        windows, tokens = self.ids_WT.shape if self.ids_WT.ndim == 2 else (1, 1)
+        batch_size = max(1, min(_BATCH_TOKENS // max(1, tokens), windows // _LEAST_BATCHES))
         return RemovalCost(
-            Replay(self.model, self.ids_WT),
+            Replay(self.model, self.ids_WT, batch_size=batch_size),
             units=units,
             objective=self.objective,
             compensate=self.compensate,

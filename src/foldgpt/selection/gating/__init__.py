@@ -1,0 +1,1 @@
+"""Learned gates: three estimators, one search around them."""

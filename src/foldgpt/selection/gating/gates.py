@@ -1,0 +1,242 @@
+"""Learned gates: find the blocks that can go, knowing how they depend on each other.
+
+Each unit's removal is measured alone; gates start from there and are learned with the backbone frozen; the sets they
+point to are then measured, and refined by swaps. All stages share one allowance of forward passes, a share of what
+greedy removal would take for the same budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from foldgpt.errors import UsageError, did_you_mean
+from foldgpt.progress import bar
+from foldgpt.selection.cost import RemovalCost, Sample
+from foldgpt.selection.gating.estimator import Estimator
+from foldgpt.selection.gating.hard_concrete import HardConcrete
+from foldgpt.selection.gating.progress_file import ProgressFile
+from foldgpt.selection.gating.refine import measured_in_refinement, refine
+from foldgpt.selection.gating.score_function import ScoreFunction
+from foldgpt.selection.gating.smoothed import SmoothedL0
+from foldgpt.selection.gating.surrogate import Measurement, Surrogate
+from foldgpt.selection.measured import leave_one_out, ranked, selection_of
+from foldgpt.selection.selection import Request, Selection
+from foldgpt.selection.units import Removed, Units
+
+_OPTIONS = {
+    "estimator": "score",
+    "steps": 200,
+    "effort": 0.9,
+    "refine": True,
+}
+_ESTIMATORS = ("score", "concrete", "smoothed")
+
+#: Shares of the allowance after which leave-one-out scores and the learning of gates must be done.
+_SCORES_UNTIL, _LEARNING_UNTIL = 0.25, 0.6
+#: Refinement measures on a quarter of the windows, or on those that hold this many tokens if that is more.
+_REFINEMENT_TOKENS = 8192
+#: The sets that refinement likes best are measured on all windows.
+_FINALISTS = 3
+
+
+def gates(request: Request) -> Selection:
+    """Learn gates and remove the blocks (or attentions and MLPs) that they close.
+
+    Options: "estimator" ("score", "concrete" or "smoothed"), "steps" (at most so many), "effort" (the allowance of
+    forward passes, as a share of what greedy removal would take), "refine" (whether to refine by swaps).
+
+    Raises:
+        UsageError: an unknown option or estimator, or a budget that no set meets.
+        FoldGPTError: a gate or a cost is not a number.
+        ArtifactError: the checkpoint cannot be written.
+    """
+    options = request.check_options("gates", _OPTIONS)
+    if options["estimator"] not in _ESTIMATORS:
+        raise UsageError(
+            f"unknown gate estimator {options['estimator']!r}.{did_you_mean(options['estimator'], _ESTIMATORS)}"
+        )
+    cost = request.need_cost("gates")
+    if cost.units.target == 0:
+        return selection_of("gates", cost, frozenset(), scores=None, order=(), report={"cost": 0.0})
+    return _Search(request, cost, options).run()
+
+
+class _Search:
+    """One search: its stages, what they found so far, and the allowance they share."""
+
+    def __init__(self, request: Request, cost: RemovalCost, options: dict[str, Any]) -> None:
+        self._cost = cost
+        self._options = options
+        self._seed = request.seed
+        self._file = ProgressFile(request)
+        self._progress: dict[str, Any] = {"spent": 0.0, "seconds": 0.0, "trace": [], "known": [], **self._file.load()}
+        self._spent_before: float = self._progress["spent"]
+        self._seconds_before: float = self._progress["seconds"]
+        self._allowance: float = options["effort"] * greedy_equivalents(cost)
+
+    def run(self) -> Selection:
+        """All stages."""
+        scores = self._scores()
+        estimator = self._learn(scores)
+        probabilities_U = estimator.keep_probabilities()
+        by_gate = ranked(probabilities_U.tolist())
+        removed = self._cost.units.fill(by_gate)
+        known: dict[Removed, float] = {}
+        if self._options["refine"]:
+            known = self._refine(scores, estimator)
+            removed = min(known, key=lambda found: known[found])
+        value = known[removed] if removed in known and self._judges_everything else self._cost.cost(removed)
+        self._file.remove()
+        order = sorted(removed, key=by_gate.index) + [unit for unit in by_gate if unit not in removed]
+        selection = selection_of(
+            "gates",
+            self._cost,
+            removed,
+            scores=probabilities_U.tolist(),
+            order=order,
+            report={
+                "cost": value,
+                "estimator": self._options["estimator"],
+                "steps": len(self._progress["trace"]),
+                "trace": self._progress["trace"],
+                "leave_one_out": [None if score == float("inf") else score for score in scores],
+                "by_gates_alone": sorted(self._cost.units.fill(by_gate)),
+                "refined": [
+                    {"removed": sorted(found), "cost": known[found]}
+                    for found in sorted(known, key=lambda found: known[found])[:20]
+                ],
+            },
+        )
+        # An interrupted search has been paid for as well.
+        report = dict(selection.report)
+        report["seconds"] = round(report["seconds"] + self._seconds_before, 2)
+        report["forward_equivalents"] = round(report["forward_equivalents"] + self._spent_before, 2)
+        return replace(selection, report=report)
+
+    # -------------------------------------------------------------------------------------------- stages
+
+    def _scores(self) -> list[float]:
+        """The cost of each unit alone, on as many windows as the allowance lets it see."""
+        if "scores" in self._progress:
+            return [float("inf") if score is None else score for score in self._progress["scores"]]
+        everything = self._cost.everything
+        whole = self._cost.predicted_equivalents(len(self._cost.units), everything)
+        batches = int(self._cost.num_batches * _SCORES_UNTIL * self._allowance / whole)
+        batches = max(1, min(batches, self._cost.num_batches))
+        scores = leave_one_out(self._cost, self._cost.sample(0, batches, compensate=False))
+        self._progress["scores"] = [None if score == float("inf") else score for score in scores]
+        self._save(now=True)
+        return scores
+
+    def _learn(self, scores: Sequence[float]) -> Estimator:
+        """Gates, learned until they are settled or their share of the allowance is spent."""
+        samples = [self._cost.sample(k, k + 1, compensate=False) for k in range(self._cost.num_batches)]
+        estimator = self._estimator(scores, samples)
+        if "estimator" in self._progress:
+            estimator.restore(self._progress["estimator"])
+        trace = self._progress["trace"]
+        with bar("learning gates", self._options["steps"]) as progress:
+            progress.advance(len(trace))
+            while len(trace) < self._options["steps"] and not estimator.has_settled():
+                if self._spent() > _LEARNING_UNTIL * self._allowance:
+                    break
+                value = estimator.step()
+                keep = [round(p, 4) for p in estimator.keep_probabilities().tolist()]
+                trace.append({"step": len(trace), "cost": value, "keep": keep})
+                self._progress["estimator"] = estimator.state()
+                self._save()
+                progress.advance()
+        return estimator
+
+    def _estimator(self, scores: Sequence[float], samples: Sequence[Sample]) -> Estimator:
+        if self._options["estimator"] == "score":
+            return ScoreFunction(self._cost, samples, scores, seed=self._seed)
+        # A step with gradients counts as three passes over its sample.
+        share = (_LEARNING_UNTIL * self._allowance - self._spent()) * len(samples) / 3
+        num_steps = max(1, min(self._options["steps"], int(share)))
+        if self._options["estimator"] == "concrete":
+            return HardConcrete(self._cost, samples, scores, num_steps=num_steps, seed=self._seed)
+        return SmoothedL0(self._cost, samples, scores, num_steps=num_steps)
+
+    def _refine(self, scores: Sequence[float], estimator: Estimator) -> dict[Removed, float]:
+        """Promising sets and their costs, on all windows."""
+        units = self._cost.units
+        sample = self._refinement_sample
+        probabilities_U = estimator.keep_probabilities()
+        measurements: list[Measurement] = list(getattr(estimator, "measurements", []))
+        surrogate = Surrogate(scores, units.per_block)
+        known = {frozenset(found): value for found, value in self._progress["known"]}
+        measurements += measured_in_refinement(known)
+        if measurements:
+            surrogate.fit(measurements)
+        start = {units.fill(ranked(probabilities_U.tolist())), units.fill(ranked(scores))}
+        start |= {m.removed for m in measurements} | spans(units)
+        reserve = (
+            0.0 if self._judges_everything else self._cost.predicted_equivalents(_FINALISTS, self._cost.everything)
+        )
+
+        one = self._cost.predicted_equivalents(1, sample)
+
+        def after_round() -> None:
+            self._progress["known"] = [[sorted(found), value] for found, value in known.items()]
+            self._save()
+
+        refine(
+            self._cost,
+            sample,
+            start,
+            keep_probabilities_U=probabilities_U,
+            surrogate=surrogate,
+            measurements=measurements,
+            known=known,
+            is_spent=lambda: self._spent() + one > self._allowance - reserve,
+            after_round=after_round,
+        )
+        if self._judges_everything:
+            return known
+        finalists = sorted(known, key=lambda found: known[found])[:_FINALISTS]
+        return {found: self._cost.cost(found) for found in sorted(finalists, key=sorted)}
+
+    # ------------------------------------------------------------------------------------------- bookkeeping
+
+    @property
+    def _refinement_sample(self) -> Sample:
+        batches = self._cost.num_batches
+        share = max(0.25, _REFINEMENT_TOKENS / self._cost.replay.ids_WT.numel())
+        return self._cost.sample(0, min(batches, math.ceil(batches * share)))
+
+    @property
+    def _judges_everything(self) -> bool:
+        return self._refinement_sample is self._cost.everything
+
+    def _spent(self) -> float:
+        return self._spent_before + self._cost.forward_equivalents
+
+    def _save(self, *, now: bool = False) -> None:
+        self._progress["spent"] = self._spent()
+        self._progress["seconds"] = self._seconds_before + self._cost.seconds
+        self._file.save(self._progress, now=now)
+
+
+def greedy_equivalents(cost: RemovalCost) -> float:
+    """What greedy removal of the same budget would count in forward passes."""
+    units = cost.units
+    removals = units.target * len(units) / sum(units.sizes)
+    total = 1.0
+    left = float(len(units))
+    while removals > 0:
+        share_run = 0.5 * left / len(units)
+        total += min(removals, 1.0) * cost.predicted_equivalents(round(left), cost.everything, share_run=share_run)
+        left -= 1
+        removals -= 1
+    return total
+
+
+def spans(units: Units) -> set[Removed]:
+    """All runs of consecutive blocks that meet the budget."""
+    if units.per_block > 1:
+        return set()
+    return {frozenset(range(start, start + units.target)) for start in range(units.num_blocks - units.target + 1)}

@@ -1,0 +1,86 @@
+"""The progress of a search in a file, so that a search that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from foldgpt.artifacts import hash_of, read_json, write_json
+from foldgpt.errors import ArtifactError
+from foldgpt.selection.selection import Request
+
+_FORMAT = "foldgpt.gates-checkpoint"
+_SECONDS_BETWEEN = 20.0
+
+
+class ProgressFile:
+    """A checkpoint that belongs to one request. Files of other requests, or damaged ones, are ignored.
+
+    Args:
+        request: the request.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._path = request.checkpoint
+        self._fingerprint = "" if self._path is None else _fingerprint(request)
+        self._saved = time.monotonic()
+
+    def load(self) -> dict[str, Any]:
+        """What was saved for this request; empty if there is nothing."""
+        if self._path is None:
+            return {}
+        try:
+            value = read_json(self._path, "checkpoint")
+            if value["format"] != _FORMAT or value["fingerprint"] != self._fingerprint:
+                return {}
+            progress: dict[str, Any] = value["progress"]
+        except (ArtifactError, KeyError, TypeError):
+            # Missing, of another request or damaged: it is only a shortcut, the search starts over.
+            return {}
+        return progress
+
+    def save(self, progress: dict[str, Any], *, now: bool = False) -> None:
+        """Write the progress, if the last time is long enough ago or `now`.
+
+        Raises:
+            ArtifactError: the file cannot be written.
+        """
+        if self._path is None or not (now or time.monotonic() - self._saved > _SECONDS_BETWEEN):
+            return
+        write_json(self._path, {"format": _FORMAT, "fingerprint": self._fingerprint, "progress": progress})
+        self._saved = time.monotonic()
+
+    def remove(self) -> None:
+        """Drop the file: the search is complete."""
+        if self._path is not None:
+            Path(self._path).unlink(missing_ok=True)
+
+
+def _fingerprint(request: Request) -> str:
+    """Identity of all that decides the result."""
+    assert request.model is not None and request.ids_WT is not None
+    return hash_of(
+        {
+            "model": _weights_identity(request.model),
+            "ids": hashlib.sha256(request.ids_WT.cpu().contiguous().numpy().tobytes()).hexdigest(),
+            "num_remove": request.num_remove,
+            "seed": request.seed,
+            "objective": request.objective,
+            "compensate": request.compensate,
+            "sublayers": request.sublayers,
+            "options": dict(request.options),
+        }
+    )
+
+
+def _weights_identity(model: nn.Module) -> str:
+    """Hash of the names, shapes and first values of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        first = parameter.detach().flatten()[:8].float().cpu().tolist()
+        digest.update(f"{name} {tuple(parameter.shape)} {first}".encode())
+    return digest.hexdigest()

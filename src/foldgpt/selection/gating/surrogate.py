@@ -1,0 +1,96 @@
+"""A regression of log cost on removed sets, with every pair of units interacting.
+
+Perturbation theory says what to fit: for small changes the KL of a set is a sum over its units and over its pairs.
+The pairs are what leave-one-out scores and BI leave out. With a few hundred measured sets there are fewer equations
+than pairs, so this is a Gaussian process: units nearby in depth are alike, and so are their interactions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foldgpt.selection.units import Removed
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured set.
+
+    Attributes:
+        removed: the set.
+        sample: which sample of windows it was measured on; sets on one sample share its offset.
+        log_cost: the logarithm of its cost.
+        noise: standard deviation of log_cost, the sample's offset aside.
+    """
+
+    removed: Removed
+    sample: int
+    log_cost: float
+    noise: float
+
+
+class Surrogate:
+    """Predicts the log cost of sets that were not measured.
+
+    Shape suffixes: M measured sets, S other sets, U units.
+
+    Args:
+        scores_U: the cost of removing each unit alone; log of their sum is what is expected of a set at first.
+        per_block: units in a block (neighbours in depth are alike, attention and MLP are not).
+    """
+
+    def __init__(self, scores_U: Sequence[float], per_block: int) -> None:
+        finite = [score for score in scores_U if score != float("inf")]
+        self._scores_U = torch.tensor([min(score, max(finite)) for score in scores_U], dtype=torch.float64)
+        depth = torch.arange(len(scores_U), dtype=torch.float64) // per_block
+        same_kind = torch.arange(len(scores_U)) % per_block
+        near = torch.exp(-(depth[:, None] - depth[None]).abs() / _REACH)
+        self._near_UU = near * (same_kind[:, None] == same_kind[None]) + 0.5 * near * (
+            same_kind[:, None] != same_kind[None]
+        )
+        self._known = torch.zeros(0, len(scores_U), dtype=torch.float64)
+        self._weights = torch.zeros(0, dtype=torch.float64)
+        self._level = 0.0
+
+    def fit(self, measurements: Sequence[Measurement]) -> None:
+        """Fit to all measurements so far."""
+        self._known = self._features([m.removed for m in measurements])
+        target_M = torch.tensor([m.log_cost for m in measurements], dtype=torch.float64) - self._expected(self._known)
+        sample_M = torch.tensor([m.sample for m in measurements])
+        noise_M = torch.tensor([m.noise for m in measurements], dtype=torch.float64)
+        self._level = float(target_M.mean())
+        covariance = self._kernel(self._known, self._known)
+        covariance += _OFFSET**2 * (sample_M[:, None] == sample_M[None])
+        covariance += torch.diag(noise_M.square() + 1e-6)
+        self._weights = torch.linalg.solve(covariance, target_M - self._level)
+
+    def predict(self, sets: Sequence[Removed]) -> Tensor:
+        """Expected log cost of each set, fp64 [S]."""
+        features = self._features(sets)
+        expected = self._expected(features) + self._level
+        return expected + self._kernel(features, self._known) @ self._weights if len(self._known) else expected
+
+    def _features(self, sets: Sequence[Removed]) -> Tensor:
+        features = torch.zeros(len(sets), len(self._scores_U), dtype=torch.float64)
+        for row, removed in enumerate(sets):
+            features[row, sorted(removed)] = 1
+        return features
+
+    def _expected(self, features: Tensor) -> Tensor:
+        return (features @ self._scores_U).clamp_min(1e-12).log()
+
+    def _kernel(self, one: Tensor, other: Tensor) -> Tensor:
+        """Covariance of two lists of sets: units (linear) and pairs (quadratic), for sets of one size of order 1."""
+        size = max(1.0, float(self._known.sum(-1).mean()))
+        alike = one @ self._near_UU @ other.T / size
+        return _UNITS**2 * alike + _PAIRS**2 * alike.square()
+
+
+#: Blocks this far apart are alike to 1/e.
+_REACH = 1.0
+#: Standard deviations, in nats of log cost: of what units add, of what their pairs add, of a sample's offset.
+_UNITS, _PAIRS, _OFFSET = 0.5, 0.5, 0.3

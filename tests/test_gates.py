@@ -1,0 +1,239 @@
+"""Learned gates: exact budgets, estimators that learn, unbiased gradients, resume, clear errors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from foldgpt.errors import FoldGPTError, UsageError
+from foldgpt.folding import fold_, source_model_of
+from foldgpt.plan import FoldPlan
+from foldgpt.replay import Replay
+from foldgpt.selection import RemovalCost, Request, Units, select
+from foldgpt.selection.gating import score_function
+from foldgpt.selection.gating.refine import neighbours
+from foldgpt.selection.gating.score_function import ScoreFunction, draw, log_probability
+from foldgpt.selection.gating.surrogate import Measurement, Surrogate
+from foldgpt.selection.measured import leave_one_out
+from models import tiny_model, token_ids
+
+NUM_BLOCKS = 10
+
+
+def _request(num_remove: int, family: str = "llama", **changes: Any) -> Request:
+    model = tiny_model(family, num_hidden_layers=NUM_BLOCKS)
+    return Request(NUM_BLOCKS, num_remove, model=model, ids_WT=token_ids(model, (16, 32)), **changes)
+
+
+def _all_costs(request: Request) -> list[tuple[float, tuple[int, ...]]]:
+    cost = request.need_cost("test")
+    sets = itertools.combinations(range(NUM_BLOCKS), request.num_remove)
+    return sorted((cost.cost(frozenset(removed)), removed) for removed in sets)
+
+
+@pytest.mark.parametrize("estimator", ["score", "concrete", "smoothed"])
+@pytest.mark.parametrize("num_remove", [1, 3, 9])
+def test_the_budget_is_met_exactly(estimator: str, num_remove: int) -> None:
+    selection = select("gates", _request(num_remove, options={"estimator": estimator}))
+    assert len(selection.removed) == num_remove
+    assert selection.order[:num_remove] != () and set(selection.order[:num_remove]) == set(selection.removed)
+    assert sorted(selection.order) == list(range(NUM_BLOCKS))
+    assert len(selection.scores) == NUM_BLOCKS and all(0 <= score <= 1 for score in selection.scores)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
+def test_gates_find_a_set_among_the_best(family: str) -> None:
+    request = _request(3, family)
+    ranking = [removed for _, removed in _all_costs(request)]
+    selection = select("gates", request)
+    assert ranking.index(selection.removed) <= 2  # of 120
+    assert selection.report["cost"] <= select("greedy", request).report["cost"] * 1.02
+
+
+def test_the_search_costs_no_more_than_greedy() -> None:
+    request = _request(3)
+    greedy, gates = (select(method, request).report for method in ("greedy", "gates"))
+    assert gates["forward_equivalents"] <= greedy["forward_equivalents"]
+
+
+def test_the_report_is_json_and_traces_every_gate() -> None:
+    report = select("gates", _request(3)).report
+    json.dumps(report, allow_nan=False)
+    assert report["steps"] == len(report["trace"]) > 0
+    assert all(len(step["keep"]) == NUM_BLOCKS for step in report["trace"])
+    # Gates start undecided and end nearer to a decision.
+    doubt = [sum(min(p, 1 - p) for p in step["keep"]) for step in report["trace"]]
+    assert doubt[-1] < doubt[0]
+
+
+def test_the_same_seed_gives_the_same_answer() -> None:
+    first, second = (select("gates", _request(3, seed=5)) for _ in range(2))
+    assert first.removed == second.removed and first.report["trace"] == second.report["trace"]
+
+
+def test_sublayers_meet_the_parameter_budget_and_can_be_folded() -> None:
+    request = _request(2, sublayers=True)
+    selection = select("gates", request)
+    units = request.need_cost("test").units
+    removed = {unit for block in selection.removed for unit in (2 * block, 2 * block + 1)}
+    removed |= {2 * block for block in selection.removed_attention} | {2 * block + 1 for block in selection.removed_mlp}
+    assert units.missing(removed) <= 0
+    assert all(units.missing(removed - {unit}) > 0 for unit in removed), "nothing more than needed"
+    plan = FoldPlan.create(
+        source_model_of(request.model),
+        removed=selection.removed,
+        removed_attention=selection.removed_attention,
+        removed_mlp=selection.removed_mlp,
+    )
+    fold_(request.model, plan)
+
+
+def test_language_modelling_loss_can_be_the_objective() -> None:
+    selection = select("gates", _request(2, objective="lm"))
+    assert selection.report["objective"] == "lm" and selection.report["cost"] > 1
+
+
+def test_sets_are_judged_as_they_will_be_folded() -> None:
+    plain, compensated = (select("gates", _request(3, compensate=flag)).report for flag in (False, True))
+    assert compensated["cost"] < plain["cost"]
+
+
+def test_a_stopped_search_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = select("gates", _request(3))
+    checkpoint = tmp_path / "progress.json"
+    steps = 0
+    step = ScoreFunction.step
+
+    def stopped_at_four(self: ScoreFunction) -> float:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr("foldgpt.selection.gating.progress_file._SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(ScoreFunction, "step", stopped_at_four)
+    with pytest.raises(KeyboardInterrupt):
+        select("gates", _request(3, checkpoint=checkpoint))
+    assert len(json.loads(checkpoint.read_text())["progress"]["trace"]) == 3
+    monkeypatch.setattr(ScoreFunction, "step", step)
+    resumed = select("gates", _request(3, checkpoint=checkpoint))
+    # Recording the states once more takes its part of the allowance, so the end may come earlier.
+    together = min(len(resumed.report["trace"]), len(whole.report["trace"]))
+    assert together > 3
+    assert resumed.report["trace"][:together] == whole.report["trace"][:together]
+    assert resumed.removed == whole.removed
+    assert not checkpoint.exists()
+
+
+@pytest.mark.parametrize("content", ["{", '{"format": "other"}', "[]"])
+def test_a_foreign_checkpoint_is_ignored(tmp_path: Path, content: str) -> None:
+    checkpoint = tmp_path / "progress.json"
+    checkpoint.write_text(content)
+    assert select("gates", _request(2, checkpoint=checkpoint)).removed == select("gates", _request(2)).removed
+
+
+def test_a_checkpoint_of_another_request_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tmp_path / "progress.json"
+    monkeypatch.setattr("foldgpt.selection.gating.progress_file.ProgressFile.remove", lambda self: None)
+    select("gates", _request(2, checkpoint=checkpoint))
+    assert len(select("gates", _request(3, checkpoint=checkpoint)).removed) == 3
+
+
+def test_an_unknown_estimator_or_option_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(UsageError, match="Did you mean 'smoothed'"):
+        select("gates", _request(2, options={"estimator": "smooth"}))
+    with pytest.raises(UsageError, match="no option 'step'.*'steps'"):
+        select("gates", _request(2, options={"step": 3}))
+
+
+@pytest.mark.parametrize("estimator", ["concrete", "smoothed"])
+def test_relaxed_gates_of_sublayers_are_refused(estimator: str) -> None:
+    with pytest.raises(UsageError, match="whole blocks"):
+        select("gates", _request(2, sublayers=True, options={"estimator": estimator}))
+
+
+def test_a_model_whose_predictions_are_not_finite_is_refused() -> None:
+    request = _request(2)
+    with torch.no_grad():
+        request.model.lm_head.weight[3] = float("nan")
+    with pytest.raises(FoldGPTError, match="not finite"):
+        select("gates", request)
+
+
+def test_a_budget_that_no_set_meets_is_refused() -> None:
+    units = Units(2, 2, (10, 30, 10, 30), 75, ("attention",) * 2)
+    with pytest.raises(UsageError, match="cannot be met"):
+        units.fill([0, 1, 2, 3])
+
+
+# ------------------------------------------------------------------------------------------- the estimator
+
+
+def test_plackett_luce_probabilities_sum_to_one_and_match_the_draws() -> None:
+    logits = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64)
+    orders = [list(order) for order in itertools.permutations(range(4), 2)]
+    probabilities = log_probability(logits, orders).exp()
+    assert float(probabilities.sum()) == pytest.approx(1)
+    drawn = draw(logits, Units.blocks(4, 2), 20_000, torch.Generator().manual_seed(0))
+    for order, probability in zip(orders, probabilities.tolist(), strict=True):
+        assert drawn.count(order) / 20_000 == pytest.approx(probability, abs=0.01)
+
+
+def test_the_gradient_is_unbiased_whatever_the_surrogate_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    units = Units.blocks(5, 2)
+    value = {frozenset(s): 1 + 0.3 * s[0] + s[1] * (s[0] == 1) for s in itertools.combinations(range(5), 2)}
+    logits = torch.tensor([0.2, -0.3, 0.5, 0.0, 0.1], dtype=torch.float64, requires_grad=True)
+    orders = [list(order) for order in itertools.permutations(range(5), 2)]
+    values = torch.tensor([value[frozenset(order)] for order in orders], dtype=torch.float64)
+    (exact,) = torch.autograd.grad((log_probability(logits, orders).exp() * values).sum(), logits)
+
+    wrong = {s: -v for v, s in zip(value.values(), reversed(value), strict=True)}
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros(5, dtype=torch.float64)
+    rounds = 300
+    for _ in range(rounds):
+        drawn, free = draw(logits, units, 8, generator), draw(logits, units, 256, generator)
+        measured = torch.tensor([value[frozenset(o)] - wrong[frozenset(o)] for o in drawn], dtype=torch.float64)
+        predicted = torch.tensor([wrong[frozenset(o)] for o in free], dtype=torch.float64)
+        loss = score_function._surprise(logits, drawn, measured) + score_function._surprise(logits, free, predicted)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        total += gradient / rounds
+    torch.testing.assert_close(total, exact, atol=0.05, rtol=0)
+
+
+def test_the_surrogate_learns_that_blocks_depend_on_each_other() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = (0.2 + torch.rand(12, generator=generator)).tolist()
+
+    def truth(removed: tuple[int, ...]) -> float:
+        neighbours_gone = sum(1 for block in removed if block + 1 in removed)
+        return float(torch.tensor(sum(scores[block] for block in removed) * 0.7**neighbours_gone).log())
+
+    sets = list(itertools.combinations(range(12), 4))
+    chosen = [sets[index] for index in torch.randperm(len(sets), generator=generator).tolist()]
+    known, unseen = chosen[:120], chosen[120:]
+    surrogate = Surrogate(scores, per_block=1)
+    actual = torch.tensor([truth(s) for s in unseen], dtype=torch.float64)
+    before = surrogate.predict([frozenset(s) for s in unseen]) - actual
+    surrogate.fit([Measurement(frozenset(s), k % 3, truth(s) + 0.1 * (k % 3), 0.01) for k, s in enumerate(known)])
+    after = surrogate.predict([frozenset(s) for s in unseen]) - actual
+    assert float(after.std()) < 0.4 * float(before.std())
+
+
+def test_neighbours_keep_the_budget() -> None:
+    units = Units.blocks(8, 3)
+    found = neighbours(frozenset({2, 3, 4}), units, torch.full((8,), 0.5, dtype=torch.float64))
+    assert all(len(removed) == 3 for removed in found)
+    assert len([removed for removed in found if len(removed & {2, 3, 4}) == 2]) == 15
+
+
+def test_leave_one_out_is_the_cost_of_each_block_alone() -> None:
+    model = tiny_model("llama")
+    cost = RemovalCost(Replay(model, token_ids(model)))
+    assert leave_one_out(cost)[2] == cost.cost(frozenset({2}))
