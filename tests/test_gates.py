@@ -148,7 +148,7 @@ def test_a_checkpoint_of_another_request_is_ignored(tmp_path: Path, monkeypatch:
 def test_an_unknown_estimator_or_option_is_refused_with_a_suggestion() -> None:
     with pytest.raises(UsageError, match="Did you mean 'smoothed'"):
         select("gates", _request(2, options={"estimator": "smooth"}))
-    with pytest.raises(UsageError, match="no option 'step'.*'steps'"):
+    with pytest.raises(UsageError, match=r"no option 'step'.*'steps'"):
         select("gates", _request(2, options={"step": 3}))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from foldgpt.selection.angular import angular
 from foldgpt.selection.bi import bi
-from foldgpt.selection.budget import number_to_remove
+from foldgpt.selection.budget import flops_of, number_for_target, number_to_remove, parameters_of, seconds_of
 from foldgpt.selection.cost import Objective, RemovalCost
 from foldgpt.selection.fixed import last, random
 from foldgpt.selection.gating.gates import gates
@@ -58,6 +58,10 @@ __all__ = [
     "Selection",
     "Selector",
     "Units",
+    "flops_of",
+    "number_for_target",
     "number_to_remove",
+    "parameters_of",
+    "seconds_of",
     "select",
 ]

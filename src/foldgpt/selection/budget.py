@@ -1,6 +1,37 @@
-"""How many blocks a wish means: a count, a ratio."""
+"""How many blocks a wish means: a count, a ratio, or a target for parameters, FLOPs or measured latency.
+
+A target is for the whole model: "at most so many parameters", "at most so many FLOPs for this input". What the
+blocks account for is read off the model or measured; embeddings and head stay.
+"""
 
 from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from foldgpt.errors import UsageError
+from foldgpt.families import decoder_of
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a model takes of something, and each of its blocks.
+
+    Attributes:
+        what: what it is, with its unit, for messages: "parameters", "FLOPs", "seconds".
+        total: the whole model.
+        per_block: each block.
+    """
+
+    what: str
+    total: float
+    per_block: tuple[float, ...]
 
 
 def number_to_remove(num_blocks: int, *, remove: int | None, ratio: float | None) -> int:
@@ -8,3 +39,91 @@ def number_to_remove(num_blocks: int, *, remove: int | None, ratio: float | None
     if remove is not None:
         return remove
     return round(num_blocks * ratio) if ratio is not None else 0
+
+
+def number_for_target(share: Share, target: float) -> int:
+    """The least number of blocks whose removal brings the model down to a target, whichever blocks they are.
+
+    Args:
+        share: what the model and its blocks take.
+        target: what it may take, in the same unit.
+
+    Raises:
+        UsageError: not even a model of one block takes so little.
+    """
+    smallest_first = sorted(share.per_block)
+    left = share.total
+    for number, block in enumerate(smallest_first):
+        if left <= target:
+            return number
+        left -= block
+    raise UsageError(
+        f"no removal of blocks brings the model to {target:,.6g} {share.what}: it has {share.total:,.6g}, of which "
+        f"all {len(share.per_block)} blocks are {sum(share.per_block):,.6g}, and one must stay"
+    )
+
+
+def parameters_of(model: nn.Module) -> Share:
+    """Unique parameters of the model and of each block."""
+    blocks = decoder_of(model).blocks
+    per_block = tuple(float(sum(p.numel() for p in block.parameters())) for block in blocks)
+    return Share("parameters", float(sum(p.numel() for p in model.parameters())), per_block)
+
+
+@torch.no_grad()
+def flops_of(model: nn.Module, ids_BT: Tensor) -> Share:
+    """Floating-point operations of one forward pass over some token ids, of matrix products and attention.
+
+    Args:
+        model: a causal language model.
+        ids_BT: token ids, int64 [B, T].
+    """
+    decoder = decoder_of(model)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(input_ids=ids_BT, use_cache=False)
+    counts: dict[str, Any] = counter.get_flop_counts()
+    root = type(model).__name__
+    per_block = tuple(
+        float(sum(counts.get(f"{root}.{decoder.blocks_path}.{index}", {}).values()))
+        for index in range(len(decoder.blocks))
+    )
+    return Share("FLOPs", float(counter.get_total_flops()), per_block)
+
+
+@torch.no_grad()
+def seconds_of(model: nn.Module, ids_BT: Tensor, *, repeats: int = 5) -> Share:
+    """Measured time of one forward pass over some token ids; medians after one pass to warm up.
+
+    All blocks are given the median of theirs: they are timed one by one, and a slow moment of the machine says
+    nothing about the block that it hits.
+
+    Args:
+        model: a causal language model.
+        ids_BT: token ids, int64 [B, T]; [1, 1] gives the time of a token.
+        repeats: timed passes.
+    """
+    decoder = decoder_of(model)
+    device = ids_BT.device
+    started: list[float] = []
+    blocks: list[float] = []
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    handles = [block.register_forward_pre_hook(lambda *_: started.append(now())) for block in decoder.blocks]
+    handles += [block.register_forward_hook(lambda *_: blocks.append(now() - started[-1])) for block in decoder.blocks]
+    totals = []
+    try:
+        for _ in range(repeats + 1):
+            began = now()
+            model(input_ids=ids_BT, use_cache=False)
+            totals.append(now() - began)
+    finally:
+        for handle in handles:
+            handle.remove()
+    num_blocks = len(decoder.blocks)
+    of_block = statistics.median(blocks[num_blocks:])
+    return Share("seconds", statistics.median(totals[1:]), (of_block,) * num_blocks)

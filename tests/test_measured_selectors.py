@@ -1,0 +1,178 @@
+"""Leave-one-out, greedy and Taylor: what they measure, what they remove, what they report. Budgets by target."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from foldgpt.errors import UsageError
+from foldgpt.folding import fold_, source_model_of
+from foldgpt.plan import FoldPlan
+from foldgpt.selection import (
+    ANALYSIS_FREE,
+    MEASURED,
+    SELECTORS,
+    Request,
+    flops_of,
+    number_for_target,
+    number_to_remove,
+    parameters_of,
+    seconds_of,
+    select,
+)
+from foldgpt.selection.gated_pass import gradient_of_gates
+from models import NUM_BLOCKS, tiny_model, token_ids
+
+
+def _request(num_remove: int = 2, family: str = "llama", **changes: Any) -> Request:
+    model = tiny_model(family)
+    return Request(NUM_BLOCKS, num_remove, model=model, ids_WT=token_ids(model, (8, 24)), **changes)
+
+
+@pytest.mark.parametrize("method", sorted(MEASURED))
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_every_measured_selector_answers_and_reports(method: str, family: str) -> None:
+    request = _request(2, family)
+    before = {name: value.clone() for name, value in request.model.state_dict().items()}
+    selection = select(method, request)
+    assert len(selection.removed) == 2 and set(selection.order[:2]) == set(selection.removed)
+    assert selection.method == method and len(selection.scores) == NUM_BLOCKS
+    json.dumps(selection.report, allow_nan=False)
+    assert selection.report["seconds"] > 0 and selection.report["forward_equivalents"] > 1
+    cost = request.need_cost("test")
+    if method != "taylor":  # it measures another loss
+        assert selection.report["cost"] == pytest.approx(cost.cost(frozenset(selection.removed)), rel=1e-4)
+    after = request.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(parameter.requires_grad for parameter in request.model.parameters())
+
+
+@pytest.mark.parametrize("method", sorted(MEASURED))
+def test_nothing_to_remove_is_an_answer(method: str) -> None:
+    assert select(method, _request(0)).removed == ()
+
+
+@pytest.mark.parametrize("method", sorted(MEASURED))
+def test_all_but_one_block_can_go(method: str) -> None:
+    assert len(select(method, _request(NUM_BLOCKS - 1)).removed) == NUM_BLOCKS - 1
+
+
+def test_greedy_removes_the_cheapest_block_at_every_step() -> None:
+    request = _request(3)
+    cost = request.need_cost("test")
+    removed: frozenset[int] = frozenset()
+    for _ in range(3):
+        removed = min((removed | {b} for b in range(NUM_BLOCKS) if b not in removed), key=cost.cost)
+    selection = select("greedy", request)
+    assert set(selection.removed) == removed
+    assert [step["removed"] for step in selection.report["trace"]] == list(selection.order)
+
+
+def test_greedy_runs_each_candidate_from_where_it_differs() -> None:
+    report = select("greedy", _request(2)).report
+    # Alone: 5 + 4 + 3 + 2 + 1 + 0 block calls, a walk, and at most as much again for the second removal.
+    from_the_start = 1 + (6 * 5 + 5 * 4) / 6
+    head = report["forward_equivalents"] - 1
+    assert head < from_the_start
+
+
+def test_leave_one_out_removes_the_cheapest_blocks() -> None:
+    request = _request(2)
+    selection = select("loo", request)
+    cost = request.need_cost("test")
+    assert list(selection.scores) == pytest.approx([cost.cost(frozenset({b})) for b in range(NUM_BLOCKS)], rel=1e-5)
+
+
+def test_the_gradient_of_the_gates_is_that_of_finite_differences() -> None:
+    request = _request(objective="lm")
+    cost = request.need_cost("test")
+    gates = torch.full((NUM_BLOCKS,), 0.8, dtype=torch.float64)
+    _, gradient = gradient_of_gates(cost, cost.everything, gates)
+    for block in (0, 3, 5):
+        step = torch.zeros_like(gates)
+        step[block] = 1e-2
+        up, down = (gradient_of_gates(cost, cost.everything, gates + sign * step)[0] for sign in (1, -1))
+        assert float(gradient[block]) == pytest.approx((up - down) / 2e-2, rel=0.05, abs=1e-3)
+
+
+def test_a_gate_at_zero_is_a_removed_block() -> None:
+    cost = _request().need_cost("test")
+    gates = torch.ones(NUM_BLOCKS, dtype=torch.float64)
+    gates[2] = 0
+    value, _ = gradient_of_gates(cost, cost.everything, gates)
+    assert value == pytest.approx(cost.cost(frozenset({2})), rel=1e-3)
+
+
+def test_taylor_says_that_it_cannot_take_sublayers_apart() -> None:
+    with pytest.raises(UsageError, match=r"taylor.*whole blocks"):
+        select("taylor", _request(sublayers=True))
+
+
+@pytest.mark.parametrize("method", ["loo", "greedy"])
+def test_sublayers_can_be_removed_apart_and_folded(method: str) -> None:
+    request = _request(1, "gemma3", sublayers=True)
+    selection = select(method, request)
+    plan = FoldPlan.create(
+        source_model_of(request.model),
+        removed=selection.removed,
+        removed_attention=selection.removed_attention,
+        removed_mlp=selection.removed_mlp,
+    )
+    before = sum(p.numel() for p in request.model.parameters())
+    per_block = parameters_of(request.model).per_block[0]
+    fold_(request.model, plan)
+    assert before - sum(p.numel() for p in request.model.parameters()) >= 0.95 * per_block
+
+
+def test_measured_selectors_say_what_they_need() -> None:
+    for method in MEASURED:
+        with pytest.raises(UsageError, match="calibration windows"):
+            select(method, Request(NUM_BLOCKS, 2))
+    assert MEASURED < ANALYSIS_FREE < set(SELECTORS)
+
+
+def test_options_of_other_selectors_are_refused() -> None:
+    with pytest.raises(UsageError, match="no option 'steps'"):
+        select("greedy", _request(options={"steps": 3}))
+
+
+# ------------------------------------------------------------------------------------------------- budgets
+
+
+def test_a_target_for_parameters_is_met_with_as_few_blocks_as_possible() -> None:
+    model = tiny_model("llama")
+    share = parameters_of(model)
+    assert share.total == sum(p.numel() for p in model.parameters())
+    assert number_for_target(share, share.total) == 0
+    assert number_for_target(share, share.total - 1) == 1
+    assert number_for_target(share, share.total - 2 * share.per_block[0]) == 2
+    with pytest.raises(UsageError, match="one must stay"):
+        number_for_target(share, share.total - sum(share.per_block))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_flops_of_the_blocks_are_those_that_removal_saves(family: str) -> None:
+    model = tiny_model(family)
+    ids = token_ids(model, (1, 16))
+    before = flops_of(model, ids)
+    fold_(model, FoldPlan.create(source_model_of(model), removed=[2]))
+    assert flops_of(model, ids).total == pytest.approx(before.total - before.per_block[2])
+    assert before.per_block[2] > 0
+
+
+def test_seconds_of_the_blocks_are_part_of_the_whole() -> None:
+    model = tiny_model("llama")
+    share = seconds_of(model, token_ids(model, (1, 16)), repeats=2)
+    assert sum(share.per_block) > 0
+    assert len(share.per_block) == NUM_BLOCKS and share.what == "seconds"
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.model.layers)
+
+
+def test_counts_and_ratios() -> None:
+    assert number_to_remove(30, remove=6, ratio=None) == 6
+    assert number_to_remove(30, remove=None, ratio=0.2) == 6
+    assert number_to_remove(18, remove=None, ratio=0.1) == 2
+    assert number_to_remove(18, remove=None, ratio=None) == 0
