@@ -17,7 +17,7 @@ if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
+for _ in range(6):
     torch.ones(12 * 2**20)
 before = faults()
 for _ in range(20):
@@ -32,7 +32,7 @@ def test_large_buffers_are_not_faulted_in_again() -> None:
     for how in ("keep", "default"):
         run = subprocess.run([sys.executable, "-c", _FAULTS, how], capture_output=True, text=True, check=True)
         faults[how] = int(run.stdout)
-    assert 10 * faults["keep"] < faults["default"]
+    assert 3 * faults["keep"] < faults["default"]
 
 
 def test_elsewhere_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
