@@ -1,0 +1,270 @@
+"""Selectors side by side: what each removes, how near the result is to the source, and what the search costs.
+
+For each selector and ratio: the removed blocks, the KL to the source on all calibration windows (one measure for
+all, whatever the selector looked at), the perplexity on another text, and the cost of the search in seconds and in
+forward passes over the calibration windows. The cost of bi and angular is that of their analysis. Each row is
+written when it is done; the same command goes on where it was stopped.
+
+    python benchmarks/compare_selectors.py --model demo:smollm2-135m --text C4.jsonl --text WIKIPEDIA.jsonl \
+        --perplexity wiki.test.raw --ratio 0.1 --ratio 0.2 --ratio 0.3
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from foldgpt.allocator import keep_freed_memory
+from foldgpt.analysis import analyze
+from foldgpt.artifacts import hash_of, read_json, write_json, write_text
+from foldgpt.compensation import compensate, merge_
+from foldgpt.corpus import Windows, calibration_windows, evaluation_windows
+from foldgpt.environment import describe_environment
+from foldgpt.errors import ArtifactError
+from foldgpt.evaluation.perplexity import perplexity
+from foldgpt.families import decoder_of
+from foldgpt.folding import fold_, source_model_of
+from foldgpt.plan import FoldPlan
+from foldgpt.progress import be_quiet
+from foldgpt.selection import MEASURED, RemovalCost, Request, number_to_remove, select
+from foldgpt.sources import Source, load_source
+
+SELECTORS = ("gates", "greedy", "loo", "taylor", "bi", "angular", "last", "random")
+_NOT_CONFIG = ("out", "name", "seed", "selector")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo:smollm2-135m")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--text", action="append", help="calibration text; may be repeated (demo:wikipedia)")
+    parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens")
+    parser.add_argument("--context", type=int, default=512, help="tokens of a calibration window")
+    parser.add_argument("--ratio", type=float, action="append", help="share of blocks removed; may be repeated (0.2)")
+    parser.add_argument("--selector", action="append", choices=SELECTORS, help="may be repeated (all)")
+    parser.add_argument("--random-seeds", type=int, default=5, help="draws of the selector random")
+    parser.add_argument("--compensate", action="store_true", help="compensate, in the searches and in the result")
+    parser.add_argument("--perplexity", help="text to measure perplexity on; none by default")
+    parser.add_argument("--perplexity-context", type=int, default=1024)
+    parser.add_argument("--max-windows", type=int, help="use the first windows of that text only")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default="selectors", help="stem of the result files")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    arguments.text = arguments.text or ["demo:wikipedia"]
+    arguments.ratio = arguments.ratio or [0.2]
+    arguments.selector = arguments.selector or list(SELECTORS)
+    return arguments
+
+
+class Bench:
+    """The model, the texts, and measurements that several rows share."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.source: Source = load_source(arguments.model, dtype=arguments.dtype)
+        self.model: Any = self.source.model
+        self.num_blocks = len(decoder_of(self.model).blocks)
+        self.calibration: Windows = calibration_windows(
+            arguments.text,
+            self.source.tokenizer,
+            context=arguments.context,
+            num_tokens=arguments.tokens,
+            seed=arguments.seed,
+        )
+        self.test: Windows | None = None
+        if arguments.perplexity:
+            self.test = evaluation_windows(
+                [arguments.perplexity],
+                self.source.tokenizer,
+                context=arguments.perplexity_context,
+                max_windows=arguments.max_windows,
+            )
+        started = time.perf_counter()
+        self.analysis = analyze(self.model, self.ids)
+        self.analysis_seconds = time.perf_counter() - started
+        self._cost: RemovalCost | None = None
+
+    @property
+    def ids(self) -> Tensor:
+        return self.calibration.ids
+
+    def row(self, selector: str, ratio: float, seed: int) -> dict[str, Any]:
+        num_remove = number_to_remove(self.num_blocks, remove=None, ratio=ratio)
+        measured = selector in MEASURED
+        request = Request(
+            self.num_blocks,
+            num_remove,
+            analysis=self.analysis,
+            seed=seed,
+            model=self.model if measured else None,
+            ids_WT=self.ids if measured else None,
+            compensate=self.arguments.compensate and measured,
+        )
+        started = time.perf_counter()
+        selection = select(selector, request)
+        seconds = time.perf_counter() - started
+        passes = selection.report.get("forward_equivalents")
+        if selector in ("bi", "angular"):
+            seconds, passes = self.analysis_seconds, 1.0
+        return {
+            "selector": selector,
+            "ratio": ratio,
+            "seed": seed,
+            "num_remove": num_remove,
+            "removed": list(selection.removed),
+            "kl": self.kl(selection.removed, num_remove),
+            "seconds": round(seconds, 1),
+            "forward_equivalents": passes,
+            "steps": selection.report.get("steps"),
+        }
+
+    def kl(self, removed: tuple[int, ...], num_remove: int) -> float:
+        if self._cost is None:
+            request = Request(
+                self.num_blocks,
+                num_remove,
+                model=self.model,
+                ids_WT=self.ids,
+                seed=self.arguments.seed,
+                compensate=self.arguments.compensate,
+            )
+            self._cost = request.need_cost("benchmark")
+        return self._cost.cost(frozenset(removed))
+
+    def perplexity(self, removed: tuple[int, ...]) -> float:
+        assert self.test is not None
+        folded = copy.deepcopy(self.model)
+        plan = FoldPlan.create(source_model_of(folded), removed=removed)
+        if self.arguments.compensate and removed:
+            merge_(folded, compensate(folded, plan, self.ids))
+        fold_(folded, plan)
+        return perplexity(folded, self.test).value
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    be_quiet()
+    keep_freed_memory()
+    bench = Bench(arguments)
+    header = {
+        "benchmark": "selectors",
+        "command": ["python", *(Path(word).name if "/" in word else word for word in sys.argv)],
+        "config": {
+            **{
+                name: value
+                for name, value in vars(arguments).items()
+                if name not in ("out", "name", "seed", "selector")
+            },
+            "text": [Path(text).name for text in arguments.text],
+            "perplexity": arguments.perplexity and Path(arguments.perplexity).name,
+        },
+        "seed": arguments.seed,
+        "source": {"spec": bench.source.spec, "fingerprint": bench.source.fingerprint},
+        "calibration": {"protocol": bench.calibration.protocol, "fingerprint": bench.calibration.fingerprint},
+        "test": bench.test and {"protocol": bench.test.protocol, "fingerprint": bench.test.fingerprint},
+        "num_blocks": bench.num_blocks,
+    }
+    # Rows of another model, text or setting are not taken over; other ratios may be added.
+    settings = {name: value for name, value in header["config"].items() if name not in ("ratio", "random_seeds")}
+    identity = hash_of([settings, header["seed"], header["source"], header["calibration"], header["test"]])
+    place = arguments.out / f"{arguments.name}.json"
+    rows, perplexities = resumed(place, identity)
+
+    def save() -> None:
+        result = {**header, "identity": identity, "environment": describe_environment()}
+        result |= {"perplexities": perplexities, "rows": rows}
+        write_json(place, result)
+        write_text(place.with_suffix(".md"), as_markdown(result))
+
+    if bench.test is not None and "" not in perplexities:
+        perplexities[""] = perplexity(bench.model, bench.test).value
+    done = {(row["selector"], row["ratio"], row["seed"]) for row in rows}
+    for ratio in arguments.ratio:
+        for selector in arguments.selector:
+            seeds = range(arguments.random_seeds) if selector == "random" else [arguments.seed]
+            for seed in seeds:
+                if (selector, ratio, seed) in done:
+                    continue
+                row = bench.row(selector, ratio, seed)
+                key = ",".join(map(str, row["removed"]))
+                if bench.test is not None and key not in perplexities:
+                    perplexities[key] = bench.perplexity(tuple(row["removed"]))
+                row["perplexity"] = perplexities.get(key)
+                rows.append(row)
+                print(row, flush=True)
+                save()
+    save()
+    print(place.with_suffix(".md").read_text())
+
+
+def resumed(place: Path, identity: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Rows and perplexities of an earlier run of the same settings."""
+    try:
+        earlier = read_json(place)
+    except ArtifactError:
+        return [], {}
+    return (earlier["rows"], earlier["perplexities"]) if earlier.get("identity") == identity else ([], {})
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    config, environment = result["config"], result["environment"]
+    lines = []
+    for ratio in sorted({row["ratio"] for row in result["rows"]}):
+        for selector in SELECTORS:
+            found = [row for row in result["rows"] if (row["ratio"], row["selector"]) == (ratio, selector)]
+            if found:
+                lines.append(line_of(found))
+    table = "\n".join(lines)
+    source = result["perplexities"].get("")
+    return f"""# Selectors
+
+{config["model"]} ({result["num_blocks"]} blocks, {config["dtype"]}), calibrated on {config["tokens"]:,} tokens of
+{" + ".join(config["text"])} in windows of {config["context"]}{", with compensation" if config["compensate"] else ""}.
+Perplexity: {config["perplexity"] or "not measured"}, context {config["perplexity_context"]}, \
+{"the whole text" if config["max_windows"] is None else f"the first {config['max_windows']} windows"}; \
+the source's is {"unknown" if source is None else f"{source:.2f}"}.
+KL is in nats per token, on the calibration windows. Passes are forward passes over them.
+
+| removed | selector | blocks | KL | perplexity | seconds | passes |
+|---|---|---|---|---|---|---|
+{table}
+
+`{" ".join(result["command"])}`, seed {result["seed"]}.
+{environment["cpu"]}, {environment["torch_threads"]} threads, {environment["ram_gb"]} GB RAM,
+torch {environment["torch"]}, transformers {environment["transformers"]}, {environment["date"]}.
+"""
+
+
+def line_of(found: list[dict[str, Any]]) -> str:
+    """One line of the table; several draws become mean and standard deviation."""
+    row = found[0]
+    blocks = " ".join(map(str, row["removed"])) if len(found) == 1 else f"{len(found)} draws"
+    passes = "—" if row["forward_equivalents"] is None else f"{row['forward_equivalents']:.1f}"
+    cells = [
+        f"{row['num_remove']} ({row['ratio']:.0%})",
+        row["selector"],
+        blocks,
+        spread([r["kl"] for r in found], 3),
+        "—" if row["perplexity"] is None else spread([r["perplexity"] for r in found], 1),
+        f"{statistics.mean(r['seconds'] for r in found):.0f}",
+        passes,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def spread(values: list[float], digits: int) -> str:
+    if len(values) == 1:
+        return f"{values[0]:,.{digits}f}"
+    return f"{statistics.mean(values):,.{digits}f} ± {statistics.stdev(values):,.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()
