@@ -31,6 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16384, help="calibration tokens")
     parser.add_argument("--perplexity", nargs="+", required=True, help="test text")
     parser.add_argument("--context", type=int, default=512, help="tokens per window, for both texts")
+    parser.add_argument("--max-windows", type=int, help="use the first windows of the test text only")
     parser.add_argument("--first-windows", type=int, default=40, help="also report the first windows alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -77,7 +78,9 @@ def load(arguments: argparse.Namespace) -> Source:
 
 
 def row(source: Source, removed: list[int], arguments: argparse.Namespace) -> dict[str, Any]:
-    whole = evaluation_windows(arguments.perplexity, source.tokenizer, context=arguments.context)
+    whole = evaluation_windows(
+        arguments.perplexity, source.tokenizer, context=arguments.context, max_windows=arguments.max_windows
+    )
     first = evaluation_windows(
         arguments.perplexity, source.tokenizer, context=arguments.context, max_windows=arguments.first_windows
     )

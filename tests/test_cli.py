@@ -105,7 +105,7 @@ def test_run_takes_a_recipe_and_flags(model: Path, text: Path, tmp_path: Path) -
     assert made.exit_code == 0, made.output
     assert Recipe.load(out / "recipe.yaml").select.remove == 1
     lines = made.stdout.splitlines()
-    assert lines[-1] == str(out / "figures" / "plan.png")
+    assert lines[-1] == str(out / "figures" / "similarity.png")
     shown = foldgpt("show", out)
     assert "perplexity" in shown.stdout and "6 → 5 blocks" in shown.stdout
     again = foldgpt("run", tmp_path / "recipe.yaml", "--out", out, "--quiet")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,16 @@ def test_a_failed_drawing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     def full_disk(*_arguments: Any, **_options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full_disk)
+    monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(ArtifactError, match="No space left on device"):
         figures.draw_plan(plan(4), tmp_path / "plan")
     assert not list(tmp_path.iterdir())
+
+
+def test_gate_paths_name_the_removed_blocks(tmp_path: Path) -> None:
+    trace = [{"step": s, "cost": 1.0, "keep": [1 - s / 9, 0.5, 0.9, 1 - s / 10]} for s in range(10)]
+    png, svg = figures.draw_gates(trace, [0, 3], tmp_path / "gates")
+    assert png.stat().st_size > 1000
+    labels = set(re.findall(r">([^<>]+)</text>", svg.read_text()))
+    assert {"0", "3", "removed in the end", "step"} <= labels
+    assert "1" not in labels

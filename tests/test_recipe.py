@@ -179,3 +179,24 @@ def test_equal_recipes_have_equal_hashes() -> None:
     short, long = Recipe(model="x"), Recipe.from_dict({"seed": 0, "share": {"method": "none"}, "model": "x"})
     assert hash_of(short.model_dump(mode="json")) == hash_of(long.model_dump(mode="json"))
     assert hash_of(short.model_dump(mode="json")) != hash_of(short.changed(seed=1).model_dump(mode="json"))
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: a\nselect:\n  remove: 3\n  remove: 6\n")
+    with pytest.raises(UsageError, match=r"the key 'remove' is given twice at line 4"):
+        Recipe.load(path)
+
+
+def test_a_change_of_what_does_not_exist_is_refused() -> None:
+    recipe = Recipe(model="m")
+    with pytest.raises(UsageError, match="nonsense"):
+        recipe.changed(nonsense={"a": 1})
+    with pytest.raises(UsageError, match="model"):
+        recipe.changed(model={"name": "m"})
+
+
+def test_a_new_count_takes_the_place_of_a_ratio() -> None:
+    by_ratio = Recipe.from_dict({"model": "m", "select": {"remove_ratio": 0.2}})
+    assert by_ratio.changed(select={"remove": 3, "remove_ratio": None}).select.remove_ratio is None
+    assert by_ratio.changed(select={"remove": None}).select.remove_ratio == 0.2

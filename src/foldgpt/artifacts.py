@@ -25,7 +25,12 @@ def _cannot_write(path: Path, error: OSError) -> ArtifactError:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically (UTF-8): readers see the old content or the new, never a part.
+    """Write a text file (UTF-8) atomically, as `write_bytes` does."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file atomically: readers see the old content or the new, never a part.
 
     Raises:
         ArtifactError: the folder cannot be created or written, or the disk is full.
@@ -36,8 +41,8 @@ def write_text(path: str | Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_STAGING_MARK}{path.name}-")
         temporary = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes private files; an artefact gets the permissions any other new file would.
@@ -157,6 +162,15 @@ def remove_leftovers(path: str | Path) -> None:
         # Exactly: the staging folder of `run-2` begins as one of `run` does.
         if not (leftover.name.startswith(prefix) and _RANDOM_SUFFIX.fullmatch(leftover.name.removeprefix(prefix))):
             continue
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def remove_all_leftovers(folder: str | Path) -> None:
+    """Remove what killed processes left anywhere in a folder. Nobody else may be writing in it."""
+    for leftover in list(Path(folder).rglob(f"{_STAGING_MARK}*")):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

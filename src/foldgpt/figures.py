@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
-from foldgpt.errors import ArtifactError
+from foldgpt.artifacts import write_bytes
 from foldgpt.plan import FoldPlan
 from foldgpt.tables import fates_of, group_letter
 
@@ -167,6 +166,44 @@ def draw_plan(plan: FoldPlan, path_stem: str | Path, *, bi: Sequence[float] | No
         return _save(figure, path_stem)
 
 
+def draw_gates(trace: Sequence[Mapping[str, Any]], removed: Sequence[int], path_stem: str | Path) -> tuple[Path, Path]:
+    """Draw the paths of learned gates over training.
+
+    Args:
+        trace: one entry a step, `{"step": s, "cost": c, "keep": [probability of each unit to be kept]}`, as the
+            selector `gates` reports it.
+        removed: units that were removed in the end; their paths are drawn strong and named.
+        path_stem: as in `draw_redundancy`.
+
+    Returns:
+        The paths of the PNG and the SVG.
+
+    Raises:
+        ArtifactError: the files cannot be written.
+    """
+    steps = [entry["step"] for entry in trace]
+    keep = np.asarray([entry["keep"] for entry in trace])
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8.0, 4.4), layout="constrained")
+        axes = figure.subplots()
+        for unit in range(keep.shape[1]):
+            strong = unit in removed
+            axes.plot(steps, keep[:, unit], color=_ORANGE if strong else _PALE, lw=1.8 if strong else 0.7)
+        # Labels at the right end, pushed apart where paths end together.
+        height = -1.0
+        for unit in sorted(removed, key=lambda unit: keep[-1, unit]):
+            height = max(float(keep[-1, unit]), height + 0.045)
+            axes.annotate(str(unit), (steps[-1], height), xytext=(5, 0), textcoords="offset points", va="center")
+        axes.set_title("Gates: how surely each block is kept, as they are learned")
+        axes.set_xlabel("step")
+        axes.set_ylabel("probability to be kept")
+        axes.set_ylim(-0.03, 1.03)
+        axes.plot([], [], color=_ORANGE, lw=1.8, label="removed in the end")
+        axes.plot([], [], color=_PALE, lw=0.7, label="kept")
+        figure.legend(loc="outside lower left", ncols=2)
+        return _save(figure, path_stem)
+
+
 def _draw_influence(axes: Axes, plan: FoldPlan, bi: Sequence[float]) -> None:
     """Bars of block influence, hollow for removed blocks."""
     axes.bar(plan.kept, [bi[block] for block in plan.kept], width=0.8, color=_KEPT_COLOUR)
@@ -235,14 +272,7 @@ def _save(figure: Figure, path_stem: str | Path) -> tuple[Path, Path]:
     stem = Path(path_stem)
     png, svg = (stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg"))
     for path, metadata in ((png, {"Software": None}), (svg, {"Date": None})):
-        temporary = path.with_name(f".foldgpt-partial-{path.name}-{os.getpid()}{path.suffix}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(temporary, dpi=150, metadata=metadata, facecolor="white")
-            temporary.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            reason = error.strerror or error
-            raise ArtifactError(f"cannot write {path}: {reason}. Nothing was left behind.") from error
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=path.suffix[1:], dpi=150, metadata=metadata, facecolor="white")
+        write_bytes(path, drawn.getvalue())
     return png, svg

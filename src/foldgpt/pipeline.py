@@ -28,7 +28,6 @@ from foldgpt.sources import Source, load_source, load_tokenizer, model_fingerpri
 
 ANALYSIS, PLAN, FOLDED, EVALUATION = "analysis.json", "plan.json", "folded", "evaluation.json"
 ENVIRONMENT, FIGURES = "environment.json", "figures"
-_FIGURE_NAMES = ("redundancy", "similarity", "plan")
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Result:
     @property
     def figures(self) -> list[Path]:
         """The pictures, as PNG; an SVG of the same name lies beside each."""
-        return [self.path / FIGURES / f"{name}.png" for name in _FIGURE_NAMES]
+        return sorted((self.path / FIGURES).glob("*.png"))
 
 
 def run(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Result:
@@ -407,7 +406,7 @@ def _evaluation_stage(folder: RunFolder, bench: Workbench) -> Evaluation:
 
 def draw(analysis: Analysis | None, plan: FoldPlan | None, folder: Path) -> list[Path]:
     """Draw what there is into a folder, as PNG and SVG; returns the PNGs."""
-    from foldgpt.figures import draw_plan, draw_redundancy, draw_similarity  # matplotlib takes a second
+    from foldgpt.figures import draw_gates, draw_plan, draw_redundancy, draw_similarity  # matplotlib takes a second
 
     drawn: list[Path] = []
     if analysis is not None:
@@ -416,7 +415,19 @@ def draw(analysis: Analysis | None, plan: FoldPlan | None, folder: Path) -> list
     if plan is not None:
         bi = None if analysis is None else analysis.bi
         drawn.append(draw_plan(plan, folder / "plan", bi=bi)[0])
+        trace = plan.origin.get("report", {}).get("trace")
+        if trace and plan.origin.get("selector") == "gates":
+            drawn.append(draw_gates(trace, _removed_units(plan), folder / "gates")[0])
     return drawn
+
+
+def _removed_units(plan: FoldPlan) -> list[int]:
+    """The removed units of a plan as the selectors number them: blocks, or each block's attention and MLP."""
+    if not (plan.removed_attention or plan.removed_mlp):
+        return list(plan.removed)
+    attention = sorted({*plan.removed, *plan.removed_attention})
+    mlp = sorted({*plan.removed, *plan.removed_mlp})
+    return sorted([2 * block for block in attention] + [2 * block + 1 for block in mlp])
 
 
 def _figures_stage(folder: RunFolder, analysis: Analysis, plan: FoldPlan) -> None:

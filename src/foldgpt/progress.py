@@ -56,7 +56,7 @@ def bar(description: str, total: float) -> Iterator[Bar]:
 
 def note(message: str) -> None:
     """Print one line for the user on stderr, unless quiet."""
-    console.print(message, highlight=False, markup=False)
+    console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 def be_quiet(quiet: bool = True) -> None:

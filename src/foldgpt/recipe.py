@@ -92,6 +92,21 @@ class Evaluate(_Section):
     """Measure peak memory, each model in a process of its own."""
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 class Recipe(_Section):
     """A whole run: which model, what is cut, how it is measured."""
 
@@ -130,7 +145,7 @@ class Recipe(_Section):
         """
         path = Path(path)
         try:
-            value = yaml.safe_load(path.read_text(encoding="utf-8"))
+            value = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
         except FileNotFoundError:
             raise ArtifactError(f"recipe not found: {path}") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -171,11 +186,19 @@ class Recipe(_Section):
         )
 
     def changed(self, **sections: Any) -> Recipe:
-        """A copy with other values; `None` leaves a value as it is, a dict changes parts of a section."""
+        """A copy with other values; `None` leaves a value as it is, a dict changes parts of a section.
+
+        Raises:
+            UsageError: a value is wrong, or there is no such section or key.
+        """
         value = self.model_dump(mode="json")
         for name, change in sections.items():
-            if isinstance(change, dict):
-                value[name].update({key: part for key, part in change.items() if part is not None})
+            if isinstance(change, dict) and isinstance(value.get(name), dict):
+                change = {key: part for key, part in change.items() if part is not None}
+                # A count and a ratio are one wish: the new one takes the place of the old.
+                if name == "select" and change.keys() & {"remove", "remove_ratio"}:
+                    value[name].update(remove=None, remove_ratio=None)
+                value[name].update(change)
             elif change is not None:
                 value[name] = change
         return type(self).from_dict(value)

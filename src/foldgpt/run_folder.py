@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 import foldgpt
-from foldgpt.artifacts import check_free, hash_of, hash_of_file, read_json, write_json
+from foldgpt.artifacts import check_free, hash_of, hash_of_file, read_json, remove_all_leftovers, write_json
 from foldgpt.errors import ArtifactError
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
@@ -124,6 +124,8 @@ def open_run(path: str | Path, recipe: Recipe, *, overwrite: bool = False) -> It
         raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
     with lock:
         try:
+            # Of killed processes; nobody else works here while the lock is held.
+            remove_all_leftovers(path)
             yield RunFolder(path)
         finally:
             lock.release()
