@@ -196,7 +196,7 @@ class Replay:
         largest = float(last_BTH.abs().max())
         if not torch.allclose(replayed.float(), last_BTH.float(), rtol=1e-3, atol=1e-3 * largest):
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} does something between its blocks that cannot be replayed block by block; "
+                f"what {type(self.model).__name__} does between its blocks cannot be replayed block by block; "
                 "searches that measure removed blocks are not possible for it. BI, angular and last still are."
             )
 
