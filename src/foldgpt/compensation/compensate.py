@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 from foldgpt.compensation.compensator import Compensator
 from foldgpt.compensation.correction import Correction
-from foldgpt.errors import PlanError
 from foldgpt.plan import FoldPlan, Sublayer
+from foldgpt.progress import note
 from foldgpt.replay import Replay
 
 
@@ -22,7 +23,7 @@ def compensate(
     ids_WT: Tensor,
     *,
     ridge: float | Literal["auto"] = "auto",
-    outliers: float = 10.0,
+    outliers: float = math.inf,
     rounds: int = 3,
     features: Literal["inner", "output"] = "inner",
     where: Literal["cuts", "behind"] = "cuts",
@@ -33,7 +34,8 @@ def compensate(
     The kept blocks run one by one on the calibration windows. Where something was removed, the block before the cut
     is corrected so that the stream behind it comes near the source's, and the later blocks see the corrected stream.
     A kept block that loses its attention carries the correction in its MLP, one that loses its MLP in its attention.
-    Nothing stands before a cut at block 0, so that one is left as it is.
+    Nothing stands before a cut at block 0, so that one is left as it is; so is one behind a block that shares the
+    carrying sublayer with others, which would all be changed. Sharing itself is not part of the student here.
 
     Args:
         model: the source, not folded.
@@ -51,7 +53,6 @@ def compensate(
         Source index of the carrying block → its correction; for `merge_`.
 
     Raises:
-        PlanError: a block that must carry a correction shares that sublayer with others.
         UsageError: the windows do not fit the model.
         UnsupportedModelError: the model's family cannot be compensated.
     """
@@ -64,6 +65,11 @@ def compensate(
     if where == "behind":
         first = min([*carriers, *(kept[:1] if kept[0] else [])], default=replay.num_blocks)
         carriers = {index for index in kept if index >= first}
+    carrying: dict[int, Sublayer] = {index: "attention" if absent.get(index) == "mlp" else "mlp" for index in carriers}
+    for index in sorted(carriers):
+        if index in shared[carrying[index]]:
+            note(f"block {index} shares its {carrying[index]} with others, so it makes up for nothing that is removed")
+            carriers.discard(index)
     corrections: dict[int, Correction] = {}
     stream_WTH = replay.states[0]
     for index in kept:
@@ -74,11 +80,7 @@ def compensate(
         elif index not in carriers:
             stream_WTH = torch.cat([replay.block(index, stream_WTH[rows]) for rows in replay.batches()])
         else:
-            carrier: Sublayer = "attention" if absent.get(index) == "mlp" else "mlp"
-            if index in shared[carrier]:
-                raise PlanError(
-                    f"block {index} must make up for what is removed behind it, but shares its {carrier} with others"
-                )
+            carrier = carrying[index]
             inner: list[Tensor] | None = [] if features == "inner" else None
             output_WTH, carried_WTH = compensator.run(
                 index, stream_WTH, sublayer=carrier, absent=absent.get(index), inner=inner

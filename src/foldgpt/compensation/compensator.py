@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -32,13 +33,15 @@ class Compensator:
     the block's M becomes M + X D by a change of its output matrix; no parameter is added. The ridge draws the result
     to the plain removal. The idea is ReplaceMe's (Shopkhoev et al. 2025, arXiv 2505.02819), with X = M.
 
-    Each token counts by 1 / ‖L‖², since the next block normalises its input; tokens with massive activations, which
-    would count for nothing and spoil the sums, are left out.
+    Each token counts by 1 / ‖L‖², since the next block normalises its input. So tokens with massive activations weigh
+    no more than others, and they must not be left out: later blocks attend to them, and a map that was never told
+    of them may change them beyond recognition.
 
     Args:
         replay: the source, recorded on the windows that are fitted on.
         ridge: multiple of the Gram matrix's mean diagonal; "auto" takes the best of `RIDGES` on held-out tokens.
-        outliers: tokens are left out whose ‖M‖, ‖L − o‖ or ‖L‖ is more than this many times the median.
+        outliers: tokens are left out whose ‖M‖, ‖L − o‖ or ‖L‖ is more than this many times the median;
+            by default none.
         rounds: rounds of alternating least squares where a norm stands behind the sublayer (Gemma 2 and 3, OLMo 2).
 
     Raises:
@@ -48,7 +51,7 @@ class Compensator:
     """
 
     def __init__(
-        self, replay: Replay, *, ridge: float | Literal["auto"] = "auto", outliers: float = 10.0, rounds: int = 3
+        self, replay: Replay, *, ridge: float | Literal["auto"] = "auto", outliers: float = math.inf, rounds: int = 3
     ) -> None:
         if ridge != "auto" and not ridge >= 0:
             raise UsageError(f"the ridge must be at least 0 or 'auto', not {ridge}")
