@@ -13,7 +13,7 @@ from foldgpt.plan import FoldPlan, Sublayer
 
 if TYPE_CHECKING:
     from foldgpt.analysis import Analysis
-    from foldgpt.evaluation import Evaluation
+    from foldgpt.evaluation import Evaluation, TaskScore
     from foldgpt.folding import Verification
 
 _LETTERS = ascii_uppercase + ascii_lowercase
@@ -37,6 +37,10 @@ def _significant(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
 #: Figure → label and how its values are written, in the order of the table.
 _ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "num_blocks": ("blocks", _number),
@@ -44,6 +48,8 @@ _ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "block_parameters": ("  of which in blocks", _millions),
     "bytes_on_disk": ("size on disk", _megabytes),
     "perplexity": ("perplexity", _significant),
+    "last_word_perplexity": ("last-word perplexity", _significant),
+    "last_word_accuracy": ("last-word accuracy", _percent),
     "prefill_tokens_per_s": ("prefill, tokens/s", _significant),
     "decode_tokens_per_s": ("decode, tokens/s", _significant),
     "peak_memory_bytes": ("peak memory", _megabytes),
@@ -64,7 +70,7 @@ def comparison_table(evaluation: Evaluation) -> Table:
     if evaluation.ratios is not None:
         table.add_column("ratio", justify="right", no_wrap=True)
     for name, (label, write) in _ROWS.items():
-        values = [model.figures()[name] for model in models]
+        values = [model.figures().get(name) for model in models]
         if all(value is None for value in values):
             continue
         cells = ["–" if value is None else write(value) for value in values]
@@ -73,6 +79,43 @@ def comparison_table(evaluation: Evaluation) -> Table:
             cells.append("–" if ratio is None else f"{ratio:.2f}×")
         table.add_row(label, *cells)
     return table
+
+
+def task_table(evaluation: Evaluation) -> Table:
+    """Headline accuracy per task with its standard error, and what is left of the source's: raw and above chance.
+
+    Empty if no task was measured.
+    """
+    table = Table()
+    models = [model for model in (evaluation.baseline, evaluation.folded) if model is not None and model.tasks]
+    if not models or not evaluation.folded.tasks:
+        return table
+    table.add_column("task")
+    for heading in ("chance", *(model.name for model in models)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    if evaluation.retained is not None:
+        for heading in ("retained", "above chance"):
+            table.add_column(heading, justify="right", no_wrap=True)
+    for task, score in evaluation.folded.tasks.items():
+        accuracies = [model.tasks[task].accuracy for model in models if model.tasks]
+        shown = [_percent_with_error(accuracy.value, accuracy.standard_error) for accuracy in accuracies]
+        table.add_row(f"{task} ({score.headline})", _percent(score.chance), *shown, *_retained(evaluation, task))
+    averages = [_percent(model.figures()["task_average"] or 0) for model in models]
+    chance = sum(score.chance for score in evaluation.folded.tasks.values()) / len(evaluation.folded.tasks)
+    table.add_row("average", _percent(chance), *averages, *_retained(evaluation, "average"))
+    return table
+
+
+def _retained(evaluation: Evaluation, name: str) -> list[str]:
+    """The two last cells of a row of tasks."""
+    if evaluation.retained is None:
+        return []
+    kept = evaluation.retained[name]
+    return ["–" if value is None else _percent(value) for value in (kept.raw, kept.above_chance)]
+
+
+def _percent_with_error(value: float, error: float | None) -> str:
+    return _percent(value) if error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"
 
 
 def protocol_lines(evaluation: Evaluation) -> Text:
@@ -103,7 +146,31 @@ def protocol_lines(evaluation: Evaluation) -> Text:
             f"Peak memory of a fresh process, of which {_megabytes(peak.baseline_rss)} are Python and its "
             f"libraries{accelerator}."
         )
+    if measured.last_word is not None:
+        words = measured.last_word
+        parts.append(
+            f"Last word of {words.num_passages:,} passages in {words.dtype}: {measured.name} finds "
+            f"{_percent_with_error(words.accuracy, words.accuracy_error)}; perplexity per word."
+        )
+    parts += _task_protocol(measured.tasks or {})
     return Text("\n".join(parts), style="dim")
+
+
+def _task_protocol(tasks: dict[str, TaskScore]) -> list[str]:
+    if not tasks:
+        return []
+    first = next(iter(tasks.values())).protocol
+    items = "; ".join(f"{task} {score.protocol['items']} of {score.protocol['data']}" for task, score in tasks.items())
+    truncated = sum(score.protocol["truncated_requests"] for score in tasks.values())
+    cut = (
+        f" {_number(truncated)} requests were longer than the model's positions and cut on the left."
+        if truncated
+        else ""
+    )
+    return [
+        f"Tasks by {first['harness']}, {first['shots']}-shot, {first['dtype']}, ± standard error over items: {items}. "
+        f"Retained: folded / source; above chance: (folded − chance) / (source − chance).{cut}"
+    ]
 
 
 def _written(protocol: dict[str, Any]) -> str:

@@ -1,24 +1,36 @@
-"""What a model costs and how well it still predicts: perplexity, size, speed and memory, in one result."""
+"""What a model costs and how well it still predicts: perplexity, size, speed, memory, tasks, in one result."""
 
 from foldgpt.evaluation.errors import MeasurementError
 from foldgpt.evaluation.evaluate import Evaluation, Measured, Subject, evaluate
+from foldgpt.evaluation.generations import Generation, generations
+from foldgpt.evaluation.last_word import LastWord, last_word
 from foldgpt.evaluation.memory import PeakMemory, peak_memory
 from foldgpt.evaluation.performance import Rate, Speed, measure_speed
 from foldgpt.evaluation.perplexity import Perplexity, perplexity
 from foldgpt.evaluation.size import ModelSize, folder_bytes, size_of
+from foldgpt.evaluation.tasks import TASKS, Retained, Suite, TaskScore, load_suite
 
 __all__ = [
+    "TASKS",
     "Evaluation",
+    "Generation",
+    "LastWord",
     "Measured",
     "MeasurementError",
     "ModelSize",
     "PeakMemory",
     "Perplexity",
     "Rate",
+    "Retained",
     "Speed",
     "Subject",
+    "Suite",
+    "TaskScore",
     "evaluate",
     "folder_bytes",
+    "generations",
+    "last_word",
+    "load_suite",
     "measure_speed",
     "peak_memory",
     "perplexity",

@@ -11,18 +11,25 @@ from pydantic import TypeAdapter, ValidationError
 
 from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError, UsageError
+from foldgpt.evaluation.generations import Generation, generations
+from foldgpt.evaluation.last_word import LastWord, last_word
 from foldgpt.evaluation.memory import PeakMemory, peak_memory
 from foldgpt.evaluation.performance import Speed, measure_speed
 from foldgpt.evaluation.perplexity import Perplexity, perplexity
 from foldgpt.evaluation.size import ModelSize, folder_bytes, size_of
+from foldgpt.evaluation.tasks import Retained, Suite, TaskScore, retained, retained_on_average
+from foldgpt.evaluation.tasks.score import average
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from foldgpt.corpus import Windows
 
 FORMAT = "foldgpt.evaluation"
 VERSION = 1
+
+#: What `Evaluation.retained` calls the mean over tasks.
+AVERAGE = "average"
 
 
 @dataclass(frozen=True)
@@ -33,11 +40,13 @@ class Subject:
         name: how the result calls it, e.g. "source" or "folded".
         model: the loaded model.
         folder: where it is saved (a folder, or a GGUF file); None leaves out bytes on disk and peak memory.
+        tokenizer: its tokenizer; needed for tasks, last words and generations alone.
     """
 
     name: str
     model: PreTrainedModel
     folder: Path | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,9 @@ class Measured:
         perplexity: with its protocol.
         speed: prefill and decode, with its protocol.
         peak_memory: of a fresh process that loads and runs the saved model.
+        tasks: task → accuracies.
+        last_word: how well it finds the last word of passages.
+        generations: what it writes.
     """
 
     name: str
@@ -59,10 +71,16 @@ class Measured:
     perplexity: Perplexity | None
     speed: Speed | None
     peak_memory: PeakMemory | None
+    tasks: dict[str, TaskScore] | None = None
+    last_word: LastWord | None = None
+    generations: list[Generation] | None = None
 
     def figures(self) -> dict[str, float | None]:
-        """The headline numbers by name, in the order in which a table shows them."""
-        return {
+        """The headline numbers by name, in the order in which a table shows them.
+
+        Those of tasks (`task.NAME`, their mean `task_average`) and of last words are there only if measured.
+        """
+        figures: dict[str, float | None] = {
             "num_blocks": self.size.num_blocks,
             "unique_parameters": self.size.unique_parameters,
             "block_parameters": self.size.block_parameters,
@@ -73,6 +91,15 @@ class Measured:
             "peak_memory_bytes": None if self.peak_memory is None else self.peak_memory.peak_rss,
             "kv_bytes_per_token": self.size.kv_bytes_per_token,
         }
+        if self.last_word is not None:
+            figures |= {
+                "last_word_accuracy": self.last_word.accuracy,
+                "last_word_perplexity": self.last_word.perplexity,
+            }
+        if self.tasks:
+            figures |= {f"task.{task}": score.accuracy.value for task, score in self.tasks.items()}
+            figures["task_average"] = average(self.tasks)
+        return figures
 
 
 @dataclass(frozen=True)
@@ -84,11 +111,14 @@ class Evaluation:
         baseline: the model it is compared with; None if there was none.
         ratios: folded / baseline for each of `Measured.figures()`; None where either is missing. The speeds'
             are medians of paired ratios, not ratios of medians.
+        retained: task → what is left of the baseline's accuracy, and "average" over them; None without tasks or
+            baseline.
     """
 
     folded: Measured
     baseline: Measured | None
     ratios: dict[str, float | None] | None
+    retained: dict[str, Retained] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, with its format and version. Pass it to `artifacts.write_json`."""
@@ -110,7 +140,7 @@ class Evaluation:
         if value.get("version") != VERSION:
             raise ArtifactError(f"{where} has version {value.get('version')}; this foldgpt reads {VERSION}.")
         try:
-            return _ADAPTER.validate_python({name: value.get(name) for name in ("folded", "baseline", "ratios")})
+            return _ADAPTER.validate_python({name: value.get(name) for name in _NAMES})
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
@@ -123,6 +153,7 @@ class Evaluation:
 
 
 _ADAPTER = TypeAdapter(Evaluation)
+_NAMES = ("folded", "baseline", "ratios", "retained")
 
 
 def evaluate(
@@ -132,6 +163,8 @@ def evaluate(
     windows: Windows | None = None,
     speed: bool = True,
     memory: bool = True,
+    tasks: Suite | None = None,
+    num_generations: int = 0,
     seed: int = 0,
 ) -> Evaluation:
     """Measure a folded model and, in the same run, the model it is compared with.
@@ -142,15 +175,21 @@ def evaluate(
         windows: text for the perplexity, the same for both; None leaves perplexity out.
         speed: measure prefill and decode speed, the two models taking turns.
         memory: measure peak memory, for subjects saved as a Hugging Face folder.
+        tasks: multiple-choice tasks. With `windows`, last words are measured beside them, because choosing an
+            answer may still work where writing one does not.
+        num_generations: continue the beginnings of the first so many windows.
         seed: of the random prompt whose speed is measured.
 
     Raises:
-        UsageError: the two subjects have one name.
+        UsageError: the two subjects have one name, or one lacks the tokenizer that is needed.
         FoldGPTError: a measurement failed; see `perplexity`, `measure_speed`, `peak_memory`, `folder_bytes`.
     """
     subjects = [folded] if baseline is None else [baseline, folded]
     if baseline is not None and baseline.name == folded.name:
         raise UsageError(f"both models are called {folded.name!r}; they need two names to be told apart.")
+    for subject in subjects:
+        if subject.tokenizer is None and (tasks is not None or num_generations):
+            raise UsageError(f"tasks and generations of {subject.name} need its tokenizer.")
     speeds = measure_speed({subject.name: subject.model for subject in subjects}, seed=seed) if speed else {}
     measured = [
         Measured(
@@ -160,12 +199,36 @@ def evaluate(
             perplexity=None if windows is None else perplexity(subject.model, windows),
             speed=speeds.get(subject.name),
             peak_memory=_peak_memory(subject) if memory else None,
+            **_written(subject, windows, tasks, num_generations),
         )
         for subject in subjects
     ]
     if baseline is None:
         return Evaluation(measured[0], None, None)
-    return Evaluation(measured[1], measured[0], _ratios(measured[1], measured[0]))
+    own, other = measured[1], measured[0]
+    return Evaluation(own, other, _ratios(own, other), _retained(own, other))
+
+
+def _written(subject: Subject, windows: Windows | None, tasks: Suite | None, num_generations: int) -> dict[str, Any]:
+    """What needs a tokenizer: fields of `Measured`."""
+    tokenizer = subject.tokenizer
+    if tokenizer is None:
+        return {}
+    fields: dict[str, Any] = {}
+    if tasks is not None:
+        fields["tasks"] = tasks.measure(subject.model, tokenizer)
+    if windows is not None and tasks is not None:
+        fields["last_word"] = last_word(subject.model, tokenizer, windows)
+    if windows is not None and num_generations:
+        fields["generations"] = generations(subject.model, tokenizer, windows, num=num_generations)
+    return fields
+
+
+def _retained(folded: Measured, baseline: Measured) -> dict[str, Retained] | None:
+    if not folded.tasks or not baseline.tasks:
+        return None
+    each = {task: retained(score, baseline.tasks[task]) for task, score in folded.tasks.items()}
+    return {**each, AVERAGE: retained_on_average(folded.tasks, baseline.tasks)}
 
 
 def _peak_memory(subject: Subject) -> PeakMemory | None:
@@ -180,7 +243,7 @@ def _ratios(folded: Measured, baseline: Measured) -> dict[str, float | None]:
     own, other = folded.figures(), baseline.figures()
     ratios: dict[str, float | None] = {}
     for name, value in own.items():
-        base = other[name]
+        base = other.get(name)
         ratios[name] = None if value is None or not base else value / base
     if folded.speed is not None:
         ratios["prefill_tokens_per_s"] = folded.speed.prefill.ratio

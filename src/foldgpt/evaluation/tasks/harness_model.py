@@ -1,0 +1,126 @@
+"""A loaded model as the harness sees it. Import it late: the harness takes seconds, and may not be installed."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+
+from foldgpt.progress import bar
+
+#: What the logits of one batch may take in fp32, in bytes. A single input may take more: it cannot be split.
+_LOGIT_BYTES = 256 * 2**20
+#: Enough tokens to keep the matrix products busy; more only costs memory.
+_BATCH_TOKENS = 4096
+
+_Request = tuple[tuple[str, str], list[int], list[int]]
+
+
+@dataclass(frozen=True)
+class _Input:
+    """Tokens to run, and the requests that their logits answer: (index of the request, its continuation)."""
+
+    tokens: tuple[int, ...]
+    answers: list[tuple[int, list[int]]]
+
+    @property
+    def num_logits(self) -> int:
+        """How many of the last positions are needed."""
+        return max(len(continuation) for _, continuation in self.answers)
+
+
+class LoadedModel(HFLM):
+    """The harness's own class for Hugging Face models, with another way to run the model.
+
+    Requests, their tokens, their truncation from the left and what a log-likelihood is are the harness's. Only how
+    they are computed differs: log-likelihoods are taken in fp32 whatever the model computes in, inputs that are equal
+    run once, batches hold inputs of like length up to a fixed size, and logits are made for the continuations alone.
+
+    Attributes:
+        doing: what the progress bar says.
+        num_truncated: requests so far that were longer than the model's positions.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        """Wrap a model; neither it nor its tokenizer is changed."""
+        # The harness gives a tokenizer without padding a token for it; the caller's stays as it is.
+        super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=1)
+        self.doing = "Scoring"
+        self.num_truncated = 0
+        self._vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """As the harness's, without its bars."""
+        results: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return results
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(
+        self, requests: list[_Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """For each (texts, context, continuation): log-likelihood in nats, and whether each token is the likeliest."""
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        inputs = self._inputs(requests)
+        with bar(self.doing, len(inputs)) as progress:
+            for batch in self._batches(inputs):
+                for item, logits_KV in zip(batch, self._logits(batch), strict=True):
+                    for index, continuation in item.answers:
+                        results[index] = _score(logits_KV[-len(continuation) :], continuation)
+                progress.advance(len(batch))
+        return results
+
+    def _inputs(self, requests: list[_Request]) -> list[_Input]:
+        """What has to be run, longest first; equal inputs once, as for choices of one token after one prompt."""
+        found: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+        for index, (_, context, continuation) in enumerate(requests):
+            whole = context + continuation
+            self.num_truncated += len(whole) > self.max_length + 1
+            tokens = tuple(whole[-(self.max_length + 1) : -1])
+            found.setdefault(tokens, []).append((index, continuation))
+        inputs = [_Input(tokens, answers) for tokens, answers in found.items()]
+        return sorted(inputs, key=lambda item: -len(item.tokens))
+
+    def _batches(self, inputs: list[_Input]) -> Iterator[list[_Input]]:
+        batch: list[_Input] = []
+        num_logits = 0
+        for item in inputs:
+            # The first is the longest; a shorter one needs logits from as far back as its continuation begins.
+            length = len((batch or [item])[0].tokens)
+            needed = max(num_logits, length - len(item.tokens) + item.num_logits)
+            rows = len(batch) + 1
+            too_large = rows * length > _BATCH_TOKENS or rows * needed * self._vocab_size * 4 > _LOGIT_BYTES
+            if batch and too_large:
+                yield batch
+                batch, needed = [], item.num_logits
+            batch.append(item)
+            num_logits = needed
+        if batch:
+            yield batch
+
+    def _logits(self, batch: list[_Input]) -> Iterator[Tensor]:
+        """Logits [num_logits, V] at the last positions of each input."""
+        length = len(batch[0].tokens)
+        # Padded on the right, where causal attention never looks.
+        ids_BT = torch.zeros(len(batch), length, dtype=torch.long)
+        for row, item in enumerate(batch):
+            ids_BT[row, : len(item.tokens)] = torch.tensor(item.tokens)
+        keep = max(length - len(item.tokens) + item.num_logits for item in batch)
+        options = {"logits_to_keep": keep} if self._keeps_logits else {}
+        logits_BKV = self.model(input_ids=ids_BT.to(self.device), use_cache=False, **options).logits[:, -keep:]
+        for logits_KV, item in zip(logits_BKV, batch, strict=True):
+            end = keep - (length - len(item.tokens))
+            yield logits_KV[end - item.num_logits : end]
+
+
+def _score(logits_TV: Tensor, continuation: list[int]) -> tuple[float, bool]:
+    targets_T = torch.tensor(continuation, device=logits_TV.device)
+    # Terms in fp32, and summed on the CPU in fp64: not every accelerator knows it.
+    nll_T = torch.nn.functional.cross_entropy(logits_TV.float(), targets_T, reduction="none")
+    return -nll_T.cpu().double().sum().item(), bool((logits_TV.argmax(-1) == targets_T).all())

@@ -1,0 +1,93 @@
+"""Local rows of a task: JSON lines, each checked before anything is scored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from foldgpt.errors import SourceError, UsageError, did_you_mean
+
+Kind = Literal["text", "texts", "gap", "index", "one_or_two"]
+
+_KINDS: dict[Kind, tuple[str, Callable[[Any], bool]]] = {
+    "text": ("text", lambda value: isinstance(value, str)),
+    "texts": (
+        "a list of at least two texts",
+        lambda value: isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value),
+    ),
+    "gap": ("text with a gap, written _", lambda value: isinstance(value, str) and "_" in value),
+    # True and False are integers to Python, but not to whoever wrote the file.
+    "index": ("an index, from 0", lambda value: type(value) is int and value >= 0),
+    "one_or_two": ('"1" or "2"', lambda value: value in ("1", "2")),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One item, and where it stands."""
+
+    value: dict[str, Any]
+    place: str
+    """File and line, for messages."""
+
+
+def find_file(folder: Path, pattern: str, task: str) -> Path:
+    """The one file of a folder that matches a task's pattern.
+
+    Raises:
+        UsageError: there is no such folder, or several files match.
+        SourceError: no file matches.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"the folder of task data does not exist: {folder}")
+    files = sorted(folder.glob(pattern))
+    if not files:
+        near = did_you_mean(pattern.replace("*", ""), [file.name for file in folder.glob("*.jsonl")])
+        raise SourceError(f"no file {pattern} for the task {task} in {folder}.{near}")
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise UsageError(f"several files for the task {task} in {folder}: {names}. Leave one of them there.")
+    return files[0]
+
+
+def read_rows(file: Path, fields: Mapping[str, Kind]) -> list[Row]:
+    """Read and check the rows of a JSON-lines file; empty lines are passed over.
+
+    Args:
+        file: the file.
+        fields: what each row must have. Other fields are dropped.
+
+    Raises:
+        SourceError: it cannot be read, holds no row, or a row is malformed; the message names file and line.
+    """
+    rows = []
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise SourceError(f"cannot read {file}: {error.strerror or error}") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            place = f"{file} line {number}"
+            rows.append(Row(_checked(line, fields, place), place))
+    if not rows:
+        raise SourceError(f"{file} holds no rows")
+    return rows
+
+
+def _checked(line: bytes, fields: Mapping[str, Kind], place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise SourceError(f"{place}: not valid JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise SourceError(f"{place}: a JSON object is needed, not {type(row).__name__}")
+    for name, kind in fields.items():
+        if name not in row:
+            raise SourceError(f"{place}: the field {name!r} is missing.{did_you_mean(name, row)}")
+        wanted, is_right = _KINDS[kind]
+        if not is_right(row[name]):
+            raise SourceError(f"{place}: {name} must be {wanted}, not {row[name]!r}")
+    return {name: row[name] for name in fields}
