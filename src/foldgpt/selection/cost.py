@@ -28,11 +28,10 @@ Objective = Literal["kl", "lm"]
 #: The sample, the removed units before a block, and that block: what determines the stream that enters it.
 StateKey = tuple[tuple[int, int, bool], Removed, int]
 
-#: Positions are chosen so that the head takes at most this share of a forward pass over the same windows …
-_HEAD_SHARE = 0.15
-#: … but they are no fewer than this (a large vocabulary would leave few) …
-_LEAST_POSITIONS = 512
-#: … and no more than this: 2,048 give the mean KL to about 3 %, differences between sets much better.
+#: The share of the positions at which predictions are compared. A sample's states cost the same however many are
+#: read, so with fewer the same certainty would take more windows and more time.
+_POSITION_SHARE = 0.5
+#: But no more than this: 2,048 give the mean KL to about 3 %, and differences between sets much better.
 _MOST_POSITIONS = 2048
 
 
@@ -144,8 +143,7 @@ class RemovalCost:
         ids_WT = self.replay.ids_WT[windows]
         # The last position of a window has no next token to score; KL leaves it out as well.
         num_windows, num_tokens = ids_WT.shape[0], max(1, ids_WT.shape[1] - 1)
-        wanted = int(_HEAD_SHARE * ids_WT.numel() / self._head_cost)
-        wanted = min(max(wanted, _LEAST_POSITIONS), _MOST_POSITIONS, num_windows * num_tokens)
+        wanted = max(1, min(int(_POSITION_SHARE * num_windows * num_tokens), _MOST_POSITIONS))
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + windows.start)
         chosen = torch.randperm(num_windows * num_tokens, generator=generator)[:wanted].sort().values
         rows_R = chosen // num_tokens * ids_WT.shape[1] + chosen % num_tokens

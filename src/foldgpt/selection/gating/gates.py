@@ -88,7 +88,7 @@ class _Search:
         if self._options["refine"]:
             known = self._refine(scores, estimator)
             removed = min(known, key=lambda found: known[found])
-        value = known[removed] if removed in known and self._judges_everything else self._cost.cost(removed)
+        value = known[removed] if known else self._cost.cost(removed)
         self._file.remove()
         order = sorted(removed, key=by_gate.index) + [unit for unit in by_gate if unit not in removed]
         selection = selection_of(
