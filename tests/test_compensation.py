@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
-from foldgpt.compensation import Compensator, Correction, CutReport, compensate, merge_
+from foldgpt.compensation import Compensator, Correction, CutReport, compensate, compensate_, judge, merge_
 from foldgpt.compensation.least_squares import Sums, solve
 from foldgpt.compensation.norms import effective_scale, weight_for
 from foldgpt.compensation.through_norm import error_of, fit_through_norm, normed
@@ -545,3 +546,50 @@ def test_compensation_brings_predictions_nearer() -> None:
         return float(forward_kl(head, source.finish(source.states[-1]).flatten(0, 1), hidden.flatten(0, 1)).mean())
 
     assert divergence(compensate(model, plan, ids)) < 0.9 * divergence({})
+
+
+def _ids(model: Any, windows: int = 16) -> torch.Tensor:
+    return token_ids(model, (windows, 24), seed=3)
+
+
+def test_folding_keeps_a_compensation_that_helps() -> None:
+    model = tiny_model("llama")
+    plan = FoldPlan.create(source_model_of(model), removed=[3])
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    done = compensate_(model, plan, _ids(model, 64))
+    assert done.kept and done.kl_after < done.kl_before
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert changed == ["model.layers.2.mlp.down_proj.weight"]
+    # What is reported is the KL of the merged and folded model on the windows that were held out.
+    source = tiny_model("llama")
+    fold_(model, plan)
+    held = _ids(model, 64)[-8:]
+    with torch.no_grad():
+        log_p, log_q = (m(input_ids=held).logits.log_softmax(-1) for m in (source, model))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    assert done.kl_after == pytest.approx(float(kl), rel=1e-3)
+    assert done.num_held_out == 8 * 24 and done.num_tokens == 56 * 24
+
+
+def test_folding_drops_a_compensation_that_hurts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    plan = FoldPlan.create(source_model_of(model), removed=[3])
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    fit = judge.compensate
+
+    def worse(*args: Any, **kwargs: Any) -> Any:
+        return {
+            index: dataclasses.replace(correction, map_KH=-50 * correction.map_KH)
+            for index, correction in fit(*args, **kwargs).items()
+        }
+
+    monkeypatch.setattr(judge, "compensate", worse)
+    done = compensate_(model, plan, _ids(model))
+    assert not done.kept and done.kl_after > done.kl_before
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_one_window_is_too_few_to_judge() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(UsageError, match="at least 2 calibration windows, got 1"):
+        compensate_(model, FoldPlan.create(source_model_of(model), removed=[3]), _ids(model, 1))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foldgpt.analysis import Analysis, CalibrationIdentity, SourceIdentity, analyze
 from foldgpt.artifacts import hash_of, read_json, write_json
-from foldgpt.compensation import compensate, merge_
+from foldgpt.compensation import Compensated, compensate_
 from foldgpt.corpus import Windows, calibration_windows, evaluation_windows
 from foldgpt.environment import describe_environment
 from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, UsageError, did_you_mean
@@ -264,8 +264,10 @@ def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool
     """Fold the recipe's model by a plan and save it, verified."""
     source = bench.take_source()
     expected = predicted_parameters(source.model, plan)
+    notes: dict[str, Any] = {}
     if plan.compensation is not None:
-        _compensate_(source.model, plan, plan.compensation, source.tokenizer)
+        compensated = _compensate_(source.model, plan, plan.compensation, source.tokenizer)
+        notes["compensation.json"] = compensated.to_json_dict()
     fold_(source.model, plan)
     note("saving and verifying the folded model")
     return save_folded(
@@ -274,11 +276,12 @@ def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool
         folder,
         tokenizer=source.tokenizer,
         expected_parameters=expected,
+        notes=notes,
         replace=replace,
     )
 
 
-def _compensate_(model: Any, plan: FoldPlan, compensation: Compensation, tokenizer: Any) -> None:
+def _compensate_(model: Any, plan: FoldPlan, compensation: Compensation, tokenizer: Any) -> Compensated:
     """Let kept blocks take over what the removed ones did, as the plan says."""
     windows = calibration_windows(
         compensation.texts,
@@ -293,7 +296,14 @@ def _compensate_(model: Any, plan: FoldPlan, compensation: Compensation, tokeniz
             "made. Make the plan again, or set its compensation to null."
         )
     note("compensating for the removed blocks")
-    merge_(model, compensate(model, plan, windows.ids))
+    return compensate_(
+        model,
+        plan,
+        windows.ids,
+        features=compensation.features,
+        ridge=compensation.ridge,
+        rounds=compensation.rounds,
+    )
 
 
 def make_evaluation(bench: Workbench, folded: str | Path, *, compare: bool = True) -> Evaluation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -74,6 +74,9 @@ class Compensation(_Frozen):
         num_tokens: tokens in all windows.
         seed: seed of their order.
         fingerprint: of the windows; folding refuses a text that has changed since.
+        features: what the map reads: what the MLP's output matrix is given ("inner"), or what it puts out ("output").
+        ridge: as a multiple of the Gram matrix's mean diagonal; "auto" takes the best on held-out tokens.
+        rounds: rounds of alternating least squares where a norm stands behind the MLP.
     """
 
     method: Literal["linear"] = "linear"
@@ -82,6 +85,9 @@ class Compensation(_Frozen):
     num_tokens: int = Field(ge=2)
     seed: int = 0
     fingerprint: str
+    features: Literal["inner", "output"] = "inner"
+    ridge: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    rounds: int = Field(default=3, ge=0)
 
 
 class FoldPlan(_Frozen):

@@ -3,6 +3,16 @@
 from foldgpt.compensation.compensate import compensate
 from foldgpt.compensation.compensator import RIDGES, Compensator
 from foldgpt.compensation.correction import Correction, CutReport
+from foldgpt.compensation.judge import Compensated, compensate_
 from foldgpt.compensation.merge import merge_
 
-__all__ = ["RIDGES", "Compensator", "Correction", "CutReport", "compensate", "merge_"]
+__all__ = [
+    "RIDGES",
+    "Compensated",
+    "Compensator",
+    "Correction",
+    "CutReport",
+    "compensate",
+    "compensate_",
+    "merge_",
+]

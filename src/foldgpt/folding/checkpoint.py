@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def save_folded(
     *,
     tokenizer: Any = None,
     expected_parameters: int | None = None,
+    notes: Mapping[str, Any] | None = None,
     max_shard_size: str = "5GB",
     replace: bool = False,
 ) -> Verification:
@@ -69,6 +71,7 @@ def save_folded(
         folder: where to save.
         tokenizer: saved beside the model, with its chat template.
         expected_parameters: unique parameters that `predicted_parameters` foretold.
+        notes: further JSON files to put beside the model, by name.
         max_shard_size: largest size of one safetensors file.
         replace: replace an existing folder.
 
@@ -85,6 +88,8 @@ def save_folded(
         except SafetensorError as error:
             raise ArtifactError(f"cannot write {folder}: {error}. Nothing was left behind.") from error
         plan.save(staging / "plan.json")
+        for name, value in (notes or {}).items():
+            write_json(staging / name, value)
         verification = verify_checkpoint(staging, model, expected_parameters=expected_parameters)
         write_json(staging / "verification.json", asdict(verification))
     return verification

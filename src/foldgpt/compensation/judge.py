@@ -1,0 +1,126 @@
+"""Compensation as part of folding: fit, merge, and keep it only if the predictions come nearer to the source's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from foldgpt.compensation.compensate import compensate
+from foldgpt.compensation.correction import Correction
+from foldgpt.compensation.merge import merge_
+from foldgpt.errors import UsageError
+from foldgpt.objectives import Head, forward_kl
+from foldgpt.plan import FoldPlan, Sublayer
+from foldgpt.progress import note
+from foldgpt.replay import Replay
+
+#: The share of the windows, from the end, on which compensation is judged and nothing is fitted.
+_HELD_OUT = 0.125
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """What compensation did.
+
+    Attributes:
+        kept: whether the corrections were merged; False when the predictions on held-out windows got worse.
+        kl_before: mean KL(source ‖ folded) without it, in nats per token, on the held-out windows.
+        kl_after: with it.
+        num_tokens: tokens fitted on.
+        num_held_out: tokens judged on.
+        corrections: by source index of the carrying block.
+    """
+
+    kept: bool
+    kl_before: float
+    kl_after: float
+    num_tokens: int
+    num_held_out: int
+    corrections: Mapping[int, Correction]
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Figures alone, without the maps."""
+        return {
+            "kept": self.kept,
+            "kl_before": self.kl_before,
+            "kl_after": self.kl_after,
+            "num_tokens": self.num_tokens,
+            "num_held_out": self.num_held_out,
+            "cuts": [
+                {"block": index, "sublayer": correction.sublayer, **asdict(correction.report)}
+                for index, correction in self.corrections.items()
+            ],
+        }
+
+
+@torch.no_grad()
+def compensate_(
+    model: nn.Module,
+    plan: FoldPlan,
+    ids_WT: Tensor,
+    *,
+    features: Literal["inner", "output"] = "inner",
+    ridge: float | Literal["auto"] = "auto",
+    rounds: int = 3,
+) -> Compensated:
+    """Compensate a model in place for what a plan is going to remove; call it before `fold_`.
+
+    A smaller error of the stream is no promise of better predictions, so the KL to the source decides, on windows
+    that nothing was fitted on. Where it does not fall, the model is left as it was, and that is said.
+
+    Args:
+        model: the source, not folded.
+        plan: what will be removed.
+        ids_WT: calibration windows, int64 [W, T]; the last eighth is held out.
+        features: see `compensate`.
+        ridge: see `Compensator`.
+        rounds: see `Compensator`.
+
+    Raises:
+        UsageError: fewer than two windows, or windows of another model.
+        UnsupportedModelError: the model's family cannot be compensated.
+    """
+    if len(ids_WT) < 2:
+        raise UsageError(f"compensation needs at least 2 calibration windows, got {len(ids_WT)}; give more tokens")
+    num_held = max(1, round(len(ids_WT) * _HELD_OUT))
+    fitted_WT, held_WT = ids_WT[:-num_held], ids_WT[-num_held:]
+    corrections = compensate(model, plan, fitted_WT, features=features, ridge=ridge, rounds=rounds)
+    replay, head = Replay(model, held_WT), Head(model)
+    before = _kl(replay, head, plan)
+    own = {name: parameter.clone() for name, parameter in _carriers(model, replay, corrections).items()}
+    merge_(model, corrections)
+    after = _kl(replay, head, plan)
+    kept = after < before
+    if not kept:
+        for name, parameter in _carriers(model, replay, corrections).items():
+            parameter.copy_(own[name])
+        if corrections:
+            note(f"compensation would raise the KL from {before:.3f} to {after:.3f} nats per token; left out")
+    return Compensated(kept, before, after, fitted_WT.numel(), held_WT.numel(), corrections)
+
+
+def _carriers(model: nn.Module, replay: Replay, corrections: Mapping[int, Correction]) -> dict[str, nn.Parameter]:
+    """All parameters of the blocks that carry a correction, by name."""
+    prefixes = tuple(f"{replay.decoder.blocks_path}.{index}." for index in corrections)
+    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(prefixes)}
+
+
+def _kl(replay: Replay, head: Head, plan: FoldPlan) -> float:
+    """Mean KL(source ‖ what is left of the model) over the recorded windows, in nats per token.
+
+    The source's states are those that were recorded; the blocks run with the weights they have now.
+    """
+    absent: dict[int, Sublayer] = dict.fromkeys(plan.removed_attention, "attention")
+    absent.update(dict.fromkeys(plan.removed_mlp, "mlp"))
+    total = 0.0
+    for rows in replay.batches():
+        stream_BTH = replay.states[0][rows]
+        for index in plan.kept:
+            stream_BTH = replay.block(index, stream_BTH, without=absent.get(index))
+        source_RH = replay.finish(replay.states[-1][rows]).flatten(0, 1)
+        total += float(forward_kl(head, source_RH, replay.finish(stream_BTH).flatten(0, 1)).sum())
+    return total / replay.ids_WT.numel()
