@@ -323,3 +323,11 @@ def test_an_evaluation_with_tasks_survives_json_and_an_old_one_is_read(data: Pat
 def test_tasks_need_a_tokenizer(data: Path) -> None:
     with pytest.raises(UsageError, match="need its tokenizer"):
         evaluate(Subject("folded", model()), speed=False, memory=False, tasks=load_suite(["piqa"], data_dir=data))
+
+
+def test_the_table_of_tasks_in_the_docs_is_the_one_in_the_code() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text("utf-8")
+    rows = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")] for line in page.splitlines() if "*.jsonl" in line
+    ]
+    assert rows == [[task.task, task.files, task.headline] for task in TASKS.values()]

@@ -25,35 +25,39 @@ def _number(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def _millions(value: float) -> str:
+def millions(value: float) -> str:
+    """A number of parameters, in millions from 100,000 on."""
     return f"{value / 1e6:,.1f} M" if value >= 1e5 else _number(value)
 
 
-def _megabytes(value: float) -> str:
+def megabytes(value: float) -> str:
+    """A number of bytes, in MB (10⁶) from 100 kB on."""
     return f"{value / 1e6:,.1f} MB" if value >= 1e5 else f"{value / 1e3:,.1f} kB"
 
 
-def _significant(value: float) -> str:
+def significant(value: float) -> str:
+    """A positive number with four digits that say something."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A ratio as a percentage."""
     return f"{100 * value:.1f} %"
 
 
 #: Figure → label and how its values are written, in the order of the table.
 _ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "num_blocks": ("blocks", _number),
-    "unique_parameters": ("unique parameters", _millions),
-    "block_parameters": ("  of which in blocks", _millions),
-    "bytes_on_disk": ("size on disk", _megabytes),
-    "perplexity": ("perplexity", _significant),
-    "last_word_perplexity": ("last-word perplexity", _significant),
-    "last_word_accuracy": ("last-word accuracy", _percent),
-    "prefill_tokens_per_s": ("prefill, tokens/s", _significant),
-    "decode_tokens_per_s": ("decode, tokens/s", _significant),
-    "peak_memory_bytes": ("peak memory", _megabytes),
-    "kv_bytes_per_token": ("KV cache per token", _megabytes),
+    "unique_parameters": ("unique parameters", millions),
+    "block_parameters": ("  of which in blocks", millions),
+    "bytes_on_disk": ("size on disk", megabytes),
+    "perplexity": ("perplexity", significant),
+    "last_word_perplexity": ("last-word perplexity", significant),
+    "last_word_accuracy": ("last-word accuracy", percent),
+    "prefill_tokens_per_s": ("prefill, tokens/s", significant),
+    "decode_tokens_per_s": ("decode, tokens/s", significant),
+    "peak_memory_bytes": ("peak memory", megabytes),
+    "kv_bytes_per_token": ("KV cache per token", megabytes),
 }
 
 
@@ -99,10 +103,10 @@ def task_table(evaluation: Evaluation) -> Table:
     for task, score in evaluation.folded.tasks.items():
         accuracies = [model.tasks[task].accuracy for model in models if model.tasks]
         shown = [_percent_with_error(accuracy.value, accuracy.standard_error) for accuracy in accuracies]
-        table.add_row(f"{task} ({score.headline})", _percent(score.chance), *shown, *_retained(evaluation, task))
-    averages = [_percent(model.figures()["task_average"] or 0) for model in models]
+        table.add_row(f"{task} ({score.headline})", percent(score.chance), *shown, *_retained(evaluation, task))
+    averages = [percent(model.figures()["task_average"] or 0) for model in models]
     chance = sum(score.chance for score in evaluation.folded.tasks.values()) / len(evaluation.folded.tasks)
-    table.add_row("average", _percent(chance), *averages, *_retained(evaluation, "average"))
+    table.add_row("average", percent(chance), *averages, *_retained(evaluation, "average"))
     return table
 
 
@@ -111,11 +115,11 @@ def _retained(evaluation: Evaluation, name: str) -> list[str]:
     if evaluation.retained is None:
         return []
     kept = evaluation.retained[name]
-    return ["–" if value is None else _percent(value) for value in (kept.raw, kept.above_chance)]
+    return ["–" if value is None else percent(value) for value in (kept.raw, kept.above_chance)]
 
 
 def _percent_with_error(value: float, error: float | None) -> str:
-    return _percent(value) if error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"
+    return percent(value) if error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"
 
 
 def protocol_lines(evaluation: Evaluation) -> Text:
@@ -127,7 +131,7 @@ def protocol_lines(evaluation: Evaluation) -> Text:
         error = "" if scores.standard_error is None else f" ± {scores.value * scores.standard_error:.2g}"
         parts.append(
             f"Perplexity in {scores.dtype}: {_written(scores.protocol)}. "
-            f"{measured.name}: {_significant(scores.value)}{error} (standard error over windows)."
+            f"{measured.name}: {significant(scores.value)}{error} (standard error over windows)."
         )
     if measured.speed is not None:
         protocol = measured.speed.protocol
@@ -135,15 +139,15 @@ def protocol_lines(evaluation: Evaluation) -> Text:
         parts.append(
             f"Speed: {protocol['prompt_tokens']} prompt and {protocol['decode_tokens']} new tokens, batch "
             f"{protocol['batch_size']}, median of {protocol['repeats']}, {protocol['device']}, "
-            f"{protocol['dtype']}{threads}."
+            f"{protocol['dtype']}{threads}; the ratio is the median of those within each turn."
         )
     if measured.peak_memory is not None:
         peak = measured.peak_memory
         accelerator = (
-            "" if peak.peak_accelerator is None else f"; {_megabytes(peak.peak_accelerator)} on the accelerator"
+            "" if peak.peak_accelerator is None else f"; {megabytes(peak.peak_accelerator)} on the accelerator"
         )
         parts.append(
-            f"Peak memory of a fresh process, of which {_megabytes(peak.baseline_rss)} are Python and its "
+            f"Peak memory of a fresh process, of which {megabytes(peak.baseline_rss)} are Python and its "
             f"libraries{accelerator}."
         )
     if measured.last_word is not None:
@@ -224,8 +228,8 @@ def verification_lines(verification: Verification) -> Text:
     """What was checked of a saved checkpoint, in three lines."""
     reload = "identical" if verification.logits_identical else f"relative error {verification.reload_error:.1e}"
     return Text(
-        f"loads as {verification.model_class}; {_millions(verification.num_parameters)} parameters, "
-        f"{_megabytes(verification.weight_bytes)}\n"
+        f"loads as {verification.model_class}; {millions(verification.num_parameters)} parameters, "
+        f"{megabytes(verification.weight_bytes)}\n"
         f"logits after reloading: {reload}\n"
         f"decoding with a KV cache against without: relative error {verification.cache_error:.1e}"
     )

@@ -1,0 +1,183 @@
+"""report.html: a whole run on one page."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from foldgpt.artifacts import write_text
+from foldgpt.evaluation import Evaluation
+from foldgpt.plan import FoldPlan
+from foldgpt.report.headline import headlines, short_name
+from foldgpt.report.rows import rows_of
+from foldgpt.report.run import Run, read_run
+from foldgpt.tables import comparison_table, fates_of, group_letter, protocol_lines, task_table
+
+REPORT = "report.html"
+
+#: A screen has no more columns than this to show the steps of a path in.
+_MAX_STEPS = 300
+#: Most blocks in one line of the strip, on a screen and on a phone.
+_WIDE, _NARROW = 40, 15
+#: Digits after the point: more than a reader can use, fewer than a float has.
+_DIGITS = 5
+
+
+def build_report(run_folder: str | Path) -> Path:
+    """Write `report.html` into a run folder, from the artefacts that are there.
+
+    The page holds all it needs: styles, script, data. It loads nothing, and forbids itself to.
+
+    Args:
+        run_folder: holds plan.json, and as far as the run got analysis.json, evaluation.json, environment.json and
+            recipe.yaml.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ArtifactError: there is no such folder or no plan in it, an artefact cannot be read, or the page not written.
+        PlanError: the plan is not valid.
+    """
+    folder = Path(run_folder)
+    run = read_run(folder)
+    path = folder / REPORT
+    write_text(path, _render(run))
+    return path
+
+
+def _render(run: Run) -> str:
+    environment = Environment(
+        loader=PackageLoader("foldgpt.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    plan, evaluation = run.plan, run.evaluation
+    return environment.get_template("report.html").render(
+        run=run,
+        plan=plan,
+        evaluation=evaluation,
+        name=short_name(plan.source.model),
+        headlines=headlines(plan, evaluation),
+        strips=_strips(plan),
+        wide=_columns(plan.source.num_blocks, _WIDE),
+        narrow=_columns(plan.source.num_blocks, _NARROW),
+        letter=group_letter,
+        gates=_gates(plan) is not None,
+        comparison=None if evaluation is None else rows_of(comparison_table(evaluation)),
+        tasks=None if evaluation is None else rows_of(task_table(evaluation)),
+        generations=[] if evaluation is None else _generations(evaluation),
+        protocol=[] if evaluation is None else protocol_lines(evaluation).plain.splitlines(),
+        calibration=_calibration(run),
+        data=_json_for_script(_chart_data(run)),
+    )
+
+
+def _strips(plan: FoldPlan) -> dict[str, list[dict[str, Any]]]:
+    """The cells of each strip: index, what becomes of the block, and how to say it."""
+    strips = {}
+    for label, fates in fates_of(plan).items():
+        cells = []
+        for block, fate in enumerate(fates):
+            if isinstance(fate, int):
+                others = [str(other) for other in plan.groups[fate].blocks if other != block]
+                said = f"shares weights with {', '.join(others)}"
+                cells.append({"block": block, "kind": "shared", "group": fate, "said": said})
+            else:
+                cells.append({"block": block, "kind": fate, "group": None, "said": fate})
+        strips[label] = cells
+    return strips
+
+
+def _columns(num_blocks: int, most: int) -> int:
+    """Blocks in one line, so that all lines but the last are equally long."""
+    return math.ceil(num_blocks / math.ceil(num_blocks / most))
+
+
+def _generations(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """What each model wrote after each prompt, side by side."""
+    models = [model for model in (evaluation.baseline, evaluation.folded) if model is not None and model.generations]
+    prompts = [generation.prompt for generation in evaluation.folded.generations or []]
+    return [
+        {
+            "prompt": prompt,
+            "texts": [(model.name, model.generations[number].text) for model in models if model.generations],
+        }
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def _calibration(run: Run) -> str | None:
+    """On what the analysis was made."""
+    if run.analysis is None:
+        return None
+    texts = []
+    if run.analysis.calibration is not None:
+        texts = list(run.analysis.calibration.protocol.get("texts", []))
+    on = f" of {' + '.join(texts)}" if texts else ""
+    return f"Similarities are means over {run.analysis.num_tokens:,} tokens in {run.analysis.num_windows} windows{on}."
+
+
+def _chart_data(run: Run) -> dict[str, Any]:
+    """What the script draws."""
+    plan, analysis = run.plan, run.analysis
+    data: dict[str, Any] = {
+        "numBlocks": plan.source.num_blocks,
+        "removed": list(plan.removed),
+        "gates": _gates(plan),
+        "curves": None,
+        "cosine": None,
+    }
+    if analysis is not None:
+        curves = {"block": analysis.bi}
+        if analysis.attention is not None:
+            curves["attention"] = analysis.attention.bi
+        if analysis.mlp is not None:
+            curves["MLP"] = analysis.mlp.bi
+        data["curves"] = [{"name": name, "values": _rounded(values)} for name, values in curves.items()]
+        data["cosine"] = [_rounded(row) for row in analysis.cosine]
+    return data
+
+
+def _gates(plan: FoldPlan) -> dict[str, Any] | None:
+    """The paths of learned gates: steps, and for each unit its name, its fate and its probability at each step."""
+    report = plan.origin.get("report")
+    trace = report.get("trace") if isinstance(report, Mapping) else None
+    if plan.origin.get("selector") != "gates" or not trace:
+        return None
+    stride = math.ceil(len(trace) / _MAX_STEPS)
+    # The last step is what the decision was made from: it must not fall between two strides.
+    shown = [*trace[:-1:stride], trace[-1]]
+    num_units = len(trace[-1]["keep"])
+    fates = fates_of(plan)
+    if num_units == plan.source.num_blocks:
+        names = [f"block {block}" for block in range(num_units)]
+        removed = [block in plan.removed for block in range(num_units)]
+    else:
+        # Sublayers are numbered in the order in which a token passes them.
+        sublayers = [fates.get("attention", fates.get("block", [])), fates.get("MLP", fates.get("block", []))]
+        names = [f"{('attention', 'MLP')[unit % 2]} {unit // 2}" for unit in range(num_units)]
+        removed = [sublayers[unit % 2][unit // 2] == "removed" for unit in range(num_units)]
+    return {
+        "steps": [entry["step"] for entry in shown],
+        "units": [
+            {"name": names[unit], "removed": removed[unit], "keep": _rounded([entry["keep"][unit] for entry in shown])}
+            for unit in range(num_units)
+        ],
+    }
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [round(value, _DIGITS) for value in values]
+
+
+def _json_for_script(value: Any) -> str:
+    """JSON that can stand inside a script element: nothing in it can end the element."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

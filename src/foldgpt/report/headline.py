@@ -1,0 +1,120 @@
+"""The three things a person wants to know first: how much smaller, what was lost, what was cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from foldgpt.evaluation import Evaluation
+from foldgpt.plan import FoldPlan
+from foldgpt.tables import megabytes, millions, percent, significant
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One of them: the question, the answer in a few characters, and what stands behind it."""
+
+    question: str
+    answer: str
+    unit: str
+    details: list[str]
+
+
+def headlines(plan: FoldPlan, evaluation: Evaluation | None) -> list[Headline]:
+    """The three answers; without an evaluation beside a baseline, what was lost is not known and left out."""
+    answers = [_smaller(plan, evaluation)]
+    lost = None if evaluation is None else _lost(evaluation)
+    return [*answers, *([] if lost is None else [lost]), _cut(plan)]
+
+
+def short_name(model: str) -> str:
+    """The last part of a model's name, without the folders or the account before it."""
+    return model.rstrip("/").rpartition("/")[2] or model
+
+
+def block_ranges(blocks: Sequence[int]) -> str:
+    """Source indices in few words: 3, 5–8 and 11."""
+    runs: list[list[int]] = []
+    for block in sorted(blocks):
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    # Two in a row are not worth a dash.
+    parts = [
+        part for run in runs for part in ([f"{run[0]}–{run[-1]}"] if len(run) > 2 else [str(block) for block in run])
+    ]
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
+
+
+def _smaller(plan: FoldPlan, evaluation: Evaluation | None) -> Headline:
+    question = "How much smaller?"
+    num_blocks = plan.source.num_blocks
+    blocks = f"{num_blocks} → {len(plan.kept)} blocks"
+    if evaluation is None or evaluation.baseline is None:
+        removed = 1 - len(plan.kept) / num_blocks
+        return Headline(question, _less(removed), "blocks", [blocks])
+    own, other = evaluation.folded.size, evaluation.baseline.size
+    details = [
+        f"{millions(other.unique_parameters)} → {millions(own.unique_parameters)}",
+        f"{blocks}; {_less(1 - own.block_parameters / other.block_parameters)} of their parameters",
+    ]
+    if evaluation.folded.bytes_on_disk and evaluation.baseline.bytes_on_disk:
+        disk = f"{megabytes(evaluation.baseline.bytes_on_disk)} → {megabytes(evaluation.folded.bytes_on_disk)} on disk"
+        details.append(disk)
+    return Headline(question, _less(1 - own.unique_parameters / other.unique_parameters), "parameters", details)
+
+
+def _less(ratio: float) -> str:
+    """A saving, written as a change."""
+    return f"−{percent(ratio)}" if ratio > 0 else f"±{percent(abs(ratio))}"
+
+
+def _lost(evaluation: Evaluation) -> Headline | None:
+    folded, source = evaluation.folded, evaluation.baseline
+    if source is None:
+        return None
+    details = []
+    if folded.perplexity is not None and source.perplexity is not None:
+        texts = " + ".join(folded.perplexity.protocol.get("texts", []))
+        change = f"{significant(source.perplexity.value)} → {significant(folded.perplexity.value)}"
+        details.append(f"perplexity {change}{f' on {texts}' if texts else ''}")
+    if evaluation.retained is not None:
+        kept = evaluation.retained["average"]
+        parts = [] if kept.raw is None else [f"{percent(kept.raw)} of the accuracy kept"]
+        parts += [] if kept.above_chance is None else [f"{percent(kept.above_chance)} of what is above chance"]
+        details.append(f"on {len(folded.tasks or {})} tasks: {', '.join(parts)}")
+    if folded.last_word is not None and source.last_word is not None:
+        details.append(f"last words found: {percent(source.last_word.accuracy)} → {percent(folded.last_word.accuracy)}")
+    ratio = (evaluation.ratios or {}).get("perplexity")
+    if ratio is not None:
+        return Headline("What was lost?", f"{ratio:.2f}×", "perplexity", details)
+    if evaluation.retained is not None:
+        points = evaluation.retained["average"].difference
+        return Headline("What was lost?", f"{100 * points:+.1f}".replace("-", "−"), "points of accuracy", details)
+    return None
+
+
+def _cut(plan: FoldPlan) -> Headline:
+    details = []
+    if plan.removed:
+        details.append(f"removed: {block_ranges(plan.removed)}")
+    if plan.removed_attention:
+        details.append(f"attention removed: {block_ranges(plan.removed_attention)}")
+    if plan.removed_mlp:
+        details.append(f"MLP removed: {block_ranges(plan.removed_mlp)}")
+    sharing = sorted({block for group in plan.groups for block in group.blocks})
+    if sharing:
+        noun = "set" if len(plan.groups) == 1 else "sets"
+        details.append(f"{len(sharing)} blocks share {len(plan.groups)} {noun} of weights")
+    if "selector" in plan.origin:
+        details.append(f"chosen by {plan.origin['selector']}")
+    if plan.compensation is not None:
+        details.append("kept blocks were fitted to make up for it")
+    question = "What was cut?"
+    touched = len({*plan.removed, *plan.removed_attention, *plan.removed_mlp})
+    if touched:
+        return Headline(question, str(touched), f"of {plan.source.num_blocks} blocks", details)
+    if sharing:
+        return Headline(question, str(len(sharing)), f"of {plan.source.num_blocks} blocks share", details)
+    return Headline(question, "nothing", "", details)

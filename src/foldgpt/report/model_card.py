@@ -1,0 +1,105 @@
+"""The model card: README.md of a folded checkpoint, as the Hub reads it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+import foldgpt
+from foldgpt.artifacts import write_text
+from foldgpt.errors import ArtifactError
+from foldgpt.evaluation import Evaluation
+from foldgpt.plan import FoldPlan
+from foldgpt.report.headline import block_ranges, headlines, short_name
+from foldgpt.report.rows import rows_of
+from foldgpt.tables import comparison_table, plan_strip, protocol_lines, task_table
+
+CARD = "README.md"
+
+#: What a folded model has from its source: it is a derivative of it.
+_INHERITED = ("license", "license_name", "license_link", "language")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*$", re.DOTALL | re.MULTILINE)
+
+
+def write_model_card(
+    folder: str | Path, *, evaluation: Evaluation | None = None, source: str | Path | None = None
+) -> Path:
+    """Write README.md into a folded checkpoint: what was done, what it cost, how to load it.
+
+    Args:
+        folder: the checkpoint; it holds plan.json.
+        evaluation: what was measured of it; without one the card has no numbers, and says so.
+        source: the source's folder. Licence and languages are taken over from its card, if it has one.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ArtifactError: the checkpoint holds no plan, or the card cannot be written.
+        PlanError: the plan is not valid.
+    """
+    folder = Path(folder)
+    if not (folder / "plan.json").is_file():
+        raise ArtifactError(f"{folder} holds no plan.json: it is not a folded checkpoint.")
+    plan = FoldPlan.load(folder)
+    metadata = _metadata(plan, _source_metadata(None if source is None else Path(source)))
+    environment = Environment(
+        loader=PackageLoader("foldgpt.report"),
+        # Markdown, and every value in it is the run's own.
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    text = environment.get_template("model_card.md").render(
+        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
+        name=f"{short_name(plan.source.model)}-folded",
+        plan=plan,
+        base_model=metadata.get("base_model"),
+        headlines=headlines(plan, evaluation),
+        is_removal_only=plan.is_removal_only,
+        strip=plan_strip(plan).plain,
+        comparison=None if evaluation is None else rows_of(comparison_table(evaluation)),
+        tasks=None if evaluation is None else rows_of(task_table(evaluation)),
+        protocol=[] if evaluation is None else protocol_lines(evaluation).plain.splitlines(),
+        groups=[block_ranges(group.blocks) for group in plan.groups],
+        version=foldgpt.__version__,
+    )
+    path = folder / CARD
+    write_text(path, text)
+    return path
+
+
+def _metadata(plan: FoldPlan, source: dict[str, Any]) -> dict[str, Any]:
+    """The card's front matter."""
+    name = plan.source.model
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    # A local folder may look like a name on the hub, and the card would name a stranger's model.
+    if _HUB_ID.fullmatch(name) and not Path(name).exists():
+        metadata["base_model"] = name
+    metadata |= {key: source[key] for key in _INHERITED if key in source}
+    metadata["tags"] = [
+        "foldgpt",
+        *(["depth-pruning"] if plan.removed or plan.removed_attention or plan.removed_mlp else []),
+        *(["weight-sharing"] if plan.groups else []),
+    ]
+    return metadata
+
+
+def _source_metadata(source: Path | None) -> dict[str, Any]:
+    """What the source's own card says in its front matter; nothing if it has none that can be read."""
+    if source is None:
+        return {}
+    try:
+        found = _FRONT_MATTER.match((source / CARD).read_text(encoding="utf-8"))
+        values = yaml.safe_load(found[1]) if found else {}
+    # A card is written by people: what is wrong with the source's must not stop ours.
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -1,0 +1,86 @@
+"""The model card is one that the Hub reads, and says how to load what it lies beside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from foldgpt.errors import ArtifactError
+from foldgpt.plan import FoldPlan, Group, SourceModel
+from foldgpt.report import write_model_card
+from report_inputs import evaluation, plan
+
+
+def checkpoint(folder: Path, made: FoldPlan) -> Path:
+    made.save(folder / "plan.json")
+    return folder
+
+
+def test_the_hub_reads_it(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "README.md").write_text(
+        "---\nlicense: apache-2.0\nlanguage:\n- en\ntags: [a]\n---\n# Tiny\n---\n", "utf-8"
+    )
+    path = write_model_card(checkpoint(tmp_path / "folded", plan()), evaluation=evaluation(), source=source)
+    assert path == tmp_path / "folded" / "README.md"
+    card = ModelCard.load(path)
+    assert card.data.base_model == "someone/tiny-llama"
+    assert card.data.license == "apache-2.0"
+    assert card.data.language == ["en"]
+    assert card.data.library_name == "transformers"
+    assert card.data.tags == ["foldgpt", "depth-pruning", "weight-sharing"]
+    for part in (
+        "# tiny-llama-folded",
+        "████··█AABB█",
+        "7 and 8; 9 and 10",
+        "| perplexity | 20 | 25 | 1.25× |",
+        "| arc_easy (acc) | 25.0 % |",
+        "Perplexity in float32: texts a.txt",
+        "- **What was cut?** 2 of 12 blocks: removed: 4 and 5;",
+    ):
+        assert part in card.text
+
+
+@pytest.mark.parametrize(("groups", "code_needed"), [([], False), ([Group(blocks=(0, 1))], True)])
+def test_how_to_load_depends_on_what_was_done(groups: list[Group], code_needed: bool, tmp_path: Path) -> None:
+    text = write_model_card(checkpoint(tmp_path / "folded", plan(groups=groups))).read_text("utf-8")
+    assert ("trust_remote_code=True" in text) is code_needed
+    assert ("import foldgpt" in text) is code_needed
+    assert "Nothing was measured" in text
+
+
+def test_a_local_model_is_not_taken_for_one_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    for name in ("models/mine", "demo:smollm2-135m", "/models/mine", "some/model.d/x"):
+        made = FoldPlan.create(SourceModel(model=name, model_type="llama", num_blocks=3), removed=[1])
+        card = ModelCard.load(write_model_card(checkpoint(tmp_path / "folded", made)))
+        assert card.data.base_model is None
+        assert card.data.license is None
+
+
+def test_a_card_of_the_source_that_cannot_be_read_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n", "utf-8")
+    card = ModelCard.load(write_model_card(checkpoint(tmp_path / "folded", plan()), source=tmp_path))
+    assert card.data.license is None
+
+
+def test_tables_are_tables(tmp_path: Path) -> None:
+    """Markdown shows a table only if its rule follows its heading and all rows have as many cells."""
+    text = write_model_card(checkpoint(tmp_path / "folded", plan()), evaluation=evaluation()).read_text("utf-8")
+    lines = text.splitlines()
+    tables = [number for number, line in enumerate(lines) if line.startswith("|---")]
+    assert len(tables) == 2
+    for number in tables:
+        width = lines[number].count("|")
+        rows = lines[number - 1 : number + 4]
+        assert [row.count("|") for row in rows] == [width] * 5
+        assert lines[number - 2] == ""
+
+
+def test_a_folder_without_a_plan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="not a folded checkpoint"):
+        write_model_card(tmp_path)

@@ -1,0 +1,300 @@
+"""The report opens with what matters, shows what the run holds, loads nothing, and answers to mouse and keys."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from browser import EXECUTABLE, Page, browser
+from foldgpt import pipeline
+from foldgpt.artifacts import write_text
+from foldgpt.errors import ArtifactError, FoldGPTError
+from foldgpt.evaluation import Evaluation
+from foldgpt.plan import FoldPlan, Group, SourceModel
+from foldgpt.report import REPORT, build_report
+from foldgpt.report.headline import block_ranges, headlines, short_name
+from report_inputs import analysis, evaluation, plan, without_tasks, write_run
+
+
+def text_of(page: str) -> str:
+    """What a reader sees, roughly: no styles, scripts, tags."""
+    body = re.sub(r"<(style|script)\b.*?</\1>", " ", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
+
+
+def data_of(page: str) -> Any:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_run(tmp_path_factory.mktemp("report") / "run")
+    build_report(folder)
+    return folder
+
+
+def test_it_opens_with_how_much_smaller_what_was_lost_and_what_was_cut(run: Path) -> None:
+    text = text_of((run / REPORT).read_text("utf-8"))
+    places = [
+        text.index(part)
+        for part in (
+            "tiny-llama 12 → 10 blocks",
+            "How much smaller? −16.7 % parameters 120.0 M → 100.0 M",
+            "240.0 MB → 200.0 MB on disk",
+            "What was lost? 1.25× perplexity perplexity 20 → 25 on a.txt",
+            "on 4 tasks:",
+            "last words found: 40.0 % → 34.0 %",
+            "What was cut? 2 of 12 blocks removed: 4 and 5 4 blocks share 2 sets of weights chosen by gates",
+            "Comparison",
+        )
+    ]
+    assert places == sorted(places)
+
+
+def test_it_shows_what_the_artefacts_hold(run: Path) -> None:
+    page = (run / REPORT).read_text("utf-8")
+    text, data = text_of(page), data_of(page)
+    for part in (
+        "perplexity 20 25 1.25×",
+        "Perplexity in float32: texts a.txt",
+        "there was a house, and a house",
+        "The <b>sun</b> & the moon",
+        "model: someone/tiny-llama",
+        "gpu none",
+    ):
+        assert part in text
+    assert 'aria-label="block 8: shares weights with 7"' in page
+    measured = analysis()
+    assert data["cosine"] == [[round(value, 5) for value in row] for row in measured.cosine]
+    assert [curve["name"] for curve in data["curves"]] == ["block", "attention", "MLP"]
+    assert data["curves"][0]["values"] == [round(value, 5) for value in measured.bi]
+    assert [unit["removed"] for unit in data["gates"]["units"]] == [block in (4, 5) for block in range(12)]
+
+
+def test_it_loads_nothing(run: Path) -> None:
+    page = (run / REPORT).read_text("utf-8")
+    assert "default-src 'none'" in page
+    addresses = set(re.findall(r"https?://[^\s\"'<)]+", page))
+    # The name of SVG's namespace, which is not an address that anything is loaded from.
+    assert addresses == {"http://www.w3.org/2000/svg"}
+    assert not re.findall(r"<(?:link|img|iframe|script[^>]+src)\b|@import|url\(", page)
+
+
+def test_parts_that_are_missing_leave_no_hole(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", plan=plan(origin={}), analysis=None, evaluation=None)
+    page = build_report(folder).read_text("utf-8")
+    text = text_of(page)
+    assert "−16.7 % blocks 12 → 10 blocks" in text
+    for absent in ("What was lost?", "Comparison", "Tasks", "Block influence", "Gates", "Environment", "Recipe"):
+        assert absent not in text
+    assert data_of(page)["cosine"] is None
+
+
+def test_an_evaluation_without_tasks_or_baseline(tmp_path: Path) -> None:
+    older = without_tasks(evaluation())
+    text = text_of(build_report(write_run(tmp_path / "older", evaluation=older)).read_text("utf-8"))
+    assert "1.25× perplexity" in text and "Tasks" not in text and "What the models write" not in text
+    alone = Evaluation(evaluation().folded, None, None)
+    text = text_of(build_report(write_run(tmp_path / "alone", evaluation=alone)).read_text("utf-8"))
+    assert "What was lost?" not in text and "arc_easy (acc) 25.0 %" in text
+
+
+def test_names_cannot_break_the_page(tmp_path: Path) -> None:
+    source = SourceModel(model='</title></script><script>alert("x")</script>', model_type="llama", num_blocks=4)
+    folder = write_run(
+        tmp_path / "run", plan=FoldPlan.create(source, removed=[1]), analysis=analysis(4), evaluation=None
+    )
+    write_text(folder / "recipe.yaml", "</pre><script>alert(1)</script>")
+    page = build_report(folder).read_text("utf-8")
+    assert "alert" in page and "<script>alert" not in page
+
+
+def test_long_gate_paths_are_thinned_to_their_end(tmp_path: Path) -> None:
+    trace = [{"step": step, "cost": 1.0, "keep": [step / 1000] * 12} for step in range(1000)]
+    long = plan(origin={"selector": "gates", "report": {"trace": trace}})
+    gates = data_of(build_report(write_run(tmp_path / "run", plan=long)).read_text("utf-8"))["gates"]
+    assert gates["steps"][0] == 0 and gates["steps"][-1] == 999
+    assert len(gates["steps"]) <= 301
+    assert gates["units"][3]["keep"][-1] == 0.999
+
+
+def test_gates_of_sublayers_are_named_and_judged_apart(tmp_path: Path) -> None:
+    trace = [{"step": 0, "cost": 1.0, "keep": [0.5] * 24}]
+    origin = {"selector": "gates", "report": {"trace": trace}}
+    apart = plan(removed=[3], removed_attention=[6], removed_mlp=[8], groups=[], origin=origin)
+    units = data_of(build_report(write_run(tmp_path / "run", plan=apart)).read_text("utf-8"))["gates"]["units"]
+    assert [unit["name"] for unit in units if unit["removed"]] == ["attention 3", "MLP 3", "attention 6", "MLP 8"]
+
+
+def test_wrong_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="run folder not found"):
+        build_report(tmp_path / "none")
+    with pytest.raises(ArtifactError, match=r"holds no plan\.json"):
+        build_report(tmp_path)
+    folder = write_run(tmp_path / "run")
+    (folder / "evaluation.json").write_text("{")
+    with pytest.raises(FoldGPTError, match="not valid JSON"):
+        build_report(folder)
+    assert not (folder / REPORT).exists()
+
+
+def test_it_reads_the_files_that_a_run_writes(tmp_path: Path) -> None:
+    names = {path.name for path in write_run(tmp_path / "run").iterdir()}
+    assert {pipeline.ANALYSIS, pipeline.PLAN, pipeline.EVALUATION, pipeline.ENVIRONMENT} < names
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [([], ""), ([3], "3"), ([3, 4], "3 and 4"), ([9, 3, 4, 5], "3–5 and 9"), ([1, 2, 4, 6, 7, 8], "1, 2, 4 and 6–8")],
+)
+def test_block_ranges(blocks: list[int], expected: str) -> None:
+    assert block_ranges(blocks) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"), [("a/b", "b"), ("/x/y/z/", "z"), ("demo:m", "demo:m"), ("m.gguf", "m.gguf")]
+)
+def test_short_names(model: str, expected: str) -> None:
+    assert short_name(model) == expected
+
+
+def test_a_plan_that_only_shares_or_does_nothing() -> None:
+    source = SourceModel(model="m", model_type="llama", num_blocks=4)
+    shared = headlines(FoldPlan.create(source, groups=[Group(blocks=(1, 2))]), None)[-1]
+    assert (shared.answer, shared.unit) == ("2", "of 4 blocks share")
+    assert headlines(FoldPlan.create(source), None)[-1].answer == "nothing"
+
+
+def test_tasks_alone_tell_what_was_lost() -> None:
+    whole = evaluation()
+    assert whole.retained is not None
+    lost = headlines(plan(), Evaluation(whole.folded, whole.baseline, None, whole.retained))[1]
+    assert lost.unit == "points of accuracy"
+    assert float(lost.answer.replace("−", "-")) == round(100 * whole.retained["average"].difference, 1)
+
+
+# ------------------------------------------------------------------------------------- in a real browser
+
+in_browser = pytest.mark.skipif(
+    EXECUTABLE is None, reason="no chromium or google-chrome on the path to show the page in"
+)
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    with browser() as shown:
+        yield shown
+
+
+def said(page: Page, chart: str) -> str:
+    text: str = page.run(f"document.querySelector('{chart} .readout').textContent")
+    return text
+
+
+@in_browser
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1200, 390])
+def test_it_loads_without_complaint_and_fits(width: int, dark: bool, page: Page, run: Path) -> None:
+    page.complaints.clear()
+    page.requests.clear()
+    page.open(run / REPORT, width=width, dark=dark)
+    assert page.complaints == []
+    assert [request for request in page.requests if not request.startswith("file:")] == []
+    assert len(page.requests) == 1
+    assert page.run("document.documentElement.scrollWidth") <= width
+    assert page.run("document.querySelectorAll('#heatmap rect').length") > 169
+
+
+@in_browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_stands_out(dark: bool, page: Page, run: Path) -> None:
+    """WCAG AA: a contrast of 4.5 between text and what is behind it."""
+    page.open(run / REPORT, dark=dark)
+    worst = page.run(
+        """(() => {
+          const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
+          const light = ([r, g, b]) => [r, g, b].map((c) => c / 255)
+            .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+            .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+          const behind = (e) => { for (; e; e = e.parentElement) {
+            const c = parse(getComputedStyle(e).backgroundColor);
+            if (c.length < 4 || c[3] === 1) return c; } return [255, 255, 255]; };
+          const texts = "h1, h2, h3, p, li, th, td, dt, dd, summary, pre, .cell, .index";
+          const ratios = [...document.querySelectorAll(texts)]
+            .filter((e) => e.textContent.trim() && e.offsetParent)
+            .map((e) => [light(parse(getComputedStyle(e).color)), light(behind(e))].sort((a, b) => b - a))
+            .map(([high, low]) => (high + 0.05) / (low + 0.05));
+          return Math.min(...ratios);
+        })()"""
+    )
+    assert worst >= 4.5
+
+
+@in_browser
+def test_the_heatmap_answers_to_mouse_and_keys(page: Page, run: Path) -> None:
+    page.open(run / REPORT)
+    # The middle of the cell in row 5 and column 3, with the margins of the drawing.
+    box = page.run(
+        "(({width, height}) => [width, height])(document.querySelector('#heatmap svg').getBoundingClientRect())"
+    )
+    size = (min(box[0], 640) - 48) / 13
+    page.point_at("#heatmap svg", (42 + 3.5 * size) / box[0], (6 + 5.5 * size) / box[1])
+    assert said(page, "#heatmap") == f"After block 2 and after block 4: {analysis().cosine[5][3]:.3f}"
+    page.run("document.querySelector('#heatmap svg').focus()")
+    page.press("ArrowRight")
+    assert said(page, "#heatmap") == f"After block 3 and after block 4: {analysis().cosine[5][4]:.3f}"
+    page.press("ArrowDown")
+    page.press("Home")
+    assert said(page, "#heatmap") == f"After the embedding and after block 5: {analysis().cosine[6][0]:.3f}"
+
+
+@in_browser
+def test_the_curves_answer_to_mouse_and_keys(page: Page, run: Path) -> None:
+    page.open(run / REPORT)
+    page.point_at("#curves svg", 0.999)
+    values = analysis().bi
+    assert said(page, "#curves").startswith(f"Block 11: block {values[11]:.3f} · attention {values[11] / 2:.3f}")
+    page.run("document.querySelector('#curves svg').focus()")
+    for _ in range(7):
+        page.press("ArrowLeft")
+    assert said(page, "#curves").startswith(f"Block 4 (removed): block {values[4]:.3f}")
+
+
+@in_browser
+def test_the_strip_is_one_stop_of_the_tab_key_with_arrows_inside(page: Page, run: Path) -> None:
+    page.open(run / REPORT)
+    page.run("document.querySelector('.strip li').focus()")
+    for _ in range(8):
+        page.press("ArrowRight")
+    told = page.run("document.getElementById('strip-readout').textContent")
+    assert told == f"Block 8: shares weights with 7. Block influence {analysis().bi[8]:.3f}."
+    page.press("Tab")
+    assert page.run("document.activeElement.closest('.strip') === null")
+
+
+@in_browser
+def test_gates_answer_to_keys(page: Page, run: Path) -> None:
+    page.open(run / REPORT)
+    page.run("document.querySelector('#gates svg').focus()")
+    page.press("End")
+    trace = plan().origin["report"]["trace"]
+    assert said(page, "#gates") == (
+        f"Step 39. Block 4: kept with probability {trace[39]['keep'][4]:.3f}; in the end removed."
+    )
+
+
+@in_browser
+def test_nothing_moves_for_those_who_want_no_motion(page: Page, run: Path) -> None:
+    page.open(run / REPORT)
+    duration = "getComputedStyle(document.querySelector('.strip .cell')).transitionDuration"
+    moving = page.run(duration)
+    page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-reduced-motion", "value": "reduce"}])
+    assert (moving, page.run(duration)) == ("0.12s", "0s")
