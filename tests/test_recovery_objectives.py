@@ -1,0 +1,112 @@
+"""The objectives of recovery against plain references with full logits and autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, mse_loss
+
+from foldgpt.objectives import (
+    Divergence,
+    DivergenceLoss,
+    Head,
+    cosine_distance,
+    divergence,
+    fused_logit_losses,
+    relative_error,
+)
+from models import tiny_model
+
+ROWS, VOCABULARY = 7, 128
+
+
+def plain_divergence(kind: Divergence, teacher: Tensor, student: Tensor, tau: float, skew: float) -> Tensor:
+    """The summed divergence as one would write it down."""
+    log_p, log_q = (teacher / tau).log_softmax(-1), (student / tau).log_softmax(-1)
+    if kind == "forward":
+        value = kl_div(log_q, log_p, log_target=True, reduction="sum")
+    elif kind == "reverse":
+        value = kl_div(log_p, log_q, log_target=True, reduction="sum")
+    else:
+        mixture = (skew * log_p.exp() + (1 - skew) * log_q.exp()).log()
+        value = kl_div(mixture, log_p, log_target=True, reduction="sum")
+    return value * tau**2
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "skewed"])
+@pytest.mark.parametrize("tau", [1.0, 2.5])
+def test_each_divergence_has_the_value_and_gradient_of_autograd(kind: Divergence, tau: float) -> None:
+    torch.manual_seed(0)
+    teacher, student = torch.randn(2, ROWS, VOCABULARY, dtype=torch.float64) * 3
+    student.requires_grad_()
+    expected = plain_divergence(kind, teacher, student, tau, 0.3)
+    (gradient,) = torch.autograd.grad(expected, student)
+    values, written = DivergenceLoss(kind, tau, 0.3)(teacher.clone(), student.detach().clone())
+    torch.testing.assert_close(values.sum(), expected.detach())
+    torch.testing.assert_close(written, gradient)
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "skewed"])
+def test_certain_models_that_disagree_give_finite_gradients(kind: Divergence) -> None:
+    teacher, student = torch.zeros(2, 1, VOCABULARY)
+    teacher[0, 1], student[0, 2] = 300.0, 300.0
+    values, gradients = DivergenceLoss(kind)(teacher, student)
+    assert bool(values.isfinite().all()) and bool(gradients.isfinite().all())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+def test_the_fused_losses_are_those_of_full_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Soft-capping and factors of the head included, with chunks that do not divide the rows."""
+    monkeypatch.setattr(divergence, "_CHUNK_BYTES", 4 * VOCABULARY * 3)
+    teacher, student = tiny_model(family, seed=0).double(), tiny_model(family, seed=1).double()
+    teacher_head, student_head = Head(teacher), Head(student)
+    # Head gives logits in fp32.
+    states = torch.randn(2, ROWS, 32, dtype=torch.float64)
+    targets = torch.randint(0, VOCABULARY, (ROWS,))
+    hidden = states[1].clone().requires_grad_()
+    logits = student_head.logits(hidden)
+    expected_kl = plain_divergence("reverse", teacher_head.logits(states[0]), logits, 2.0, 0.1)
+    expected_lm = cross_entropy(logits, targets, reduction="sum")
+    (expected_gradient,) = torch.autograd.grad(0.5 * expected_kl + 3 * expected_lm, hidden)
+
+    fresh = states[1].clone().requires_grad_()
+    total, kl, lm = fused_logit_losses(
+        student_head,
+        fresh,
+        targets,
+        teacher_head=teacher_head,
+        teacher_RH=states[0],
+        divergence=DivergenceLoss("reverse", temperature=2.0),
+        divergence_weight=0.5,
+        lm_weight=3,
+    )
+    total.backward()
+    assert float(kl) == pytest.approx(float(expected_kl), rel=1e-5)
+    assert float(lm) == pytest.approx(float(expected_lm), rel=1e-5)
+    assert float(total) == pytest.approx(float(0.5 * expected_kl + 3 * expected_lm), rel=1e-5)
+    torch.testing.assert_close(fresh.grad, expected_gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_no_table_of_all_rows_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head is asked for a chunk at a time, in training as well."""
+    model = tiny_model("llama")
+    head = Head(model)
+    sizes = []
+    logits = head.logits
+    monkeypatch.setattr(divergence, "_CHUNK_BYTES", 4 * VOCABULARY * 2)
+    monkeypatch.setattr(head, "logits", lambda hidden: sizes.append(len(hidden)) or logits(hidden))
+    states = torch.randn(ROWS, 32, requires_grad=True)
+    fused_logit_losses(head, states, torch.zeros(ROWS, dtype=torch.int64), lm_weight=1.0)[0].backward()
+    assert max(sizes) == 2 and sum(sizes) == ROWS
+
+
+def test_hidden_losses_count_each_token_alike() -> None:
+    teacher, student = torch.randn(2, ROWS, 16)
+    expected = torch.stack([mse_loss(s, t) / t.square().mean() for s, t in zip(student, teacher, strict=True)])
+    torch.testing.assert_close(relative_error(teacher, student), expected)
+    scale = torch.logspace(-2, 3, ROWS)[:, None]  # a token of massive activations
+    torch.testing.assert_close(relative_error(teacher * scale, student * scale), expected)
+    cosines = torch.stack([s @ t / (s.norm() * t.norm()) for s, t in zip(student, teacher, strict=True)])
+    torch.testing.assert_close(cosine_distance(teacher, student), 1 - cosines)
+    assert relative_error(teacher.bfloat16(), student.bfloat16()).dtype == torch.float32
