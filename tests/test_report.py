@@ -144,6 +144,19 @@ def test_wrong_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FoldGPTError, match="not valid JSON"):
         build_report(folder)
     assert not (folder / REPORT).exists()
+    with pytest.raises(ArtifactError, match="analysis of 5 blocks and a plan for a model of 12"):
+        build_report(write_run(tmp_path / "mixed", analysis=analysis(5)))
+    (write_run(tmp_path / "odd") / "environment.json").write_text("[]")
+    with pytest.raises(ArtifactError, match="not a description of an environment"):
+        build_report(tmp_path / "odd")
+
+
+@pytest.mark.parametrize(
+    "trace", [None, [], {}, [1], [{"keep": [0.5] * 12}], [{"step": 0, "keep": [0.5]}], [{"step": 0, "keep": None}]]
+)
+def test_an_edited_origin_costs_the_gates_alone(trace: Any, tmp_path: Path) -> None:
+    edited = plan(origin={"selector": "gates", "report": {"trace": trace}})
+    assert data_of(build_report(write_run(tmp_path / "run", plan=edited)).read_text("utf-8"))["gates"] is None
 
 
 def test_it_reads_the_files_that_a_run_writes(tmp_path: Path) -> None:

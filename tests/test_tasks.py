@@ -25,6 +25,9 @@ from foldgpt.errors import FoldGPTError, SourceError, UsageError
 from foldgpt.evaluation import Evaluation, MeasurementError, Subject, evaluate
 from foldgpt.evaluation.tasks import TASKS, Accuracy, TaskScore, load_suite, retained, retained_on_average
 from foldgpt.evaluation.tasks.harness_model import LoadedModel
+from foldgpt.folding import fold_, save_folded, source_model_of
+from foldgpt.plan import FoldPlan, Group
+from foldgpt.sources import load_source
 from models import tiny_model
 from multiple_choice import ITEMS, hits
 from task_data import FILES, HUB, LOCAL, write_task_data
@@ -70,9 +73,10 @@ def test_local_rows_make_the_requests_that_the_harness_makes_of_the_hub_s(task: 
     assert own.config.metric_list == ours.config.metric_list
 
 
-@pytest.mark.parametrize("bos", [False, True])
-def test_equals_a_plain_scorer(bos: bool, data: Path) -> None:
-    source, tokenizer = model(), tiny_tokenizer(VOCABULARY, bos=bos)
+@pytest.mark.parametrize(("family", "bos"), [("llama", False), ("llama", True), ("gemma3", True), ("gpt2", False)])
+def test_equals_a_plain_scorer(family: str, bos: bool, data: Path) -> None:
+    source = tiny_model(family, vocab_size=VOCABULARY, max_position_embeddings=256)
+    tokenizer = tiny_tokenizer(VOCABULARY, bos=bos)
     scores = load_suite(list(TASKS), data_dir=data).measure(source, tokenizer)
     assert list(scores) == list(TASKS)
     for task, score in scores.items():
@@ -100,6 +104,28 @@ def test_log_likelihoods_equal_the_unchanged_harness(data: Path) -> None:
         assert value == pytest.approx(other, rel=1e-5)
         assert greedy == other_greedy
     assert ours.num_truncated == 1
+
+
+def test_a_folded_model_scores_the_same_in_memory_and_from_its_folder(data: Path, tmp_path: Path) -> None:
+    """The harness ties a model's weights anew when it wraps it: sharing must survive that."""
+    folded, tokenizer = model(), tiny_tokenizer(VOCABULARY)
+    made = FoldPlan.create(source_model_of(folded, name="tiny"), removed=[1], groups=[Group(blocks=(2, 3))])
+    fold_(folded, made)
+    save_folded(folded, made, tmp_path / "folded", tokenizer=tokenizer)
+    suite = load_suite(["arc_easy", "boolq"], data_dir=data)
+    num_parameters = sum(parameter.numel() for parameter in folded.parameters())
+    scores = suite.measure(folded, tokenizer)
+    assert sum(parameter.numel() for parameter in folded.parameters()) == num_parameters
+    assert suite.measure(load_source(str(tmp_path / "folded")).model, tokenizer) == scores
+    plain, _ = hits(folded, tokenizer, [ITEMS["arc_easy"](row) for row in LOCAL["arc_easy"]])
+    assert scores["arc_easy"].metrics["acc"].hits == plain
+
+
+def test_output_that_is_not_finite_is_refused(data: Path) -> None:
+    broken = model()
+    torch.nn.init.constant_(broken.model.norm.weight, math.nan)
+    with pytest.raises(MeasurementError, match="not finite"):
+        load_suite(["piqa"], data_dir=data).measure(broken, tiny_tokenizer(VOCABULARY))
 
 
 def test_small_batches_change_nothing(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -150,7 +150,7 @@ def _gates(plan: FoldPlan) -> dict[str, Any] | None:
     """The paths of learned gates: steps, and for each unit its name, its fate and its probability at each step."""
     report = plan.origin.get("report")
     trace = report.get("trace") if isinstance(report, Mapping) else None
-    if plan.origin.get("selector") != "gates" or not trace:
+    if plan.origin.get("selector") != "gates" or not _is_path(trace, plan.source.num_blocks):
         return None
     stride = math.ceil(len(trace) / _MAX_STEPS)
     # The last step is what the decision was made from: it must not fall between two strides.
@@ -172,6 +172,17 @@ def _gates(plan: FoldPlan) -> dict[str, Any] | None:
             for unit in range(num_units)
         ],
     }
+
+
+def _is_path(trace: Any, num_blocks: int) -> TypeGuard[list[dict[str, Any]]]:
+    """Whether this is what the selector reports; a plan's origin is free-form and may have been edited."""
+    if not isinstance(trace, list) or not trace or not all(isinstance(entry, Mapping) for entry in trace):
+        return False
+    keeps = [entry.get("keep") for entry in trace]
+    return all("step" in entry for entry in trace) and all(
+        isinstance(keep, list) and len(keep) in (num_blocks, 2 * num_blocks) and len(keep) == len(keeps[0] or [])
+        for keep in keeps
+    )
 
 
 def _rounded(values: list[float]) -> list[float]:

@@ -24,12 +24,18 @@ class Run:
     recipe: str | None
     """The recipe as it stands in its file, YAML."""
 
+    @property
+    def date(self) -> str | None:
+        """The day of the run, YYYY-MM-DD."""
+        return None if self.environment is None else str(self.environment.get("date") or "")[:10] or None
+
 
 def read_run(folder: Path) -> Run:
     """Read the artefacts of a run folder.
 
     Raises:
-        ArtifactError: there is no such folder, it holds no plan, or an artefact cannot be read.
+        ArtifactError: there is no such folder, it holds no plan, an artefact cannot be read, or plan and analysis
+            are of different models.
         PlanError: the plan is not valid.
     """
     if not folder.is_dir():
@@ -46,10 +52,18 @@ def read_run(folder: Path) -> Run:
         recipe_text = None if recipe is None else recipe.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"cannot read the recipe {recipe}: {error}") from error
-    return Run(
+    run = Run(
         plan=FoldPlan.load(folder / "plan.json"),
         analysis=None if analysis is None else Analysis.from_json_dict(read_json(analysis, "analysis")),
         evaluation=None if evaluation is None else Evaluation.load(evaluation),
         environment=None if environment is None else read_json(environment, "description of the environment"),
         recipe=recipe_text,
     )
+    if run.analysis is not None and run.analysis.num_blocks != run.plan.source.num_blocks:
+        raise ArtifactError(
+            f"{folder} holds an analysis of {run.analysis.num_blocks} blocks and a plan for a model of "
+            f"{run.plan.source.num_blocks}: they are not of one run."
+        )
+    if run.environment is not None and not isinstance(run.environment, dict):
+        raise ArtifactError(f"{environment} is not a description of an environment")
+    return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from foldgpt.evaluation.errors import MeasurementError
 from foldgpt.progress import bar
 
 #: What the logits of one batch may take in fp32, in bytes. A single input may take more: it cannot be split.
@@ -65,7 +67,11 @@ class LoadedModel(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[_Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """For each (texts, context, continuation): log-likelihood in nats, and whether each token is the likeliest."""
+        """For each (texts, context, continuation): log-likelihood in nats, and whether each token is the likeliest.
+
+        Raises:
+            MeasurementError: the model's output is not finite; the harness would take it for an answer.
+        """
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         inputs = self._inputs(requests)
         with bar(self.doing, len(inputs)) as progress:
@@ -74,6 +80,12 @@ class LoadedModel(HFLM):
                     for index, continuation in item.answers:
                         results[index] = _score(logits_KV[-len(continuation) :], continuation)
                 progress.advance(len(batch))
+        num_bad = sum(not math.isfinite(value) for value, _ in results)
+        if num_bad:
+            raise MeasurementError(
+                f"{num_bad} of {len(results)} log-likelihoods are not finite; an accuracy would mean nothing. Load the "
+                "model in float32 (--dtype), or check its weights."
+            )
         return results
 
     def _inputs(self, requests: list[_Request]) -> list[_Input]:

@@ -65,6 +65,9 @@ class Suite:
 
         Returns:
             Task → score, in the order in which the tasks were asked for.
+
+        Raises:
+            MeasurementError: the model's output is not finite.
         """
         from foldgpt.evaluation.tasks.harness_model import LoadedModel
 
