@@ -19,6 +19,7 @@ class Head:
 
     Attributes:
         vocab_size: V.
+        hidden_size: H.
         factor: what the logits are multiplied by (1 in most families).
 
     Raises:
@@ -32,6 +33,7 @@ class Head:
         decoder = decoder_of(model)
         config: Any = decoder.config
         self.vocab_size: int = config.vocab_size
+        self.hidden_size: int = self._output.weight.shape[-1]
         self._cap: float | None = getattr(config, "final_logit_softcapping", None)
         # Granite divides, Cohere multiplies.
         self.factor: float = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)

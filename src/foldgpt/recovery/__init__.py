@@ -1,0 +1,19 @@
+"""Recovery: train a folded model, briefly, to do again what its source does."""
+
+from foldgpt.recovery.errors import DivergenceError
+from foldgpt.recovery.recover import RECOVERY, recover
+from foldgpt.recovery.result import RecoveryResult
+from foldgpt.recovery.settings import RecoverySettings
+from foldgpt.recovery.trainable import make_trainable_, merge_trained_
+from foldgpt.recovery.windows import TrainingWindows
+
+__all__ = [
+    "RECOVERY",
+    "DivergenceError",
+    "RecoveryResult",
+    "RecoverySettings",
+    "TrainingWindows",
+    "make_trainable_",
+    "merge_trained_",
+    "recover",
+]

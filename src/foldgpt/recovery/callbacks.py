@@ -1,0 +1,64 @@
+"""What watches a training: its time, its last step, and what the user sees of it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from foldgpt.progress import note
+
+
+class TimeBudget(TrainerCallback, ExportableState):
+    """Stops after some minutes of training, counted over interruptions. All processes go by the first one's clock.
+
+    Args:
+        minutes: the budget.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.minutes = minutes
+        self.spent = 0.0
+        self.is_over = False
+        self._since = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._since = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        over = torch.tensor(float(self._total() > 60 * self.minutes), device=args.device)
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast(over, src=0)
+        if bool(over):
+            self.is_over = True
+            control.should_training_stop = control.should_evaluate = control.should_save = True
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"args": {"minutes": self.minutes}, "attributes": {"spent": self._total()}}
+
+    def _total(self) -> float:
+        return self.spent + time.monotonic() - self._since
+
+
+class MeasureAtEnd(TrainerCallback):
+    """The last step is measured and saved, whether or not it falls on the usual interval."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+
+
+class Narrator(TrainerCallback):
+    """One line for each measurement on the held-out windows."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            metrics = kwargs["metrics"]
+            parts = ", ".join(
+                f"{name.removeprefix('eval_')} {value:.4f}" for name, value in metrics.items() if name != "epoch"
+            )
+            note(f"step {state.global_step} of {state.max_steps}: held-out {parts}")

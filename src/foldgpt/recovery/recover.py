@@ -1,0 +1,286 @@
+"""The whole recovery: make trainable, train against the teacher, merge, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, TrainingArguments
+
+from foldgpt.artifacts import check_free, write_json
+from foldgpt.errors import UsageError
+from foldgpt.folding import save_folded
+from foldgpt.objectives import Head
+from foldgpt.plan import FoldPlan
+from foldgpt.progress import note, quiet_libraries
+from foldgpt.recovery.callbacks import TimeBudget
+from foldgpt.recovery.distillation import Distillation
+from foldgpt.recovery.result import Ended, RecoveryResult
+from foldgpt.recovery.settings import RecoverySettings
+from foldgpt.recovery.states import aligned_blocks
+from foldgpt.recovery.teacher import CachedStates, Teacher, cache_states, weights_fingerprint
+from foldgpt.recovery.trainable import make_trainable_, merge_trained_
+from foldgpt.recovery.trainer import RecoveryTrainer
+from foldgpt.recovery.windows import TrainingWindows, places_in_documents
+from foldgpt.recovery.work_folder import latest_checkpoint, prepare
+
+#: Beside the checkpoint of the recovered model.
+RECOVERY = "recovery.json"
+
+
+def recover(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    plan: FoldPlan,
+    train: TrainingWindows,
+    held_out: TrainingWindows,
+    settings: RecoverySettings,
+    out: str | Path,
+    *,
+    tokenizer: Any = None,
+    work: str | Path | None = None,
+    teacher_cache: str | Path | None = None,
+    report_to: Sequence[str] = (),
+    replace: bool = False,
+) -> RecoveryResult:
+    """Train a folded model to do again what its source does, and save it, verified.
+
+    The number of training windows is the token budget: each is seen once, in order. Started under `torchrun` or
+    `accelerate launch`, all processes share the work. A recovery that was killed goes on at its last checkpoint when
+    it is called again with the same inputs, and ends in the same result.
+
+    Args:
+        student: the folded model; changed in place. Afterwards it is the recovered one.
+        teacher: the source; None only where no loss compares with it.
+        plan: the plan that the student was folded by.
+        train: training windows.
+        held_out: windows that are never trained on; the state that does best on them is kept.
+        settings: losses, trained parameters, schedule.
+        out: where the recovered model is saved, with `recovery.json` beside it.
+        tokenizer: saved with it.
+        work: folder of the checkpoints while it runs; by default beside `out`. It is removed at the end.
+        teacher_cache: keep the teacher's states on the training windows in this folder, for this and later runs.
+        report_to: loggers as transformers names them: "tensorboard", "wandb", "trackio".
+        replace: replace an existing `out`.
+
+    Raises:
+        UsageError: settings, windows and models do not fit each other.
+        DivergenceError: the training went wrong; the message says where the best state is kept.
+        ArtifactError: `out` exists, `work` holds another recovery, or one of them cannot be written.
+        VerificationError: the saved model does not do what the trained one does.
+    """
+    out = Path(out)
+    check_free(out, replace=replace)
+    work = out.parent / f".{out.name}.recovery" if work is None else Path(work)
+    _check(student, teacher, settings, train, held_out)
+    pairs = aligned_blocks(plan, settings.states_at) if settings.states else []
+    if settings.states and not pairs:
+        raise UsageError("states are to be compared at the cuts, but nothing follows on a removed part of the plan")
+    begun = time.monotonic()
+    device_is_cpu = next(student.parameters()).device.type == "cpu"
+    args, train = _arguments(settings, train, work, cpu=device_is_cpu, report_to=report_to)
+    is_main = args.process_index == 0
+    if is_main:
+        prepare(work, _identity(student, teacher, plan, train, held_out, settings))
+    _wait()
+
+    num_parameters = sum(parameter.numel() for parameter in student.parameters())
+    head = Head(student)
+    taught = None
+    if teacher is not None and settings.needs_teacher:
+        taught = Teacher(teacher.to(args.device), [source for _, source in pairs])
+    cache = _cache(taught, train, teacher_cache, settings, is_main=is_main)
+    num_trained = make_trainable_(student, plan, settings)
+    if settings.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    teacher_head = None if taught is None else taught.head
+    module = Distillation(student, settings, head, teacher_head, [position for position, _ in pairs])
+    budget = None if settings.minutes is None else TimeBudget(settings.minutes)
+    callbacks: list[Any] = [] if budget is None else [budget]
+    if settings.patience is not None:
+        callbacks.append(EarlyStoppingCallback(settings.patience))
+    with quiet_libraries():
+        trainer = RecoveryTrainer(
+            module, args, train=train, held_out=held_out, teacher=taught, cache=cache, callbacks=callbacks
+        )
+        given = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        before = trainer.measure_start()
+        resumed = latest_checkpoint(work)
+        if resumed is not None:
+            note(f"going on at step {resumed.name.partition('-')[2]}")
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    state = trainer.state
+    improved = state.best_metric is not None and state.best_metric < before["loss"]
+    if not improved:
+        note("training made nothing better; the model is saved as it was")
+        _put_back_(module, given)
+    if settings.gradient_checkpointing:
+        student.gradient_checkpointing_disable()  # type: ignore[operator]
+    merge_trained_(student)
+    student.eval()
+    result = RecoveryResult(
+        before=before,
+        after=trainer.measure(),
+        best_step=int(state.best_global_step or 0) if improved else 0,
+        num_steps=state.global_step,
+        num_tokens=state.global_step * settings.batch_size * train.ids_WT.shape[1],
+        ended=_ended(trainer, state),
+        num_trained=num_trained,
+        seconds=round(time.monotonic() - begun, 1),
+        history=state.log_history,
+        settings=dataclasses.asdict(settings),
+    )
+    if is_main:
+        note("saving and verifying the recovered model")
+        save_folded(student, plan, out, tokenizer=tokenizer, expected_parameters=num_parameters, replace=replace)
+        write_json(out / RECOVERY, result.to_json_dict())
+        shutil.rmtree(work, ignore_errors=True)
+    _wait()
+    return result
+
+
+def _check(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    settings: RecoverySettings,
+    train: TrainingWindows,
+    held_out: TrainingWindows,
+) -> None:
+    config: Any = student.config
+    vocabulary = config.get_text_config().vocab_size
+    for name, windows in (("training", train), ("held-out", held_out)):
+        largest = int(windows.ids_WT.max())
+        if largest >= vocabulary or int(windows.ids_WT.min()) < 0:
+            raise UsageError(f"the {name} windows hold the id {largest:,}; the model's vocabulary has {vocabulary:,}")
+    if not settings.needs_teacher:
+        return
+    if teacher is None:
+        raise UsageError("a loss compares with the teacher, and there is none")
+    if teacher is student:
+        raise UsageError("teacher and student are one model in memory; load the teacher by itself")
+    theirs: Any = teacher.config
+    if theirs.get_text_config().vocab_size != vocabulary:
+        raise UsageError(
+            f"the teacher's vocabulary has {theirs.get_text_config().vocab_size:,} entries, the student's "
+            f"{vocabulary:,}; their predictions cannot be compared"
+        )
+
+
+def _identity(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    plan: FoldPlan,
+    train: TrainingWindows,
+    held_out: TrainingWindows,
+    settings: RecoverySettings,
+) -> dict[str, Any]:
+    """All that decides the result."""
+    return {
+        "student": weights_fingerprint(student),
+        "teacher": None if teacher is None else weights_fingerprint(teacher),
+        "plan": plan.to_json_dict(),
+        "train": train.identity(),
+        "held_out": held_out.identity(),
+        "settings": settings.identity(),
+    }
+
+
+def _arguments(
+    settings: RecoverySettings, train: TrainingWindows, work: Path, *, cpu: bool, report_to: Sequence[str]
+) -> tuple[TrainingArguments, TrainingWindows]:
+    """transformers' arguments, and the windows that fill whole steps; the rest is left out."""
+    num_steps = len(train) // settings.batch_size
+    if num_steps < 1:
+        raise UsageError(f"{len(train)} training windows do not fill one step of {settings.batch_size}")
+    every = min(settings.evaluate_every, num_steps)
+    args = TrainingArguments(
+        output_dir=str(work),
+        max_steps=num_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(settings.warmup_ratio * num_steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        per_device_train_batch_size=1,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=list(report_to) or "none",
+        disable_tqdm=True,
+        seed=settings.seed,
+        use_cpu=cpu,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=not cpu,
+    )
+    # One process drives one device; several GPUs are for several processes.
+    args._n_gpu = min(args.n_gpu, 1)
+    share, rest = divmod(settings.batch_size, args.world_size)
+    if rest:
+        raise UsageError(f"a step of {settings.batch_size} windows cannot be divided by {args.world_size} processes")
+    micro = next(size for size in range(min(settings.micro_batch_size, share), 0, -1) if share % size == 0)
+    args.per_device_train_batch_size = micro
+    args.gradient_accumulation_steps = share // micro
+    return args, train.first(num_steps * settings.batch_size)
+
+
+def _cache(
+    teacher: Teacher | None,
+    train: TrainingWindows,
+    folder: str | Path | None,
+    settings: RecoverySettings,
+    *,
+    is_main: bool,
+) -> CachedStates | None:
+    """The file of the teacher's states, made by the first process if it is not there."""
+    if teacher is None or folder is None:
+        return None
+    positions: Tensor | None = None
+    if train.document_end is not None:
+        positions = places_in_documents(train.ids_WT.long(), train.document_end)
+
+    def opened() -> CachedStates:
+        return cache_states(
+            teacher, train.ids_WT, Path(folder), batch_size=settings.micro_batch_size, positions_WT=positions
+        )
+
+    if is_main:
+        opened()
+    _wait()
+    return opened()
+
+
+@torch.no_grad()
+def _put_back_(module: nn.Module, given: dict[str, Tensor]) -> None:
+    for name, parameter in module.named_parameters():
+        if name in given:
+            parameter.copy_(given[name])
+
+
+def _ended(trainer: RecoveryTrainer, state: Any) -> Ended:
+    if state.global_step >= state.max_steps:
+        return "tokens"
+    # Callbacks are made anew when a training is resumed.
+    budgets = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TimeBudget)]
+    return "time" if any(budget.is_over for budget in budgets) else "patience"
+
+
+def _wait() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()

@@ -1,0 +1,107 @@
+"""What a recovery is to do, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from foldgpt.errors import UsageError, did_you_mean
+from foldgpt.objectives import Divergence
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "divergence": ("forward", "reverse", "skewed"),
+    "states_at": ("cuts", "all"),
+    "train_fully": ("none", "cuts"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverySettings:
+    """How the student is trained. Weights of 0 leave a loss out.
+
+    Raises:
+        UsageError: a value that makes no sense; the message names it.
+    """
+
+    kl: float = 1.0
+    """Weight of the divergence of the next-token distributions."""
+    divergence: Divergence = "forward"
+    """Which one: forward, reverse or skewed."""
+    temperature: float = 1.0
+    """What both models' logits are divided by in the divergence."""
+    skew: float = 0.1
+    """Share of the teacher in the mixture of the skewed divergence."""
+    lm: float = 0.0
+    """Weight of the language-modelling loss."""
+    last_error: float = 0.0
+    """Weight of the relative squared error of the last hidden states (after the final norm)."""
+    last_cosine: float = 0.0
+    """Weight of their cosine distance."""
+    states: float = 0.0
+    """Weight of the relative squared error of states between the blocks, aligned by source index."""
+    states_at: Literal["cuts", "all"] = "cuts"
+    """Behind which kept blocks they are compared: those before a cut, or all."""
+    rank: int = 16
+    """Rank of the LoRA terms; 0 for none."""
+    alpha: float | None = None
+    """LoRA's scale is alpha / rank; by default alpha is the rank."""
+    norms: bool = True
+    """Train the scales of the norms, which are private to each position."""
+    train_fully: Literal["none", "cuts"] = "none"
+    """Train the blocks on both sides of each cut in full instead of by LoRA."""
+    learning_rate: float = 1e-3
+    """Highest learning rate; it falls to 0 along a cosine over all tokens."""
+    warmup_ratio: float = 0.05
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    batch_size: int = 8
+    """Windows in one step, over all processes."""
+    micro_batch_size: int = 4
+    """Windows in one forward pass of one process."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, a third more time."""
+    minutes: float | None = None
+    """Stop after this time, also when it was spent before and after an interruption."""
+    evaluate_every: int = 25
+    """Steps between two measurements on the held-out windows; the state is saved each time."""
+    patience: int | None = None
+    """Stop after so many measurements without a better one."""
+    seed: int = 0
+    """Seed of the first LoRA terms and of all that is drawn."""
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise UsageError(f"unknown {name} {value!r}.{did_you_mean(str(value), choices)}")
+        for name in ("kl", "lm", "last_error", "last_cosine", "states", "weight_decay", "rank"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"{name} must be at least 0, not {getattr(self, name)}")
+        for name in ("temperature", "learning_rate", "max_grad_norm", "minutes", "alpha"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} must be more than 0, not {value}")
+        for name in ("batch_size", "micro_batch_size", "evaluate_every", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, not {value}")
+        if not 0 <= self.skew < 1:
+            raise UsageError(f"skew must be at least 0 and below 1, not {self.skew}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise UsageError(f"warmup_ratio must be at least 0 and below 1, not {self.warmup_ratio}")
+        if not (self.kl or self.lm or self.last_error or self.last_cosine):
+            raise UsageError("nothing is asked of the student's output: set kl, lm, last_error or last_cosine")
+        if not (self.rank or self.norms or self.train_fully != "none"):
+            raise UsageError("nothing is trained: set rank, norms or train_fully")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any loss compares with the teacher."""
+        return bool(self.kl or self.last_error or self.last_cosine or self.states)
+
+    def identity(self) -> dict[str, object]:
+        """All that decides the result, as plain values; how long it may take is not part of it."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "minutes"}

@@ -1,0 +1,137 @@
+"""The teacher's hidden states for a batch: computed beside the student's, or read from a file made once."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from foldgpt.artifacts import hash_of
+from foldgpt.errors import ArtifactError
+from foldgpt.objectives import Head
+from foldgpt.progress import bar
+from foldgpt.recovery.states import Body, States
+
+
+class Teacher:
+    """The source model, run without gradients.
+
+    Args:
+        model: the source; its parameters are not changed.
+        behind: source indices of the blocks behind which states are wanted.
+
+    Attributes:
+        head: its head.
+    """
+
+    def __init__(self, model: nn.Module, behind: Sequence[int] = ()) -> None:
+        self.model = model.eval()
+        self.head = Head(model)
+        self.behind = tuple(behind)
+        self._body = Body(model, behind)
+
+    @torch.no_grad()
+    def states(self, ids_BT: Tensor, positions_BT: Tensor | None = None) -> States:
+        """Its states on token ids [B, T]."""
+        return self._body(ids_BT, positions_BT)
+
+
+class CachedStates:
+    """The teacher's states on all training windows, in bf16 in one memory-mapped file.
+
+    Several recoveries from one teacher on the same windows then share one pass. The file takes 2 bytes for each
+    token, channel and kind of state.
+
+    Args:
+        path: the file, as `cache_states` made it.
+        shape: W, S, T, H: windows, states of a window (the last hidden ones first), tokens, channels.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int, int]) -> None:
+        # Numpy has no bf16: the same bits as int16.
+        self._table = np.memmap(path, dtype=np.int16, mode="r", shape=shape)
+
+    def states(self, windows: Tensor, device: torch.device, dtype: torch.dtype) -> States:
+        """States of some windows, by number, in the teacher's format."""
+        rows = torch.from_numpy(self._table[windows.cpu().numpy()]).view(torch.bfloat16).to(device, dtype)
+        last, *between = rows.unbind(1)
+        return States(last, tuple(between))
+
+
+def cache_states(
+    teacher: Teacher, ids_WT: Tensor, folder: Path, *, batch_size: int, positions_WT: Tensor | None = None
+) -> CachedStates:
+    """Open the file of a teacher's states on these windows; make it first if it is not there.
+
+    Args:
+        teacher: the teacher.
+        ids_WT: all training windows.
+        folder: where such files are kept; the name says for which teacher, windows and states it is.
+        batch_size: windows in one forward pass.
+        positions_WT: places in the documents, if they are kept apart.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
+    hidden = teacher.head.hidden_size
+    shape = (len(ids_WT), 1 + len(teacher.behind), ids_WT.shape[1], hidden)
+    parts = [weights_fingerprint(teacher.model), ids_fingerprint(ids_WT), list(teacher.behind), list(shape)]
+    path = folder / f"{hash_of([*parts, positions_WT is not None])[:32]}.states"
+    if not path.is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(teacher, ids_WT, positions_WT, path, shape, batch_size)
+        except OSError as error:
+            raise ArtifactError(f"cannot write {path}: {error.strerror or error}. Nothing was left behind.") from error
+    return CachedStates(path, shape)
+
+
+def _write(
+    teacher: Teacher,
+    ids_WT: Tensor,
+    positions_WT: Tensor | None,
+    path: Path,
+    shape: tuple[int, int, int, int],
+    batch_size: int,
+) -> None:
+    device = next(teacher.model.parameters()).device
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".foldgpt-partial-", delete=False) as file:
+        staging = Path(file.name)
+        try:
+            with bar("the teacher's states", len(ids_WT)) as progress:
+                for start in range(0, len(ids_WT), batch_size):
+                    rows = slice(start, start + batch_size)
+                    places = None if positions_WT is None else positions_WT[rows].to(device)
+                    found = teacher.states(ids_WT[rows].to(device).long(), places)
+                    table = torch.stack([found.last_BTH, *found.between], dim=1).bfloat16().cpu()
+                    file.write(table.contiguous().view(torch.int16).numpy().tobytes())
+                    progress.advance(len(table))
+            file.flush()
+            staging.replace(path)
+        finally:
+            staging.unlink(missing_ok=True)
+
+
+def ids_fingerprint(ids_WT: Tensor) -> str:
+    """SHA-256 (hex) of windows, by their ids and shape."""
+    digest = hashlib.sha256(str(tuple(ids_WT.shape)).encode())
+    for rows in ids_WT.split(4096):
+        digest.update(rows.long().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 (hex) of what tells a model's weights apart: name, shape, format and some values of each."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, len(flat) // 1024)].double().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,94 @@
+"""What is trained of a folded model, and how it becomes ordinary weights again."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from foldgpt.errors import UnsupportedModelError, UsageError
+from foldgpt.families import decoder_of
+from foldgpt.plan import FoldPlan
+from foldgpt.recovery.lora import attach_lora_, merge_lora_
+from foldgpt.recovery.masters import merge_masters_, train_
+from foldgpt.recovery.settings import RecoverySettings
+
+
+def make_trainable_(student: nn.Module, plan: FoldPlan, settings: RecoverySettings) -> int:
+    """Freeze a folded model but for what the settings train, in place.
+
+    LoRA goes on every linear layer of the blocks, once for each set of shared weights. Embeddings and head are left
+    out: they are often one matrix, and are the teacher's own (a LoRA on one of the two would untie them). Experts of
+    a mixture that are held as one parameter stay as they are.
+
+    Args:
+        student: the folded model.
+        plan: the plan it was folded by.
+        settings: what is trained.
+
+    Returns:
+        The number of trainable parameters.
+
+    Raises:
+        UsageError: blocks at the cuts are to be trained, and there is no cut.
+        UnsupportedModelError: the weights are quantised, or nothing in the blocks can be trained.
+    """
+    decoder = decoder_of(student)
+    if any(not parameter.is_floating_point() for parameter in student.parameters()):
+        raise UnsupportedModelError("the model is quantised; recover the plain model, and quantise the result")
+    student.requires_grad_(False)
+    full: list[nn.Module] = []
+    if settings.train_fully == "cuts":
+        beside = blocks_beside_cuts(plan)
+        if not beside:
+            raise UsageError("train_fully is 'cuts', but the plan removes no block between two kept ones")
+        full = [module for position in beside for module in decoder.blocks[position].modules() if _matrices(module)]
+    if settings.rank:
+        taken = {id(module) for module in full}
+        names = [
+            f"{decoder.blocks_path}.{name}"
+            for name, module in decoder.blocks.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D)) and id(module) not in taken
+        ]
+        if names:
+            attach_lora_(student, names, rank=settings.rank, alpha=settings.alpha or settings.rank, seed=settings.seed)
+    train_(full)
+    if settings.norms:
+        train_(_norms(student.get_submodule(decoder.blocks_path.rpartition(".")[0])))
+    count = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    if not count:
+        raise UnsupportedModelError(f"{type(student).__name__} has no linear layer or norm in its blocks to train")
+    return count
+
+
+def merge_trained_(student: nn.Module) -> None:
+    """Turn what was trained into ordinary weights, in place: no parameter more than before `make_trainable_`."""
+    merge_lora_(student)
+    merge_masters_(student)
+    student.requires_grad_(False)
+
+
+def blocks_beside_cuts(plan: FoldPlan) -> list[int]:
+    """Positions of the kept blocks on both sides of each cut; one at the start or the end has only one side."""
+    ends = (-1, *plan.kept, plan.source.num_blocks)
+    beside: set[int] = set()
+    for position, (before, after) in enumerate(itertools.pairwise(ends)):
+        if after > before + 1:
+            beside |= {position - 1, position}
+    return sorted(beside & set(range(len(plan.kept))))
+
+
+def _matrices(module: nn.Module) -> bool:
+    return any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+
+
+def _norms(body: nn.Module) -> Iterator[nn.Module]:
+    """Modules that hold vectors alone; a linear layer's bias is not one."""
+    for module in body.modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            continue
+        own = list(module.parameters(recurse=False))
+        if own and all(parameter.ndim <= 1 and parameter.is_leaf for parameter in own):
+            yield module

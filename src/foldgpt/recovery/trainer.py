@@ -1,0 +1,210 @@
+"""Hugging Face's Trainer, on a student that learns from its teacher.
+
+What is not here comes with it: accelerate, DDP, gradient accumulation, checkpoints, resuming, loggers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import default_collate
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from foldgpt.artifacts import write_json
+from foldgpt.errors import VerificationError
+from foldgpt.recovery.callbacks import MeasureAtEnd, Narrator
+from foldgpt.recovery.distillation import IGNORED, Distillation
+from foldgpt.recovery.errors import DivergenceError
+from foldgpt.recovery.states import States
+from foldgpt.recovery.teacher import CachedStates, Teacher
+from foldgpt.recovery.windows import TrainingWindows
+
+#: Written last into a checkpoint: without it, the process was killed while it saved.
+COMPLETE = "complete.json"
+
+
+class RecoveryTrainer(Trainer):
+    """Trains a `Distillation` on windows in their order.
+
+    Args:
+        module: the student and its losses.
+        args: transformers' training arguments.
+        train: training windows.
+        held_out: windows that are never trained on.
+        teacher: the source; None where nothing is compared with it.
+        cache: the teacher's states on the training windows, if they were computed before.
+        callbacks: further callbacks.
+    """
+
+    control: Any
+
+    def __init__(
+        self,
+        module: Distillation,
+        args: TrainingArguments,
+        *,
+        train: TrainingWindows,
+        held_out: TrainingWindows,
+        teacher: Teacher | None,
+        cache: CachedStates | None = None,
+        callbacks: list[Any] | None = None,
+    ) -> None:
+        super().__init__(
+            model=module,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            data_collator=default_collate,
+            callbacks=[*(callbacks or []), MeasureAtEnd(), Narrator()],
+        )
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        # The loss is a sum divided by the scored tokens of the whole step, over micro-batches and processes.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._loss_shifts_labels = True
+        self._held_out = held_out
+        self._teacher = teacher
+        self._cache = cache
+        self._teacher_on_held_out: dict[int, States] = {}
+        self._start: float | None = None
+        if teacher is not None:
+            teacher.model.to(args.device)
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This process's part of the step's mean loss, times the number of processes, as DDP averages gradients."""
+        num_scored = (inputs["labels"][:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        sums = model(**self._arguments(inputs, self._teacher_states(inputs)))
+        loss = sums["loss"] * self.accelerator.num_processes / num_scored
+        return (loss, sums) if return_outputs else loss
+
+    def _teacher_states(self, inputs: dict[str, Tensor]) -> States | None:
+        if self._teacher is None:
+            return None
+        if self._cache is not None:
+            dtype = next(self._teacher.model.parameters()).dtype
+            return self._cache.states(inputs["window"], inputs["input_ids"].device, dtype)
+        return self._teacher.states(inputs["input_ids"], inputs.get("positions"))
+
+    @staticmethod
+    def _arguments(inputs: dict[str, Tensor], theirs: States | None) -> dict[str, Any]:
+        arguments: dict[str, Any] = {name: value for name, value in inputs.items() if name != "window"}
+        if theirs is not None:
+            arguments |= {"teacher_last": theirs.last_BTH, "teacher_between": theirs.between}
+        return arguments
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        # Gradients are those of all processes by now, so each of them stops here or none.
+        if not bool(torch.isfinite(torch.as_tensor(norm))):
+            raise DivergenceError(
+                f"the gradient is not finite in step {self.state.global_step + 1}; {self._what_is_kept()}"
+            )
+        return norm
+
+    # ------------------------------------------------------------------------------------------------ measuring
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """The mean of each loss on the held-out windows, over all processes."""
+        size, count, rank = self.args.per_device_train_batch_size, self.args.world_size, self.args.process_index
+        module = self.model
+        was_training = module.training
+        module.eval()
+        sums: dict[str, Tensor] = {}
+        num_scored = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        for start in range(rank * size, len(self._held_out), count * size):
+            items = range(start, min(start + size, len(self._held_out)))
+            inputs = self._prepare_inputs(default_collate([self._held_out[item] for item in items]))
+            if self._teacher is not None and start not in self._teacher_on_held_out:
+                self._teacher_on_held_out[start] = self._teacher.states(inputs["input_ids"], inputs.get("positions"))
+            for name, value in module(**self._arguments(inputs, self._teacher_on_held_out.get(start))).items():
+                sums[name] = sums.get(name, 0) + value.double()
+            num_scored += (inputs["labels"][:, 1:] != IGNORED).sum()
+        module.train(was_training)
+        table = torch.stack([num_scored, *sums.values()])
+        if count > 1:
+            table = self.accelerator.reduce(table, "sum")
+        return {name: float(value / table[0]) for name, value in zip(sums, table[1:], strict=True)}
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure, log, and stop if the training has gone wrong.
+
+        Raises:
+            DivergenceError: the held-out loss is not finite, or far above what it was at the start.
+        """
+        metrics = {f"eval_{name}": value for name, value in self.measure().items()}
+        loss = metrics["eval_loss"]
+        start = loss if self._start is None else self._start
+        if not loss <= max(2 * start, start + 1):
+            raise DivergenceError(
+                f"the held-out loss is {loss:.4g} in step {self.state.global_step}, from {start:.4g} at the start; "
+                f"{self._what_is_kept()}"
+            )
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def measure_start(self) -> dict[str, float]:
+        """Measure the student as it is given; what comes later is judged by this.
+
+        Raises:
+            DivergenceError: its loss is not finite.
+        """
+        found = self.measure()
+        if not found["loss"] < float("inf"):
+            raise DivergenceError(f"the held-out loss is {found['loss']} before any training; the model is broken")
+        self._start = found["loss"]
+        return found
+
+    def _what_is_kept(self) -> str:
+        best = self.state.best_model_checkpoint
+        kept = (
+            f"the best state so far (held-out loss {self.state.best_metric:.4g}) is kept in {best}"
+            if best is not None
+            else "no better state than the one at the start was reached"
+        )
+        return f"{kept}. A lower learning rate may help."
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save what is trained, and not the frozen weights, which are the folded model's own."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        state = self.model.state_dict() if state_dict is None else state_dict
+        save_file(
+            {name: value.contiguous() for name, value in state.items() if name in trained}, folder / SAFE_WEIGHTS_NAME
+        )
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Frozen weights are missing in a checkpoint by design; a trained one must not be."""
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        wrong = [*load_result.unexpected_keys, *(trained & set(load_result.missing_keys))]
+        if wrong:
+            raise VerificationError(f"the checkpoint does not fit the student: {', '.join(sorted(wrong)[:3])}")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process saves its own random state
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            write_json(folder / COMPLETE, {"step": self.state.global_step})

@@ -1,0 +1,55 @@
+"""A tiny recovery, in its process or in one of its own: `python recovery_case.py FOLDER [SECTION OVERRIDES]`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foldgpt.folding import fold_, source_model_of
+from foldgpt.plan import FoldPlan, Group
+from foldgpt.recovery import RecoveryResult, RecoverySettings, TrainingWindows, recover
+from models import tiny_model
+
+
+def tiny_windows(num_windows: int, seed: int) -> Tensor:
+    """Random walks over the vocabulary, so that there is something to predict; [windows, 16]."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(3, 120, (num_windows, 1), generator=generator)
+    steps = torch.randint(1, 4, (num_windows, 15), generator=generator)
+    return (torch.cat([start, steps], dim=1).cumsum(1) - 3) % 120 + 3
+
+
+def tiny_pair(family: str = "llama", shared: bool = True, **changes: Any) -> tuple[Any, Any, FoldPlan]:
+    """A folded model, its source and the plan: block 2 removed, and 0 and 4 sharing their weights."""
+    teacher = tiny_model(family, **changes)
+    groups = [Group(blocks=(0, 4))] if shared else []
+    plan = FoldPlan.create(source_model_of(teacher), removed=[2], groups=groups)
+    student = copy.deepcopy(teacher)
+    fold_(student, plan)
+    return student, teacher, plan
+
+
+def tiny_recovery(folder: Path, **changes: Any) -> RecoveryResult:
+    """Recover it into `folder / "recovered"`."""
+    student, teacher, plan = tiny_pair()
+    given = {"batch_size": 4, "micro_batch_size": 2, "evaluate_every": 3, "rank": 4, "learning_rate": 3e-3, **changes}
+    return recover(
+        student,
+        teacher,
+        plan,
+        TrainingWindows(tiny_windows(int(given.pop("windows", 48)), seed=1)),
+        TrainingWindows(tiny_windows(8, seed=2)),
+        RecoverySettings(**given),
+        folder / "recovered",
+    )
+
+
+if __name__ == "__main__":
+    result = tiny_recovery(Path(sys.argv[1]), **json.loads(sys.argv[2] if len(sys.argv) > 2 else "{}"))
+    sys.stdout.write(json.dumps(result.to_json_dict()))

@@ -1,0 +1,183 @@
+"""What is trained, and that merging it changes nothing but where the numbers are kept."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from foldgpt.errors import UsageError
+from foldgpt.folding import fold_, source_model_of
+from foldgpt.modeling.modeling_foldgpt import Borrowed
+from foldgpt.plan import FoldPlan, Group
+from foldgpt.recovery import RecoverySettings, make_trainable_, merge_trained_
+from foldgpt.recovery.lora import LoraLinear
+from foldgpt.recovery.trainable import blocks_beside_cuts
+from models import tiny_model, token_ids
+from recovery_case import tiny_pair
+
+
+def folded(family: str, dtype: torch.dtype = torch.float64, **changes: Any) -> tuple[nn.Module, FoldPlan]:
+    """A tiny folded model with a cut and, where its blocks are of one kind, a shared group."""
+    model = tiny_model(family, **changes).to(dtype)
+    groups = [] if family in ("gemma3", "qwen2") else [Group(blocks=(0, 4))]
+    plan = FoldPlan.create(source_model_of(model), removed=[2], groups=groups)
+    fold_(model, plan)
+    return model, plan
+
+
+def disturb_(model: nn.Module) -> None:
+    """Move all that is trained, as training would."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox", "granite"])
+def test_the_merged_model_is_the_adapted_one(family: str) -> None:
+    model, plan = folded(family)
+    ids = token_ids(model)
+    keys, size = set(model.state_dict()), sum(p.numel() for p in model.parameters())
+    untouched = model(input_ids=ids).logits
+    trained = make_trainable_(model, plan, RecoverySettings(rank=4, train_fully="cuts"))
+    assert trained > 0
+    torch.testing.assert_close(model(input_ids=ids).logits, untouched, rtol=1e-12, atol=1e-12)
+    disturb_(model)
+    adapted = model(input_ids=ids).logits.detach()
+    assert float((adapted - untouched).abs().max()) > 0.1
+    merge_trained_(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, adapted, rtol=1e-10, atol=1e-10)
+    assert set(model.state_dict()) == keys
+    assert sum(p.numel() for p in model.parameters()) == size
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_group_has_one_adapter_that_all_its_positions_use() -> None:
+    student, _, plan = tiny_pair()
+    make_trainable_(student, plan, RecoverySettings(rank=4))
+    owner, borrower = student.model.layers[0].self_attn, student.model.layers[3].self_attn
+    assert isinstance(owner.q_proj, LoraLinear)
+    assert isinstance(borrower.q_proj, Borrowed) and borrower.q_proj.owned is owner.q_proj
+    assert sum(isinstance(m, LoraLinear) for m in student.model.layers[3].modules()) == 0
+    x = torch.randn(3, 32)
+    before = borrower.q_proj(x)
+    disturb_(student)
+    assert float((borrower.q_proj(x) - before).abs().max().detach()) > 0.01
+
+
+def test_merging_by_position_would_be_wrong() -> None:
+    """The trap: where the tied tensor gets each position's term, the result is off."""
+    weight, x = torch.randn(8, 8), torch.randn(4, 8)
+    terms = torch.randn(2, 8, 8)
+    merged_onto_one = weight + terms[0] + terms[1]
+    assert float((x @ merged_onto_one.T - x @ (weight + terms[0]).T).abs().max()) > 0.1
+
+
+def test_products_and_gradients_are_those_of_peft() -> None:
+    layers = nn.ModuleDict({"ours": nn.Linear(12, 7), "theirs": nn.Linear(12, 7)}).double()
+    layers["theirs"].load_state_dict(layers["ours"].state_dict())
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["ours"])
+    config._register_custom_module({nn.Linear: LoraLinear})
+    inject_adapter_in_model(config, layers)
+    inject_adapter_in_model(LoraConfig(r=3, lora_alpha=6, target_modules=["theirs"]), layers)
+    with torch.no_grad():
+        for term in ("lora_A", "lora_B"):
+            values = torch.randn_like(getattr(layers["ours"], term).default.weight)
+            for layer in layers.values():
+                getattr(layer, term).default.weight.copy_(values)
+    results = []
+    torch.manual_seed(0)
+    inputs, outputs = torch.randn(2, 5, 12).double(), torch.randn(2, 5, 7).double()
+    for layer in layers.values():
+        x = inputs.clone().requires_grad_()
+        y = layer(x)
+        wanted = (x, layer.lora_A.default.weight, layer.lora_B.default.weight)
+        results.append([y, *torch.autograd.grad(y, wanted, outputs)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_terms_and_norms_of_a_16_bit_model_are_kept_in_fp32() -> None:
+    """The trap is real: a small update of a bf16 scale is lost."""
+    assert torch.tensor(1.0, dtype=torch.bfloat16) + 1e-3 == 1
+    model, plan = folded("llama", torch.bfloat16)
+    norm = model.model.layers[0].input_layernorm
+    given = norm.weight.detach().clone()
+    make_trainable_(model, plan, RecoverySettings())
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    trained = [p for p in norm.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for _ in range(100):
+            trained[0].add_(1e-3)
+    assert norm.weight.dtype == torch.bfloat16
+    merge_trained_(model)
+    assert norm.weight.dtype == torch.bfloat16 and isinstance(norm.weight, nn.Parameter)
+    torch.testing.assert_close(norm.weight.float(), given.float() + 0.1, rtol=5e-3, atol=5e-3)
+
+
+def test_the_merge_is_rounded_once() -> None:
+    model, plan = folded("llama", torch.bfloat16)
+    make_trainable_(model, plan, RecoverySettings(rank=4))
+    disturb_(model)
+    layer = model.model.layers[1].mlp.down_proj
+    a, b = layer.lora_A.default.weight.detach().double(), layer.lora_B.default.weight.detach().double()
+    expected = (layer.base_layer.weight.detach().double() + b @ a).bfloat16()
+    merge_trained_(model)
+    assert torch.equal(model.model.layers[1].mlp.down_proj.weight, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_embeddings_and_head_are_left_out(family: str) -> None:
+    model, plan = folded(family)
+    given = copy.deepcopy(model.get_output_embeddings().weight.detach())
+    make_trainable_(model, plan, RecoverySettings(train_fully="cuts"))
+    assert not any(p.requires_grad for p in model.get_input_embeddings().parameters())
+    assert not any(p.requires_grad for p in model.get_output_embeddings().parameters())
+    disturb_(model)
+    merge_trained_(model)
+    assert torch.equal(model.get_output_embeddings().weight, given)
+
+
+def test_blocks_on_both_sides_of_each_cut() -> None:
+    source = {"source": source_model_of(tiny_model("llama"))}
+    assert blocks_beside_cuts(FoldPlan.create(**source, removed=[2, 3])) == [1, 2]
+    assert blocks_beside_cuts(FoldPlan.create(**source, removed=[0])) == [0]
+    assert blocks_beside_cuts(FoldPlan.create(**source, removed=[5])) == [4]
+    model = tiny_model("llama")
+    plan = FoldPlan.create(source_model_of(model), removed=[])
+    with pytest.raises(UsageError, match="no block between"):
+        make_trainable_(model, plan, RecoverySettings(train_fully="cuts"))
+
+
+def test_fully_trained_blocks_hold_no_lora() -> None:
+    model, plan = folded("llama", torch.bfloat16)
+    make_trainable_(model, plan, RecoverySettings(rank=4, train_fully="cuts"))
+    for position in (1, 2):
+        block = model.model.layers[position]
+        assert not any(isinstance(module, LoraLinear) for module in block.modules())
+        assert all(p.requires_grad for p in block.parameters())
+    assert any(isinstance(module, LoraLinear) for module in model.model.layers[0].modules())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"divergence": "revers"}, "Did you mean 'reverse'"),
+        ({"kl": 0.0}, "nothing is asked"),
+        ({"rank": 0, "norms": False}, "nothing is trained"),
+        ({"temperature": 0.0}, "temperature must be more than 0"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"skew": 1.0}, "skew"),
+        ({"patience": 0}, "patience"),
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        RecoverySettings(**changes)
