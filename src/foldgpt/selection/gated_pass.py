@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,6 +40,7 @@ def gradient_of_gates(cost: RemovalCost, sample: Sample, gates_N: Tensor) -> tup
     Raises:
         FoldGPTError: the result is not finite.
     """
+    began = time.perf_counter()
     gates_N = gates_N.detach().clone().requires_grad_()
     replay = cost.replay
     total = 0.0
@@ -63,6 +65,7 @@ def gradient_of_gates(cost: RemovalCost, sample: Sample, gates_N: Tensor) -> tup
             loss.backward()
             total += float(loss.detach())
             replay.num_block_calls += 2 * replay.num_blocks * (batch.stop - batch.start) / replay.num_windows
+    cost.seconds += time.perf_counter() - began
     assert gates_N.grad is not None
     if not bool(gates_N.grad.isfinite().all()) or total != total:
         raise FoldGPTError("the gates' gradient is not finite; load the model in float32 or bfloat16 (--dtype)")

@@ -70,7 +70,7 @@ def selection_of(
             "num_windows": cost.replay.num_windows,
             "num_tokens": cost.replay.ids_WT.numel(),
             "num_positions": len(cost.everything.rows_R),
-            "seconds": round(cost.seconds, 2),
+            "seconds": round(cost.seconds, 3),
             "forward_equivalents": round(cost.forward_equivalents, 2),
             **report,
         },

@@ -112,7 +112,7 @@ class _Search:
         )
         # An interrupted search has been paid for as well.
         report = dict(selection.report)
-        report["seconds"] = round(report["seconds"] + self._seconds_before, 2)
+        report["seconds"] = round(report["seconds"] + self._seconds_before, 3)
         report["forward_equivalents"] = round(report["forward_equivalents"] + self._spent_before, 2)
         return replace(selection, report=report)
 
