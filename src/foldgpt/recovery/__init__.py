@@ -1,6 +1,8 @@
 """Recovery: train a folded model, briefly, to do again what its source does."""
 
+from foldgpt.recovery.chat import chat_windows
 from foldgpt.recovery.errors import DivergenceError
+from foldgpt.recovery.packing import packed_windows
 from foldgpt.recovery.recover import RECOVERY, recover
 from foldgpt.recovery.result import RecoveryResult
 from foldgpt.recovery.settings import RecoverySettings
@@ -13,7 +15,9 @@ __all__ = [
     "RecoveryResult",
     "RecoverySettings",
     "TrainingWindows",
+    "chat_windows",
     "make_trainable_",
     "merge_trained_",
+    "packed_windows",
     "recover",
 ]

@@ -99,7 +99,7 @@ def recover(
     cache = _cache(taught, train, teacher_cache, settings, is_main=is_main)
     num_trained = make_trainable_(student, plan, settings)
     if settings.gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        _checkpointing_(student, True)
     teacher_head = None if taught is None else taught.head
     module = Distillation(student, settings, head, teacher_head, [position for position, _ in pairs])
     budget = None if settings.minutes is None else TimeBudget(settings.minutes)
@@ -122,7 +122,7 @@ def recover(
         note("training made nothing better; the model is saved as it was")
         _put_back_(module, given)
     if settings.gradient_checkpointing:
-        student.gradient_checkpointing_disable()  # type: ignore[operator]
+        _checkpointing_(student, False)
     merge_trained_(student)
     student.eval()
     result = RecoveryResult(
@@ -271,6 +271,15 @@ def _put_back_(module: nn.Module, given: dict[str, Tensor]) -> None:
     for name, parameter in module.named_parameters():
         if name in given:
             parameter.copy_(given[name])
+
+
+def _checkpointing_(student: Any, on: bool) -> None:
+    """Switch gradient checkpointing; transformers 5.24 calls it activation checkpointing."""
+    name = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(student, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(student, f"{name}_checkpointing_disable")()
 
 
 def _ended(trainer: RecoveryTrainer, state: Any) -> Ended:

@@ -1,0 +1,147 @@
+"""Text to training windows through a file on disk, so that neither the text nor its tokens need fit in memory."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from foldgpt.artifacts import hash_of, read_json, write_json
+from foldgpt.corpus import read_documents
+from foldgpt.errors import ArtifactError, SourceError, UsageError
+from foldgpt.progress import bar
+from foldgpt.recovery.windows import TrainingWindows
+
+#: Documents read ahead, of which each next one is drawn.
+_READ_AHEAD = 1024
+
+
+def packed_windows(
+    specs: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    context: int,
+    num_tokens: int,
+    num_held_out: int,
+    seed: int = 0,
+    separate_documents: bool = False,
+) -> tuple[TrainingWindows, TrainingWindows]:
+    """Windows to train on and, from other documents, windows to judge by.
+
+    The held-out windows are filled first. Documents come from the texts in turn, each drawn from 1,024 that were read
+    ahead, are tokenised without special tokens, each followed by EOS, and packed. The ids lie in one file, which a
+    later call with the same inputs finds again; texts are read only as far as needed.
+
+    Args:
+        specs: texts, as in `read_documents`.
+        tokenizer: the model's tokenizer.
+        folder: where the file is kept.
+        context: tokens in a window.
+        num_tokens: ids to train on; `num_tokens // context` windows are made.
+        num_held_out: ids to judge by, likewise.
+        seed: seed of the order.
+        separate_documents: a token sees only its own document. Otherwise it sees all that stands before it in its
+            window, EOS between documents, as in most pre-training.
+
+    Returns:
+        Training and held-out windows, memory-mapped.
+
+    Raises:
+        SourceError: a text cannot be read, or the texts together are too short.
+        UsageError: a number that makes no sense, or documents are to be kept apart without an EOS token.
+        ArtifactError: the file cannot be written.
+    """
+    counts = (num_held_out // context, num_tokens // context)
+    if context < 2 or min(counts) < 1:
+        raise UsageError(
+            f"{num_tokens:,} tokens to train on and {num_held_out:,} held out do not fill a window of {context:,} each"
+        )
+    end: Any = tokenizer.eos_token_id
+    if separate_documents and end is None:
+        raise UsageError("the tokenizer has no EOS token by which documents could be kept apart")
+    protocol = {
+        "texts": list(specs),
+        "tokenizer": hash_of([len(tokenizer), tokenizer.convert_ids_to_tokens(list(range(0, len(tokenizer), 97)))]),
+        "context": context,
+        "windows": list(counts),
+        "seed": seed,
+    }
+    path = Path(folder) / f"{hash_of(protocol)[:32]}.ids"
+    shape = (sum(counts), context)
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(specs, tokenizer, path, shape, seed)
+        except OSError as error:
+            raise ArtifactError(f"cannot write {path}: {error.strerror or error}. Nothing was left behind.") from error
+        write_json(path.with_suffix(".json"), protocol)
+    elif read_json(path.with_suffix(".json"), "protocol of the windows") != protocol:
+        raise ArtifactError(f"{path} does not hold what its name says; remove it")
+    # mode "c": torch wants writable memory, and nothing is ever written back.
+    ids_WT: Tensor = torch.from_numpy(np.memmap(path, dtype=np.int32, mode="c", shape=shape))
+    document_end = end if separate_documents else None
+    held_out = TrainingWindows(ids_WT[: counts[0]], document_end=document_end)
+    return TrainingWindows(ids_WT[counts[0] :], document_end=document_end), held_out
+
+
+def _write(
+    specs: Sequence[str], tokenizer: PreTrainedTokenizerBase, path: Path, shape: tuple[int, int], seed: int
+) -> None:
+    num_windows, context = shape
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".foldgpt-partial-", delete=False) as file:
+        staging = Path(file.name)
+        try:
+            tokens: list[int] = []
+            written = 0
+            with bar("reading text", num_windows) as progress:
+                for document in _mixed(specs, random.Random(seed)):
+                    tokens += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+                    tokens += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+                    full = min(len(tokens) // context, num_windows - written)
+                    file.write(np.asarray(tokens[: full * context], dtype=np.int32).tobytes())
+                    del tokens[: full * context]
+                    written += full
+                    progress.advance(full)
+                    if written == num_windows:
+                        break
+            if written < num_windows:
+                raise SourceError(
+                    f"{', '.join(specs)}: too short: {written * context + len(tokens):,} tokens, and "
+                    f"{num_windows * context:,} are asked for"
+                )
+            file.flush()
+            staging.replace(path)
+        finally:
+            staging.unlink(missing_ok=True)
+
+
+def _mixed(specs: Sequence[str], order: random.Random) -> Iterator[str]:
+    """Documents of the texts in turn, in a seeded order; a text that ends leaves its turns to the others."""
+    texts = [_drawn(read_documents([spec]), order) for spec in specs]
+    while texts:
+        for text in list(texts):
+            document = next(text, None)
+            if document is None:
+                texts.remove(text)
+            else:
+                yield document
+
+
+def _drawn(documents: Iterator[str], order: random.Random) -> Iterator[str]:
+    buffer: list[str] = []
+    for document in documents:
+        buffer.append(document)
+        if len(buffer) == _READ_AHEAD:
+            index = order.randrange(len(buffer))
+            buffer[index], buffer[-1] = buffer[-1], buffer[index]
+            yield buffer.pop()
+    order.shuffle(buffer)
+    yield from buffer

@@ -1,0 +1,329 @@
+"""Recovery as a whole, on tiny models: it helps, resumes, keeps the best state, and shares its work among processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from foldgpt.artifacts import read_json
+from foldgpt.errors import ArtifactError, UsageError
+from foldgpt.objectives import Head, cosine_distance, cross_entropy, forward_kl, relative_error
+from foldgpt.plan import FoldPlan
+from foldgpt.recovery import DivergenceError, RecoverySettings, TrainingWindows, recover
+from foldgpt.recovery.distillation import Distillation
+from foldgpt.recovery.states import Body, aligned_blocks
+from foldgpt.recovery.teacher import Teacher, cache_states
+from foldgpt.recovery.trainer import RecoveryTrainer
+from foldgpt.recovery.windows import places_in_documents
+from models import tiny_model
+from recovery_case import tiny_pair, tiny_recovery, tiny_windows
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The order of sums, and so the last bit, depends on the number of threads."""
+    given = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(given)
+
+
+def step_losses(history: list[dict[str, float]]) -> dict[int, float]:
+    """Step → training loss."""
+    return {int(row["step"]): row["loss"] for row in history if "loss" in row}
+
+
+def command(folder: Path, changes: dict[str, Any], *launcher: str) -> list[str]:
+    return [sys.executable, *launcher, str(HERE / "recovery_case.py"), str(folder), json.dumps(changes)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
+
+
+def run(folder: Path, changes: dict[str, Any], *launcher: str) -> dict[str, Any]:
+    """A tiny recovery in a process of its own; its result."""
+    done = subprocess.run(
+        command(folder, changes, *launcher), env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = read_json(folder / "recovered" / "recovery.json")
+    return found
+
+
+def test_recovery_brings_the_student_nearer_and_saves_what_it_measured(tmp_path: Path) -> None:
+    result = tiny_recovery(tmp_path, windows=96)
+    assert result.after["loss"] < 0.97 * result.before["loss"]
+    assert result.num_steps == 24 and result.num_tokens == 96 * 16 and result.ended == "tokens"
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered")
+    student, teacher, _ = tiny_pair()
+    assert sum(p.numel() for p in saved.parameters()) == sum(p.numel() for p in student.parameters())
+    ids = tiny_windows(8, seed=2)
+    head = Head(teacher)
+    hidden = [Body(model)(ids).last_BTH[:, :-1].flatten(0, 1).detach() for model in (teacher, saved)]
+    kl = float(forward_kl(head, *hidden).mean())
+    assert kl == pytest.approx(result.after["kl"], rel=1e-4)
+    assert read_json(tmp_path / "recovered" / "recovery.json") == result.to_json_dict()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["recovered"]
+
+
+def test_the_losses_are_those_of_their_definitions() -> None:
+    """Each by itself on the scored positions, from full passes of both models."""
+    student, teacher, plan = tiny_pair()
+    settings = RecoverySettings(kl=0.5, lm=0.25, last_error=2.0, last_cosine=3.0, states=4.0, states_at="all")
+    pairs = aligned_blocks(plan, "all")
+    head, taught = Head(student), Teacher(teacher, [source for _, source in pairs])
+    module = Distillation(student, settings, head, taught.head, [position for position, _ in pairs])
+    ids = tiny_windows(3, seed=4)
+    labels = ids.clone()
+    labels[:, 5:9] = -100
+    theirs, ours = taught.states(ids), Body(student, [position for position, _ in pairs])(ids)
+    found = module(ids, labels, None, theirs.last_BTH, theirs.between)
+
+    scored = labels[:, 1:] != -100
+    assert int(scored.sum()) == 3 * (15 - 4)
+
+    def rows(states: torch.Tensor) -> torch.Tensor:
+        return states[:, :-1][scored].detach()
+
+    expected = {
+        "kl": forward_kl(taught.head, rows(theirs.last_BTH), rows(ours.last_BTH), student_head=head).sum(),
+        "lm": cross_entropy(head, rows(ours.last_BTH), ids[:, 1:][scored]).sum(),
+        "last_error": relative_error(rows(theirs.last_BTH), rows(ours.last_BTH)).sum(),
+        "last_cosine": cosine_distance(rows(theirs.last_BTH), rows(ours.last_BTH)).sum(),
+        "states": sum(relative_error(rows(t), rows(s)).sum() for t, s in zip(theirs.between, ours.between, strict=True))
+        / len(pairs),
+    }
+    for name, value in expected.items():
+        assert float(found[name].detach()) == pytest.approx(float(value), rel=1e-4), name
+    total = sum(getattr(settings, name) * float(value) for name, value in expected.items())
+    assert float(found["loss"].detach()) == pytest.approx(total, rel=1e-4)
+
+
+def test_states_are_aligned_by_source_index() -> None:
+    """Removed blocks 1 and 4 of 6: what leaves block 0 answers to what leaves 1, and 3 to 4."""
+    plan = FoldPlan.create(tiny_pair()[2].source, removed=[1, 4])
+    assert aligned_blocks(plan, "all") == [(0, 1), (1, 2), (2, 4), (3, 5)]
+    assert aligned_blocks(plan, "cuts") == [(0, 1), (2, 4)]
+    without = FoldPlan.create(plan.source, removed=[1], removed_mlp=[3])
+    assert aligned_blocks(without, "cuts") == [(0, 1), (2, 3)]
+
+
+def test_a_student_that_lost_nothing_has_no_loss(tmp_path: Path) -> None:
+    student = tiny_model("llama")
+    plan = FoldPlan.create(tiny_pair()[2].source)
+    teacher = tiny_model("llama")
+    taught = Teacher(teacher, [source for _, source in aligned_blocks(plan, "all")])
+    settings = RecoverySettings(last_error=1.0, states=1.0, states_at="all")
+    module = Distillation(student, settings, Head(student), taught.head, range(6))
+    ids = tiny_windows(2, seed=0)
+    theirs = taught.states(ids)
+    assert abs(float(module(ids, ids, None, theirs.last_BTH, theirs.between)["loss"].detach())) < 1e-5
+
+
+def test_killed_at_any_moment_it_ends_in_the_same_result(tmp_path: Path, one_thread: None) -> None:
+    """SIGKILL; losses and saved weights equal those of an undisturbed run bit by bit."""
+    changes = {"windows": 120, "evaluate_every": 4, "patience": 50}
+    whole = tiny_recovery(tmp_path / "whole", **changes)
+    folder = tmp_path / "killed"
+    work = folder / ".recovered.recovery"
+    process = subprocess.Popen(
+        command(folder, changes), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (work / "checkpoint-8" / "complete.json").is_file():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "recovered").exists()
+    (work / "checkpoint-999").mkdir()  # as if it had been killed while it saved
+    resumed = run(folder, changes)
+    assert step_losses(resumed["history"]) == step_losses(whole.history)
+    assert resumed["after"] == whole.after and resumed["best_step"] == whole.best_step
+    first, second = ((tmp_path / name / "recovered" / "model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert first == second
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
+    one = tiny_recovery(tmp_path / "one")
+    two = run(tmp_path / "two", {}, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    assert step_losses(one.history).keys() == step_losses(two["history"]).keys()
+    for step, loss in step_losses(one.history).items():
+        assert step_losses(two["history"])[step] == pytest.approx(loss, rel=1e-5)
+    assert two["after"]["loss"] == pytest.approx(one.after["loss"], rel=1e-5)
+
+
+def test_micro_batches_do_not_change_the_step_even_where_masks_differ(tmp_path: Path) -> None:
+    """The mean is over the scored tokens of the step, not over micro-batches."""
+    scored = torch.ones(8, 16, dtype=torch.bool)
+    scored[0, 2:] = False
+    scored[3, 8:] = False
+    losses = []
+    for size in (1, 4):
+        student, teacher, plan = tiny_pair()
+        result = recover(
+            student,
+            teacher,
+            plan,
+            TrainingWindows(tiny_windows(8, seed=1), scored),
+            TrainingWindows(tiny_windows(4, seed=2)),
+            RecoverySettings(batch_size=4, micro_batch_size=size, rank=2),
+            tmp_path / str(size),
+        )
+        losses.append(list(step_losses(result.history).values()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_an_unfinished_recovery_is_not_taken_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecoveryTrainer, "_clip_grad_norm", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_recovery(tmp_path)
+    with pytest.raises(ArtifactError, match=r"other inputs \(settings\)"):
+        tiny_recovery(tmp_path, seed=5)
+    with pytest.raises(ArtifactError, match=r"other inputs \(train\)"):
+        tiny_recovery(tmp_path, windows=96)
+    assert tiny_recovery(tmp_path).num_steps == 12
+
+
+def test_nan_stops_with_the_last_good_state_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = RecoveryTrainer.compute_loss
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 7 else loss
+
+    monkeypatch.setattr(RecoveryTrainer, "compute_loss", broken)
+    with pytest.raises(DivergenceError, match=r"not finite in step 8; the best state so far .* is kept in") as caught:
+        tiny_recovery(tmp_path)
+    kept = Path(str(caught.value).partition("kept in ")[2].partition(". A lower")[0])
+    assert (kept / "model.safetensors").is_file()
+    assert not (tmp_path / "recovered").exists()
+
+
+def test_divergence_stops_it(tmp_path: Path) -> None:
+    with pytest.raises(DivergenceError, match="held-out loss is"):
+        tiny_recovery(tmp_path, learning_rate=3.0, warmup_ratio=0.0, evaluate_every=1)
+
+
+def test_what_makes_nothing_better_leaves_the_student_as_it_was(tmp_path: Path) -> None:
+    result = tiny_recovery(tmp_path, learning_rate=0.2, warmup_ratio=0.0, windows=8, evaluate_every=1)
+    student, _, _ = tiny_pair()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered")
+    assert result.best_step == 0 and result.after == pytest.approx(result.before)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), saved.parameters(), strict=True))
+
+
+def test_the_best_state_is_kept_and_patience_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = iter([1.0, 0.5, 0.7, 0.8, 0.9, 0.55])  # the start, four measurements, and the merged model
+
+    def measure(self: Any) -> dict[str, float]:
+        return {"loss": next(measured)}
+
+    monkeypatch.setattr(RecoveryTrainer, "measure", measure)
+    result = tiny_recovery(tmp_path, patience=2, windows=96)
+    assert result.best_step == 3 and result.num_steps == 9 and result.ended == "patience"
+
+
+def test_the_time_ends_it_and_what_was_reached_is_saved(tmp_path: Path) -> None:
+    result = tiny_recovery(tmp_path, minutes=1e-6)
+    assert result.ended == "time" and result.num_steps == 1
+    assert (tmp_path / "recovered" / "config.json").is_file()
+
+
+def test_the_teacher_may_be_read_from_a_file(tmp_path: Path) -> None:
+    results = []
+    for name in ("fresh", "first", "second"):
+        student, teacher, plan = tiny_pair()
+        cache = None if name == "fresh" else tmp_path / "cache"
+        results.append(
+            recover(
+                student,
+                teacher,
+                plan,
+                TrainingWindows(tiny_windows(8, seed=1)),
+                TrainingWindows(tiny_windows(4, seed=2)),
+                RecoverySettings(batch_size=4, rank=2, states=1.0),
+                tmp_path / name,
+                teacher_cache=cache,
+            )
+        )
+    fresh, first, second = (list(step_losses(result.history).values()) for result in results)
+    assert first == second
+    assert first == pytest.approx(fresh, rel=2e-2)  # bf16
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_the_cache_is_of_one_teacher_and_one_text(tmp_path: Path) -> None:
+    ids = tiny_windows(4, seed=1)
+    models = [tiny_model("llama", seed=seed) for seed in (0, 1)]
+    for model, windows in ((models[0], ids), (models[1], ids), (models[0], tiny_windows(4, seed=2)), (models[0], ids)):
+        teacher = Teacher(model)
+        table = cache_states(teacher, windows, tmp_path, batch_size=2)
+        rows = table.states(torch.tensor([3, 1]), torch.device("cpu"), torch.float32).last_BTH
+        torch.testing.assert_close(rows, teacher.states(windows[[3, 1]]).last_BTH, rtol=1e-2, atol=1e-2)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_documents_are_kept_apart_where_asked(tmp_path: Path) -> None:
+    end = 2
+    ids = tiny_windows(2, seed=3)
+    ids[:, 6] = end
+    places = places_in_documents(ids, end)
+    assert places[0].tolist() == [*range(7), *range(9)]
+    body = Body(tiny_model("llama"))
+    apart = body(ids, places).last_BTH
+    alone = body(ids[:, 7:]).last_BTH
+    torch.testing.assert_close(apart[:, 7:], alone, rtol=1e-4, atol=1e-4)
+    mixed = body(ids).last_BTH
+    assert float((mixed[:, 7:] - alone).abs().max().detach()) > 0.05
+
+
+def test_gradient_checkpointing_changes_no_loss(tmp_path: Path) -> None:
+    plain = tiny_recovery(tmp_path / "plain", windows=8)
+    saving = tiny_recovery(tmp_path / "saving", windows=8, gradient_checkpointing=True)
+    assert list(step_losses(saving.history).values()) == pytest.approx(list(step_losses(plain.history).values()))
+
+
+@pytest.mark.parametrize("what", ["vocabulary", "same model", "no teacher", "too few", "ids", "mask"])
+def test_inputs_that_do_not_fit_are_refused(tmp_path: Path, what: str) -> None:
+    student, teacher, plan = tiny_pair()
+    windows, held_out = tiny_windows(8, seed=1), TrainingWindows(tiny_windows(4, seed=2))
+    expected = {
+        "vocabulary": "vocabulary has 130 entries",
+        "same model": "one model in memory",
+        "no teacher": "there is none",
+        "too few": "do not fill one step",
+        "ids": "hold the id 400",
+        "mask": "nothing to predict",
+    }[what]
+    if what == "vocabulary":
+        teacher = tiny_model("llama", vocab_size=130)
+    elif what == "same model":
+        teacher = student
+    elif what == "no teacher":
+        teacher = None
+    elif what == "ids":
+        windows[0, 0] = 400
+    settings = RecoverySettings(batch_size=100 if what == "too few" else 4)
+    with pytest.raises(UsageError, match=expected):
+        scored = torch.zeros_like(windows, dtype=torch.bool) if what == "mask" else None
+        recover(student, teacher, plan, TrainingWindows(windows, scored), held_out, settings, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

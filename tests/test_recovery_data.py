@@ -1,0 +1,98 @@
+"""Where training windows come from: packed text on disk, and chats with the loss on replies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from foldgpt.errors import SourceError, UsageError
+from foldgpt.recovery.chat import chat_windows
+from foldgpt.recovery.packing import packed_windows
+from tiny import EOS_ID, tiny_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def documents(folder: Path, name: str, words: list[str]) -> str:
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps({"text": word}) + "\n" for word in words))
+    return str(path)
+
+
+def test_windows_hold_whole_documents_in_a_seeded_order_and_are_found_again(tmp_path: Path) -> None:
+    words = [f"word{i:03d}" for i in range(60)]
+    text, tokenizer = documents(tmp_path, "a", words), tiny_tokenizer(300)
+
+    def read(seed: int) -> list[str]:
+        train, held_out = packed_windows(
+            [text], tokenizer, tmp_path / "ids", context=16, num_tokens=256, num_held_out=64, seed=seed
+        )
+        assert train.ids_WT.shape == (16, 16) and held_out.ids_WT.shape == (4, 16)
+        ids = torch.cat([held_out.ids_WT, train.ids_WT]).flatten()
+        return tokenizer.decode(ids).split("<eos>")[:-1]
+
+    first = read(0)
+    assert len(set(first)) == len(first) == 40 and set(first) <= set(words)
+    assert first != words[:40]
+    files = set((tmp_path / "ids").iterdir())
+    Path(text).unlink()  # the text is not read again
+    assert read(0) == first and set((tmp_path / "ids").iterdir()) == files
+    documents(tmp_path, "a", words)
+    assert read(1) != first
+
+
+def test_texts_take_turns(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(300)
+    texts = [documents(tmp_path, name, [f"{name}{i:06d}" for i in range(30)]) for name in ("a", "b")]
+    train, held_out = packed_windows(texts, tokenizer, tmp_path / "ids", context=16, num_tokens=128, num_held_out=16)
+    ids = torch.cat([held_out.ids_WT, train.ids_WT]).flatten()
+    assert [word[0] for word in tokenizer.decode(ids).split("<eos>")[:-1]] == ["a", "b"] * 9
+
+
+def test_a_text_that_is_too_short_leaves_nothing(tmp_path: Path) -> None:
+    text = documents(tmp_path, "a", ["short"])
+    with pytest.raises(SourceError, match="6 tokens, and 48 are asked for"):
+        packed_windows([text], tiny_tokenizer(300), tmp_path / "ids", context=16, num_tokens=32, num_held_out=16)
+    assert not list((tmp_path / "ids").iterdir())
+    with pytest.raises(UsageError, match="do not fill a window"):
+        packed_windows([text], tiny_tokenizer(300), tmp_path / "ids", context=16, num_tokens=32, num_held_out=0)
+
+
+def test_the_loss_is_on_replies_alone() -> None:
+    tokenizer = tiny_tokenizer(300)
+    tokenizer.chat_template = TEMPLATE
+    chat = [
+        {"role": "user", "content": "ask"},
+        {"role": "assistant", "content": "reply"},
+        {"role": "user", "content": "more"},
+        {"role": "assistant", "content": "end"},
+    ]
+    windows = chat_windows([chat, chat[:2]], tokenizer, context=64, num_windows=2)
+    assert windows.scored_WT is not None
+    said = [tokenizer.decode(ids[mask]) for ids, mask in zip(windows.ids_WT, windows.scored_WT, strict=True)]
+    assert said == ["reply<eos>end<eos>", "reply<eos>"]
+    assert int(windows.ids_WT[1, -1]) == EOS_ID
+    labels = windows[1]["labels"]
+    assert int((labels != -100).sum()) == len("reply") + 1
+
+
+def test_chats_without_replies_and_templates_that_look_ahead_are_refused() -> None:
+    tokenizer = tiny_tokenizer(300)
+    tokenizer.chat_template = TEMPLATE
+    asked = [{"role": "user", "content": "ask"}]
+    with pytest.raises(UsageError, match="no token of these chats"):
+        chat_windows([asked], tokenizer, context=32, num_windows=1)
+    with pytest.raises(UsageError, match="1 chats, and 2"):
+        chat_windows([asked], tokenizer, context=32, num_windows=2)
+    tokenizer.chat_template = "{{ messages|length }}" + TEMPLATE
+    with pytest.raises(UsageError, match="differently when others follow"):
+        chat_windows([[*asked, {"role": "assistant", "content": "a"}, *asked]], tokenizer, context=32, num_windows=1)
+    tokenizer.chat_template = None
+    with pytest.raises(UsageError, match="no chat template"):
+        chat_windows([asked], tokenizer, context=32, num_windows=1)
