@@ -18,8 +18,8 @@ from foldgpt.progress import bar
 
 #: What the logits of one batch may take in fp32, in bytes. A single input may take more: it cannot be split.
 _LOGIT_BYTES = 256 * 2**20
-#: Enough tokens to keep the matrix products busy; more only costs memory.
-_BATCH_TOKENS = 4096
+#: Enough tokens to keep the matrix products busy; more only costs memory, and padding of shorter inputs.
+_BATCH_TOKENS = 2048
 
 _Request = tuple[tuple[str, str], list[int], list[int]]
 
