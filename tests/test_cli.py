@@ -92,7 +92,19 @@ def test_plan_measures_by_itself_and_knows_its_groups(model: Path, text: Path, t
 
 def test_selectors_that_look_at_nothing_measure_nothing(model: Path, tmp_path: Path) -> None:
     made = foldgpt(
-        "plan", model, "--text", "no-such.txt", "--select", "last", "--remove", 2, "--out", tmp_path / "p", "-q"
+        "plan",
+        model,
+        "--text",
+        "no-such.txt",
+        "--select",
+        "last",
+        "--remove",
+        2,
+        "--compensate",
+        "none",
+        "--out",
+        tmp_path / "p",
+        "-q",
     )
     assert made.exit_code == 0, made.output
     assert FoldPlan.load(tmp_path / "p").removed == (4, 5)
@@ -105,7 +117,7 @@ def test_run_takes_a_recipe_and_flags(model: Path, text: Path, tmp_path: Path) -
     assert made.exit_code == 0, made.output
     assert Recipe.load(out / "recipe.yaml").select.remove == 1
     lines = made.stdout.splitlines()
-    assert lines[-1] == str(out / "figures" / "similarity.png")
+    assert lines[-1] == str(out / "report.html")
     shown = foldgpt("show", out)
     assert "perplexity" in shown.stdout and "6 → 5 blocks" in shown.stdout
     again = foldgpt("run", tmp_path / "recipe.yaml", "--out", out, "--quiet")

@@ -21,7 +21,7 @@ from foldgpt.recipe import Recipe
 from foldgpt.run_folder import open_run
 from run_inputs import tiny_recipe, tiny_source, tiny_text
 
-STAGES = ["analysis", "plan", "fold", "evaluation", "figures"]
+STAGES = ["analysis", "plan", "fold", "evaluation", "figures", "report"]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,7 @@ def stages_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "fold": "make_folded",
         "evaluation": "make_evaluation",
         "figures": "draw",
+        "report": "build_report",
     }
     for stage, name in makers.items():
         maker = getattr(pipeline, name)
@@ -68,6 +69,7 @@ def test_a_run_leaves_all_artefacts(recipe: Recipe, tmp_path: Path) -> None:
         "folded",
         "plan.json",
         "recipe.yaml",
+        "report.html",
         "run.json",
     }
     assert Recipe.load(tmp_path / "run" / "recipe.yaml") == recipe
@@ -79,6 +81,7 @@ def test_a_run_leaves_all_artefacts(recipe: Recipe, tmp_path: Path) -> None:
     assert type(model).__name__ == "LlamaForCausalLM"
     assert model.config.num_hidden_layers == 4
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "folded").chat_template is not None
+    assert "4 blocks" in (tmp_path / "run" / "folded" / "README.md").read_text()
     figures = result.evaluation.folded.figures()
     assert figures["num_blocks"] == 4
     assert result.evaluation.baseline.figures()["num_blocks"] == 6  # type: ignore[union-attr]
@@ -97,10 +100,10 @@ def test_only_stages_with_other_inputs_run_again(recipe: Recipe, tmp_path: Path,
     pipeline.run(recipe, tmp_path / "run")
     stages_run.clear()
     pipeline.run(recipe.changed(evaluate={"max_windows": 2}), tmp_path / "run", overwrite=True)
-    assert stages_run == ["evaluation"]
+    assert stages_run == ["evaluation", "report"]
     stages_run.clear()
     pipeline.run(recipe.changed(select={"remove": 1}), tmp_path / "run", overwrite=True)
-    assert stages_run == ["plan", "fold", "evaluation", "figures"]
+    assert stages_run == ["plan", "fold", "evaluation", "figures", "report"]
 
 
 def test_a_changed_model_is_noticed(tmp_path: Path, stages_run: list[str]) -> None:
@@ -153,7 +156,13 @@ def test_two_processes_do_not_share_a_folder(recipe: Recipe, tmp_path: Path) -> 
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_a_killed_run_goes_on_where_it_was(stage: str, recipe: Recipe, tmp_path: Path, stages_run: list[str]) -> None:
     recipe.save(tmp_path / "recipe.yaml")
-    maker = {"plan": "make_plan", "fold": "make_folded", "evaluation": "make_evaluation", "figures": "draw"}[stage]
+    maker = {
+        "plan": "make_plan",
+        "fold": "make_folded",
+        "evaluation": "make_evaluation",
+        "figures": "draw",
+        "report": "build_report",
+    }[stage]
     write_text(
         tmp_path / "killed.py",
         "import os, signal, sys\nfrom foldgpt import pipeline\nfrom foldgpt.recipe import Recipe\n"

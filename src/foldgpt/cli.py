@@ -43,12 +43,15 @@ Texts = Annotated[
 ]
 Context = Annotated[int | None, typer.Option(help="Tokens in one calibration window.", show_default="512")]
 Tokens = Annotated[int | None, typer.Option(help="Calibration tokens in all.", show_default="32768")]
-Select = Annotated[str | None, typer.Option(help="Selector: bi, angular, last or random.", show_default="bi")]
+Select = Annotated[
+    str | None,
+    typer.Option(help="Selector: gates, greedy, loo, taylor, bi, angular, last or random.", show_default="gates"),
+]
 Remove = Annotated[int | None, typer.Option(help="How many blocks to remove.", show_default="0")]
 RemoveRatio = Annotated[float | None, typer.Option(help="The same as a fraction of all blocks.", show_default=False)]
 Compensate = Annotated[
     str | None,
-    typer.Option(help="none, or linear: the block before each cut takes over what it can.", show_default="none"),
+    typer.Option(help="none, or linear: the block before each cut takes over what it can.", show_default="linear"),
 ]
 ShareMethod = Annotated[str | None, typer.Option("--share", help="none or adjacent.", show_default="none")]
 GroupSize = Annotated[int | None, typer.Option(help="Blocks that share one set of weights.", show_default="2")]
@@ -247,6 +250,16 @@ def evaluate(
         int | None, typer.Option(help="Tokens from one window to the next.", show_default="the context")
     ] = None,
     max_windows: Annotated[int, typer.Option(help="Use the first windows only; 0 for all.")] = 0,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Multiple-choice tasks, separated by commas, such as piqa,arc_easy.", show_default=False),
+    ] = None,
+    data_dir: Annotated[
+        str | None,
+        typer.Option(help="Folder of JSON-lines files with the tasks' items.", show_default="from the hub"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="First items of each task only.", show_default="all")] = None,
+    generations: Annotated[int, typer.Option(help="Beginnings of the text that each model continues.")] = 0,
     speed: Annotated[bool, typer.Option(help="Measure prefill and decode speed.")] = True,
     memory: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
     dtype: DType = None,
@@ -261,7 +274,7 @@ def evaluate(
     with _session(quiet):
         from foldgpt import pipeline
         from foldgpt.artifacts import check_free, write_json
-        from foldgpt.tables import comparison_table, protocol_lines
+        from foldgpt.tables import comparison_table, protocol_lines, task_table
 
         if out is not None:
             check_free(out, replace=overwrite)
@@ -273,6 +286,10 @@ def evaluate(
             trust_remote_code=trust_remote_code,
             evaluate={
                 "texts": perplexity or [],
+                "tasks": [name.strip() for name in tasks.split(",")] if tasks else [],
+                "data_dir": data_dir,
+                "limit": limit,
+                "generations": generations,
                 "context": context,
                 "stride": stride,
                 "speed": speed,
@@ -286,6 +303,8 @@ def evaluate(
             _print_json(evaluation.to_dict())
         else:
             _print(comparison_table(evaluation))
+            if evaluation.folded.tasks:
+                _print(task_table(evaluation))
             _print(protocol_lines(evaluation))
             if out is not None:
                 _print_paths([out])
@@ -340,7 +359,7 @@ def run(
         whole = _recipe(**changes) if recipe is None else Recipe.load(recipe).changed(**changes)
 
         from foldgpt import pipeline
-        from foldgpt.tables import comparison_table, plan_strip, protocol_lines
+        from foldgpt.tables import comparison_table, plan_strip, protocol_lines, task_table
 
         result = pipeline.run(whole, out, overwrite=overwrite)
         if as_json:
@@ -348,8 +367,10 @@ def run(
         else:
             _print(plan_strip(result.plan))
             _print(comparison_table(result.evaluation))
+            if result.evaluation.folded.tasks:
+                _print(task_table(result.evaluation))
             _print(protocol_lines(result.evaluation))
-            _print_paths([result.path / pipeline.FOLDED, *result.figures])
+            _print_paths([result.path / pipeline.FOLDED, *result.figures, result.report])
 
 
 @app.command()
@@ -363,7 +384,7 @@ def show(
         from foldgpt.errors import ArtifactError
         from foldgpt.evaluation import Evaluation
         from foldgpt.plan import FoldPlan
-        from foldgpt.tables import comparison_table, plan_strip, protocol_lines
+        from foldgpt.tables import comparison_table, plan_strip, protocol_lines, task_table
 
         plan_path = path / "plan.json" if path.is_dir() else path
         if path.is_dir() and not plan_path.is_file():
@@ -380,7 +401,21 @@ def show(
         _print(plan_strip(made))
         if measured is not None:
             _print(comparison_table(measured))
+            if measured.folded.tasks:
+                _print(task_table(measured))
             _print(protocol_lines(measured))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    quiet: Quiet = False,
+) -> None:
+    """Build the page of a run anew: one HTML file that needs no network."""
+    with _session(quiet):
+        from foldgpt.report import build_report
+
+        _print_paths([build_report(run)])
 
 
 @app.command()

@@ -11,16 +11,17 @@ from torch import Tensor
 
 from foldgpt.analysis import Analysis, CalibrationIdentity, SourceIdentity, analyze
 from foldgpt.artifacts import hash_of, read_json, write_json
-from foldgpt.compensation import Compensated, compensate_
+from foldgpt.compensation import Compensated, compensate_, why_not
 from foldgpt.corpus import Windows, calibration_windows, evaluation_windows
 from foldgpt.environment import describe_environment
 from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, UsageError, did_you_mean
-from foldgpt.evaluation import Evaluation, Subject, evaluate
+from foldgpt.evaluation import Evaluation, Subject, Suite, evaluate, load_suite
 from foldgpt.families import Decoder, decoder_of
 from foldgpt.folding import Verification, fold_, predicted_parameters, save_folded, source_model_of
 from foldgpt.plan import Compensation, FoldPlan
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
+from foldgpt.report import REPORT, build_report, write_model_card
 from foldgpt.run_folder import RunFolder, open_run
 from foldgpt.selection import MEASURED, SELECTORS, Request, number_to_remove, select
 from foldgpt.sharing import adjacent_groups
@@ -39,6 +40,11 @@ class Result:
     analysis: Analysis
     plan: FoldPlan
     evaluation: Evaluation
+
+    @property
+    def report(self) -> Path:
+        """The page that shows it all."""
+        return self.path / REPORT
 
     @property
     def figures(self) -> list[Path]:
@@ -68,6 +74,7 @@ def run(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Result:
         _fold_stage(folder, bench, plan)
         evaluation = _evaluation_stage(folder, bench)
         _figures_stage(folder, analysis, plan)
+        _report_stage(folder, bench, evaluation)
         return Result(folder.path, analysis, plan, evaluation)
 
 
@@ -149,6 +156,14 @@ class Workbench:
         )
 
     @cached_property
+    def tasks(self) -> Suite | None:
+        """Multiple-choice tasks; None if the recipe asks for none."""
+        section = self.recipe.evaluate
+        if not section.tasks:
+            return None
+        return load_suite(section.tasks, data_dir=section.data_dir, limit=section.limit)
+
+    @cached_property
     def source(self) -> Source:
         """The loaded model, untouched."""
         recipe = self.recipe
@@ -208,7 +223,7 @@ def make_plan(bench: Workbench, analysis: Analysis | None, checkpoint: Path | No
     source = bench.source
     decoder = decoder_of(source.model)
     num_blocks = len(decoder.blocks)
-    compensation = bench.compensation if recipe.compensate.method != "none" else None
+    compensation = _compensation(bench)
     request = Request(
         num_blocks=num_blocks,
         num_remove=number_to_remove(num_blocks, remove=section.remove, ratio=section.remove_ratio),
@@ -245,6 +260,17 @@ def make_plan(bench: Workbench, analysis: Analysis | None, checkpoint: Path | No
         compensation=compensation if removes_anything else None,
         origin=origin,
     )
+
+
+def _compensation(bench: Workbench) -> Compensation | None:
+    """What the plan says of compensation; nothing for a model whose blocks cannot be compensated."""
+    if bench.recipe.compensate.method == "none":
+        return None
+    reason = why_not(bench.source.model)
+    if reason is not None:
+        note(f"without compensation: {reason}")
+        return None
+    return bench.compensation
 
 
 def _groups(recipe: Recipe, decoder: Decoder, removed: tuple[int, ...]) -> Any:
@@ -315,18 +341,21 @@ def make_evaluation(bench: Workbench, folded: str | Path, *, compare: bool = Tru
         compare: measure the baseline too, and give ratios.
     """
     recipe, section = bench.recipe, bench.recipe.evaluate
-    windows = bench.test
+    windows, tasks = bench.test, bench.tasks
     place = resolve(str(folded))
     note(f"loading {folded}")
-    model = load_source(
+    measured = load_source(
         str(place), dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
-    ).model
+    )
+    baseline = Subject("source", bench.source.model, bench.place, bench.source.tokenizer) if compare else None
     return evaluate(
-        Subject("folded" if compare else "model", model, place),
-        Subject("source", bench.source.model, bench.place) if compare else None,
+        Subject("folded" if compare else "model", measured.model, place, measured.tokenizer),
+        baseline,
         windows=windows,
         speed=section.speed,
         memory=section.memory,
+        tasks=tasks,
+        num_generations=section.generations if windows is not None else 0,
         seed=recipe.seed,
     )
 
@@ -402,6 +431,7 @@ def _evaluation_stage(folder: RunFolder, bench: Workbench) -> Evaluation:
         "folded": folder.key_of("fold"),
         "windows": None if bench.test is None else bench.test.fingerprint,
         "evaluate": bench.recipe.evaluate.model_dump(mode="json"),
+        "tasks": None if bench.tasks is None else bench.tasks.fingerprint,
         "seed": bench.recipe.seed,
         **bench.numerics,
     }
@@ -412,6 +442,18 @@ def _evaluation_stage(folder: RunFolder, bench: Workbench) -> Evaluation:
         lambda: write_json(path, make_evaluation(bench, folder.path / FOLDED).to_dict()),
         lambda: Evaluation.load(path),
     )
+
+
+def _report_stage(folder: RunFolder, bench: Workbench, evaluation: Evaluation) -> None:
+    """The page of the run, and the card of the model."""
+
+    def make() -> None:
+        source = bench.place if bench.place.is_dir() else None
+        write_model_card(folder.path / FOLDED, evaluation=evaluation, source=source)
+        build_report(folder.path)
+
+    inputs = {"plan": folder.key_of("plan"), "evaluation": folder.key_of("evaluation")}
+    folder.stage("report", inputs, [REPORT], make, lambda: None)
 
 
 def draw(analysis: Analysis | None, plan: FoldPlan | None, folder: Path) -> list[Path]:

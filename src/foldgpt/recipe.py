@@ -33,7 +33,7 @@ class Calibration(_Section):
 class Select(_Section):
     """Which blocks are removed."""
 
-    method: str = "bi"
+    method: str = "gates"
     """Selector: gates, greedy, loo, taylor, bi, angular, last or random."""
     remove: int | None = Field(default=None, ge=0)
     """How many blocks to remove."""
@@ -58,7 +58,7 @@ class Select(_Section):
 class Compensate(_Section):
     """How kept blocks make up for removed ones, without new parameters."""
 
-    method: Literal["none", "linear"] = "none"
+    method: Literal["none", "linear"] = "linear"
     """linear: a map fitted in closed form on the calibration text and merged into the block before each cut."""
 
 
@@ -90,6 +90,14 @@ class Evaluate(_Section):
     """Measure prefill and decode speed."""
     memory: bool = True
     """Measure peak memory, each model in a process of its own."""
+    tasks: list[str] = []
+    """Multiple-choice tasks of lm-evaluation-harness, such as piqa; see docs/tasks.md."""
+    data_dir: str | None = None
+    """Folder of JSON-lines files to read the tasks' items from; without one they come from the hub."""
+    limit: int | None = Field(default=None, ge=1)
+    """Score the first items of each task only; null for all."""
+    generations: int = Field(default=3, ge=0)
+    """How many beginnings of the test text each model continues, to be read side by side."""
 
 
 class _StrictLoader(yaml.SafeLoader):

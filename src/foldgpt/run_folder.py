@@ -18,6 +18,8 @@ from foldgpt.recipe import Recipe
 
 RECIPE, LEDGER = "recipe.yaml", "run.json"
 _FORMAT = "foldgpt.run"
+#: Files that a later stage puts into what an earlier one made: the model card, which tells the measurements.
+_WRITTEN_LATER = frozenset({"README.md"})
 
 T = TypeVar("T")
 
@@ -81,7 +83,7 @@ class RunFolder:
             path = self.path / name
             files = sorted(path.rglob("*")) if path.is_dir() else [path]
             for file in files:
-                if file.is_dir():
+                if file.is_dir() or file.name in _WRITTEN_LATER:
                     continue
                 place = str(file.relative_to(self.path))
                 contents[place] = _identity(file) if file.is_file() else None

@@ -1,6 +1,6 @@
 """Closed-form compensation: the blocks before a cut take over, linearly, what the removed ones did."""
 
-from foldgpt.compensation.compensate import compensate
+from foldgpt.compensation.compensate import compensate, why_not
 from foldgpt.compensation.compensator import RIDGES, Compensator
 from foldgpt.compensation.correction import Correction, CutReport
 from foldgpt.compensation.judge import Compensated, compensate_
@@ -15,4 +15,5 @@ __all__ = [
     "compensate",
     "compensate_",
     "merge_",
+    "why_not",
 ]

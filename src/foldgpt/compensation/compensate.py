@@ -11,9 +11,23 @@ from torch import Tensor, nn
 
 from foldgpt.compensation.compensator import Compensator
 from foldgpt.compensation.correction import Correction
+from foldgpt.errors import UnsupportedModelError
 from foldgpt.plan import FoldPlan, Sublayer
 from foldgpt.progress import note
 from foldgpt.replay import Replay
+
+
+@torch.no_grad()
+def why_not(model: nn.Module) -> str | None:
+    """Why removed blocks of this model cannot be compensated; None if they can."""
+    try:
+        replay = Replay(model, torch.ones((1, 4), dtype=torch.int64))
+        compensator = Compensator(replay)
+        output_WTH, carried_WTH = compensator.run(0, replay.states[0])
+        compensator.correct(0, output_WTH, carried_WTH, replay.states[1])
+    except UnsupportedModelError as error:
+        return str(error)
+    return None
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import shutil
@@ -57,7 +58,8 @@ def recover(
     it is called again with the same inputs, and ends in the same result.
 
     Args:
-        student: the folded model; changed in place. Afterwards it is the recovered one.
+        student: the folded model; changed in place. Afterwards it is the recovered one (but under FSDP, which takes it
+            apart: read the saved one).
         teacher: the source; None only where no loss compares with it.
         plan: the plan that the student was folded by.
         train: training windows.
@@ -112,12 +114,19 @@ def recover(
         )
         given = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
         before = trainer.measure_start()
+        # FSDP takes the student's weights apart in place; what was learned is put into a whole copy.
+        whole = copy.deepcopy(module) if trainer.is_fsdp_enabled else None
         resumed = latest_checkpoint(work)
         if resumed is not None:
             note(f"going on at step {resumed.name.partition('-')[2]}")
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     state = trainer.state
     improved = state.best_metric is not None and state.best_metric < before["loss"]
+    after = None
+    if whole is not None:
+        after = trainer.measure() if improved else before
+        whole.load_state_dict(trainer.accelerator.get_state_dict(trainer.model), strict=is_main)
+        module, student = whole, whole.student
     if not improved:
         note("training made nothing better; the model is saved as it was")
         _put_back_(module, given)
@@ -127,7 +136,7 @@ def recover(
     student.eval()
     result = RecoveryResult(
         before=before,
-        after=trainer.measure(),
+        after=after or trainer.measure(),
         best_step=int(state.best_global_step or 0) if improved else 0,
         num_steps=state.global_step,
         num_tokens=state.global_step * settings.batch_size * train.ids_WT.shape[1],

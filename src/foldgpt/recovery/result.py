@@ -14,7 +14,7 @@ class RecoveryResult:
 
     Attributes:
         before: mean losses on the held-out windows before training; "loss" is their weighted sum.
-        after: the same of the merged model that was saved.
+        after: the same of the merged model that was saved (under FSDP: before it was merged).
         best_step: the step whose state was saved; 0 if training made nothing better, and the student is as it was.
         num_steps: steps that were made.
         num_tokens: tokens in them.

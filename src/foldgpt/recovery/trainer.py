@@ -127,14 +127,19 @@ class RecoveryTrainer(Trainer):
         module.eval()
         sums: dict[str, Tensor] = {}
         num_scored = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        for start in range(rank * size, len(self._held_out), count * size):
+        for round_start in range(0, len(self._held_out), count * size):
+            start = round_start + rank * size
+            # A process without windows of its own in the last round runs along: under FSDP all have to.
+            is_own = start < len(self._held_out)
+            start = start if is_own else 0
             items = range(start, min(start + size, len(self._held_out)))
             inputs = self._prepare_inputs(default_collate([self._held_out[item] for item in items]))
             if self._teacher is not None and start not in self._teacher_on_held_out:
                 self._teacher_on_held_out[start] = self._teacher.states(inputs["input_ids"], inputs.get("positions"))
-            for name, value in module(**self._arguments(inputs, self._teacher_on_held_out.get(start))).items():
-                sums[name] = sums.get(name, 0) + value.double()
-            num_scored += (inputs["labels"][:, 1:] != IGNORED).sum()
+            found = module(**self._arguments(inputs, self._teacher_on_held_out.get(start)))
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0) + value.double() * is_own
+            num_scored += (inputs["labels"][:, 1:] != IGNORED).sum() * is_own
         module.train(was_training)
         table = torch.stack([num_scored, *sums.values()])
         if count > 1:
