@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from foldgpt import pipeline
 from foldgpt.artifacts import write_text
 from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, UsageError
+from foldgpt.evaluation import perplexity
 from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Recipe
 from foldgpt.run_folder import open_run
@@ -261,3 +262,36 @@ def test_a_model_too_large_for_memory_is_analysed_but_not_folded(recipe: Recipe,
     with pytest.raises(FoldGPTError, match="folding needs the whole model in memory"):
         pipeline.run(recipe.changed(max_memory_gb=0.0001), tmp_path / "run")
     assert (tmp_path / "run" / "analysis.json").is_file()
+
+
+def test_a_run_with_recovery_ends_in_a_recovered_model(recipe: Recipe, tmp_path: Path, stages_run: list[str]) -> None:
+    trained = recipe.changed(
+        recover={
+            "num_tokens": 1024,
+            "context": 32,
+            "held_out_tokens": 128,
+            "settings": {"batch_size": 4, "evaluate_every": 2, "rank": 4},
+        }
+    )
+    result = pipeline.run(trained, tmp_path / "run")
+    assert result.model == tmp_path / "run" / "recovered"
+    done = json.loads((result.model / "recovery.json").read_text())
+    assert done["num_steps"] == 8 and done["after"]["loss"] < done["before"]["loss"]
+    # Nothing is added, and what is measured is the recovered model, not the folded one.
+    models = {name: AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name) for name in ("folded", "recovered")}
+    counts = {name: model.num_parameters() for name, model in models.items()}
+    assert counts["folded"] == counts["recovered"] == result.evaluation.folded.size.unique_parameters
+    windows = pipeline.Workbench(trained).test
+    assert windows is not None and result.evaluation.folded.perplexity is not None
+    measured = result.evaluation.folded.perplexity.value
+    assert measured == pytest.approx(perplexity(models["recovered"], windows).value)
+    assert measured != pytest.approx(perplexity(models["folded"], windows).value)
+    stages_run.clear()
+    pipeline.run(trained, tmp_path / "run")
+    assert stages_run == []
+
+
+def test_an_unknown_setting_of_the_recovery_is_refused_before_anything_runs(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no setting 'ranks'. Did you mean 'rank'"):
+        pipeline.run(recipe.changed(recover={"settings": {"ranks": 4}}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

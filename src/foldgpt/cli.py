@@ -234,6 +234,67 @@ def fold(
             _print_paths([out])
 
 
+@app.command()
+def recover(
+    folder: Annotated[Path, typer.Argument(help="The folded model.", show_default=False)],
+    teacher: Annotated[str, typer.Option(help="Its source: any MODEL.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where the recovered model is saved.", show_default=False)],
+    tokens: Annotated[int, typer.Option(help="Tokens to train on.", show_default=False)],
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", help="Text to train on. May be repeated.", show_default="demo:wikipedia"),
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens in one window.", show_default="512")] = None,
+    held_out_tokens: Annotated[
+        int | None, typer.Option(help="Tokens on which the best state is chosen.", show_default="16384")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop after this time.", show_default=False)] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="NAME=VALUE, such as rank=32 or learning_rate=5e-4. May be repeated.", show_default=False
+        ),
+    ] = None,
+    dtype: DType = None,
+    device: Device = None,
+    seed: Seed = None,
+    trust_remote_code: TrustRemoteCode = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a folded model, briefly, to predict what its source predicts."""
+    with _session(quiet):
+        from foldgpt import pipeline
+        from foldgpt.artifacts import check_free
+        from foldgpt.tables import recovery_lines
+
+        check_free(out, replace=overwrite)
+        settings = _settings(setting or [])
+        if minutes is not None:
+            settings["minutes"] = minutes
+        recipe = _recipe(
+            model=teacher,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            recover={
+                "num_tokens": tokens,
+                "texts": text or ["demo:wikipedia"],
+                "context": context,
+                "held_out_tokens": held_out_tokens,
+                "settings": settings,
+            },
+        )
+        result = pipeline.make_recovered(pipeline.Workbench(recipe), folder, out, replace=overwrite)
+        if as_json:
+            _print_json(result.to_json_dict())
+        else:
+            _print(recovery_lines(result))
+            _print_paths([out])
+
+
 @app.command("eval")
 def evaluate(
     folder: Annotated[str, typer.Argument(help="The model to measure: a folder, or any MODEL.", show_default=False)],
@@ -330,6 +391,9 @@ def run(
     share: ShareMethod = None,
     group_size: GroupSize = None,
     donor: Donor = None,
+    recover_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of training after folding.", show_default="0")
+    ] = None,
     dtype: DType = None,
     device: Device = None,
     seed: Seed = None,
@@ -355,6 +419,7 @@ def run(
             "select": {"method": select, "remove": remove, "remove_ratio": remove_ratio},
             "compensate": {"method": compensate},
             "share": {"method": share, "group_size": group_size, "donor": donor},
+            "recover": {"num_tokens": recover_tokens},
         }
         whole = _recipe(**changes) if recipe is None else Recipe.load(recipe).changed(**changes)
 
@@ -370,7 +435,7 @@ def run(
             if result.evaluation.folded.tasks:
                 _print(task_table(result.evaluation))
             _print(protocol_lines(result.evaluation))
-            _print_paths([result.path / pipeline.FOLDED, *result.figures, result.report])
+            _print_paths([result.model, *result.figures, result.report])
 
 
 @app.command()
@@ -462,6 +527,29 @@ def _recipe(**values: Any) -> Recipe:
         if value is not None:
             given[name] = value
     return Recipe.from_dict(given, "options")
+
+
+def _settings(given: list[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs."""
+    from foldgpt.errors import UsageError
+
+    settings: dict[str, Any] = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--set takes NAME=VALUE, not {pair!r}")
+        settings[name] = _value(value)
+    return settings
+
+
+def _value(text: str) -> Any:
+    """A number, a truth value, nothing, or the text itself."""
+    import contextlib
+
+    for read in (int, float):
+        with contextlib.suppress(ValueError):
+            return read(text)
+    return {"true": True, "false": False, "none": None, "null": None}.get(text.lower(), text)
 
 
 def _calibration(text: list[str] | None, context: int | None, tokens: int | None) -> dict[str, Any]:

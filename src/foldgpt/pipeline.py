@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,15 @@ from foldgpt.folding import Verification, fold_, predicted_parameters, save_fold
 from foldgpt.plan import Compensation, FoldPlan
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
+from foldgpt.recovery import RecoveryResult, RecoverySettings, packed_windows, recover
 from foldgpt.report import REPORT, build_report, write_model_card
 from foldgpt.run_folder import RunFolder, open_run
 from foldgpt.selection import MEASURED, SELECTORS, Request, number_to_remove, select
 from foldgpt.sharing import adjacent_groups
 from foldgpt.sources import Source, load_source, load_tokenizer, model_fingerprint, resolve
 
-ANALYSIS, PLAN, FOLDED, EVALUATION = "analysis.json", "plan.json", "folded", "evaluation.json"
+ANALYSIS, PLAN, EVALUATION = "analysis.json", "plan.json", "evaluation.json"
+FOLDED, RECOVERED = "folded", "recovered"
 ENVIRONMENT, FIGURES = "environment.json", "figures"
 
 
@@ -37,6 +41,8 @@ class Result:
 
     path: Path
     """The run folder."""
+    model: Path
+    """The folded model, recovered if the recipe asks for it."""
     analysis: Analysis
     plan: FoldPlan
     evaluation: Evaluation
@@ -72,10 +78,11 @@ def run(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Result:
         analysis = _analysis_stage(folder, bench)
         plan = _plan_stage(folder, bench, analysis)
         _fold_stage(folder, bench, plan)
-        evaluation = _evaluation_stage(folder, bench)
+        final = _recovery_stage(folder, bench)
+        evaluation = _evaluation_stage(folder, bench, final)
         _figures_stage(folder, analysis, plan)
-        _report_stage(folder, bench, evaluation)
-        return Result(folder.path, analysis, plan, evaluation)
+        _report_stage(folder, bench, final, evaluation)
+        return Result(folder.path, folder.path / final, analysis, plan, evaluation)
 
 
 class Workbench:
@@ -85,12 +92,13 @@ class Workbench:
         """Take a recipe; a name in it that only the code can check is checked now, before anything is loaded.
 
         Raises:
-            UsageError: the selector does not exist.
+            UsageError: the selector or a setting of the recovery does not exist.
         """
         method = recipe.select.method
         if method not in SELECTORS:
             raise UsageError(f"unknown selector {method!r}.{did_you_mean(method, SELECTORS)}")
         self.recipe = recipe
+        self.recovery_settings = _recovery_settings(recipe.recover.settings)
 
     @cached_property
     def place(self) -> Path:
@@ -195,6 +203,14 @@ class Workbench:
     def numerics(self) -> dict[str, Any]:
         """What, beside model and text, changes the numbers a model computes."""
         return {"dtype": self.recipe.dtype, "device": self.recipe.device}
+
+
+def _recovery_settings(values: Mapping[str, Any]) -> RecoverySettings:
+    known = {field.name for field in fields(RecoverySettings)}
+    for name in values:
+        if name not in known:
+            raise UsageError(f"recovery has no setting {name!r}.{did_you_mean(name, known)}")
+    return RecoverySettings(**values)
 
 
 def make_analysis(bench: Workbench, checkpoint: Path | None = None) -> Analysis:
@@ -332,6 +348,46 @@ def _compensate_(model: Any, plan: FoldPlan, compensation: Compensation, tokeniz
     )
 
 
+def make_recovered(bench: Workbench, folded: Path, out: Path, *, replace: bool = False) -> RecoveryResult:
+    """Train a folded model against the recipe's, and save it, verified.
+
+    Args:
+        bench: the inputs; its model is the teacher.
+        folded: the folded model; it holds its plan.
+        out: where the recovered one is saved.
+        replace: replace an existing `out`.
+    """
+    recipe, section = bench.recipe, bench.recipe.recover
+    plan = FoldPlan.load(folded)
+    note(f"loading {folded}")
+    student = load_source(
+        str(folded), dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
+    )
+    windows = out.parent / f".{out.name}.windows"
+    train, held_out = packed_windows(
+        section.texts or recipe.calibration.texts,
+        bench.tokenizer,
+        windows,
+        context=section.context,
+        num_tokens=section.num_tokens,
+        num_held_out=section.held_out_tokens,
+        seed=recipe.seed,
+    )
+    result = recover(
+        student.model,
+        bench.source.model,
+        plan,
+        train,
+        held_out,
+        bench.recovery_settings,
+        out,
+        tokenizer=student.tokenizer,
+        replace=replace,
+    )
+    shutil.rmtree(windows, ignore_errors=True)
+    return result
+
+
 def make_evaluation(bench: Workbench, folded: str | Path, *, compare: bool = True) -> Evaluation:
     """Measure a model, beside the recipe's unless that is the very one.
 
@@ -424,11 +480,35 @@ def _fold_stage(folder: RunFolder, bench: Workbench, plan: FoldPlan) -> None:
     folder.stage("fold", inputs, [FOLDED], lambda: make_folded(bench, plan, path, replace=True), lambda: None)
 
 
-def _evaluation_stage(folder: RunFolder, bench: Workbench) -> Evaluation:
-    path = folder.path / EVALUATION
+def _recovery_stage(folder: RunFolder, bench: Workbench) -> str:
+    """Train the folded model if the recipe asks for it; returns the name of the folder of the final model."""
+    recipe = bench.recipe
+    if not recipe.recover.num_tokens:
+        return FOLDED
     inputs = {
         "model": bench.fingerprint,
         "folded": folder.key_of("fold"),
+        "texts": recipe.recover.texts or recipe.calibration.texts,
+        "recover": recipe.recover.model_dump(mode="json"),
+        "seed": recipe.seed,
+        **bench.numerics,
+    }
+    out = folder.path / RECOVERED
+    folder.stage(
+        "recovery",
+        inputs,
+        [RECOVERED],
+        lambda: make_recovered(bench, folder.path / FOLDED, out, replace=True),
+        lambda: None,
+    )
+    return RECOVERED
+
+
+def _evaluation_stage(folder: RunFolder, bench: Workbench, final: str) -> Evaluation:
+    path = folder.path / EVALUATION
+    inputs = {
+        "model": bench.fingerprint,
+        "folded": folder.key_of("fold" if final == FOLDED else "recovery"),
         "windows": None if bench.test is None else bench.test.fingerprint,
         "evaluate": bench.recipe.evaluate.model_dump(mode="json"),
         "tasks": None if bench.tasks is None else bench.tasks.fingerprint,
@@ -439,17 +519,17 @@ def _evaluation_stage(folder: RunFolder, bench: Workbench) -> Evaluation:
         "evaluation",
         inputs,
         [EVALUATION],
-        lambda: write_json(path, make_evaluation(bench, folder.path / FOLDED).to_dict()),
+        lambda: write_json(path, make_evaluation(bench, folder.path / final).to_dict()),
         lambda: Evaluation.load(path),
     )
 
 
-def _report_stage(folder: RunFolder, bench: Workbench, evaluation: Evaluation) -> None:
+def _report_stage(folder: RunFolder, bench: Workbench, final: str, evaluation: Evaluation) -> None:
     """The page of the run, and the card of the model."""
 
     def make() -> None:
         source = bench.place if bench.place.is_dir() else None
-        write_model_card(folder.path / FOLDED, evaluation=evaluation, source=source)
+        write_model_card(folder.path / final, evaluation=evaluation, source=source)
         build_report(folder.path)
 
     inputs = {"plan": folder.key_of("plan"), "evaluation": folder.key_of("evaluation")}

@@ -75,6 +75,21 @@ class Share(_Section):
     """How the shared weights are made: first, last or mean of the members."""
 
 
+class Recover(_Section):
+    """How the folded model is trained to do again what its source does."""
+
+    num_tokens: int = Field(default=0, ge=0)
+    """Tokens to train on; 0 for no recovery."""
+    texts: list[str] | None = Field(default=None, min_length=1)
+    """Texts to train on; the calibration texts by default."""
+    context: int = Field(default=512, ge=2)
+    """Tokens in one window."""
+    held_out_tokens: int = Field(default=16_384, ge=2)
+    """Tokens, of other documents, on which the best state is chosen."""
+    settings: dict[str, Any] = {}
+    """Losses, trained parameters and schedule, such as rank or learning_rate; see docs/recovery.md."""
+
+
 class Evaluate(_Section):
     """What is measured of the folded model beside the source."""
 
@@ -140,6 +155,8 @@ class Recipe(_Section):
     """How kept blocks make up for removed ones."""
     share: Share = Share()
     """Which kept blocks share weights."""
+    recover: Recover = Recover()
+    """How the folded model is trained."""
     evaluate: Evaluate = Evaluate()
     """What is measured."""
 

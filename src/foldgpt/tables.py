@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from foldgpt.analysis import Analysis
     from foldgpt.evaluation import Evaluation, TaskScore
     from foldgpt.folding import Verification
+    from foldgpt.recovery import RecoveryResult
 
 _LETTERS = ascii_uppercase + ascii_lowercase
 _GROUP_STYLES = ("cyan", "magenta", "yellow", "green", "blue", "red")
@@ -221,6 +222,16 @@ def analysis_lines(analysis: Analysis) -> Text:
         f"{analysis.num_tokens:,} tokens in {analysis.num_windows} windows, {analysis.seconds:.0f} s. BI (block "
         "influence): 1 − mean cosine of a block's input and output; rank 1 changes the stream least.",
         style="dim",
+    )
+
+
+def recovery_lines(result: RecoveryResult) -> Text:
+    """What a recovery did, in two lines."""
+    return Text(
+        f"held-out loss {result.before['loss']:.4f} → {result.after['loss']:.4f} (step {result.best_step} of "
+        f"{result.num_steps})\n"
+        f"{result.num_tokens:,} tokens, {millions(result.num_trained)} trained parameters merged, "
+        f"{result.seconds:,.0f} s; ended by {result.ended}"
     )
 
 
