@@ -33,7 +33,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tables",),
     ("figures", "report"),
     ("run_folder",),
+    ("workbench",),
+    ("steps",),
     ("pipeline",),
+    ("options",),
     ("cli",),
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}

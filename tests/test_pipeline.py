@@ -13,13 +13,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from foldgpt import pipeline
+from foldgpt import pipeline, steps
 from foldgpt.artifacts import write_text
 from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, UsageError
 from foldgpt.evaluation import perplexity
 from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Recipe
 from foldgpt.run_folder import open_run
+from foldgpt.workbench import Workbench
 from run_inputs import tiny_recipe, tiny_source, tiny_text
 
 STAGES = ["analysis", "plan", "fold", "evaluation", "figures", "report"]
@@ -234,7 +235,7 @@ def test_compensation_on_another_text_than_the_plans_is_refused(inputs: tuple[Pa
     result = pipeline.run(recipe, tmp_path / "run")
     text.write_text(text.read_text(encoding="utf-8")[5:], encoding="utf-8")
     with pytest.raises(PlanError, match="is not what it was"):
-        pipeline.make_folded(pipeline.Workbench(recipe), result.plan, tmp_path / "folded")
+        steps.make_folded(Workbench(recipe), result.plan, tmp_path / "folded")
     assert not (tmp_path / "folded").exists()
 
 
@@ -281,7 +282,7 @@ def test_a_run_with_recovery_ends_in_a_recovered_model(recipe: Recipe, tmp_path:
     models = {name: AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name) for name in ("folded", "recovered")}
     counts = {name: model.num_parameters() for name, model in models.items()}
     assert counts["folded"] == counts["recovered"] == result.evaluation.folded.size.unique_parameters
-    windows = pipeline.Workbench(trained).test
+    windows = Workbench(trained).test
     assert windows is not None and result.evaluation.folded.perplexity is not None
     measured = result.evaluation.folded.perplexity.value
     assert measured == pytest.approx(perplexity(models["recovered"], windows).value)

@@ -15,6 +15,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from foldgpt.options import (
+    AsJson,
+    Compensate,
+    Context,
+    Device,
+    Donor,
+    DType,
+    GroupSize,
+    MaxMemory,
+    Model,
+    Overwrite,
+    Quiet,
+    Remove,
+    RemoveRatio,
+    Revision,
+    Seed,
+    Select,
+    ShareMethod,
+    Texts,
+    Tokens,
+    TrustRemoteCode,
+)
+
 if TYPE_CHECKING:
     from foldgpt.recipe import Recipe
 
@@ -26,56 +49,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="Hub id, local folder, GGUF file, or demo:smollm2-135m / demo:gemma3-270m.", show_default=False
-    ),
-]
-Texts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--text",
-        help="Calibration text: txt, jsonl or parquet file (globs), hub:NAME, or demo:wikipedia. May be repeated.",
-        show_default="demo:wikipedia",
-    ),
-]
-Context = Annotated[int | None, typer.Option(help="Tokens in one calibration window.", show_default="512")]
-Tokens = Annotated[int | None, typer.Option(help="Calibration tokens in all.", show_default="32768")]
-Select = Annotated[
-    str | None,
-    typer.Option(help="Selector: gates, greedy, loo, taylor, bi, angular, last or random.", show_default="gates"),
-]
-Remove = Annotated[int | None, typer.Option(help="How many blocks to remove.", show_default="0")]
-RemoveRatio = Annotated[float | None, typer.Option(help="The same as a fraction of all blocks.", show_default=False)]
-Compensate = Annotated[
-    str | None,
-    typer.Option(help="none, or linear: the block before each cut takes over what it can.", show_default="linear"),
-]
-ShareMethod = Annotated[str | None, typer.Option("--share", help="none or adjacent.", show_default="none")]
-GroupSize = Annotated[int | None, typer.Option(help="Blocks that share one set of weights.", show_default="2")]
-Donor = Annotated[
-    str | None, typer.Option(help="Shared weights: first, last or mean of the members.", show_default="first")
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
-DType = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps …", show_default="auto")]
-Seed = Annotated[int | None, typer.Option(help="Seed of all that is drawn.", show_default="0")]
-MaxMemory = Annotated[
-    float | None,
-    typer.Option(
-        "--max-memory-gb",
-        help="Memory for the weights; what does not fit is read from disk block by block.",
-        show_default="80 % of what is free",
-    ),
-]
-TrustRemoteCode = Annotated[
-    bool | None, typer.Option("--trust-remote-code", help="Run code that comes with the model.", show_default=False)
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
 @app.command()
@@ -97,11 +70,13 @@ def analyze(
 ) -> None:
     """Measure how redundant each block is: similarity, block influence, angular distance."""
     with _session(quiet):
-        from foldgpt import pipeline
+        from foldgpt import steps
         from foldgpt.artifacts import check_free, write_json
+        from foldgpt.run_folder import ANALYSIS, FIGURES
         from foldgpt.tables import analysis_lines, analysis_table
+        from foldgpt.workbench import Workbench
 
-        path = out / pipeline.ANALYSIS
+        path = out / ANALYSIS
         check_free(path, replace=overwrite)
         recipe = _recipe(
             model=model,
@@ -113,9 +88,9 @@ def analyze(
             trust_remote_code=trust_remote_code,
             calibration=_calibration(text, context, tokens),
         )
-        analysis = pipeline.make_analysis(pipeline.Workbench(recipe), out / ".analysis-checkpoint.json")
+        analysis = steps.make_analysis(Workbench(recipe), out / ".analysis-checkpoint.json")
         write_json(path, analysis.to_json_dict())
-        figures = pipeline.draw(analysis, None, out / pipeline.FIGURES)
+        figures = steps.draw(analysis, None, out / FIGURES)
         if as_json:
             _print_json(analysis.to_json_dict())
         else:
@@ -156,10 +131,11 @@ def plan(
 ) -> None:
     """Decide which blocks are removed and which share weights."""
     with _session(quiet):
-        from foldgpt import pipeline
+        from foldgpt import steps
         from foldgpt.artifacts import check_free
         from foldgpt.selection import ANALYSIS_FREE
         from foldgpt.tables import plan_strip
+        from foldgpt.workbench import Workbench
 
         check_free(out, replace=overwrite)
         recipe = _recipe(
@@ -175,13 +151,13 @@ def plan(
             compensate={"method": compensate},
             share={"method": share, "group_size": group_size, "donor": donor},
         )
-        bench = pipeline.Workbench(recipe)
+        bench = Workbench(recipe)
         measured = None
         if analysis is not None:
-            measured = pipeline.read_analysis(analysis, bench)
+            measured = steps.read_analysis(analysis, bench)
         elif recipe.select.method not in ANALYSIS_FREE:
-            measured = pipeline.make_analysis(bench)
-        made = pipeline.make_plan(bench, measured)
+            measured = steps.make_analysis(bench)
+        made = steps.make_plan(bench, measured)
         made.save(out)
         if as_json:
             _print_json(made.to_json_dict())
@@ -210,10 +186,11 @@ def fold(
     with _session(quiet):
         from dataclasses import asdict
 
-        from foldgpt import pipeline
+        from foldgpt import steps
         from foldgpt.artifacts import check_free
         from foldgpt.plan import FoldPlan
         from foldgpt.tables import plan_strip, verification_lines
+        from foldgpt.workbench import Workbench
 
         made = FoldPlan.load(plan)
         check_free(out, replace=overwrite)
@@ -225,7 +202,7 @@ def fold(
             max_memory_gb=max_memory_gb,
             trust_remote_code=trust_remote_code,
         )
-        verification = pipeline.make_folded(pipeline.Workbench(recipe), made, out, replace=overwrite)
+        verification = steps.make_folded(Workbench(recipe), made, out, replace=overwrite)
         if as_json:
             _print_json(asdict(verification))
         else:
@@ -265,9 +242,10 @@ def recover(
 ) -> None:
     """Train a folded model, briefly, to predict what its source predicts."""
     with _session(quiet):
-        from foldgpt import pipeline
+        from foldgpt import steps
         from foldgpt.artifacts import check_free
         from foldgpt.tables import recovery_lines
+        from foldgpt.workbench import Workbench
 
         check_free(out, replace=overwrite)
         settings = _settings(setting or [])
@@ -287,7 +265,7 @@ def recover(
                 "settings": settings,
             },
         )
-        result = pipeline.make_recovered(pipeline.Workbench(recipe), folder, out, replace=overwrite)
+        result = steps.make_recovered(Workbench(recipe), folder, out, replace=overwrite)
         if as_json:
             _print_json(result.to_json_dict())
         else:
@@ -333,9 +311,10 @@ def evaluate(
 ) -> None:
     """Measure size, perplexity, speed and memory, beside a baseline."""
     with _session(quiet):
-        from foldgpt import pipeline
+        from foldgpt import steps
         from foldgpt.artifacts import check_free, write_json
         from foldgpt.tables import comparison_table, protocol_lines, task_table
+        from foldgpt.workbench import Workbench
 
         if out is not None:
             check_free(out, replace=overwrite)
@@ -357,7 +336,7 @@ def evaluate(
                 "memory": memory,
             },
         ).changed_to(("evaluate", "max_windows"), max_windows or None)
-        evaluation = pipeline.make_evaluation(pipeline.Workbench(recipe), folder, compare=baseline is not None)
+        evaluation = steps.make_evaluation(Workbench(recipe), folder, compare=baseline is not None)
         if out is not None:
             write_json(out, evaluation.to_dict())
         if as_json:

@@ -16,7 +16,9 @@ from foldgpt.errors import ArtifactError
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 
-RECIPE, LEDGER = "recipe.yaml", "run.json"
+RECIPE, LEDGER, ENVIRONMENT = "recipe.yaml", "run.json", "environment.json"
+ANALYSIS, PLAN, EVALUATION = "analysis.json", "plan.json", "evaluation.json"
+FOLDED, RECOVERED, FIGURES = "folded", "recovered", "figures"
 _FORMAT = "foldgpt.run"
 #: Files that a later stage puts into what an earlier one made: the model card, which tells the measurements.
 _WRITTEN_LATER = frozenset({"README.md"})

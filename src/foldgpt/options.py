@@ -1,0 +1,57 @@
+"""Options that several verbs of the command line have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Hub id, local folder, GGUF file, or demo:smollm2-135m / demo:gemma3-270m.", show_default=False
+    ),
+]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        help="Calibration text: txt, jsonl or parquet file (globs), hub:NAME, or demo:wikipedia. May be repeated.",
+        show_default="demo:wikipedia",
+    ),
+]
+Context = Annotated[int | None, typer.Option(help="Tokens in one calibration window.", show_default="512")]
+Tokens = Annotated[int | None, typer.Option(help="Calibration tokens in all.", show_default="32768")]
+Select = Annotated[
+    str | None,
+    typer.Option(help="Selector: gates, greedy, loo, taylor, bi, angular, last or random.", show_default="gates"),
+]
+Remove = Annotated[int | None, typer.Option(help="How many blocks to remove.", show_default="0")]
+RemoveRatio = Annotated[float | None, typer.Option(help="The same as a fraction of all blocks.", show_default=False)]
+Compensate = Annotated[
+    str | None,
+    typer.Option(help="none, or linear: the block before each cut takes over what it can.", show_default="linear"),
+]
+ShareMethod = Annotated[str | None, typer.Option("--share", help="none or adjacent.", show_default="none")]
+GroupSize = Annotated[int | None, typer.Option(help="Blocks that share one set of weights.", show_default="2")]
+Donor = Annotated[
+    str | None, typer.Option(help="Shared weights: first, last or mean of the members.", show_default="first")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
+DType = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps …", show_default="auto")]
+Seed = Annotated[int | None, typer.Option(help="Seed of all that is drawn.", show_default="0")]
+MaxMemory = Annotated[
+    float | None,
+    typer.Option(
+        "--max-memory-gb",
+        help="Memory for the weights; what does not fit is read from disk block by block.",
+        show_default="80 % of what is free",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool | None, typer.Option("--trust-remote-code", help="Run code that comes with the model.", show_default=False)
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]

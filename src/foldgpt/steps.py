@@ -1,0 +1,274 @@
+"""The steps of a run, one function each: from analysis to evaluation, and the pictures."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from foldgpt.analysis import Analysis, SourceIdentity, analyze
+from foldgpt.artifacts import read_json
+from foldgpt.compensation import Compensated, compensate_, why_not
+from foldgpt.corpus import calibration_windows
+from foldgpt.errors import ArtifactError, PlanError
+from foldgpt.evaluation import Evaluation, Subject, evaluate
+from foldgpt.families import Decoder, decoder_of
+from foldgpt.folding import Verification, fold_, predicted_parameters, save_folded, source_model_of
+from foldgpt.plan import Compensation, FoldPlan
+from foldgpt.progress import note
+from foldgpt.recipe import Recipe
+from foldgpt.recovery import RecoveryResult, packed_windows, recover
+from foldgpt.run_folder import ANALYSIS
+from foldgpt.selection import MEASURED, Request, number_to_remove, select
+from foldgpt.sharing import adjacent_groups
+from foldgpt.sources import load_source, resolve
+from foldgpt.workbench import Workbench
+
+
+def make_analysis(bench: Workbench, checkpoint: Path | None = None) -> Analysis:
+    """Measure the redundancy of the recipe's model on its calibration text."""
+    recipe = bench.recipe
+    windows = bench.calibration
+    source = bench.source
+    return analyze(
+        source.model,
+        windows.ids,  # type: ignore[arg-type]
+        checkpoint=checkpoint,
+        source=SourceIdentity(spec=recipe.model, revision=source.revision, fingerprint=bench.fingerprint),
+        calibration=bench.calibration_identity,
+    )
+
+
+def make_plan(bench: Workbench, analysis: Analysis | None, checkpoint: Path | None = None) -> FoldPlan:
+    """Decide what is removed and shared.
+
+    Args:
+        bench: the inputs.
+        analysis: the redundancy analysis; None only for selectors in `ANALYSIS_FREE`.
+        checkpoint: where a long search keeps its progress.
+    """
+    recipe, section = bench.recipe, bench.recipe.select
+    source = bench.source
+    decoder = decoder_of(source.model)
+    num_blocks = len(decoder.blocks)
+    compensation = _compensation(bench)
+    request = Request(
+        num_blocks=num_blocks,
+        num_remove=number_to_remove(num_blocks, remove=section.remove, ratio=section.remove_ratio),
+        analysis=analysis,
+        seed=recipe.seed,
+        objective=section.objective,
+        # A set is judged by what it costs as it will be folded.
+        compensate=compensation is not None and not section.sublayers,
+        sublayers=section.sublayers,
+        checkpoint=checkpoint,
+        options=section.options,
+    )
+    origin: dict[str, Any] = {"seed": recipe.seed}
+    if section.method in MEASURED:
+        ids_WT = bench.selection_ids()
+        request = replace(request, model=source.model, ids_WT=ids_WT)
+        origin["calibration"] = bench.calibration_identity.model_dump(mode="json")
+    elif analysis is not None and analysis.calibration is not None:
+        origin["calibration"] = analysis.calibration.model_dump(mode="json")
+    selection = select(section.method, request)
+    origin |= {
+        "selector": selection.method,
+        "scores": None if selection.scores is None else list(selection.scores),
+        "removal_order": list(selection.order),
+        "report": dict(selection.report),
+    }
+    removes_anything = selection.removed or selection.removed_attention or selection.removed_mlp
+    return FoldPlan.create(
+        source_model_of(source.model, name=recipe.model, revision=source.revision),
+        removed=selection.removed,
+        removed_attention=selection.removed_attention,
+        removed_mlp=selection.removed_mlp,
+        groups=_groups(recipe, decoder, selection.removed),
+        compensation=compensation if removes_anything else None,
+        origin=origin,
+    )
+
+
+def _compensation(bench: Workbench) -> Compensation | None:
+    """What the plan says of compensation; nothing for a model whose blocks cannot be compensated."""
+    if bench.recipe.compensate.method == "none":
+        return None
+    reason = why_not(bench.source.model)
+    if reason is not None:
+        note(f"without compensation: {reason}")
+        return None
+    return bench.compensation
+
+
+def _groups(recipe: Recipe, decoder: Decoder, removed: tuple[int, ...]) -> Any:
+    if recipe.share.method == "none":
+        return ()
+    kept = [index for index in range(len(decoder.blocks)) if index not in removed]
+    return adjacent_groups(
+        decoder,
+        kept,
+        size=recipe.share.group_size,
+        sublayers=tuple(recipe.share.sublayers),
+        donor=recipe.share.donor,
+    )
+
+
+def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool = False) -> Verification:
+    """Fold the recipe's model by a plan and save it, verified."""
+    source = bench.take_source()
+    expected = predicted_parameters(source.model, plan)
+    notes: dict[str, Any] = {}
+    if plan.compensation is not None:
+        compensated = _compensate_(source.model, plan, plan.compensation, source.tokenizer)
+        notes["compensation.json"] = compensated.to_json_dict()
+    fold_(source.model, plan)
+    note("saving and verifying the folded model")
+    return save_folded(
+        source.model,
+        plan,
+        folder,
+        tokenizer=source.tokenizer,
+        expected_parameters=expected,
+        notes=notes,
+        replace=replace,
+    )
+
+
+def _compensate_(model: Any, plan: FoldPlan, compensation: Compensation, tokenizer: Any) -> Compensated:
+    """Let kept blocks take over what the removed ones did, as the plan says."""
+    windows = calibration_windows(
+        compensation.texts,
+        tokenizer,
+        context=compensation.context,
+        num_tokens=compensation.num_tokens,
+        seed=compensation.seed,
+    )
+    if windows.fingerprint != compensation.fingerprint:
+        raise PlanError(
+            f"the calibration text of the plan ({', '.join(compensation.texts)}) is not what it was when the plan was "
+            "made. Make the plan again, or set its compensation to null."
+        )
+    note("compensating for the removed blocks")
+    return compensate_(
+        model,
+        plan,
+        windows.ids,
+        features=compensation.features,
+        ridge=compensation.ridge,
+        rounds=compensation.rounds,
+    )
+
+
+def make_recovered(bench: Workbench, folded: Path, out: Path, *, replace: bool = False) -> RecoveryResult:
+    """Train a folded model against the recipe's, and save it, verified.
+
+    Args:
+        bench: the inputs; its model is the teacher.
+        folded: the folded model; it holds its plan.
+        out: where the recovered one is saved.
+        replace: replace an existing `out`.
+    """
+    recipe, section = bench.recipe, bench.recipe.recover
+    plan = FoldPlan.load(folded)
+    note(f"loading {folded}")
+    student = load_source(
+        str(folded), dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
+    )
+    windows = out.parent / f".{out.name}.windows"
+    train, held_out = packed_windows(
+        section.texts or recipe.calibration.texts,
+        bench.tokenizer,
+        windows,
+        context=section.context,
+        num_tokens=section.num_tokens,
+        num_held_out=section.held_out_tokens,
+        seed=recipe.seed,
+    )
+    result = recover(
+        student.model,
+        bench.source.model,
+        plan,
+        train,
+        held_out,
+        bench.recovery_settings,
+        out,
+        tokenizer=student.tokenizer,
+        replace=replace,
+    )
+    shutil.rmtree(windows, ignore_errors=True)
+    return result
+
+
+def make_evaluation(bench: Workbench, folded: str | Path, *, compare: bool = True) -> Evaluation:
+    """Measure a model, beside the recipe's unless that is the very one.
+
+    Args:
+        bench: the inputs; its model is the baseline.
+        folded: the model to measure, usually a saved folded one.
+        compare: measure the baseline too, and give ratios.
+    """
+    recipe, section = bench.recipe, bench.recipe.evaluate
+    windows, tasks = bench.test, bench.tasks
+    place = resolve(str(folded))
+    note(f"loading {folded}")
+    measured = load_source(
+        str(place), dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
+    )
+    baseline = Subject("source", bench.source.model, bench.place, bench.source.tokenizer) if compare else None
+    return evaluate(
+        Subject("folded" if compare else "model", measured.model, place, measured.tokenizer),
+        baseline,
+        windows=windows,
+        speed=section.speed,
+        memory=section.memory,
+        tasks=tasks,
+        num_generations=section.generations if windows is not None else 0,
+        seed=recipe.seed,
+    )
+
+
+def read_analysis(path: Path, bench: Workbench) -> Analysis:
+    """Read an analysis made before, and refuse one of another model.
+
+    Args:
+        path: the file, or a run folder that holds it.
+        bench: whose model it must be of.
+
+    Raises:
+        ArtifactError: it is not an analysis, or one of another model.
+    """
+    path = path / ANALYSIS if path.is_dir() else path
+    analysis = Analysis.from_json_dict(read_json(path, "analysis"))
+    if analysis.source is not None and analysis.source.fingerprint != bench.fingerprint:
+        raise ArtifactError(
+            f"{path} is an analysis of another model ({analysis.source.spec}), not of {bench.recipe.model}"
+        )
+    return analysis
+
+
+def draw(analysis: Analysis | None, plan: FoldPlan | None, folder: Path) -> list[Path]:
+    """Draw what there is into a folder, as PNG and SVG; returns the PNGs."""
+    from foldgpt.figures import draw_gates, draw_plan, draw_redundancy, draw_similarity  # matplotlib takes a second
+
+    drawn: list[Path] = []
+    if analysis is not None:
+        drawn.append(draw_redundancy(analysis, folder / "redundancy")[0])
+        drawn.append(draw_similarity(analysis, folder / "similarity")[0])
+    if plan is not None:
+        bi = None if analysis is None else analysis.bi
+        drawn.append(draw_plan(plan, folder / "plan", bi=bi)[0])
+        trace = plan.origin.get("report", {}).get("trace")
+        if trace and plan.origin.get("selector") == "gates":
+            drawn.append(draw_gates(trace, _removed_units(plan), folder / "gates")[0])
+    return drawn
+
+
+def _removed_units(plan: FoldPlan) -> list[int]:
+    """The removed units of a plan as the selectors number them: blocks, or each block's attention and MLP."""
+    if not (plan.removed_attention or plan.removed_mlp):
+        return list(plan.removed)
+    attention = sorted({*plan.removed, *plan.removed_attention})
+    mlp = sorted({*plan.removed, *plan.removed_mlp})
+    return sorted([2 * block for block in attention] + [2 * block + 1 for block in mlp])

@@ -1,0 +1,150 @@
+"""What a recipe works on: model, tokenizer, texts and tasks, each made when it is first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from foldgpt.analysis import CalibrationIdentity
+from foldgpt.corpus import Windows, calibration_windows, evaluation_windows
+from foldgpt.errors import FoldGPTError, UsageError, did_you_mean
+from foldgpt.evaluation import Suite, load_suite
+from foldgpt.plan import Compensation
+from foldgpt.progress import note
+from foldgpt.recipe import Recipe
+from foldgpt.recovery import RecoverySettings
+from foldgpt.selection import SELECTORS
+from foldgpt.sources import Source, load_source, load_tokenizer, model_fingerprint, resolve
+
+
+class Workbench:
+    """The inputs of a recipe, each made when a stage first needs it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Take a recipe; a name in it that only the code can check is checked now, before anything is loaded.
+
+        Raises:
+            UsageError: the selector or a setting of the recovery does not exist.
+        """
+        method = recipe.select.method
+        if method not in SELECTORS:
+            raise UsageError(f"unknown selector {method!r}.{did_you_mean(method, SELECTORS)}")
+        self.recipe = recipe
+        self.recovery_settings = _recovery_settings(recipe.recover.settings)
+
+    @cached_property
+    def place(self) -> Path:
+        """The model's files on this machine."""
+        return resolve(self.recipe.model, revision=self.recipe.revision)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the model's weights and config."""
+        return model_fingerprint(self.place)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return load_tokenizer(str(self.place), trust_remote_code=self.recipe.trust_remote_code)
+
+    @cached_property
+    def calibration(self) -> Windows:
+        """Windows on which redundancy is measured."""
+        section = self.recipe.calibration
+        return calibration_windows(
+            section.texts,
+            self.tokenizer,
+            context=section.context,
+            num_tokens=section.num_tokens,
+            seed=self.recipe.seed,
+        )
+
+    @cached_property
+    def calibration_identity(self) -> CalibrationIdentity:
+        """What is recorded of the calibration text."""
+        return CalibrationIdentity(protocol=self.calibration.protocol, fingerprint=self.calibration.fingerprint)
+
+    @property
+    def compensation(self) -> Compensation:
+        """What a plan records, so that folding can compensate on the calibration text."""
+        section = self.recipe.calibration
+        return Compensation(
+            texts=tuple(section.texts),
+            context=section.context,
+            num_tokens=section.num_tokens,
+            seed=self.recipe.seed,
+            fingerprint=self.calibration.fingerprint,
+        )
+
+    def selection_ids(self) -> Tensor:
+        """Calibration windows for selectors that measure, [W, T]: the first ones; they are in random order."""
+        num_windows = max(1, self.recipe.select.num_tokens // self.recipe.calibration.context)
+        return self.calibration.ids[:num_windows]
+
+    @cached_property
+    def test(self) -> Windows | None:
+        """Windows on which perplexity is measured; None if the recipe asks for none."""
+        section = self.recipe.evaluate
+        if not section.texts:
+            return None
+        return evaluation_windows(
+            section.texts,
+            self.tokenizer,
+            context=section.context,
+            stride=section.stride,
+            max_windows=section.max_windows,
+        )
+
+    @cached_property
+    def tasks(self) -> Suite | None:
+        """Multiple-choice tasks; None if the recipe asks for none."""
+        section = self.recipe.evaluate
+        if not section.tasks:
+            return None
+        return load_suite(section.tasks, data_dir=section.data_dir, limit=section.limit)
+
+    @cached_property
+    def source(self) -> Source:
+        """The loaded model, untouched."""
+        recipe = self.recipe
+        note(f"loading {recipe.model}")
+        return load_source(
+            str(self.place),
+            dtype=recipe.dtype,
+            device=recipe.device,
+            max_memory_gb=recipe.max_memory_gb,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+
+    def take_source(self) -> Source:
+        """Hand the loaded model over to be changed in place; whoever needs the source again loads it anew.
+
+        Raises:
+            FoldGPTError: the model does not fit in memory.
+        """
+        source = self.source
+        if source.offloaded:
+            raise FoldGPTError(
+                f"{self.recipe.model} does not fit in the memory that is free (or allowed by max_memory_gb). Analysis "
+                "runs from disk, but folding needs the whole model in memory."
+            )
+        del self.source
+        return source
+
+    @property
+    def numerics(self) -> dict[str, Any]:
+        """What, beside model and text, changes the numbers a model computes."""
+        return {"dtype": self.recipe.dtype, "device": self.recipe.device}
+
+
+def _recovery_settings(values: Mapping[str, Any]) -> RecoverySettings:
+    known = {field.name for field in fields(RecoverySettings)}
+    for name in values:
+        if name not in known:
+            raise UsageError(f"recovery has no setting {name!r}.{did_you_mean(name, known)}")
+    return RecoverySettings(**values)
