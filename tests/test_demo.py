@@ -182,7 +182,10 @@ def test_a_demo_model_is_a_folder_that_loads_in_bf16(name: str) -> None:
 
 @pytest.mark.real_model
 def test_wikipedia_is_plain_text() -> None:
-    documents = demo_text("wikipedia")
+    kept, measured_on = demo_text("wikipedia"), demo_text("wikipedia-test")
+    assert not set(kept) & set(measured_on)
+    assert len(measured_on) == pytest.approx(len(kept) / 3, abs=1)
+    documents = kept + measured_on
     text = "".join(documents)
     assert len(documents) > 90
     assert 2_500_000 < len(text) < 3_500_000

@@ -24,7 +24,7 @@ def _recipe(model: str, **changes: Any) -> Recipe:
             "dtype": "bfloat16",
             "calibration": {"texts": ["demo:wikipedia"], "context": 256, "num_tokens": 2048},
             "select": {"method": "bi", "remove": 2},
-            "evaluate": {"texts": ["demo:wikipedia"], "context": 256, "max_windows": 8, "speed": False},
+            "evaluate": {"texts": ["demo:wikipedia-test"], "context": 256, "max_windows": 8, "speed": False},
             **changes,
         }
     )

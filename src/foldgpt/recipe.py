@@ -93,7 +93,7 @@ class Recover(_Section):
 class Evaluate(_Section):
     """What is measured of the folded model beside the source."""
 
-    texts: list[str] = ["demo:wikipedia"]
+    texts: list[str] = ["demo:wikipedia-test"]
     """Texts for perplexity, read from the start; empty for none."""
     context: int = Field(default=512, ge=2)
     """Tokens in one window."""
