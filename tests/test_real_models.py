@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,14 @@ from foldgpt.folding import unfold_
 from foldgpt.recipe import Recipe
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1200)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def all_cores() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _recipe(model: str, **changes: Any) -> Recipe:
