@@ -295,4 +295,6 @@ def test_a_run_with_recovery_ends_in_a_recovered_model(recipe: Recipe, tmp_path:
 def test_an_unknown_setting_of_the_recovery_is_refused_before_anything_runs(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no setting 'ranks'. Did you mean 'rank'"):
         pipeline.run(recipe.changed(recover={"settings": {"ranks": 4}}), tmp_path / "run")
+    with pytest.raises(UsageError, match=r"recover\.settings: rank: .*integer.*'many'"):
+        pipeline.run(recipe.changed(recover={"settings": {"rank": "many"}}), tmp_path / "run")
     assert not (tmp_path / "run").exists()

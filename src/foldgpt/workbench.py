@@ -8,13 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from foldgpt.analysis import CalibrationIdentity
 from foldgpt.corpus import Windows, calibration_windows, evaluation_windows
 from foldgpt.errors import FoldGPTError, UsageError, did_you_mean
 from foldgpt.evaluation import Suite, load_suite
-from foldgpt.plan import Compensation
+from foldgpt.plan import Compensation, explain
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings
@@ -147,4 +148,7 @@ def _recovery_settings(values: Mapping[str, Any]) -> RecoverySettings:
     for name in values:
         if name not in known:
             raise UsageError(f"recovery has no setting {name!r}.{did_you_mean(name, known)}")
-    return RecoverySettings(**values)
+    try:
+        return TypeAdapter(RecoverySettings).validate_python(dict(values))
+    except ValidationError as error:
+        raise UsageError(f"recover.settings: {explain(error)}") from None
