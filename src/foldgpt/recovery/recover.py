@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainingArguments
 
-from foldgpt.artifacts import check_free, write_json
+from foldgpt.artifacts import check_free
 from foldgpt.errors import UsageError
 from foldgpt.folding import save_folded
 from foldgpt.objectives import Head
@@ -148,8 +148,15 @@ def recover(
     )
     if is_main:
         note("saving and verifying the recovered model")
-        save_folded(student, plan, out, tokenizer=tokenizer, expected_parameters=num_parameters, replace=replace)
-        write_json(out / RECOVERY, result.to_json_dict())
+        save_folded(
+            student,
+            plan,
+            out,
+            tokenizer=tokenizer,
+            expected_parameters=num_parameters,
+            notes={RECOVERY: result.to_json_dict()},
+            replace=replace,
+        )
         shutil.rmtree(work, ignore_errors=True)
     _wait()
     return result
