@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from block_lists import blocks_of
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.compensation import compensate, merge_
 from foldgpt.corpus import Windows, calibration_windows, evaluation_windows
@@ -123,15 +124,6 @@ def main() -> None:
     write_json(arguments.out / f"{arguments.name}.json", result)
     write_text(arguments.out / f"{arguments.name}.md", as_markdown(result))
     print(as_markdown(result))
-
-
-def blocks_of(text: str) -> list[int]:
-    """The blocks that "3,7-9" names."""
-    blocks: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        blocks += range(int(first), int(last or first) + 1)
-    return blocks
 
 
 def judge(model: Any, plan: FoldPlan, corrections: Any, head: Head, teacher: Tensor, judged_on: Windows) -> Measured:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from block_lists import blocks_of
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.compensation import compensate, merge_
@@ -140,15 +141,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list):
         return [plain(item) for item in value]
     return Path(value).name if isinstance(value, str) and "/" in value else value
-
-
-def blocks_of(text: str) -> list[int]:
-    """The blocks that "3,7-9" names."""
-    blocks: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        blocks += range(int(first), int(last or first) + 1)
-    return blocks
 
 
 @torch.inference_mode()
