@@ -2,8 +2,9 @@
 
 For each selector and ratio: the removed blocks, the KL to the source on all calibration windows (one measure for
 all, whatever the selector looked at), the perplexity on another text, and the cost of the search in seconds and in
-forward passes over the calibration windows. The cost of bi and angular is that of their analysis. Each row is
-written when it is done; the same command goes on where it was stopped.
+forward passes over the calibration windows. The cost of bi and angular is that of their analysis; greedy runs once,
+for the largest ratio, and passes the smaller ones on its way. Each row is written when it is done; the same command
+goes on where it was stopped.
 
     python benchmarks/compare_selectors.py --model demo:smollm2-135m --text C4.jsonl --text WIKIPEDIA.jsonl \
         --perplexity wiki.test.raw --ratio 0.1 --ratio 0.2 --ratio 0.3
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 import sys
 import time
@@ -33,11 +35,11 @@ from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import be_quiet
-from foldgpt.selection import MEASURED, RemovalCost, Request, number_to_remove, select
+from foldgpt.replay import Replay
+from foldgpt.selection import MEASURED, RemovalCost, Request, Selection, number_to_remove, select
 from foldgpt.sources import Source, load_source
 
 SELECTORS = ("gates", "greedy", "loo", "taylor", "bi", "angular", "last", "random")
-_NOT_CONFIG = ("out", "name", "seed", "selector")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,8 +51,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512, help="tokens of a calibration window")
     parser.add_argument("--ratio", type=float, action="append", help="share of blocks removed; may be repeated (0.2)")
     parser.add_argument("--selector", action="append", choices=SELECTORS, help="may be repeated (all)")
+    parser.add_argument("--search-seeds", type=int, default=1, help="searches by gates, each with another seed")
     parser.add_argument("--random-seeds", type=int, default=5, help="draws of the selector random")
     parser.add_argument("--compensate", action="store_true", help="compensate, in the searches and in the result")
+    parser.add_argument("--compensation-tokens", type=int, help="tokens of the final fit (those of the calibration)")
     parser.add_argument("--perplexity", help="text to measure perplexity on; none by default")
     parser.add_argument("--perplexity-context", type=int, default=1024)
     parser.add_argument("--max-windows", type=int, help="use the first windows of that text only")
@@ -72,13 +76,7 @@ class Bench:
         self.source: Source = load_source(arguments.model, dtype=arguments.dtype)
         self.model: Any = self.source.model
         self.num_blocks = len(decoder_of(self.model).blocks)
-        self.calibration: Windows = calibration_windows(
-            arguments.text,
-            self.source.tokenizer,
-            context=arguments.context,
-            num_tokens=arguments.tokens,
-            seed=arguments.seed,
-        )
+        self.calibration: Windows = self.windows(arguments.tokens)
         self.test: Windows | None = None
         if arguments.perplexity:
             self.test = evaluation_windows(
@@ -91,6 +89,9 @@ class Bench:
         self.analysis = analyze(self.model, self.ids)
         self.analysis_seconds = time.perf_counter() - started
         self._cost: RemovalCost | None = None
+        self._test_cost: RemovalCost | None = None
+        self._fitted_on: Replay | None = None
+        self._greedy: Selection | None = None
 
     @property
     def ids(self) -> Tensor:
@@ -98,8 +99,31 @@ class Bench:
 
     def row(self, selector: str, ratio: float, seed: int) -> dict[str, Any]:
         num_remove = number_to_remove(self.num_blocks, remove=None, ratio=ratio)
+        if selector == "greedy":
+            removed, seconds, report = self.greedily(num_remove)
+        else:
+            started = time.perf_counter()
+            selection = select(selector, self.request(selector, num_remove, seed))
+            removed, seconds, report = selection.removed, time.perf_counter() - started, dict(selection.report)
+        passes = report.get("forward_equivalents")
+        if selector in ("bi", "angular"):
+            seconds, passes = self.analysis_seconds, 1.0
+        return {
+            "selector": selector,
+            "ratio": ratio,
+            "seed": seed,
+            "num_remove": num_remove,
+            "removed": list(removed),
+            "kl": self.kl(removed, num_remove),
+            "seconds": round(seconds, 1),
+            "forward_equivalents": passes,
+            "steps": report.get("steps"),
+            "by_gates_alone": report.get("by_gates_alone"),
+        }
+
+    def request(self, selector: str, num_remove: int, seed: int) -> Request:
         measured = selector in MEASURED
-        request = Request(
+        return Request(
             self.num_blocks,
             num_remove,
             analysis=self.analysis,
@@ -108,23 +132,14 @@ class Bench:
             ids_WT=self.ids if measured else None,
             compensate=self.arguments.compensate and measured,
         )
-        started = time.perf_counter()
-        selection = select(selector, request)
-        seconds = time.perf_counter() - started
-        passes = selection.report.get("forward_equivalents")
-        if selector in ("bi", "angular"):
-            seconds, passes = self.analysis_seconds, 1.0
-        return {
-            "selector": selector,
-            "ratio": ratio,
-            "seed": seed,
-            "num_remove": num_remove,
-            "removed": list(selection.removed),
-            "kl": self.kl(selection.removed, num_remove),
-            "seconds": round(seconds, 1),
-            "forward_equivalents": passes,
-            "steps": selection.report.get("steps"),
-        }
+
+    def greedily(self, num_remove: int) -> tuple[tuple[int, ...], float, dict[str, Any]]:
+        """What greedy removes on its way to the largest ratio, and what it had spent by then."""
+        if self._greedy is None:
+            most = max(number_to_remove(self.num_blocks, remove=None, ratio=r) for r in self.arguments.ratio)
+            self._greedy = select("greedy", self.request("greedy", most, self.arguments.seed))
+        trace = self._greedy.report["trace"][:num_remove]
+        return tuple(sorted(step["removed"] for step in trace)), trace[-1]["seconds"], trace[-1]
 
     def kl(self, removed: tuple[int, ...], num_remove: int) -> float:
         if self._cost is None:
@@ -140,13 +155,43 @@ class Bench:
         return self._cost.cost(frozenset(removed))
 
     def perplexity(self, removed: tuple[int, ...]) -> float:
+        """Of the model without these blocks, on the test windows."""
         assert self.test is not None
-        folded = copy.deepcopy(self.model)
-        plan = FoldPlan.create(source_model_of(folded), removed=removed)
         if self.arguments.compensate and removed:
-            merge_(folded, compensate(folded, plan, self.ids))
+            return self.compensated_perplexity(removed)
+        if self._test_cost is None:
+            # Sets share what lies before their first removed block. All positions are measured.
+            self._test_cost = RemovalCost(
+                Replay(self.model, self.test.ids),
+                objective="lm",
+                position_share=1.0,
+                most_positions=self.test.ids.numel(),
+            )
+        return math.exp(self._test_cost.cost(frozenset(removed)))
+
+    def compensated_perplexity(self, removed: tuple[int, ...]) -> float:
+        """The same after the fit and the fold that a user gets."""
+        assert self.test is not None
+        tokens = self.arguments.compensation_tokens
+        if self._fitted_on is None:
+            windows = self.calibration if tokens is None else self.windows(tokens)
+            self._fitted_on = Replay(self.model, windows.ids)
+        plan = FoldPlan.create(source_model_of(self.model), removed=removed)
+        corrections = compensate(self.model, plan, self._fitted_on.ids_WT, replay=self._fitted_on)
+        folded = copy.deepcopy(self.model)
+        merge_(folded, corrections)
         fold_(folded, plan)
         return perplexity(folded, self.test).value
+
+    def windows(self, tokens: int) -> Windows:
+        arguments = self.arguments
+        return calibration_windows(
+            arguments.text,
+            self.source.tokenizer,
+            context=arguments.context,
+            num_tokens=tokens,
+            seed=arguments.seed,
+        )
 
 
 def main() -> None:
@@ -173,7 +218,9 @@ def main() -> None:
         "num_blocks": bench.num_blocks,
     }
     # Rows of another model, text or setting are not taken over; other ratios may be added.
-    settings = {name: value for name, value in header["config"].items() if name not in ("ratio", "random_seeds")}
+    settings = {
+        name: value for name, value in header["config"].items() if name not in ("ratio", "random_seeds", "search_seeds")
+    }
     identity = hash_of([settings, header["seed"], header["source"], header["calibration"], header["test"]])
     place = arguments.out / f"{arguments.name}.json"
     rows, perplexities = resumed(place, identity)
@@ -189,8 +236,8 @@ def main() -> None:
     done = {(row["selector"], row["ratio"], row["seed"]) for row in rows}
     for ratio in arguments.ratio:
         for selector in arguments.selector:
-            seeds = range(arguments.random_seeds) if selector == "random" else [arguments.seed]
-            for seed in seeds:
+            draws = {"random": arguments.random_seeds, "gates": arguments.search_seeds}.get(selector, 1)
+            for seed in range(arguments.seed, arguments.seed + draws):
                 if (selector, ratio, seed) in done:
                     continue
                 row = bench.row(selector, ratio, seed)

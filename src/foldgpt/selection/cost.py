@@ -72,6 +72,8 @@ class RemovalCost:
         objective: "kl" to the source, or "lm", the language-modelling loss.
         compensate: correct the block before each cut in closed form, as `foldgpt.compensation` does when folding.
         seed: seed of the positions.
+        position_share: the share of the positions at which predictions are compared, at most `most_positions`.
+        most_positions: see there.
         cache_bytes: what cached states may take.
 
     Attributes:
@@ -89,6 +91,8 @@ class RemovalCost:
         objective: Objective = "kl",
         compensate: bool = False,
         seed: int = 0,
+        position_share: float = _POSITION_SHARE,
+        most_positions: int = _MOST_POSITIONS,
         cache_bytes: int = 1536 * 2**20,
     ) -> None:
         self.replay = replay
@@ -101,6 +105,7 @@ class RemovalCost:
         self.head = Head(replay.model)
         self._head_rows = 0.0
         self._seed = seed
+        self._position_share, self._most_positions = position_share, most_positions
         self._samples: dict[tuple[int, int, bool], Sample] = {}
         self._cache: OrderedDict[StateKey, list[Tensor]] = OrderedDict()
         self._cache_room = cache_bytes
@@ -143,7 +148,7 @@ class RemovalCost:
         ids_WT = self.replay.ids_WT[windows]
         # The last position of a window has no next token to score; KL leaves it out as well.
         num_windows, num_tokens = ids_WT.shape[0], max(1, ids_WT.shape[1] - 1)
-        wanted = max(1, min(int(_POSITION_SHARE * num_windows * num_tokens), _MOST_POSITIONS))
+        wanted = max(1, min(int(self._position_share * num_windows * num_tokens), self._most_positions))
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + windows.start)
         chosen = torch.randperm(num_windows * num_tokens, generator=generator)[:wanted].sort().values
         rows_R = chosen // num_tokens * ids_WT.shape[1] + chosen % num_tokens

@@ -31,7 +31,11 @@ def greedy(request: Request) -> Selection:
             best = ranked(costs)[0]
             removed |= {best}
             order.append(best)
-            trace.append({"removed": best, "cost": costs[best]})
+            spent = {
+                "seconds": round(cost.seconds, 3),
+                "forward_equivalents": round(cost.forward_equivalents, 2),
+            }
+            trace.append({"removed": best, "cost": costs[best], **spent})
             progress.advance(units.sizes[best])
     # A last unit may be larger than what was missing; what that makes unnecessary is put back.
     kept_out = units.fill(order) if order else removed
