@@ -2,11 +2,15 @@
 
 from foldgpt.folding.checkpoint import Verification, save_folded, verify_checkpoint
 from foldgpt.folding.donors import DONORS
+from foldgpt.folding.fitted import GroupFit, LowRank, MemberFit
 from foldgpt.folding.fold import fold_, predicted_parameters, source_model_of, unfold_
 from foldgpt.folding.kinds import kind_of, same_kind
 
 __all__ = [
     "DONORS",
+    "GroupFit",
+    "LowRank",
+    "MemberFit",
     "Verification",
     "fold_",
     "kind_of",
