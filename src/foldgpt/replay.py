@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,12 @@ class Replay:
         model: a causal language model, in memory.
         ids_WT: token ids, int64, without padding.
         batch_size: windows per micro-batch; by default about 2,048 tokens.
+        boundaries: "all", or "first" to record no more than what enters block 0. Then the untouched model runs on
+            the first micro-batch only, and the states of all others cost next to nothing, in time and in memory.
 
     Attributes:
         states: the residual stream h_0 … h_N at the block boundaries, [W, T, H] each, in the model's dtype; h_N
-            leaves the last block, before the final norm.
+            leaves the last block, before the final norm. h_0 alone with `boundaries="first"`.
         num_block_calls: block calls so far, in calls on all W windows: N of them are one forward pass.
 
     Raises:
@@ -45,7 +47,14 @@ class Replay:
         UnsupportedModelError: replaying the untouched model does not give its own output.
     """
 
-    def __init__(self, model: nn.Module, ids_WT: Tensor, *, batch_size: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        ids_WT: Tensor,
+        *,
+        batch_size: int | None = None,
+        boundaries: Literal["all", "first"] = "all",
+    ) -> None:
         self.decoder: Decoder = decoder_of(model)
         if ids_WT.ndim != 2 or 0 in ids_WT.shape:
             raise UsageError(f"windows must be token ids of shape [windows, tokens], got {list(ids_WT.shape)}.")
@@ -59,6 +68,7 @@ class Replay:
         self.ids_WT = ids_WT
         self.batch_size = max(1, 2048 // ids_WT.shape[1]) if batch_size is None else batch_size
         self.num_block_calls = 0.0
+        self._boundaries = boundaries
         self._body = model.get_submodule(self.decoder.blocks_path.rpartition(".")[0])
         self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._tail: list[nn.Module] = []
@@ -159,13 +169,24 @@ class Replay:
             seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
             tail: list[nn.Module] = []
             last: list[Tensor] = []
+            size = windows.stop - windows.start
+            # What blocks are called with depends on the micro-batch's shape alone.
+            only_first = self._boundaries == "first" and size in self._arguments
 
-            def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seen: list[Any] = seen) -> None:
+            def before(
+                _: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                seen: list[Any] = seen,
+                only_first: bool = only_first,
+            ) -> None:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 # Copied: some families update their tensors in place.
                 states[len(seen)].append(hidden.clone())
                 rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
                 seen.append((args[1:], rest))
+                if only_first:
+                    raise _Stop
 
             def after_last(_: nn.Module, args: Any, output: Any, last: list[Tensor] = last) -> None:
                 last.append(_tensor_of(output).clone())
@@ -180,15 +201,20 @@ class Replay:
             handles += [child.register_forward_pre_hook(in_tail) for child in others]
             try:
                 output = self._body(input_ids=self.ids_WT[windows].to(self._device), use_cache=False)
+            except _Stop:
+                continue
             finally:
                 for handle in handles:
                     handle.remove()
             states[-1] += last
             self._tail = tail
-            self._arguments[windows.stop - windows.start] = seen
+            self._arguments[size] = seen
             if windows.start == 0:
                 self._check(states, output.last_hidden_state)
-        return [torch.cat(parts) for parts in states]
+            if self._boundaries == "first":
+                for parts in states[1:]:
+                    parts.clear()
+        return [torch.cat(parts) for parts in states if parts]
 
     def _check(self, states: list[list[Tensor]], last_BTH: Tensor) -> None:
         replayed = self.finish(self.run(states[0][0], range(self.num_blocks)))
@@ -212,6 +238,10 @@ class Replay:
     def _device(self) -> torch.device:
         device: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
         return device
+
+
+class _Stop(Exception):
+    """Ends a pass of the body where no more of it is needed."""
 
 
 def _tensor_of(output: Any) -> Tensor:
