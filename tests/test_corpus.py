@@ -12,8 +12,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from foldgpt import corpus
-from foldgpt.corpus import calibration_windows, evaluation_windows, read_documents
+from foldgpt.corpus import calibration_windows, evaluation_windows, read_documents, texts
+from foldgpt.corpus.windows import _READ_AHEAD
 from foldgpt.errors import FoldGPTError, SourceError, UsageError
 from tiny import BOS_ID, EOS_ID, tiny_tokenizer
 
@@ -34,7 +34,7 @@ def _words(count: int, word: str = "word") -> list[str]:
 
 
 def test_a_text_file_is_one_document_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "_PIECE_CHARACTERS", 10)
+    monkeypatch.setattr(texts, "_PIECE_CHARACTERS", 10)
     content = " = Title = \n\n\r\nnaïve — 日本語 🙂\n no newline at the end"
     (tmp_path / "a.raw").write_bytes(content.encode())
     assert list(read_documents([str(tmp_path / "a.raw")])) == [content]
@@ -171,14 +171,14 @@ def test_calibration_reads_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch
             read += 1
             yield ("x" * 99,)
 
-    monkeypatch.setitem(corpus._READERS, ".py", documents)
+    monkeypatch.setitem(texts._READERS, ".py", documents)
     windows = calibration_windows([__file__], TOKENIZER, context=100, num_tokens=1000)
     assert windows.protocol["documents_read"] == 10
-    assert read <= corpus._READ_AHEAD + 10
+    assert read <= _READ_AHEAD + 10
 
 
 def test_a_long_text_file_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "_PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(texts, "_PIECE_CHARACTERS", 100)
     # The end is not UTF-8, far enough away that no read-ahead of the file layer meets it.
     (tmp_path / "a.txt").write_bytes(b"one line of text\n" * 20_000 + b"\xff")
     windows = calibration_windows([str(tmp_path / "a.txt")], TOKENIZER, context=10, num_tokens=1000)

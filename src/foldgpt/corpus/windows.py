@@ -1,4 +1,4 @@
-"""Text to packed token ids: where text comes from, and how it becomes windows of equal length.
+"""Text to packed token ids: how documents become windows of equal length.
 
 Two ways lead to windows. Calibration wants varied text and little of it: documents in a seeded order, read
 only as far as needed. Perplexity wants one exact protocol: the whole text in order, nothing left to chance,
@@ -8,36 +8,24 @@ and a record of every choice that changes the number.
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import parse_qsl
 
-import pyarrow.parquet
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from foldgpt.artifacts import hash_of
-from foldgpt.demo import demo_text
-from foldgpt.errors import FoldGPTError, SourceError, UsageError, did_you_mean
+from foldgpt.corpus.texts import Text, in_seeded_order, open_texts
+from foldgpt.errors import SourceError, UsageError
 
-_DEFAULT_COLUMN = "text"
-_HUB_OPTIONS = ("config", "split", "column", "revision")
-
-#: A text file is one document, but it is read in pieces of about this many characters, cut after a line.
-_PIECE_CHARACTERS = 1 << 20
 #: Calibration draws each document from this many that were read ahead: enough to mix, little to hold.
 _READ_AHEAD = 256
 #: English text has about 4 characters a token; twice that is read before the tokens are counted.
 _CHARACTERS_PER_TOKEN = 8
 #: Tokens read beyond the last one needed, so that cutting the text there cannot change those before it.
 _MARGIN_TOKENS = 64
-
-#: A document in pieces, so that a long file need not be in memory at once.
-_Document = Iterable[str]
 
 
 @dataclass(frozen=True)
@@ -60,25 +48,6 @@ class Windows:
         essentials = {key: self.protocol[key] for key in ("context", "stride", "bos", "vocabulary_size")}
         digest.update(hash_of({**essentials, "score_from": self.score_from.tolist()}).encode())
         return digest.hexdigest()
-
-
-def read_documents(specs: Sequence[str]) -> Iterator[str]:
-    """The documents of some texts, in order, read as they are asked for.
-
-    Args:
-        specs: each `demo:NAME`; a path or glob of .txt, .raw, .jsonl or .parquet files (with `#COLUMN` after
-            it for another column than "text"); or `hub:NAME?config=…&split=…&column=…&revision=…`.
-
-    Yields:
-        One string per document. A .txt or .raw file is one document, unchanged.
-
-    Raises:
-        SourceError: nothing matches, or a file cannot be read; the message names the file and line.
-        UsageError: the spec itself is wrong.
-    """
-    for text in _open_texts(specs):
-        for document in text.documents():
-            yield "".join(document)
 
 
 def calibration_windows(
@@ -109,7 +78,7 @@ def calibration_windows(
         SourceError: a text cannot be read, or is shorter than its share; the message says how long it is.
         UsageError: a spec or a number that makes no sense.
     """
-    texts = _open_texts(specs)
+    texts = open_texts(specs)
     prefix = _prefix(tokenizer, bos)
     text_tokens = _text_tokens(context, prefix)
     num_windows = num_tokens // context
@@ -123,7 +92,7 @@ def calibration_windows(
     for index, text in enumerate(texts):
         share = num_windows // len(texts) + (index < num_windows % len(texts))
         tokens: list[int] = []
-        for document in _in_seeded_order(text, order):
+        for document in in_seeded_order(text, order, _READ_AHEAD):
             num_documents += 1
             for piece in document:
                 tokens += _encode(tokenizer, piece)
@@ -183,7 +152,7 @@ def evaluation_windows(
         SourceError: a text cannot be read, or is shorter than one window; the message says how long it is.
         UsageError: a spec or a number that makes no sense.
     """
-    texts = _open_texts(specs)
+    texts = open_texts(specs)
     prefix = _prefix(tokenizer, bos)
     text_tokens = _text_tokens(context, prefix)
     stride = text_tokens if stride is None else stride
@@ -251,25 +220,8 @@ def _too_short(name: str, num_tokens: int, num_windows: int, text_tokens: int) -
     )
 
 
-def _in_seeded_order(text: _Text, order: random.Random) -> Iterator[_Document]:
-    """Documents through a shuffle buffer: mixed well for small texts, bounded memory for large ones."""
-    buffer: list[_Document] = []
-    for document in text.documents(order):
-        buffer.append(document)
-        if len(buffer) == _READ_AHEAD:
-            yield _take_any(buffer, order)
-    while buffer:
-        yield _take_any(buffer, order)
-
-
-def _take_any(buffer: list[_Document], order: random.Random) -> _Document:
-    index = order.randrange(len(buffer))
-    buffer[index], buffer[-1] = buffer[-1], buffer[index]
-    return buffer.pop()
-
-
 def _tokens_in_order(
-    texts: Sequence[_Text], tokenizer: PreTrainedTokenizerBase, wanted: int | None
+    texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, wanted: int | None
 ) -> tuple[list[int], int, bool]:
     """Tokens of the joined texts, or of a beginning with more than `wanted` tokens.
 
@@ -292,185 +244,9 @@ def _tokens_in_order(
     return _encode(tokenizer, "".join(read)), characters, True
 
 
-def _joined_pieces(texts: Sequence[_Text]) -> Iterator[str]:
+def _joined_pieces(texts: Sequence[Text]) -> Iterator[str]:
     for number, text in enumerate(texts):
         for index, document in enumerate(text.documents()):
             if index or number:
                 yield text.join if index else "\n\n"
             yield from document
-
-
-# ---------------------------------------------------------------------------------------------- documents
-
-
-@dataclass(frozen=True)
-class _Text:
-    """One text spec, understood: what to call it, how its documents join, and how to read them."""
-
-    name: str
-    """For messages and protocols; without folders, so that it is the same on every machine."""
-    join: str
-    read: Callable[[random.Random | None], Iterator[_Document]]
-
-    def documents(self, order: random.Random | None = None) -> Iterator[_Document]:
-        """The documents, in order, or with the files in a random order."""
-        return self.read(order)
-
-
-def _open_texts(specs: Sequence[str]) -> list[_Text]:
-    if not specs:
-        raise UsageError("no text was given")
-    return [_open_text(spec) for spec in specs]
-
-
-def _open_text(spec: str) -> _Text:
-    if spec.startswith("demo:"):
-        name = spec.removeprefix("demo:")
-        return _Text(spec, "\n\n", lambda order: ((text,) for text in demo_text(name)))
-    if spec.startswith("hub:"):
-        return _hub_text(spec)
-    return _local_text(spec)
-
-
-def _local_text(spec: str) -> _Text:
-    pattern, column = spec, _DEFAULT_COLUMN
-    if "#" in spec and not Path(spec).exists():
-        pattern, _, column = spec.rpartition("#")
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        raise SourceError(f"{pattern} is a folder. Give a file or a pattern in it, e.g. '{pattern}/*.jsonl'.")
-    files = [path] if path.is_file() else _matches(path)
-    files = [file for file in files if file.is_file()]
-    if not files:
-        near = did_you_mean(path.name, _readable_files(path.parent)) if path.parent.is_dir() else ""
-        raise SourceError(f"no text file matches {pattern}.{near}")
-    for file in files:
-        if file.suffix not in _READERS:
-            raise SourceError(f"cannot read {file}: known kinds of text are {', '.join(_READERS)}")
-
-    def read(order: random.Random | None) -> Iterator[_Document]:
-        for file in order.sample(files, len(files)) if order else files:
-            try:
-                yield from _READERS[file.suffix](file, column)
-            except OSError as error:
-                raise SourceError(f"cannot read {file}: {error.strerror or error}") from error
-
-    name = path.name if path.is_file() else f"{path.name} ({len(files)} files)"
-    name += "" if column == _DEFAULT_COLUMN else f"#{column}"
-    plain = all(file.suffix in (".txt", ".raw") for file in files)
-    return _Text(name, "" if plain else "\n\n", read)
-
-
-def _matches(pattern: Path) -> list[Path]:
-    """Files that match a glob, sorted; a relative pattern starts at the working folder."""
-    root = Path(pattern.anchor)
-    return sorted(root.glob(str(pattern.relative_to(root))))
-
-
-def _readable_files(folder: Path) -> list[str]:
-    return [entry.name for entry in folder.iterdir() if entry.suffix in _READERS]
-
-
-@dataclass(frozen=True)
-class _TextFile:
-    """A plain text file as one document; each iteration reads it again, piece by piece."""
-
-    path: Path
-
-    def __iter__(self) -> Iterator[str]:
-        try:
-            # newline="": what is measured is the file's text, whatever the system's line ends.
-            with self.path.open(encoding="utf-8", newline="") as file:
-                while lines := file.readlines(_PIECE_CHARACTERS):
-                    yield "".join(lines)
-        except UnicodeDecodeError as error:
-            raise SourceError(f"{self.path} is not UTF-8 text: {error.reason}") from error
-        except OSError as error:
-            raise SourceError(f"cannot read {self.path}: {error.strerror or error}") from error
-
-
-def _read_plain(path: Path, column: str) -> Iterator[_Document]:
-    if column != _DEFAULT_COLUMN:
-        raise UsageError(f"{path.name} has no columns, so there is no column {column!r}")
-    yield _TextFile(path)
-
-
-def _read_jsonl(path: Path, column: str) -> Iterator[_Document]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            place = f"{path} line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
-                raise SourceError(f"{place}: not valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise SourceError(f"{place}: a JSON object is needed, not {type(row).__name__}")
-            yield (_text_of(row, column, place),)
-
-
-def _read_parquet(path: Path, column: str) -> Iterator[_Document]:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            names = table.schema_arrow.names
-            if column not in names:
-                raise _no_column(column, names, str(path))
-            row = 0
-            for batch in table.iter_batches(batch_size=256, columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    row += 1
-                    yield (_text_of({column: value}, column, f"{path} row {row}"),)
-    except pyarrow.ArrowException as error:
-        raise SourceError(f"cannot read {path}: {error}") from error
-
-
-_READERS: dict[str, Callable[[Path, str], Iterator[_Document]]] = {
-    ".txt": _read_plain,
-    ".raw": _read_plain,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
-
-
-def _hub_text(spec: str) -> _Text:
-    name, _, query = spec.removeprefix("hub:").partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    for key in options:
-        if key not in _HUB_OPTIONS:
-            raise UsageError(f"unknown option {key!r} in {spec}.{did_you_mean(key, _HUB_OPTIONS)}")
-    column = options.get("column", _DEFAULT_COLUMN)
-
-    def read(order: random.Random | None) -> Iterator[_Document]:
-        import datasets  # slow to import, and most texts are not from the hub
-
-        try:
-            rows = datasets.load_dataset(
-                name,
-                options.get("config"),
-                split=options.get("split", "train"),
-                revision=options.get("revision"),
-                streaming=True,
-            )
-            for number, row in enumerate(rows, 1):
-                yield (_text_of(row, column, f"{name} row {number}"),)
-        except FoldGPTError:
-            raise
-        except Exception as error:  # the client passes on errors of many libraries
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise SourceError(f"cannot read the hub data set {name}: {reason}") from error
-
-    return _Text(spec, "\n\n", read)
-
-
-def _text_of(row: dict[str, Any], column: str, place: str) -> str:
-    if column not in row:
-        raise _no_column(column, row, place)
-    text = row[column]
-    if not isinstance(text, str):
-        raise SourceError(f"{place}: column {column!r} holds {type(text).__name__}, not text")
-    return text
-
-
-def _no_column(column: str, columns: Iterable[str], place: str) -> SourceError:
-    return SourceError(f"{place}: there is no column {column!r}.{did_you_mean(column, columns)}")

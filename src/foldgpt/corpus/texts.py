@@ -1,0 +1,246 @@
+"""Where text comes from: what a text spec means, and its documents, read as they are asked for."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import pyarrow.parquet
+
+from foldgpt.demo import demo_text
+from foldgpt.errors import FoldGPTError, SourceError, UsageError, did_you_mean
+
+_DEFAULT_COLUMN = "text"
+_HUB_OPTIONS = ("config", "split", "column", "revision")
+
+#: A text file is one document, but it is read in pieces of about this many characters, cut after a line.
+_PIECE_CHARACTERS = 1 << 20
+
+#: A document in pieces, so that a long file need not be in memory at once.
+Document = Iterable[str]
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text spec, understood: what to call it, how its documents join, and how to read them."""
+
+    name: str
+    """For messages and protocols; without folders, so that it is the same on every machine."""
+    join: str
+    read: Callable[[random.Random | None], Iterator[Document]]
+
+    def documents(self, order: random.Random | None = None) -> Iterator[Document]:
+        """The documents, in order, or with the files in a random order."""
+        return self.read(order)
+
+
+def read_documents(specs: Sequence[str]) -> Iterator[str]:
+    """The documents of some texts, in order, read as they are asked for.
+
+    Args:
+        specs: each `demo:NAME`; a path or glob of .txt, .raw, .jsonl or .parquet files (with `#COLUMN` after
+            it for another column than "text"); or `hub:NAME?config=…&split=…&column=…&revision=…`.
+
+    Yields:
+        One string per document. A .txt or .raw file is one document, unchanged.
+
+    Raises:
+        SourceError: nothing matches, or a file cannot be read; the message names the file and line.
+        UsageError: the spec itself is wrong.
+    """
+    for text in open_texts(specs):
+        for document in text.documents():
+            yield "".join(document)
+
+
+def open_texts(specs: Sequence[str]) -> list[Text]:
+    """What some text specs mean; nothing is read yet.
+
+    Raises:
+        SourceError: nothing matches.
+        UsageError: no spec, or one that is wrong.
+    """
+    if not specs:
+        raise UsageError("no text was given")
+    return [_open_text(spec) for spec in specs]
+
+
+def _open_text(spec: str) -> Text:
+    if spec.startswith("demo:"):
+        name = spec.removeprefix("demo:")
+        return Text(spec, "\n\n", lambda order: ((text,) for text in demo_text(name)))
+    if spec.startswith("hub:"):
+        return _hub_text(spec)
+    return _local_text(spec)
+
+
+def in_seeded_order(text: Text, order: random.Random, read_ahead: int) -> Iterator[Document]:
+    """Documents through a shuffle buffer: mixed well for small texts, bounded memory for large ones.
+
+    Args:
+        text: the text; local files are shuffled as well.
+        order: where the order comes from.
+        read_ahead: each document is drawn from so many.
+    """
+    buffer: list[Document] = []
+    for document in text.documents(order):
+        buffer.append(document)
+        if len(buffer) == read_ahead:
+            yield _take_any(buffer, order)
+    while buffer:
+        yield _take_any(buffer, order)
+
+
+def _take_any(buffer: list[Document], order: random.Random) -> Document:
+    index = order.randrange(len(buffer))
+    buffer[index], buffer[-1] = buffer[-1], buffer[index]
+    return buffer.pop()
+
+
+def _local_text(spec: str) -> Text:
+    pattern, column = spec, _DEFAULT_COLUMN
+    if "#" in spec and not Path(spec).exists():
+        pattern, _, column = spec.rpartition("#")
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        raise SourceError(f"{pattern} is a folder. Give a file or a pattern in it, e.g. '{pattern}/*.jsonl'.")
+    files = [path] if path.is_file() else _matches(path)
+    files = [file for file in files if file.is_file()]
+    if not files:
+        near = did_you_mean(path.name, _readable_files(path.parent)) if path.parent.is_dir() else ""
+        raise SourceError(f"no text file matches {pattern}.{near}")
+    for file in files:
+        if file.suffix not in _READERS:
+            raise SourceError(f"cannot read {file}: known kinds of text are {', '.join(_READERS)}")
+
+    def read(order: random.Random | None) -> Iterator[Document]:
+        for file in order.sample(files, len(files)) if order else files:
+            try:
+                yield from _READERS[file.suffix](file, column)
+            except OSError as error:
+                raise SourceError(f"cannot read {file}: {error.strerror or error}") from error
+
+    name = path.name if path.is_file() else f"{path.name} ({len(files)} files)"
+    name += "" if column == _DEFAULT_COLUMN else f"#{column}"
+    plain = all(file.suffix in (".txt", ".raw") for file in files)
+    return Text(name, "" if plain else "\n\n", read)
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """Files that match a glob, sorted; a relative pattern starts at the working folder."""
+    root = Path(pattern.anchor)
+    return sorted(root.glob(str(pattern.relative_to(root))))
+
+
+def _readable_files(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir() if entry.suffix in _READERS]
+
+
+@dataclass(frozen=True)
+class _TextFile:
+    """A plain text file as one document; each iteration reads it again, piece by piece."""
+
+    path: Path
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            # newline="": what is measured is the file's text, whatever the system's line ends.
+            with self.path.open(encoding="utf-8", newline="") as file:
+                while lines := file.readlines(_PIECE_CHARACTERS):
+                    yield "".join(lines)
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{self.path} is not UTF-8 text: {error.reason}") from error
+        except OSError as error:
+            raise SourceError(f"cannot read {self.path}: {error.strerror or error}") from error
+
+
+def _read_plain(path: Path, column: str) -> Iterator[Document]:
+    if column != _DEFAULT_COLUMN:
+        raise UsageError(f"{path.name} has no columns, so there is no column {column!r}")
+    yield _TextFile(path)
+
+
+def _read_jsonl(path: Path, column: str) -> Iterator[Document]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            place = f"{path} line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # not JSON, or not UTF-8
+                raise SourceError(f"{place}: not valid JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise SourceError(f"{place}: a JSON object is needed, not {type(row).__name__}")
+            yield (_text_of(row, column, place),)
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[Document]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            names = table.schema_arrow.names
+            if column not in names:
+                raise _no_column(column, names, str(path))
+            row = 0
+            for batch in table.iter_batches(batch_size=256, columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    row += 1
+                    yield (_text_of({column: value}, column, f"{path} row {row}"),)
+    except pyarrow.ArrowException as error:
+        raise SourceError(f"cannot read {path}: {error}") from error
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
+    ".txt": _read_plain,
+    ".raw": _read_plain,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def _hub_text(spec: str) -> Text:
+    name, _, query = spec.removeprefix("hub:").partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    for key in options:
+        if key not in _HUB_OPTIONS:
+            raise UsageError(f"unknown option {key!r} in {spec}.{did_you_mean(key, _HUB_OPTIONS)}")
+    column = options.get("column", _DEFAULT_COLUMN)
+
+    def read(order: random.Random | None) -> Iterator[Document]:
+        import datasets  # slow to import, and most texts are not from the hub
+
+        try:
+            rows = datasets.load_dataset(
+                name,
+                options.get("config"),
+                split=options.get("split", "train"),
+                revision=options.get("revision"),
+                streaming=True,
+            )
+            for number, row in enumerate(rows, 1):
+                yield (_text_of(row, column, f"{name} row {number}"),)
+        except FoldGPTError:
+            raise
+        except Exception as error:  # the client passes on errors of many libraries
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise SourceError(f"cannot read the hub data set {name}: {reason}") from error
+
+    return Text(spec, "\n\n", read)
+
+
+def _text_of(row: dict[str, Any], column: str, place: str) -> str:
+    if column not in row:
+        raise _no_column(column, row, place)
+    text = row[column]
+    if not isinstance(text, str):
+        raise SourceError(f"{place}: column {column!r} holds {type(text).__name__}, not text")
+    return text
+
+
+def _no_column(column: str, columns: Iterable[str], place: str) -> SourceError:
+    return SourceError(f"{place}: there is no column {column!r}.{did_you_mean(column, columns)}")
