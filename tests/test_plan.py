@@ -10,7 +10,7 @@ import pydantic
 import pytest
 
 from foldgpt.errors import ArtifactError, PlanError
-from foldgpt.plan import FoldPlan, Group, SourceModel
+from foldgpt.plan import Compensation, FoldPlan, Group, SourceModel
 
 SOURCE = SourceModel(model="somebody/model", revision="main", model_type="llama", num_blocks=6)
 PAIR = {"blocks": [2, 3]}
@@ -100,8 +100,43 @@ def test_a_plan_is_frozen() -> None:
             "groups.0.sublayers.0: Input should be 'attention' or 'mlp' (got 'ffn')",
         ),
         # Norms are always private: a file that says otherwise would not be obeyed.
-        ({"groups": [{**PAIR, "private": []}]}, "groups.0.private"),
-        ({"groups": [{**PAIR, "private": ["biases"]}]}, "groups.0.private.0: Input should be 'norms' (got 'biases')"),
+        (
+            {"groups": [{**PAIR, "private": []}]},
+            "groups.0: norms are private in every group, so private of group [2, 3]",
+        ),
+        (
+            {"groups": [{**PAIR, "private": ["norms", "biases"]}]},
+            "groups.0.private.1: Input should be 'norms' or 'scales' (got 'biases')",
+        ),
+        (
+            {"groups": [{**PAIR, "private": ["norms", "norms"]}]},
+            "groups.0: private of group [2, 3] are named twice: ['norms', 'norms']",
+        ),
+        ({"groups": [{**PAIR, "donor": "owner"}]}, "owner of group [2, 3] must be one of its blocks, got None"),
+        (
+            {"groups": [{**PAIR, "donor": "owner", "owner": 4}]},
+            "owner of group [2, 3] must be one of its blocks, got 4",
+        ),
+        ({"groups": [{**PAIR, "donor": "mean", "owner": 2}]}, "group [2, 3] has owner 2 and donor 'mean'; only donor"),
+        (
+            {"groups": [{**PAIR, "donor": "mean", "start": "zero", "private": ["norms", "scales"]}]},
+            "group [2, 3] starts at zero, so one member must give its weights: donor 'first', 'last' or 'owner', not",
+        ),
+        (
+            {"groups": [{**PAIR, "start": "zero"}]},
+            "group [2, 3] starts at zero, and what begins at 0 are the scales: name them in private",
+        ),
+        ({"groups": [{**PAIR, "start": "soft"}]}, "groups.0.start: Input should be 'hard' or 'zero' (got 'soft')"),
+        ({"groups": [{**PAIR, "donor": "mean", "norms": "owner"}]}, "group [2, 3] has donor 'mean'; no member's norms"),
+        (
+            {"groups": [{**PAIR, "donor": "mean", "ranks": {"mlp.up_proj": [1, 2, 3]}}]},
+            "group [2, 3] has 2 members, but 3 ranks for mlp.up_proj",
+        ),
+        (
+            {"groups": [{**PAIR, "donor": "last", "ranks": {"mlp.up_proj": [1, 2]}}]},
+            "block 3 gives group [2, 3] its weights and needs no low-rank term: its rank for mlp.up_proj must be 0",
+        ),
+        ({"groups": [{**PAIR, "ranks": -1}]}, "groups.0.ranks"),
         ({"source": {**SOURCE.model_dump(), "num_blocks": 0}}, "source.num_blocks: Input should be greater than"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:40],
@@ -119,6 +154,50 @@ def test_attention_and_mlp_may_be_shared_in_different_groups() -> None:
     groups = [Group(blocks=(0, 2), sublayers=("attention",)), Group(blocks=(2, 3), sublayers=("mlp",))]
     plan = FoldPlan.create(SOURCE, groups=groups, removed_mlp=[0], removed_attention=[3])
     assert plan.groups == tuple(groups)
+
+
+@pytest.mark.parametrize(
+    ("options", "giver", "holder", "fitted"),
+    [
+        ({"donor": "first"}, 1, 1, (2, 4)),
+        ({"donor": "last"}, 4, 4, (1, 2)),
+        ({"donor": "owner", "owner": 2}, 2, 2, (1, 4)),
+        ({"donor": "mean"}, None, 1, (1, 2, 4)),
+        ({"donor": "least_squares"}, None, 1, (1, 2, 4)),
+    ],
+    ids=str,
+)
+def test_who_gives_the_weights_of_a_group_has_no_private_terms(
+    options: dict[str, Any], giver: int | None, holder: int, fitted: tuple[int, ...]
+) -> None:
+    group = Group(blocks=(1, 2, 4), ranks=3, **options)
+    assert (group.giver, group.holder, group.fitted_members, group.started_at_zero) == (giver, holder, fitted, ())
+    assert [group.rank_of("mlp.up_proj", block) for block in (1, 2, 4)] == [3 * (b in fitted) for b in (1, 2, 4)]
+
+
+def test_ranks_may_differ_by_leaf_and_member() -> None:
+    group = Group(blocks=(1, 2), donor="mean", ranks={"self_attn.q_proj": 4, "mlp.up_proj": (0, 8)})
+    leaves = ("self_attn.q_proj", "mlp.up_proj", "mlp.gate_proj")
+    assert [group.rank_of(leaf, block) for leaf in leaves for block in (1, 2)] == [4, 4, 0, 8, 0, 0]
+    plan = FoldPlan.create(SOURCE, groups=[group])
+    assert FoldPlan.from_json_dict(json.loads(json.dumps(plan.to_json_dict()))) == plan
+
+
+def test_what_starts_at_zero_has_a_position_and_counts_as_removed_at_the_start() -> None:
+    zero = {"start": "zero", "private": ("norms", "scales")}
+    groups = [
+        Group(blocks=(0, 1, 2), donor="owner", owner=1, **zero),
+        Group(blocks=(3, 4), donor="last", sublayers=("mlp",), **zero),
+        Group(blocks=(3, 4), donor="mean", sublayers=("attention",)),
+    ]
+    plan = FoldPlan.create(SOURCE, removed=[5], groups=groups)
+    assert plan.kept == (0, 1, 2, 3, 4) and plan.position_of[2] == 2
+    assert groups[0].started_at_zero == (0, 2) and groups[1].started_at_zero == (3,)
+    start = plan.at_start
+    assert (start.kept, start.removed) == ((1, 3, 4), (0, 2, 5))
+    assert (start.removed_attention, start.removed_mlp) == ((), (3,))
+    assert start.groups == (groups[2],)
+    assert not plan.is_removal_only
 
 
 def test_removing_every_block_is_refused() -> None:
@@ -143,8 +222,26 @@ def test_a_plan_survives_json(tmp_path: Path) -> None:
     assert FoldPlan.load(tmp_path) == plan, "a folder stands for the plan inside it"
     assert FoldPlan.from_json_dict(plan.to_json_dict()) == plan
     written = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
-    assert (written["format"], written["version"]) == ("foldgpt.plan", 1)
+    assert (written["format"], written["version"]) == ("foldgpt.plan", 2)
     assert written["kept"] == [1, 2, 3, 4, 5]
+
+
+def test_a_plan_of_version_1_is_upgraded(tmp_path: Path) -> None:
+    """A file as the first version of the format wrote it."""
+    group = {"blocks": [2, 3], "sublayers": ["attention", "mlp"], "donor": "last", "private": ["norms"]}
+    calibration = {"texts": ["text.txt"], "context": 8, "num_tokens": 64, "seed": 1, "fingerprint": "f"}
+    options = {"method": "linear", "features": "inner", "ridge": "auto", "rounds": 3}
+    value = plan_values(format="foldgpt.plan", version=1, groups=[group], compensation={**options, **calibration})
+    (tmp_path / "plan.json").write_text(json.dumps(value))
+    plan = FoldPlan.load(tmp_path)
+    assert plan == FoldPlan.create(
+        SOURCE,
+        removed=[1, 5],
+        groups=[Group(blocks=(2, 3), donor="last")],
+        compensation=Compensation(**calibration),
+    )
+    assert plan.to_json_dict()["version"] == 2
+    assert plan.groups[0].start == "hard" and plan.groups[0].ranks == 0
 
 
 def test_a_hand_edited_file_counts_as_it_stands(tmp_path: Path) -> None:
@@ -167,8 +264,8 @@ def test_a_hand_edited_file_counts_as_it_stands(tmp_path: Path) -> None:
         ({"kept": [0, 2.5, 3, 4]}, "kept.1: Input should be a valid integer"),
         ({"kept": None}, "kept: Input should be a valid tuple (got None)"),
         ({"source": "somebody/model"}, "source: Input should be a valid dictionary"),
-        ({"version": 2}, "plan of version 2, but this foldgpt reads version 1"),
-        ({"version": "1.1"}, "plan of version '1.1', but this foldgpt reads version 1"),
+        ({"version": 3}, "plan of version 3, but this foldgpt reads versions up to 2"),
+        ({"version": "1.1"}, "plan of version '1.1', but this foldgpt reads versions up to 2"),
         ({"format": "foldgpt.analysis"}, "not a plan: its 'format' is 'foldgpt.analysis', expected 'foldgpt.plan'"),
     ],
     ids=str,

@@ -15,7 +15,9 @@ Sublayer = Literal["attention", "mlp"]
 SUBLAYERS: tuple[Sublayer, ...] = ("attention", "mlp")
 
 FORMAT: Final = "foldgpt.plan"
-VERSION: Final = 1
+VERSION: Final = 2
+#: Earlier versions that are read too. Version 1 had groups without private terms.
+_UPGRADED: Final = (1,)
 
 
 class _Frozen(BaseModel):
@@ -38,56 +40,161 @@ class SourceModel(_Frozen):
     num_blocks: int = Field(ge=1)
 
 
+#: Leaf (a linear layer by its name inside the block) → rank for all members, or one rank for each member.
+RankByLeaf = dict[str, Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=0)], ...]]
+
+
 class Group(_Frozen):
     """Blocks that share one set of weights.
+
+    A group starts "hard", its members sharing from the beginning, or at "zero": then one member, the owner, is an
+    ordinary block, and each other one a position in place of a removed block, which borrows the owner's weights and
+    contributes nothing to the stream until training makes it.
 
     Attributes:
         blocks: source indices of the members, increasing.
         sublayers: what is shared: attention, MLP or both.
-        donor: how the shared weights are made from the members ("first", "last", "mean").
-        private: what stays private to each position. Norms always do.
+        donor: how the shared weights are made from the members: "first", "last" or "owner" takes that one's own,
+            "mean" averages, "least_squares" is fitted.
+        owner: source index of the member whose weights are taken; with donor "owner" only.
+        start: "hard" or "zero".
+        private: what stays private to each position: norms always, and "scales", one factor for each channel of what
+            a sublayer adds to the stream. They begin at 1, or at 0 in a group that starts at zero.
+        ranks: rank of the private low-rank terms: one for all linear layers that are shared, or leaf → rank, which is
+            one for all members or a list of one for each.
+        norms: whose norms a position begins with: its "own" block's, or the "owner"'s.
     """
 
     blocks: tuple[int, ...] = Field(min_length=2)
     sublayers: tuple[Sublayer, ...] = Field(default=SUBLAYERS, min_length=1)
     donor: str = "first"
-    private: tuple[Literal["norms"]] = ("norms",)
+    owner: int | None = None
+    start: Literal["hard", "zero"] = "hard"
+    private: tuple[Literal["norms", "scales"], ...] = ("norms",)
+    ranks: Annotated[int, Field(ge=0)] | RankByLeaf = 0
+    norms: Literal["own", "owner"] = "own"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if list(self.blocks) != sorted(set(self.blocks)):
-            raise ValueError(f"blocks of a group must be increasing and distinct, got {list(self.blocks)}")
-        if len(set(self.sublayers)) != len(self.sublayers):
-            raise ValueError(f"sublayers of group {list(self.blocks)} are named twice: {list(self.sublayers)}")
+        blocks = list(self.blocks)
+        if blocks != sorted(set(blocks)):
+            raise ValueError(f"blocks of a group must be increasing and distinct, got {blocks}")
+        for name in ("sublayers", "private"):
+            values = list(getattr(self, name))
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} of group {blocks} are named twice: {values}")
+        if "norms" not in self.private:
+            raise ValueError(f"norms are private in every group, so private of group {blocks} must name them")
+        if self.donor == "owner" and self.owner not in self.blocks:
+            raise ValueError(f"owner of group {blocks} must be one of its blocks, got {self.owner}")
+        if self.donor != "owner" and self.owner is not None:
+            raise ValueError(
+                f"group {blocks} has owner {self.owner} and donor {self.donor!r}; only donor 'owner' takes its weights"
+            )
+        self._check_start()
+        self._check_ranks()
         return self
 
+    def _check_start(self) -> None:
+        if self.start == "zero" and self.giver is None:
+            raise ValueError(
+                f"group {list(self.blocks)} starts at zero, so one member must give its weights: donor 'first', 'last' "
+                f"or 'owner', not {self.donor!r}"
+            )
+        if self.start == "zero" and "scales" not in self.private:
+            raise ValueError(
+                f"group {list(self.blocks)} starts at zero, and what begins at 0 are the scales: name them in private"
+            )
+        if self.norms == "owner" and self.giver is None:
+            raise ValueError(f"group {list(self.blocks)} has donor {self.donor!r}; no member's norms go with it")
 
-class Compensation(_Frozen):
+    def _check_ranks(self) -> None:
+        if isinstance(self.ranks, int):
+            return
+        for leaf, ranks in self.ranks.items():
+            if isinstance(ranks, int):
+                continue
+            if len(ranks) != len(self.blocks):
+                raise ValueError(
+                    f"group {list(self.blocks)} has {len(self.blocks)} members, but {len(ranks)} ranks for {leaf}"
+                )
+            if self.giver is not None and ranks[self.blocks.index(self.giver)]:
+                raise ValueError(
+                    f"block {self.giver} gives group {list(self.blocks)} its weights and needs no low-rank term: its "
+                    f"rank for {leaf} must be 0, got {ranks[self.blocks.index(self.giver)]}"
+                )
+
+    @property
+    def giver(self) -> int | None:
+        """Source index of the member whose very weights are shared; None where they are made of several."""
+        return {"first": self.blocks[0], "last": self.blocks[-1], "owner": self.owner}.get(self.donor)
+
+    @property
+    def holder(self) -> int:
+        """Source index of the member at whose position the shared weights are kept."""
+        return self.blocks[0] if self.giver is None else self.giver
+
+    @property
+    def fitted_members(self) -> tuple[int, ...]:
+        """The members that have private scales and low-rank terms: all but the one that gives its weights."""
+        return tuple(block for block in self.blocks if block != self.giver)
+
+    @property
+    def started_at_zero(self) -> tuple[int, ...]:
+        """The members whose positions begin by contributing nothing."""
+        return self.fitted_members if self.start == "zero" else ()
+
+    def rank_of(self, leaf: str, block: int) -> int:
+        """Rank of the low-rank term of one leaf at the position of one member.
+
+        Args:
+            leaf: name of a shared linear layer inside the block, such as "mlp.up_proj".
+            block: source index of the member.
+        """
+        if block == self.giver:
+            return 0
+        ranks = self.ranks if isinstance(self.ranks, int) else self.ranks.get(leaf, 0)
+        return ranks if isinstance(ranks, int) else ranks[self.blocks.index(block)]
+
+
+class CalibrationText(_Frozen):
+    """The text that something was fitted on, or is to be fitted on.
+
+    Attributes:
+        texts: the calibration texts.
+        context: tokens in one window.
+        num_tokens: tokens in all windows.
+        seed: seed of their order.
+        fingerprint: of the windows; folding refuses a text that has changed since.
+    """
+
+    texts: tuple[str, ...] = Field(min_length=1)
+    context: int = Field(ge=2)
+    num_tokens: int = Field(ge=2)
+    seed: int = 0
+    fingerprint: str
+
+
+class Compensation(CalibrationText):
     """How the kept blocks before each cut take over, in closed form, what the removed ones did.
 
     The fit is made when the model is folded, on this text, and merged into weights that are there already.
 
     Attributes:
         method: "linear": a linear map on the MLP's output; see docs/compensation.md.
-        texts: the calibration texts.
-        context: tokens in one window.
-        num_tokens: tokens in all windows.
-        seed: seed of their order.
-        fingerprint: of the windows; folding refuses a text that has changed since.
         features: what the map reads: what the MLP's output matrix is given ("inner"), or what it puts out ("output").
         ridge: as a multiple of the Gram matrix's mean diagonal; "auto" takes the best on held-out tokens.
         rounds: rounds of alternating least squares where a norm stands behind the MLP.
     """
 
     method: Literal["linear"] = "linear"
-    texts: tuple[str, ...] = Field(min_length=1)
-    context: int = Field(ge=2)
-    num_tokens: int = Field(ge=2)
-    seed: int = 0
-    fingerprint: str
     features: Literal["inner", "output"] = "inner"
     ridge: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     rounds: int = Field(default=3, ge=0)
+
+
+class Fitting(CalibrationText):
+    """On which text the shared weights and private terms of the groups are fitted, when the model is folded."""
 
 
 class FoldPlan(_Frozen):
@@ -95,17 +202,20 @@ class FoldPlan(_Frozen):
 
     Attributes:
         source: the model the plan is for.
-        kept: source indices of the kept blocks.
+        kept: source indices of the blocks that have a position in the folded model; those that start at zero too.
         removed: source indices of the removed blocks. Kept and removed partition the blocks.
         removed_attention: kept blocks whose attention sublayer is removed.
         removed_mlp: kept blocks whose MLP sublayer is removed.
         groups: sets of kept blocks that share weights; disjoint for each sublayer.
-        compensation: how kept blocks make up for removed ones; None leaves their weights as they are.
+        compensation: how kept blocks make up for removed ones; None leaves their weights as they are. What starts at
+            zero counts as removed here, as it does in searches: see `at_start`.
+        fitting: on which text the groups are fitted; None makes shared weights of the members' alone, and private
+            terms begin without effect.
         origin: where the plan comes from (selector, scores, calibration); free-form, not read by `fold_`.
     """
 
     format: Literal["foldgpt.plan"] = FORMAT
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     source: SourceModel
     kept: tuple[int, ...]
     removed: tuple[int, ...] = ()
@@ -113,6 +223,7 @@ class FoldPlan(_Frozen):
     removed_mlp: tuple[int, ...] = ()
     groups: tuple[Group, ...] = ()
     compensation: Compensation | None = None
+    fitting: Fitting | None = None
     origin: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -168,6 +279,7 @@ class FoldPlan(_Frozen):
         removed_mlp: Iterable[int] = (),
         groups: Sequence[Group] = (),
         compensation: Compensation | None = None,
+        fitting: Fitting | None = None,
         origin: dict[str, Any] | None = None,
     ) -> FoldPlan:
         """Make a plan from what is removed and shared; all else is kept.
@@ -186,13 +298,14 @@ class FoldPlan(_Frozen):
                 "removed_mlp": sorted(set(removed_mlp)),
                 "groups": [group.model_dump() for group in groups],
                 "compensation": None if compensation is None else compensation.model_dump(),
+                "fitting": None if fitting is None else fitting.model_dump(),
                 "origin": origin or {},
             }
         )
 
     @classmethod
     def from_json_dict(cls, value: Any, place: str = "plan") -> FoldPlan:
-        """Validate a plan read from JSON.
+        """Validate a plan read from JSON; one of an earlier version is upgraded.
 
         Args:
             value: the parsed JSON.
@@ -203,11 +316,13 @@ class FoldPlan(_Frozen):
         """
         if isinstance(value, dict) and value.get("format", FORMAT) != FORMAT:
             raise PlanError(f"{place}: not a plan: its 'format' is {value['format']!r}, expected {FORMAT!r}")
-        if isinstance(value, dict) and value.get("version", VERSION) != VERSION:
-            raise PlanError(
-                f"{place}: plan of version {value['version']!r}, but this foldgpt reads version {VERSION}. "
-                "Update foldgpt, or make the plan again."
-            )
+        if isinstance(value, dict) and (version := value.get("version", VERSION)) != VERSION:
+            if version not in _UPGRADED or isinstance(version, bool):
+                raise PlanError(
+                    f"{place}: plan of version {version!r}, but this foldgpt reads versions up to {VERSION}. "
+                    "Update foldgpt, or make the plan again."
+                )
+            value = {**value, "version": VERSION}
         try:
             return cls.model_validate(value)
         except ValidationError as error:
@@ -233,6 +348,28 @@ class FoldPlan(_Frozen):
     def position_of(self) -> dict[int, int]:
         """Source index → position in the folded model, for kept blocks."""
         return {source: position for position, source in enumerate(self.kept)}
+
+    @property
+    def at_start(self) -> FoldPlan:
+        """The plan whose model computes what this one's computes before training: what starts at zero is removed.
+
+        Removal is measured, and compensated, by this plan.
+        """
+        absent: dict[Sublayer, set[int]] = {"attention": set(self.removed_attention), "mlp": set(self.removed_mlp)}
+        for group in self.groups:
+            for sublayer in group.sublayers:
+                absent[sublayer] |= set(group.started_at_zero)
+        whole = absent["attention"] & absent["mlp"]
+        return self.create(
+            self.source,
+            removed={*self.removed, *whole},
+            removed_attention=absent["attention"] - whole,
+            removed_mlp=absent["mlp"] - whole,
+            groups=[group for group in self.groups if group.start == "hard"],
+            compensation=self.compensation,
+            fitting=self.fitting,
+            origin=self.origin,
+        )
 
     @property
     def is_identity(self) -> bool:
