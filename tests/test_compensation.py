@@ -11,7 +11,7 @@ import torch
 
 from foldgpt.compensation import Compensator, Correction, CutReport, compensate, compensate_, judge, merge_
 from foldgpt.compensation.least_squares import Sums, solve
-from foldgpt.compensation.norms import effective_scale, weight_for
+from foldgpt.families.norms import effective_scale, weight_for
 from foldgpt.compensation.through_norm import error_of, fit_through_norm, normed
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import decoder_of

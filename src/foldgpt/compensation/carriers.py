@@ -10,20 +10,8 @@ from torch import Tensor, nn
 
 from foldgpt.compensation.correction import Correction
 from foldgpt.errors import UnsupportedModelError
-from foldgpt.families import Decoder
+from foldgpt.families import OUTPUT_MATRICES, Decoder
 from foldgpt.plan import Sublayer
-
-#: Names of the matrices that a sublayer ends in; in mixtures each expert has one, or all are one parameter.
-_OUTPUT_NAMES: dict[Sublayer, frozenset[str]] = {
-    "mlp": frozenset({"down_proj", "c_proj", "dense_4h_to_h", "fc2"}),
-    "attention": frozenset({"o_proj", "out_proj", "c_proj", "dense"}),
-}
-
-#: Norms that stand between a sublayer's output and the residual stream, where a family has them.
-_NORM_BEHIND: dict[Sublayer, str] = {
-    "mlp": "post_feedforward_layernorm",
-    "attention": "post_attention_layernorm",
-}
 
 
 @dataclass(frozen=True)
@@ -69,7 +57,7 @@ def sublayer_names(decoder: Decoder, sublayer: Sublayer) -> tuple[str, ...]:
             f"the sublayers of model type {decoder.model_type!r} are not known (with this config), so removed blocks "
             "cannot be compensated. Add a row to foldgpt/families/table.py, or switch compensation off."
         )
-    return decoder.sublayers.attention if sublayer == "attention" else decoder.sublayers.mlp
+    return decoder.sublayers.modules(sublayer)
 
 
 def output_module(decoder: Decoder, index: int, sublayer: Sublayer) -> nn.Module:
@@ -79,12 +67,8 @@ def output_module(decoder: Decoder, index: int, sublayer: Sublayer) -> nn.Module
 
 def norm_behind(decoder: Decoder, index: int, sublayer: Sublayer) -> nn.Module | None:
     """The norm between a sublayer's output and the residual stream, if the family has one there."""
-    names = sublayer_names(decoder, sublayer)
-    assert decoder.sublayers is not None
-    name = _NORM_BEHIND[sublayer]
-    own = decoder.sublayers.mlp_norms if sublayer == "mlp" else decoder.sublayers.attention_norms
-    # Llama's post_attention_layernorm serves the MLP and stands in front of it.
-    return decoder.blocks[index].get_submodule(name) if names and name in own else None
+    name = None if decoder.sublayers is None else decoder.sublayers.norm_behind(sublayer)
+    return None if name is None else decoder.blocks[index].get_submodule(name)
 
 
 def output_matrices(decoder: Decoder, index: int, sublayer: Sublayer, module: nn.Module) -> list[OutputMatrix]:
@@ -99,10 +83,10 @@ def output_matrices(decoder: Decoder, index: int, sublayer: Sublayer, module: nn
     Raises:
         UnsupportedModelError: there are none with a known name, or they are not plain matrices in memory.
     """
-    found = list(_matrices(module, sublayer_names(decoder, sublayer)[-1], _OUTPUT_NAMES[sublayer]))
+    found = list(_matrices(module, sublayer_names(decoder, sublayer)[-1], OUTPUT_MATRICES[sublayer]))
     place = f"the {sublayer} of block {index} of model type {decoder.model_type!r}"
     if not found:
-        known = ", ".join(sorted(_OUTPUT_NAMES[sublayer]))
+        known = ", ".join(sorted(OUTPUT_MATRICES[sublayer]))
         raise UnsupportedModelError(f"{place} has no output matrix of a known name ({known}); it cannot be corrected")
     for matrix in found:
         if matrix.weight.is_meta or not matrix.weight.is_floating_point():

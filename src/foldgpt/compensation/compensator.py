@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from foldgpt.compensation.carriers import inner_module, norm_behind, output_matrices, output_module
 from foldgpt.compensation.correction import Correction, CutReport
 from foldgpt.compensation.least_squares import Sums, best_ridge, solve
-from foldgpt.compensation.norms import effective_scale, epsilon_of
+from foldgpt.families.norms import effective_scale, epsilon_of
 from foldgpt.compensation.through_norm import NormedFit, error_of, fit_through_norm, normed
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.plan import Sublayer

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from foldgpt.compensation.carriers import inner_module, norm_behind, output_matrices, output_module
 from foldgpt.compensation.correction import Correction
-from foldgpt.compensation.norms import weight_for
+from foldgpt.families.norms import weight_for
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import Decoder, decoder_of
 

@@ -3,10 +3,11 @@
 from foldgpt.families.config_fields import check_config, remap_config_
 from foldgpt.families.decoder import Decoder, decoder_of
 from foldgpt.families.decoding import decode
-from foldgpt.families.table import FAMILIES, Family, Sublayers, family_of
+from foldgpt.families.table import FAMILIES, OUTPUT_MATRICES, Family, Sublayers, family_of
 
 __all__ = [
     "FAMILIES",
+    "OUTPUT_MATRICES",
     "Decoder",
     "Family",
     "Sublayers",

@@ -6,6 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from foldgpt.plan import Sublayer
+
+#: Names of the matrices that a sublayer ends in; in mixtures each expert has one, or all are one parameter.
+OUTPUT_MATRICES: dict[Sublayer, frozenset[str]] = {
+    "mlp": frozenset({"down_proj", "c_proj", "dense_4h_to_h", "fc2"}),
+    "attention": frozenset({"o_proj", "out_proj", "c_proj", "dense"}),
+}
+
 
 @dataclass(frozen=True)
 class Sublayers:
@@ -18,6 +26,8 @@ class Sublayers:
         mlp_norms: norms that serve the MLP alone.
         between: the module whose *input* is the residual stream between attention and MLP. None when the
             two run in parallel on the block's input.
+        attention_norm_behind: the norm, if any, between the attention's output and the residual stream.
+        mlp_norm_behind: the same for the MLP.
     """
 
     attention: tuple[str, ...] = ("self_attn",)
@@ -25,6 +35,16 @@ class Sublayers:
     attention_norms: tuple[str, ...] = ("input_layernorm",)
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
     between: str | None = "post_attention_layernorm"
+    attention_norm_behind: str | None = None
+    mlp_norm_behind: str | None = None
+
+    def modules(self, sublayer: Sublayer) -> tuple[str, ...]:
+        """The modules of one sublayer; the last one returns its output."""
+        return self.attention if sublayer == "attention" else self.mlp
+
+    def norm_behind(self, sublayer: Sublayer) -> str | None:
+        """The norm between a sublayer's output and the residual stream, if the family has one there."""
+        return self.attention_norm_behind if sublayer == "attention" else self.mlp_norm_behind
 
 
 @dataclass(frozen=True)
@@ -54,11 +74,15 @@ _SANDWICH = Sublayers(
     attention_norms=("input_layernorm", "post_attention_layernorm"),
     mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
     between="pre_feedforward_layernorm",
+    attention_norm_behind="post_attention_layernorm",
+    mlp_norm_behind="post_feedforward_layernorm",
 )
 _POST_NORM = Sublayers(
     attention_norms=("post_attention_layernorm",),
     mlp_norms=("post_feedforward_layernorm",),
     between="mlp",
+    attention_norm_behind="post_attention_layernorm",
+    mlp_norm_behind="post_feedforward_layernorm",
 )
 
 _LLAMA_SHAPED = Family(variants=(Variant(_PRE_NORM),))

@@ -35,7 +35,7 @@ def sublayer_modules(decoder: Decoder, sublayer: Sublayer) -> tuple[str, ...]:
             f"the sublayers of model type {decoder.model_type!r} are not known (with this config), so its blocks "
             "can be removed and shared whole, but not attention and MLP apart. Add a row to foldgpt/families/table.py."
         )
-    return decoder.sublayers.attention if sublayer == "attention" else decoder.sublayers.mlp
+    return decoder.sublayers.modules(sublayer)
 
 
 def shareable_leaves(decoder: Decoder, index: int, sublayers: Sequence[Sublayer]) -> list[str]:
