@@ -11,10 +11,10 @@ import torch
 
 from foldgpt.compensation import Compensator, Correction, CutReport, compensate, compensate_, judge, merge_
 from foldgpt.compensation.least_squares import Sums, solve
-from foldgpt.families.norms import effective_scale, weight_for
 from foldgpt.compensation.through_norm import error_of, fit_through_norm, normed
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import decoder_of
+from foldgpt.families.norms import effective_scale, weight_for
 from foldgpt.folding import fold_, save_folded, source_model_of
 from foldgpt.objectives import Head, forward_kl
 from foldgpt.plan import FoldPlan, Group

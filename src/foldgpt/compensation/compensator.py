@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from foldgpt.compensation.carriers import inner_module, norm_behind, output_matrices, output_module
 from foldgpt.compensation.correction import Correction, CutReport
 from foldgpt.compensation.least_squares import Sums, best_ridge, solve
-from foldgpt.families.norms import effective_scale, epsilon_of
 from foldgpt.compensation.through_norm import NormedFit, error_of, fit_through_norm, normed
 from foldgpt.errors import UnsupportedModelError, UsageError
+from foldgpt.families.norms import effective_scale, epsilon_of
 from foldgpt.plan import Sublayer
 from foldgpt.replay import Replay
 

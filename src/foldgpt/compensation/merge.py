@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from foldgpt.compensation.carriers import inner_module, norm_behind, output_matrices, output_module
 from foldgpt.compensation.correction import Correction
-from foldgpt.families.norms import weight_for
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import Decoder, decoder_of
+from foldgpt.families.norms import weight_for
 
 #: How far the merged module may be from the corrected one on random inputs, in fp32, relative to its output.
 _TOLERANCE = 1e-3
