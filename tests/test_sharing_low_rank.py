@@ -69,7 +69,9 @@ def test_inputs_that_do_not_occur_cost_nothing() -> None:
 
 def test_least_squares_is_the_minimum() -> None:
     weights = [torch.randn(6, 8, dtype=torch.float64) for _ in range(3)]
-    seconds = [second_moments(8, seed).roll(3 * seed, (0, 1)) for seed in range(3)]  # each with channels of its own
+    seconds = [
+        second_moments(8, seed).roll((3 * seed, 3 * seed), (0, 1)) for seed in range(3)
+    ]  # each with channels of its own
     found = least_squares(weights, seconds)
 
     def total(weight: torch.Tensor) -> float:
