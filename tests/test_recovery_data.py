@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
+from foldgpt.corpus import texts
 from foldgpt.errors import SourceError, UsageError
 from foldgpt.recovery.chat import chat_windows
 from foldgpt.recovery.packing import packed_windows
@@ -40,11 +43,38 @@ def test_windows_hold_whole_documents_in_a_seeded_order_and_are_found_again(tmp_
     first = read(0)
     assert len(set(first)) == len(first) == 40 and set(first) <= set(words)
     assert first != words[:40]
-    files = set((tmp_path / "ids").iterdir())
-    Path(text).unlink()  # the text is not read again
-    assert read(0) == first and set((tmp_path / "ids").iterdir()) == files
-    documents(tmp_path, "a", words)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "ids").iterdir()}
+    assert read(0) == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "ids").iterdir()} == files
     assert read(1) != first
+    documents(tmp_path, "a", [word.upper() for word in words])  # the same name, other contents
+    assert set(read(0)) <= {word.upper() for word in words}
+
+
+def test_no_more_is_read_or_held_than_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text without end, and a text file that is read in pieces and not to its end; the ids are on disk."""
+    read = 0
+
+    def endless(_: Path, __: str) -> Iterator[tuple[str]]:
+        nonlocal read
+        while True:
+            read += 1
+            yield ("x" * 99,)
+
+    monkeypatch.setitem(texts._READERS, ".py", endless)
+    train, _ = packed_windows(
+        [__file__], tiny_tokenizer(300), tmp_path / "ids", context=100, num_tokens=2000, num_held_out=100
+    )
+    assert read <= 1024 + 21
+    (file,) = (tmp_path / "ids").glob("*.ids")
+    assert str(file) in {region.path for region in psutil.Process().memory_maps()} and len(train) == 20
+    monkeypatch.setattr(texts, "_PIECE_CHARACTERS", 100)
+    # The end is not UTF-8, far enough away that no read-ahead of the file layer meets it.
+    (tmp_path / "a.txt").write_bytes(b"one line of text\n" * 20_000 + b"\xff")
+    train, _ = packed_windows(
+        [str(tmp_path / "a.txt")], tiny_tokenizer(300), tmp_path / "ids", context=10, num_tokens=1000, num_held_out=100
+    )
+    assert train.ids_WT.shape == (100, 10)
 
 
 def test_texts_take_turns(tmp_path: Path) -> None:

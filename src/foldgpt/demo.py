@@ -188,6 +188,12 @@ def demo_text(name: str) -> list[str]:
         return [json.loads(line)["text"] for index, line in enumerate(lines) if (index % _TEST_EVERY == 0) == is_test]
 
 
+def demo_text_identity(name: str) -> str:
+    """What tells a demo text from another one of its name, as another version of this module may make it."""
+    payload = _find(name.removesuffix(_TEST), TEXTS, "demo text")
+    return f"{payload.sha256[:12]}-v{_TEXT_VERSION}"
+
+
 def fetch_payload(payload: Payload) -> Path:
     """Fetch the wheels of a payload, extract it, verify it, and put it into the cache.
 

@@ -12,7 +12,9 @@ from urllib.parse import parse_qsl
 
 import pyarrow.parquet
 
-from foldgpt.demo import demo_text
+from foldgpt.artifacts import hash_of, hash_of_file
+from foldgpt.corpus.own_text import SELF, OwnText, Sampling
+from foldgpt.demo import demo_text, demo_text_identity
 from foldgpt.errors import FoldGPTError, SourceError, UsageError, did_you_mean
 
 _DEFAULT_COLUMN = "text"
@@ -20,6 +22,9 @@ _HUB_OPTIONS = ("config", "split", "column", "revision")
 
 #: A text file is one document, but it is read in pieces of about this many characters, cut after a line.
 _PIECE_CHARACTERS = 1 << 20
+
+#: Files up to this many bytes are told apart by their contents, larger ones by size and time.
+_HASHED_BYTES = 256 << 20
 
 #: A document in pieces, so that a long file need not be in memory at once.
 Document = Iterable[str]
@@ -33,18 +38,24 @@ class Text:
     """For messages and protocols; without folders, so that it is the same on every machine."""
     join: str
     read: Callable[[random.Random | None], Iterator[Document]]
+    identity: Callable[[], Any]
+    """What changes when the text does, as plain values."""
+    endless: bool = False
+    """The documents never end, and are in random order as they come."""
 
     def documents(self, order: random.Random | None = None) -> Iterator[Document]:
         """The documents, in order, or with the files in a random order."""
         return self.read(order)
 
 
-def read_documents(specs: Sequence[str]) -> Iterator[str]:
+def read_documents(specs: Sequence[str], *, own: OwnText | None = None) -> Iterator[str]:
     """The documents of some texts, in order, read as they are asked for.
 
     Args:
         specs: each `demo:NAME`; a path or glob of .txt, .raw, .jsonl or .parquet files (with `#COLUMN` after
-            it for another column than "text"); or `hub:NAME?config=…&split=…&column=…&revision=…`.
+            it for another column than "text"); `hub:NAME?config=…&split=…&column=…&revision=…`; or
+            `self:?seed=…&temperature=…&top_p=…&length=…`, documents without end that the model writes.
+        own: the model's own text, which `self:` stands for.
 
     Yields:
         One string per document. A .txt or .raw file is one document, unchanged.
@@ -53,13 +64,17 @@ def read_documents(specs: Sequence[str]) -> Iterator[str]:
         SourceError: nothing matches, or a file cannot be read; the message names the file and line.
         UsageError: the spec itself is wrong.
     """
-    for text in open_texts(specs):
+    for text in open_texts(specs, own):
         for document in text.documents():
             yield "".join(document)
 
 
-def open_texts(specs: Sequence[str]) -> list[Text]:
+def open_texts(specs: Sequence[str], own: OwnText | None = None) -> list[Text]:
     """What some text specs mean; nothing is read yet.
+
+    Args:
+        specs: texts, as in `read_documents`.
+        own: the model's own text, where a model is at hand.
 
     Raises:
         SourceError: nothing matches.
@@ -67,20 +82,49 @@ def open_texts(specs: Sequence[str]) -> list[Text]:
     """
     if not specs:
         raise UsageError("no text was given")
-    return [_open_text(spec) for spec in specs]
+    return [_open_text(spec, own) for spec in specs]
 
 
-def _open_text(spec: str) -> Text:
+def identity_of(specs: Sequence[str], *, own: OwnText | None = None) -> str:
+    """What tells some texts from others, also where a file of the same name holds something else now.
+
+    Files of up to 256 MiB count with their contents, larger ones with size and time of the last change. A hub data
+    set counts with its name and options alone.
+
+    Args:
+        specs: texts, as in `read_documents`.
+        own: the model's own text.
+
+    Returns:
+        SHA-256 in hex.
+
+    Raises:
+        SourceError: nothing matches, or a file cannot be read.
+        UsageError: a spec is wrong.
+    """
+    return hash_of([text.identity() for text in open_texts(specs, own)])
+
+
+def _open_text(spec: str, own: OwnText | None) -> Text:
     if spec.startswith("demo:"):
         name = spec.removeprefix("demo:")
-        return Text(spec, "\n\n", lambda order: ((text,) for text in demo_text(name)))
+        return Text(
+            spec,
+            "\n\n",
+            lambda order: ((text,) for text in demo_text(name)),
+            lambda: [spec, demo_text_identity(name)],
+        )
     if spec.startswith("hub:"):
         return _hub_text(spec)
+    if spec.startswith(SELF):
+        return _own_text(spec, own)
     return _local_text(spec)
 
 
 def in_seeded_order(text: Text, order: random.Random, read_ahead: int) -> Iterator[Document]:
     """Documents through a shuffle buffer: mixed well for small texts, bounded memory for large ones.
+
+    What is in random order already comes as it is, since reading it ahead may be dear.
 
     Args:
         text: the text; local files are shuffled as well.
@@ -88,6 +132,8 @@ def in_seeded_order(text: Text, order: random.Random, read_ahead: int) -> Iterat
         read_ahead: each document is drawn from so many.
     """
     buffer: list[Document] = []
+    if text.endless:
+        yield from text.documents()
     for document in text.documents(order):
         buffer.append(document)
         if len(buffer) == read_ahead:
@@ -128,7 +174,17 @@ def _local_text(spec: str) -> Text:
     name = path.name if path.is_file() else f"{path.name} ({len(files)} files)"
     name += "" if column == _DEFAULT_COLUMN else f"#{column}"
     plain = all(file.suffix in (".txt", ".raw") for file in files)
-    return Text(name, "" if plain else "\n\n", read)
+    return Text(
+        name, "" if plain else "\n\n", read, lambda: [name, [[file.name, _file_identity(file)] for file in files]]
+    )
+
+
+def _file_identity(file: Path) -> str:
+    try:
+        status = file.stat()
+        return hash_of_file(file) if status.st_size <= _HASHED_BYTES else f"{status.st_size} {status.st_mtime_ns}"
+    except OSError as error:
+        raise SourceError(f"cannot read {file}: {error.strerror or error}") from error
 
 
 def _matches(pattern: Path) -> list[Path]:
@@ -230,7 +286,20 @@ def _hub_text(spec: str) -> Text:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise SourceError(f"cannot read the hub data set {name}: {reason}") from error
 
-    return Text(spec, "\n\n", read)
+    return Text(spec, "\n\n", read, lambda: spec)
+
+
+def _own_text(spec: str, own: OwnText | None) -> Text:
+    sampling = Sampling.parse(spec)
+    if own is None:
+        raise UsageError(
+            f"{spec} is text that the model writes itself: to calibrate on and to train on, not to measure on"
+        )
+
+    def read(order: random.Random | None) -> Iterator[Document]:
+        return ((document,) for document in own.documents(sampling))
+
+    return Text(spec, "\n\n", read, lambda: [SELF, own.identity(sampling)], endless=True)
 
 
 def _text_of(row: dict[str, Any], column: str, place: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from foldgpt.artifacts import hash_of
+from foldgpt.corpus.own_text import OwnText
 from foldgpt.corpus.texts import Text, in_seeded_order, open_texts
 from foldgpt.errors import SourceError, UsageError
 
@@ -58,6 +59,7 @@ def calibration_windows(
     num_tokens: int,
     seed: int = 0,
     bos: bool | Literal["auto"] = "auto",
+    own: OwnText | None = None,
 ) -> Windows:
     """Windows of varied text to calibrate or train on.
 
@@ -73,12 +75,13 @@ def calibration_windows(
         seed: seed of the order.
         bos: whether each window begins with BOS; "auto" does what the tokenizer itself does. A window with
             BOS holds `context - 1` tokens of text.
+        own: the model's own text, which `self:` stands for.
 
     Raises:
         SourceError: a text cannot be read, or is shorter than its share; the message says how long it is.
         UsageError: a spec or a number that makes no sense.
     """
-    texts = open_texts(specs)
+    texts = open_texts(specs, own)
     prefix = _prefix(tokenizer, bos)
     text_tokens = _text_tokens(context, prefix)
     num_windows = num_tokens // context

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from foldgpt.artifacts import hash_of, read_json, write_json
-from foldgpt.corpus import read_documents
+from foldgpt.corpus import OwnText, identity_of
+from foldgpt.corpus.texts import Document, in_seeded_order, open_texts
 from foldgpt.errors import ArtifactError, SourceError, UsageError
 from foldgpt.progress import bar
 from foldgpt.recovery.windows import TrainingWindows
@@ -33,12 +34,14 @@ def packed_windows(
     num_held_out: int,
     seed: int = 0,
     separate_documents: bool = False,
+    own: OwnText | None = None,
 ) -> tuple[TrainingWindows, TrainingWindows]:
     """Windows to train on and, from other documents, windows to judge by.
 
     The held-out windows are filled first. Documents come from the texts in turn, each drawn from 1,024 that were read
     ahead, are tokenised without special tokens, each followed by EOS, and packed. The ids lie in one file, which a
-    later call with the same inputs finds again; texts are read only as far as needed.
+    later call with the same inputs finds again; a text whose contents changed is another input. Texts are read only
+    as far as needed.
 
     Args:
         specs: texts, as in `read_documents`.
@@ -50,6 +53,7 @@ def packed_windows(
         seed: seed of the order.
         separate_documents: a token sees only its own document. Otherwise it sees all that stands before it in its
             window, EOS between documents, as in most pre-training.
+        own: the model's own text, which `self:` stands for.
 
     Returns:
         Training and held-out windows, memory-mapped.
@@ -69,6 +73,7 @@ def packed_windows(
         raise UsageError("the tokenizer has no EOS token by which documents could be kept apart")
     protocol = {
         "texts": list(specs),
+        "contents": identity_of(specs, own=own),
         "tokenizer": hash_of([len(tokenizer), tokenizer.convert_ids_to_tokens(list(range(0, len(tokenizer), 97)))]),
         "context": context,
         "windows": list(counts),
@@ -79,7 +84,7 @@ def packed_windows(
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(specs, tokenizer, path, shape, seed)
+            _write(specs, own, tokenizer, path, shape, seed)
         except OSError as error:
             raise ArtifactError(f"cannot write {path}: {error.strerror or error}. Nothing was left behind.") from error
         write_json(path.with_suffix(".json"), protocol)
@@ -93,7 +98,12 @@ def packed_windows(
 
 
 def _write(
-    specs: Sequence[str], tokenizer: PreTrainedTokenizerBase, path: Path, shape: tuple[int, int], seed: int
+    specs: Sequence[str],
+    own: OwnText | None,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    shape: tuple[int, int],
+    seed: int,
 ) -> None:
     num_windows, context = shape
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".foldgpt-partial-", delete=False) as file:
@@ -102,9 +112,8 @@ def _write(
             tokens: list[int] = []
             written = 0
             with bar("reading text", num_windows) as progress:
-                for document in _mixed(specs, random.Random(seed)):
-                    tokens += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-                    tokens += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+                for piece_ids in _tokens_of(_mixed(specs, own, random.Random(seed)), tokenizer):
+                    tokens += piece_ids
                     full = min(len(tokens) // context, num_windows - written)
                     file.write(np.asarray(tokens[: full * context], dtype=np.int32).tobytes())
                     del tokens[: full * context]
@@ -123,9 +132,18 @@ def _write(
             staging.unlink(missing_ok=True)
 
 
-def _mixed(specs: Sequence[str], order: random.Random) -> Iterator[str]:
+def _tokens_of(documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Token ids of the documents, piece by piece, EOS behind each document."""
+    for document in documents:
+        for piece in document:
+            yield tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        if tokenizer.eos_token_id is not None:
+            yield [int(tokenizer.eos_token_id)]
+
+
+def _mixed(specs: Sequence[str], own: OwnText | None, order: random.Random) -> Iterator[Document]:
     """Documents of the texts in turn, in a seeded order; a text that ends leaves its turns to the others."""
-    texts = [_drawn(read_documents([spec]), order) for spec in specs]
+    texts = [in_seeded_order(text, order, _READ_AHEAD) for text in open_texts(specs, own)]
     while texts:
         for text in list(texts):
             document = next(text, None)
@@ -133,15 +151,3 @@ def _mixed(specs: Sequence[str], order: random.Random) -> Iterator[str]:
                 texts.remove(text)
             else:
                 yield document
-
-
-def _drawn(documents: Iterator[str], order: random.Random) -> Iterator[str]:
-    buffer: list[str] = []
-    for document in documents:
-        buffer.append(document)
-        if len(buffer) == _READ_AHEAD:
-            index = order.randrange(len(buffer))
-            buffer[index], buffer[-1] = buffer[-1], buffer[index]
-            yield buffer.pop()
-    order.shuffle(buffer)
-    yield from buffer
