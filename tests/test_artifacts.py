@@ -24,6 +24,7 @@ from foldgpt.artifacts import (
     read_json,
     remove_leftovers,
     staged_folder,
+    take_over,
     write_json,
     write_text,
 )
@@ -381,3 +382,27 @@ def test_the_hash_of_a_value_is_of_its_content() -> None:
 def test_the_hash_of_a_file_is_sha256(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc")
     assert hash_of_file(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_what_is_taken_over_is_the_same_and_stands_by_itself(tmp_path: Path) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    write_text(there / "sub" / "weights", "heavy")
+    write_text(there / "README.md", "a card")
+    write_text(here / "old", "gone")
+    take_over(there, here, leave=frozenset({"README.md"}))
+    assert [str(path.relative_to(here)) for path in here.rglob("*") if path.is_file()] == ["sub/weights"]
+    assert (here / "sub" / "weights").stat().st_ino == (there / "sub" / "weights").stat().st_ino
+    write_text(here / "sub" / "weights", "other")
+    assert (there / "sub" / "weights").read_text() == "heavy"
+    take_over(there / "README.md", tmp_path / "new" / "card.md")
+    assert (tmp_path / "new" / "card.md").read_text() == "a card"
+
+
+def test_without_links_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr("os.link", refuse)
+    write_text(tmp_path / "there" / "file", "text")
+    take_over(tmp_path / "there", tmp_path / "here")
+    assert (tmp_path / "here" / "file").read_text() == "text"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,34 @@ def test_ratios_are_folded_over_source(evaluation: Evaluation) -> None:
     assert evaluation.ratios["perplexity"] == own["perplexity"] / other["perplexity"]  # type: ignore[operator]
     assert evaluation.folded.speed is not None
     assert evaluation.ratios["decode_tokens_per_s"] == evaluation.folded.speed.decode.ratio
+
+
+def test_what_is_known_of_the_baseline_is_not_measured_again(evaluation: Evaluation) -> None:
+    windows = Windows(torch.arange(24).view(3, 8), torch.ones(3, dtype=torch.int64), PROTOCOL)
+    assert evaluation.baseline is not None
+    known = replace(evaluation.baseline, speed=None, bytes_on_disk=123_456)
+    quick = evaluate(subject("folded", 2), windows=windows, speed=False, memory=False, known=known)
+    assert quick.baseline == known
+    assert quick.ratios is not None and evaluation.ratios is not None
+    assert quick.ratios["perplexity"] == evaluation.ratios["perplexity"]
+    timed = evaluate(subject("folded", 2), subject("source", 4), memory=False, known=known)
+    assert timed.baseline is not None and timed.baseline.bytes_on_disk == 123_456
+    assert timed.baseline.speed is not None and timed.baseline.perplexity == known.perplexity
+    with pytest.raises(UsageError, match="take turns"):
+        evaluate(subject("folded", 2), known=known)
+
+
+def test_each_text_has_a_perplexity_of_its_own() -> None:
+    first, second = (
+        Windows(torch.arange(start, start + 24).view(3, 8), torch.ones(3, dtype=torch.int64), PROTOCOL)
+        for start in (0, 30)
+    )
+    alone = evaluate(subject("m", 2), windows=second, speed=False, memory=False).folded.perplexity
+    both = evaluate(
+        subject("m", 2), windows=first, further_windows={"second.txt": second}, speed=False, memory=False
+    ).folded
+    assert both.further_perplexities == {"second.txt": alone}
+    assert alone is not None and both.figures()["perplexity.second.txt"] == alone.value != both.figures()["perplexity"]
 
 
 def test_survives_json(evaluation: Evaluation, tmp_path: Path) -> None:

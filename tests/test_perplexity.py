@@ -58,6 +58,8 @@ def test_equals_naive_cross_entropy(batch_size: Any) -> None:
     expected = naive_nll(model, text.ids)
     assert measured.mean_nll == pytest.approx(expected.mean().item(), rel=1e-6)
     assert measured.value == pytest.approx(math.exp(expected.mean().item()), rel=1e-6)
+    assert measured.window_nlls == pytest.approx(expected.sum(1).tolist(), rel=1e-5)
+    assert measured.window_tokens == [CONTEXT - 1] * len(text.ids)
     assert measured.standard_error == pytest.approx(expected.mean(1).std().item() / math.sqrt(5), rel=1e-5)
     assert (measured.num_tokens_scored, measured.num_windows) == (5 * (CONTEXT - 1), 5)
 

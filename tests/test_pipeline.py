@@ -23,7 +23,7 @@ from foldgpt.run_folder import open_run
 from foldgpt.workbench import Workbench
 from run_inputs import tiny_recipe, tiny_source, tiny_text
 
-STAGES = ["analysis", "plan", "fold", "evaluation", "figures", "report"]
+STAGES = ["analysis", "plan", "fold", "source", "evaluation", "figures", "report"]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,7 @@ def stages_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "analysis": "make_analysis",
         "plan": "make_plan",
         "fold": "make_folded",
+        "source": "make_source_evaluation",
         "evaluation": "make_evaluation",
         "figures": "draw",
         "report": "build_report",
@@ -73,6 +74,7 @@ def test_a_run_leaves_all_artefacts(recipe: Recipe, tmp_path: Path) -> None:
         "recipe.yaml",
         "report.html",
         "run.json",
+        "source.json",
     }
     assert Recipe.load(tmp_path / "run" / "recipe.yaml") == recipe
     assert FoldPlan.load(tmp_path / "run") == result.plan
@@ -102,9 +104,12 @@ def test_only_stages_with_other_inputs_run_again(recipe: Recipe, tmp_path: Path,
     pipeline.run(recipe, tmp_path / "run")
     stages_run.clear()
     pipeline.run(recipe.changed(evaluate={"max_windows": 2}), tmp_path / "run", overwrite=True)
-    assert stages_run == ["evaluation", "report"]
+    assert stages_run == ["source", "evaluation", "report"]
     stages_run.clear()
     pipeline.run(recipe.changed(select={"remove": 1}), tmp_path / "run", overwrite=True)
+    assert stages_run == ["plan", "fold", "source", "evaluation", "figures", "report"]
+    stages_run.clear()
+    pipeline.run(recipe.changed(select={"remove": 3}), tmp_path / "run", overwrite=True)
     assert stages_run == ["plan", "fold", "evaluation", "figures", "report"]
 
 
@@ -123,7 +128,34 @@ def test_a_damaged_artefact_is_made_again(recipe: Recipe, tmp_path: Path, stages
     (tmp_path / "run" / "folded" / "model.safetensors").write_bytes(b"half a file")
     stages_run.clear()
     pipeline.run(recipe, tmp_path / "run")
-    assert stages_run == ["fold"]  # what it makes is the same as before, so the evaluation still holds
+    # What is made is the same as before, so the evaluation still holds; the card went with the damaged folder.
+    assert stages_run == ["fold", "report"]
+    assert "perplexity" in (tmp_path / "run" / "folded" / "README.md").read_text("utf-8")
+
+
+def test_a_run_takes_from_one_beside_it_what_has_the_same_inputs(
+    recipe: Recipe, tmp_path: Path, stages_run: list[str]
+) -> None:
+    first = pipeline.run(recipe, tmp_path / "runs" / "bi")
+    stages_run.clear()
+    other = recipe.changed(select={"method": "last"})
+    with open_run(tmp_path / "runs" / "last", other, beside=tmp_path / "runs") as folder:
+        taken = pipeline.carry_out(folder, Workbench(other))
+        seconds = folder.seconds
+    assert stages_run == ["plan", "fold", "evaluation", "figures", "report"]
+    assert taken.analysis == first.analysis and taken.evaluation.baseline == first.evaluation.baseline
+    assert set(seconds) == set(STAGES)
+    stages_run.clear()
+    alone = pipeline.run(other, tmp_path / "alone")
+    assert alone.evaluation == taken.evaluation
+    # What was damaged there is not taken.
+    (tmp_path / "runs" / "bi" / "analysis.json").write_text("{}")
+    stages_run.clear()
+    third = recipe.changed(select={"method": "random"})
+    (tmp_path / "runs" / "last" / "run.json").unlink()
+    with open_run(tmp_path / "runs" / "random", third, beside=tmp_path / "runs") as folder:
+        pipeline.carry_out(folder, Workbench(third))
+    assert "analysis" in stages_run and "source" not in stages_run
 
 
 def test_a_folder_of_another_recipe_is_refused(recipe: Recipe, tmp_path: Path) -> None:
@@ -161,6 +193,7 @@ def test_a_killed_run_goes_on_where_it_was(stage: str, recipe: Recipe, tmp_path:
     maker = {
         "plan": "make_plan",
         "fold": "make_folded",
+        "source": "make_source_evaluation",
         "evaluation": "make_evaluation",
         "figures": "draw",
         "report": "build_report",

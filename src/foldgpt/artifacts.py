@@ -140,6 +140,39 @@ def _move_into_place(staging: Path, path: Path) -> None:
             shutil.rmtree(retired.parent, ignore_errors=True)
 
 
+def take_over(there: str | Path, here: str | Path, *, leave: frozenset[str] = frozenset()) -> None:
+    """Make `here` hold what the file or folder `there` holds, atomically.
+
+    The files of a folder are linked where the file system can, so that weights take no room twice: artefacts are
+    replaced, never written into, so two names may lead to one file.
+
+    Args:
+        there: what exists.
+        here: the new place; what is there is replaced.
+        leave: names of files in a folder that are not taken.
+
+    Raises:
+        ArtifactError: the place cannot be written.
+    """
+    there, here = Path(there), Path(here)
+    if there.is_file():
+        write_bytes(here, there.read_bytes())
+        return
+    with staged_folder(here, replace=True) as staging:
+        for file in there.rglob("*"):
+            if file.is_file() and file.name not in leave:
+                target = staging / file.relative_to(there)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _link_or_copy(file, target)
+
+
+def _link_or_copy(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target)
+    except OSError:  # another device, or a file system without links
+        shutil.copy2(file, target)
+
+
 def check_free(path: str | Path, *, replace: bool = False) -> None:
     """Raise `ArtifactError` if `path` holds something that a new output would overwrite, or cannot be read.
 

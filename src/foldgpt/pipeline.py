@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from foldgpt.analysis import Analysis
 from foldgpt.artifacts import hash_of, read_json, write_json
@@ -11,9 +12,28 @@ from foldgpt.environment import describe_environment
 from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Recipe
-from foldgpt.report import REPORT, build_report, write_model_card
-from foldgpt.run_folder import ANALYSIS, ENVIRONMENT, EVALUATION, FIGURES, FOLDED, PLAN, RECOVERED, RunFolder, open_run
-from foldgpt.steps import draw, make_analysis, make_evaluation, make_folded, make_plan, make_recovered
+from foldgpt.report import CARD, REPORT, build_report, write_model_card
+from foldgpt.run_folder import (
+    ANALYSIS,
+    ENVIRONMENT,
+    EVALUATION,
+    FIGURES,
+    FOLDED,
+    PLAN,
+    RECOVERED,
+    SOURCE,
+    RunFolder,
+    open_run,
+)
+from foldgpt.steps import (
+    draw,
+    make_analysis,
+    make_evaluation,
+    make_folded,
+    make_plan,
+    make_recovered,
+    make_source_evaluation,
+)
 from foldgpt.workbench import Workbench
 
 
@@ -56,15 +76,25 @@ def run(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Result:
     """
     bench = Workbench(recipe)
     with open_run(out, recipe, overwrite=overwrite) as folder:
-        write_json(folder.path / ENVIRONMENT, describe_environment())
-        analysis = _analysis_stage(folder, bench)
-        plan = _plan_stage(folder, bench, analysis)
-        _fold_stage(folder, bench, plan)
-        final = _recovery_stage(folder, bench)
-        evaluation = _evaluation_stage(folder, bench, final)
-        _figures_stage(folder, analysis, plan)
-        _report_stage(folder, bench, final, evaluation)
-        return Result(folder.path, folder.path / final, analysis, plan, evaluation)
+        return carry_out(folder, bench)
+
+
+def carry_out(folder: RunFolder, bench: Workbench) -> Result:
+    """Run the recipe of a workbench in an open run folder; see `run`."""
+    write_json(folder.path / ENVIRONMENT, describe_environment())
+    analysis, plan = make_up_plan(folder, bench)
+    _fold_stage(folder, bench, plan)
+    final = _recovery_stage(folder, bench)
+    evaluation = _evaluation_stage(folder, bench, final, _source_stage(folder, bench))
+    _figures_stage(folder, analysis, plan)
+    _report_stage(folder, bench, final, evaluation)
+    return Result(folder.path, folder.path / final, analysis, plan, evaluation)
+
+
+def make_up_plan(folder: RunFolder, bench: Workbench) -> tuple[Analysis, FoldPlan]:
+    """The first half of a run: what is redundant, and what is to be cut."""
+    analysis = _analysis_stage(folder, bench)
+    return analysis, _plan_stage(folder, bench, analysis)
 
 
 def _analysis_stage(folder: RunFolder, bench: Workbench) -> Analysis:
@@ -136,24 +166,44 @@ def _recovery_stage(folder: RunFolder, bench: Workbench) -> str:
     return RECOVERED
 
 
-def _evaluation_stage(folder: RunFolder, bench: Workbench, final: str) -> Evaluation:
+def _source_stage(folder: RunFolder, bench: Workbench) -> Evaluation:
+    """The source by itself: it does not change with the plan."""
+    path = folder.path / SOURCE
+    return folder.stage(
+        "source",
+        _measuring(bench),
+        [SOURCE],
+        lambda: write_json(path, make_source_evaluation(bench).to_dict()),
+        lambda: Evaluation.load(path),
+    )
+
+
+def _evaluation_stage(folder: RunFolder, bench: Workbench, final: str, source: Evaluation) -> Evaluation:
     path = folder.path / EVALUATION
     inputs = {
-        "model": bench.fingerprint,
+        **_measuring(bench),
+        "source": folder.key_of("source"),
         "folded": folder.key_of("fold" if final == FOLDED else "recovery"),
-        "windows": None if bench.test is None else bench.test.fingerprint,
-        "evaluate": bench.recipe.evaluate.model_dump(mode="json"),
-        "tasks": None if bench.tasks is None else bench.tasks.fingerprint,
-        "seed": bench.recipe.seed,
-        **bench.numerics,
     }
     return folder.stage(
         "evaluation",
         inputs,
         [EVALUATION],
-        lambda: write_json(path, make_evaluation(bench, folder.path / final).to_dict()),
+        lambda: write_json(path, make_evaluation(bench, folder.path / final, source=source.folded).to_dict()),
         lambda: Evaluation.load(path),
     )
+
+
+def _measuring(bench: Workbench) -> dict[str, Any]:
+    """What decides how a model is measured, and beside which."""
+    return {
+        "model": bench.fingerprint,
+        "windows": [windows.fingerprint for windows in bench.tests.values()],
+        "evaluate": bench.recipe.evaluate.model_dump(mode="json"),
+        "tasks": None if bench.tasks is None else bench.tasks.fingerprint,
+        "seed": bench.recipe.seed,
+        **bench.numerics,
+    }
 
 
 def _report_stage(folder: RunFolder, bench: Workbench, final: str, evaluation: Evaluation) -> None:
@@ -165,7 +215,7 @@ def _report_stage(folder: RunFolder, bench: Workbench, final: str, evaluation: E
         build_report(folder.path)
 
     inputs = {"plan": folder.key_of("plan"), "evaluation": folder.key_of("evaluation")}
-    folder.stage("report", inputs, [REPORT], make, lambda: None)
+    folder.stage("report", inputs, [REPORT, f"{final}/{CARD}"], make, lambda: None)
 
 
 def _figures_stage(folder: RunFolder, analysis: Analysis, plan: FoldPlan) -> None:

@@ -94,7 +94,7 @@ class Evaluate(_Section):
     """What is measured of the folded model beside the source."""
 
     texts: list[str] = ["demo:wikipedia-test"]
-    """Texts for perplexity, read from the start; empty for none."""
+    """Texts for perplexity, each by itself and from its start; last words are of the first. Empty for none."""
     context: int = Field(default=512, ge=2)
     """Tokens in one window."""
     stride: int | None = Field(default=None, ge=1)

@@ -11,13 +11,22 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 import foldgpt
-from foldgpt.artifacts import check_free, hash_of, hash_of_file, read_json, remove_all_leftovers, write_json
+from foldgpt.artifacts import (
+    check_free,
+    hash_of,
+    hash_of_file,
+    read_json,
+    remove_all_leftovers,
+    take_over,
+    write_json,
+)
 from foldgpt.errors import ArtifactError
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 
 RECIPE, LEDGER, ENVIRONMENT = "recipe.yaml", "run.json", "environment.json"
 ANALYSIS, PLAN, EVALUATION = "analysis.json", "plan.json", "evaluation.json"
+SOURCE = "source.json"
 FOLDED, RECOVERED, FIGURES = "folded", "recovered", "figures"
 _FORMAT = "foldgpt.run"
 #: Files that a later stage puts into what an earlier one made: the model card, which tells the measurements.
@@ -29,18 +38,28 @@ T = TypeVar("T")
 class RunFolder:
     """One run on disk. Get one with `open_run`.
 
+    Args:
+        path: the folder.
+        beside: a folder of runs; a stage that one of them has made from the same inputs is taken from there.
+
     Attributes:
         path: the folder.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, beside: Path | None = None) -> None:
         self.path = path
+        self._beside = beside
         self._stages: dict[str, Any] = {}
         if (path / LEDGER).is_file():
             ledger = read_json(path / LEDGER, "ledger of the run")
             if not isinstance(ledger, dict) or ledger.get("format") != _FORMAT:
                 raise ArtifactError(f"{path / LEDGER} is not the ledger of a run")
             self._stages = ledger.get("stages", {})
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long each stage took, where it was made; of an interrupted one the last part."""
+        return {name: stage["seconds"] for name, stage in self._stages.items()}
 
     def stage(
         self,
@@ -64,15 +83,34 @@ class RunFolder:
         if known.get("inputs") == key and known.get("outputs") == self._contents(outputs):
             note(f"{name}: unchanged")
             return read()
+        taken = self._take(name, key, outputs)
+        if taken is not None:
+            self._enter(name, taken)
+            return read()
         started = time.perf_counter()
         make()
-        self._stages[name] = {
-            "inputs": key,
-            "outputs": self._contents(outputs),
-            "seconds": round(time.perf_counter() - started, 1),
-        }
-        write_json(self.path / LEDGER, {"format": _FORMAT, "version": 1, "stages": self._stages})
+        seconds = round(time.perf_counter() - started, 1)
+        self._enter(name, {"inputs": key, "outputs": self._contents(outputs), "seconds": seconds})
         return read()
+
+    def _enter(self, name: str, entry: dict[str, Any]) -> None:
+        self._stages[name] = entry
+        write_json(self.path / LEDGER, {"format": _FORMAT, "version": 1, "stages": self._stages})
+
+    def _take(self, name: str, key: str, outputs: Sequence[str]) -> dict[str, Any] | None:
+        """Take a stage's outputs from a run beside this one that has made them from the same inputs, if any."""
+        ledgers = [] if self._beside is None else sorted(self._beside.glob(f"*/{LEDGER}"))
+        for ledger in ledgers:
+            if ledger.parent == self.path:
+                continue
+            other = RunFolder(ledger.parent)
+            entry: dict[str, Any] = other._stages.get(name, {})
+            if entry.get("inputs") == key and entry["outputs"] == other._contents(outputs):
+                note(f"{name}: as in {other.path.name}")
+                for output in outputs:
+                    take_over(other.path / output, self.path / output, leave=_WRITTEN_LATER)
+                return entry
+        return None
 
     def key_of(self, name: str) -> str:
         """Identity of what a stage made, to be an input of a later one."""
@@ -83,10 +121,10 @@ class RunFolder:
         contents: dict[str, Any] = {}
         for name in outputs:
             path = self.path / name
-            files = sorted(path.rglob("*")) if path.is_dir() else [path]
+            files = [path]
+            if path.is_dir():
+                files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name not in _WRITTEN_LATER]
             for file in files:
-                if file.is_dir() or file.name in _WRITTEN_LATER:
-                    continue
                 place = str(file.relative_to(self.path))
                 contents[place] = _identity(file) if file.is_file() else None
         return contents
@@ -98,7 +136,9 @@ def _identity(file: Path) -> str:
 
 
 @contextmanager
-def open_run(path: str | Path, recipe: Recipe, *, overwrite: bool = False) -> Iterator[RunFolder]:
+def open_run(
+    path: str | Path, recipe: Recipe, *, overwrite: bool = False, beside: Path | None = None
+) -> Iterator[RunFolder]:
     """Open a run folder for one recipe, and keep other processes out of it meanwhile.
 
     A folder that holds an interrupted or finished run of the same recipe is continued.
@@ -108,6 +148,8 @@ def open_run(path: str | Path, recipe: Recipe, *, overwrite: bool = False) -> It
         recipe: what is to be run.
         overwrite: take over the folder of another recipe. What its stages made is made again only where the
             inputs differ.
+        beside: a folder of runs that no other process works in; what one of them has made from the same inputs is
+            taken from there.
 
     Raises:
         ArtifactError: the folder holds another run or something else, is in use, or cannot be written.
@@ -130,7 +172,7 @@ def open_run(path: str | Path, recipe: Recipe, *, overwrite: bool = False) -> It
         try:
             # Of killed processes; nobody else works here while the lock is held.
             remove_all_leftovers(path)
-            yield RunFolder(path)
+            yield RunFolder(path, beside)
         finally:
             lock.release()
 

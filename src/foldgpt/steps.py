@@ -12,7 +12,7 @@ from foldgpt.artifacts import read_json
 from foldgpt.compensation import Compensated, compensate_, why_not
 from foldgpt.corpus import calibration_windows
 from foldgpt.errors import ArtifactError, PlanError
-from foldgpt.evaluation import Evaluation, Subject, evaluate
+from foldgpt.evaluation import Evaluation, Measured, Subject, evaluate
 from foldgpt.families import Decoder, decoder_of
 from foldgpt.folding import Verification, fold_, predicted_parameters, save_folded, source_model_of
 from foldgpt.plan import Compensation, FoldPlan
@@ -201,13 +201,31 @@ def make_recovered(bench: Workbench, folded: Path, out: Path, *, replace: bool =
     return result
 
 
-def make_evaluation(bench: Workbench, folded: str | Path, *, compare: bool = True) -> Evaluation:
+def make_source_evaluation(bench: Workbench) -> Evaluation:
+    """Measure the recipe's model by itself, but for its speed: that means something only beside another's."""
+    section, windows = bench.recipe.evaluate, bench.test
+    return evaluate(
+        Subject("source", bench.source.model, bench.place, bench.source.tokenizer),
+        windows=windows,
+        further_windows=bench.further_tests,
+        speed=False,
+        memory=section.memory,
+        tasks=bench.tasks,
+        num_generations=section.generations if windows is not None else 0,
+        seed=bench.recipe.seed,
+    )
+
+
+def make_evaluation(
+    bench: Workbench, folded: str | Path, *, compare: bool = True, source: Measured | None = None
+) -> Evaluation:
     """Measure a model, beside the recipe's unless that is the very one.
 
     Args:
         bench: the inputs; its model is the baseline.
         folded: the model to measure, usually a saved folded one.
         compare: measure the baseline too, and give ratios.
+        source: what `make_source_evaluation` measured of the baseline; it is not measured again.
     """
     recipe, section = bench.recipe, bench.recipe.evaluate
     windows, tasks = bench.test, bench.tasks
@@ -216,16 +234,20 @@ def make_evaluation(bench: Workbench, folded: str | Path, *, compare: bool = Tru
     measured = load_source(
         str(place), dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
     )
-    baseline = Subject("source", bench.source.model, bench.place, bench.source.tokenizer) if compare else None
+    baseline = None
+    if compare and (source is None or section.speed):
+        baseline = Subject("source", bench.source.model, bench.place, bench.source.tokenizer)
     return evaluate(
         Subject("folded" if compare else "model", measured.model, place, measured.tokenizer),
         baseline,
         windows=windows,
+        further_windows=bench.further_tests,
         speed=section.speed,
         memory=section.memory,
         tasks=tasks,
         num_generations=section.generations if windows is not None else 0,
         seed=recipe.seed,
+        known=source,
     )
 
 

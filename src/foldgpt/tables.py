@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from string import ascii_lowercase, ascii_uppercase
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +13,7 @@ from foldgpt.plan import FoldPlan, Sublayer
 
 if TYPE_CHECKING:
     from foldgpt.analysis import Analysis
-    from foldgpt.evaluation import Evaluation, TaskScore
+    from foldgpt.evaluation import Evaluation, Measured, TaskScore
     from foldgpt.folding import Verification
     from foldgpt.recovery import RecoveryResult
 
@@ -74,7 +74,7 @@ def comparison_table(evaluation: Evaluation) -> Table:
         table.add_column(model.name, justify="right", no_wrap=True)
     if evaluation.ratios is not None:
         table.add_column("ratio", justify="right", no_wrap=True)
-    for name, (label, write) in _ROWS.items():
+    for name, label, write in _rows(models):
         values = [model.figures().get(name) for model in models]
         if all(value is None for value in values):
             continue
@@ -84,6 +84,19 @@ def comparison_table(evaluation: Evaluation) -> Table:
             cells.append("–" if ratio is None else f"{ratio:.2f}×")
         table.add_row(label, *cells)
     return table
+
+
+def _rows(models: Sequence[Measured]) -> Iterator[tuple[str, str, Callable[[float], str]]]:
+    """Name, label and writing of each figure; every text has a perplexity of its own."""
+    for name, (label, write) in _ROWS.items():
+        texts = models[-1].further_perplexities or {}
+        first = models[-1].perplexity
+        if name == "perplexity" and texts and first is not None:
+            yield name, f"{label}, {' + '.join(first.protocol.get('texts', []))}", write
+            for text, scores in texts.items():
+                yield f"perplexity.{text}", f"{label}, {' + '.join(scores.protocol.get('texts', []))}", write
+        else:
+            yield name, label, write
 
 
 def task_table(evaluation: Evaluation) -> Table:
@@ -127,8 +140,9 @@ def protocol_lines(evaluation: Evaluation) -> Text:
     """How the figures of a comparison were measured, one line for each kind."""
     measured = evaluation.folded
     parts = []
-    if measured.perplexity is not None:
-        scores = measured.perplexity
+    for scores in (measured.perplexity, *(measured.further_perplexities or {}).values()):
+        if scores is None:
+            continue
         error = "" if scores.standard_error is None else f" ± {scores.value * scores.standard_error:.2g}"
         parts.append(
             f"Perplexity in {scores.dtype}: {_written(scores.protocol)}. "

@@ -88,18 +88,29 @@ class Workbench:
         return self.calibration.ids[:num_windows]
 
     @cached_property
-    def test(self) -> Windows | None:
-        """Windows on which perplexity is measured; None if the recipe asks for none."""
+    def tests(self) -> dict[str, Windows]:
+        """Text → windows on which perplexity is measured; each text by itself."""
         section = self.recipe.evaluate
-        if not section.texts:
-            return None
-        return evaluation_windows(
-            section.texts,
-            self.tokenizer,
-            context=section.context,
-            stride=section.stride,
-            max_windows=section.max_windows,
-        )
+        return {
+            text: evaluation_windows(
+                [text],
+                self.tokenizer,
+                context=section.context,
+                stride=section.stride,
+                max_windows=section.max_windows,
+            )
+            for text in section.texts
+        }
+
+    @property
+    def test(self) -> Windows | None:
+        """Windows of the first of these texts; None if the recipe asks for none."""
+        return next(iter(self.tests.values()), None)
+
+    @property
+    def further_tests(self) -> dict[str, Windows]:
+        """Those of the others."""
+        return dict(list(self.tests.items())[1:])
 
     @cached_property
     def tasks(self) -> Suite | None:

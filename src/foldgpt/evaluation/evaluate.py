@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ class Measured:
         tasks: task → accuracies.
         last_word: how well it finds the last word of passages.
         generations: what it writes.
+        further_perplexities: text → perplexity, of texts beyond the first.
     """
 
     name: str
@@ -74,11 +75,13 @@ class Measured:
     tasks: dict[str, TaskScore] | None = None
     last_word: LastWord | None = None
     generations: list[Generation] | None = None
+    further_perplexities: dict[str, Perplexity] | None = None
 
     def figures(self) -> dict[str, float | None]:
         """The headline numbers by name, in the order in which a table shows them.
 
-        Those of tasks (`task.NAME`, their mean `task_average`) and of last words are there only if measured.
+        Those of tasks (`task.NAME`, their mean `task_average`), of last words and of further texts
+        (`perplexity.TEXT`) are there only if measured.
         """
         figures: dict[str, float | None] = {
             "num_blocks": self.size.num_blocks,
@@ -86,6 +89,7 @@ class Measured:
             "block_parameters": self.size.block_parameters,
             "bytes_on_disk": self.bytes_on_disk,
             "perplexity": None if self.perplexity is None else self.perplexity.value,
+            **{f"perplexity.{text}": scores.value for text, scores in (self.further_perplexities or {}).items()},
             "prefill_tokens_per_s": None if self.speed is None else self.speed.prefill.median,
             "decode_tokens_per_s": None if self.speed is None else self.speed.decode.median,
             "peak_memory_bytes": None if self.peak_memory is None else self.peak_memory.peak_rss,
@@ -161,11 +165,13 @@ def evaluate(
     baseline: Subject | None = None,
     *,
     windows: Windows | None = None,
+    further_windows: Mapping[str, Windows] | None = None,
     speed: bool = True,
     memory: bool = True,
     tasks: Suite | None = None,
     num_generations: int = 0,
     seed: int = 0,
+    known: Measured | None = None,
 ) -> Evaluation:
     """Measure a folded model and, in the same run, the model it is compared with.
 
@@ -173,39 +179,50 @@ def evaluate(
         folded: the model in question.
         baseline: usually its source; the ratios refer to it.
         windows: text for the perplexity, the same for both; None leaves perplexity out.
+        further_windows: further texts for it, by name. Last words and generations are of `windows` alone.
         speed: measure prefill and decode speed, the two models taking turns.
         memory: measure peak memory, for subjects saved as a Hugging Face folder.
         tasks: multiple-choice tasks. With `windows`, last words are measured beside them, because choosing an
             answer may still work where writing one does not.
         num_generations: continue the beginnings of the first so many windows.
         seed: of the random prompt whose speed is measured.
+        known: what was measured of the baseline before, with the same arguments: only its speed is measured again,
+            because models must take turns for that. Without `speed` no `baseline` is needed then.
 
     Raises:
-        UsageError: the two subjects have one name, or one lacks the tokenizer that is needed.
+        UsageError: the two subjects have one name, one lacks the tokenizer that is needed, or the speed of a
+            baseline is to be measured that is only known.
         FoldGPTError: a measurement failed; see `perplexity`, `measure_speed`, `peak_memory`, `folder_bytes`.
     """
     subjects = [folded] if baseline is None else [baseline, folded]
-    if baseline is not None and baseline.name == folded.name:
+    other_name = baseline.name if baseline is not None else None if known is None else known.name
+    if other_name == folded.name:
         raise UsageError(f"both models are called {folded.name!r}; they need two names to be told apart.")
+    if known is not None and baseline is None and speed:
+        raise UsageError(f"the speed of {known.name} can only be compared if it is there to take turns.")
     for subject in subjects:
         if subject.tokenizer is None and (tasks is not None or num_generations):
             raise UsageError(f"tasks and generations of {subject.name} need its tokenizer.")
     speeds = measure_speed({subject.name: subject.model for subject in subjects}, seed=seed) if speed else {}
+    further = further_windows or {}
     measured = [
         Measured(
             name=subject.name,
             size=size_of(subject.model),
             bytes_on_disk=None if subject.folder is None else folder_bytes(subject.folder),
             perplexity=None if windows is None else perplexity(subject.model, windows),
+            further_perplexities={text: perplexity(subject.model, each) for text, each in further.items()} or None,
             speed=speeds.get(subject.name),
             peak_memory=_peak_memory(subject) if memory else None,
             **_written(subject, windows, tasks, num_generations),
         )
-        for subject in subjects
+        for subject in (subjects if known is None else [folded])
     ]
-    if baseline is None:
+    if known is not None:
+        measured.insert(0, replace(known, speed=speeds.get(known.name)))
+    if len(measured) == 1:
         return Evaluation(measured[0], None, None)
-    own, other = measured[1], measured[0]
+    other, own = measured
     return Evaluation(own, other, _ratios(own, other), _retained(own, other))
 
 

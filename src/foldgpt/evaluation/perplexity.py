@@ -40,6 +40,9 @@ class Perplexity:
         dtype: what the model computed in, e.g. "bfloat16".
         fingerprint: of the windows; two perplexities compare only if it is the same.
         protocol: how text became windows (tokens, context, stride, BOS, join rule, split).
+        window_nlls: summed negative log-likelihood of each window's scored tokens, in nats: two models on the same
+            windows compare window by window. None in results of earlier versions.
+        window_tokens: how many tokens of each window were scored; likewise.
     """
 
     value: float
@@ -50,6 +53,8 @@ class Perplexity:
     dtype: str
     fingerprint: str
     protocol: dict[str, Any]
+    window_nlls: list[float] | None = None
+    window_tokens: list[int] | None = None
 
 
 @torch.inference_mode()
@@ -170,4 +175,6 @@ def _summary(
         dtype=dtype,
         fingerprint=windows.fingerprint,
         protocol=dict(windows.protocol),
+        window_nlls=nll_N.tolist(),
+        window_tokens=[int(count) for count in counts_N.tolist()],
     )
