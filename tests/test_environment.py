@@ -7,6 +7,7 @@ import os
 import platform
 from datetime import UTC, datetime, timedelta
 
+import peft
 import pytest
 import torch
 import transformers
@@ -21,6 +22,7 @@ def test_versions_are_those_that_run() -> None:
     assert described["foldgpt"] == foldgpt.__version__
     assert described["torch"] == torch.__version__
     assert described["transformers"] == transformers.__version__
+    assert described["peft"] == peft.__version__
     assert described["python"] == platform.python_version()
     assert described["torch_threads"] == torch.get_num_threads()
     assert json.loads(json.dumps(described)) == described, "plain JSON values"

@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parent.parent / "src" / "foldgpt"
 #: Lowest first. A room may import from lower layers only; a module of the package has to stand in one of them.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("allocator", "artifacts", "progress", "environment", "autoload"),  # autoload reaches modeling by name, later
+    # autoload reaches modeling by name, later
+    ("allocator", "artifacts", "counts", "progress", "environment", "autoload"),
     ("",),  # the package itself: it imports nothing but `autoload` until a name is asked for
     ("plan",),
     ("recipe",),

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("foldgpt", "torch", "transformers", "accelerate", "safetensors", "numpy")
+_PACKAGES = ("foldgpt", "torch", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
 
 def describe_environment() -> dict[str, Any]:
