@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
+from fits import random_fit, with_merged_terms
 from foldgpt.families import FAMILIES, decoder_of
 from foldgpt.folding import fold_, predicted_parameters, same_kind, save_folded, source_model_of, unfold_
 from foldgpt.plan import FoldPlan, Group
@@ -21,11 +22,14 @@ pytestmark = pytest.mark.parametrize("family", CONFIGS)
 REMOVED = (1, 4)
 
 
-def folded(model: Any, **parts: Any) -> tuple[Any, FoldPlan]:
+PRIVATE = {"private": ("norms", "scales"), "ranks": 2}
+
+
+def folded(model: Any, fits: Any = None, **parts: Any) -> tuple[Any, FoldPlan]:
     """A folded copy of a model, and its plan."""
     plan = FoldPlan.create(source_model_of(model), **parts)
     result = copy.deepcopy(model)
-    fold_(result, plan)
+    fold_(result, plan, fits)
     return result, plan
 
 
@@ -162,6 +166,101 @@ def test_removed_sublayer_contributes_zero_and_takes_its_norm_along(family: str,
     save_folded(result, plan, tmp_path / "folded", expected_parameters=predicted_parameters(model, plan))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded")
     torch.testing.assert_close(stepwise_logits(loaded, ids, prefill=5), logits, atol=1e-4, rtol=1e-4)
+
+
+def in_fp64(model: Any) -> Any:
+    """A copy in fp64, in which products that know no fp64 (those of experts) are made one by one."""
+    model = copy.deepcopy(model).double()
+    model.set_experts_implementation("eager")
+    return model
+
+
+@torch.no_grad()
+def test_private_terms_compute_what_merged_weights_do(family: str) -> None:
+    """In fp64: scales, low-rank terms and norms of both members, and one block removed."""
+    model = in_fp64(tiny_model(family))
+    group = groups_of_one_kind(model, donor="mean", **PRIVATE)[0]
+    removed = [index for index in range(NUM_BLOCKS) if index not in group.blocks][:1]
+    fit = random_fit(model, group)
+    assert set(fit.members) == set(group.blocks)
+    result, _ = folded(model, {0: fit}, groups=[group], removed=removed)
+    reference, _ = folded(with_merged_terms(copied(model, [group.blocks], "mean"), group, fit), removed=removed)
+    ids = token_ids(model)
+    expected = reference(ids, use_cache=False).logits
+    logits = result(ids, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, atol=1e-10, rtol=1e-10)
+    plain, _ = folded(model, groups=[group], removed=removed)
+    assert not torch.allclose(logits, plain(ids, use_cache=False).logits, atol=1e-2), "the private terms must matter"
+    unfold_(result)
+    assert type(result) is type(model)
+    torch.testing.assert_close(result(ids, use_cache=False).logits, expected, atol=1e-10, rtol=1e-10)
+    assert sum(p.numel() for p in result.parameters()) == sum(p.numel() for p in reference.parameters())
+
+
+@torch.no_grad()
+def test_private_terms_save_load_and_decode(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    group = groups_of_one_kind(model, donor="last", **PRIVATE)[0]
+    removed = [index for index in range(NUM_BLOCKS) if index not in group.blocks][:1]
+    result, plan = folded(model, {0: random_fit(model, group)}, groups=[group], removed=removed)
+    expected_parameters = predicted_parameters(model, plan)
+    save_folded(result, plan, tmp_path / "folded", expected_parameters=expected_parameters)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "folded", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert sum(p.numel() for p in loaded.parameters()) == expected_parameters
+    ids = token_ids(model)
+    logits = result(ids, use_cache=False).logits
+    assert torch.equal(loaded(ids, use_cache=False).logits, logits)
+    torch.testing.assert_close(stepwise_logits(loaded, ids, prefill=5), logits, atol=1e-4, rtol=1e-4)
+    base = AutoModel.from_pretrained(tmp_path / "folded")
+    last = loaded(ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(base(ids, use_cache=False).last_hidden_state, last)
+    uncached = loaded.generate(ids[:, :5], max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(loaded.generate(ids[:, :5], max_new_tokens=4, min_new_tokens=4, do_sample=False), uncached)
+
+
+def test_a_position_that_starts_at_zero_begins_as_removed_and_learns(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    first, second = groups_of_one_kind(model)[-1].blocks
+    group = Group(blocks=(first, second), donor="owner", owner=first, start="zero", **PRIVATE)
+    removed = [next(index for index in range(NUM_BLOCKS) if index not in group.blocks)]
+    result, plan = folded(model, groups=[group], removed=removed)
+    ids = token_ids(model)
+    with torch.no_grad():
+        removal, start = folded(model, removed=plan.at_start.removed)
+        assert start == plan.at_start and start.is_removal_only and second in start.removed
+        expected = removal(ids, use_cache=False).logits
+        assert torch.equal(result(ids, use_cache=False).logits, expected)
+    expected_parameters = predicted_parameters(model, plan)
+    assert sum(p.numel() for p in result.parameters()) == expected_parameters
+    save_folded(result, plan, tmp_path / "folded", expected_parameters=expected_parameters)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded")
+    position = plan.position_of[second]
+    assert len(decoder_of(loaded).blocks) == position + 1 + sum(index > second for index in plan.kept)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids, use_cache=False).logits, expected)
+        torch.testing.assert_close(stepwise_logits(loaded, ids, prefill=5), expected, atol=1e-4, rtol=1e-4)
+        base = AutoModel.from_pretrained(tmp_path / "folded")
+        last = removal(ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
+        assert torch.equal(base(ids, use_cache=False).last_hidden_state, last)
+
+    # What begins at 0 has a gradient of ordinary size, and one step makes the position count.
+    loss = loaded(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    block = decoder_of(loaded).blocks[position]
+    gradients = {name: p.grad for name, p in block.named_parameters() if p.grad is not None and p.grad.any()}
+    assert gradients, "nothing at the position can learn"
+    ordinary = max(p.grad.norm() for p in decoder_of(loaded).blocks[plan.position_of[first]].parameters())
+    assert all(torch.isfinite(g).all() and g.norm() < 20 * ordinary for g in gradients.values())
+    with torch.no_grad():
+        for name, gradient in gradients.items():
+            block.get_parameter(name).sub_(0.1 * gradient / gradient.norm())
+        loaded = in_fp64(loaded)
+        stepped = loaded(ids, labels=ids, use_cache=False)
+        assert stepped.loss < loss
+        unfold_(loaded)
+        assert type(loaded) is type(model)
+        torch.testing.assert_close(loaded(ids, use_cache=False).logits, stepped.logits, atol=1e-10, rtol=1e-10)
 
 
 def test_family_is_in_the_table(family: str) -> None:

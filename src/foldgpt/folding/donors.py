@@ -10,16 +10,6 @@ import torch
 Donor = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
 
-def first(members: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The weights of the first member."""
-    return members[0]
-
-
-def last(members: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The weights of the last member."""
-    return members[-1]
-
-
 def mean(members: Sequence[torch.Tensor]) -> torch.Tensor:
     """The mean of all members, accumulated in fp32 at least and rounded once."""
     dtype = torch.promote_types(members[0].dtype, torch.float32)
@@ -29,4 +19,7 @@ def mean(members: Sequence[torch.Tensor]) -> torch.Tensor:
     return (total / len(members)).to(members[0].dtype)
 
 
-DONORS: dict[str, Donor] = {"first": first, "last": last, "mean": mean}
+DONORS: dict[str, Donor] = {"mean": mean}
+
+#: Donors that need no making: one member gives its own weights, or they are fitted on a text.
+READY: tuple[str, ...] = ("first", "last", "owner", "least_squares")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from foldgpt.errors import PlanError, UnsupportedModelError, did_you_mean
 from foldgpt.families import Decoder, check_config, decoder_of, remap_config_
-from foldgpt.folding.donors import DONORS
+from foldgpt.folding.donors import DONORS, READY
+from foldgpt.folding.fits import check_fits, check_start, write_fit_
+from foldgpt.folding.fitted import GroupFit, MemberFit
 from foldgpt.folding.kinds import check_group, shareable_leaves, sublayer_modules
+from foldgpt.folding.private import LeafTerms, merged, terms_of_group, write_terms_
 from foldgpt.modeling.configuration_foldgpt import folded_config_class
 from foldgpt.modeling.modeling_foldgpt import (
     AUTO_MAP,
@@ -19,7 +22,7 @@ from foldgpt.modeling.modeling_foldgpt import (
     folded_model_class,
     give_back_,
 )
-from foldgpt.plan import FoldPlan, Group, SourceModel
+from foldgpt.plan import FoldPlan, SourceModel
 
 #: Attributes by which transformers' modules know their place in the KV cache.
 _INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number")
@@ -43,8 +46,11 @@ def source_model_of(model: nn.Module, name: str | None = None, revision: str | N
     )
 
 
-def fold_(model: nn.Module, plan: FoldPlan) -> None:
+def fold_(model: nn.Module, plan: FoldPlan, fits: Mapping[int, GroupFit] | None = None) -> None:
     """Fold a model in place: remove what the plan removes and let its groups share weights.
+
+    What starts at zero contributes nothing: the model computes what that of `plan.at_start` does. Private terms that
+    no fit speaks of begin without effect.
 
     Whole blocks removed: the model stays of its own class. Anything shared, or a sublayer removed: its class
     becomes `Folded<source class>`, a subclass of it. All checks come first: a model that is refused is as it
@@ -53,30 +59,38 @@ def fold_(model: nn.Module, plan: FoldPlan) -> None:
     Args:
         model: the source, a causal language model in full precision.
         plan: what to do.
+        fits: index of a group in the plan → shared weights and private terms fitted for it.
 
     Raises:
-        PlanError: the plan is for another model, or cannot be carried out on this one.
+        PlanError: the plan is for another model, or cannot be carried out on this one, or a fit is for another plan.
         UnsupportedModelError: the model has something that depends on the block index and has no rule.
     """
     decoder = decoder_of(model)
     _check_fits(decoder, plan)
     _check_in_memory(decoder, plan)
-    layout = _layout_of(decoder, plan)  # while source indices still hold
+    fits = fits or {}
+    check_fits(decoder, plan, fits)
+    terms = [terms_of_group(decoder, group) for group in plan.groups]
+    layout = _layout_of(decoder, plan, terms)  # while source indices still hold
     remap_config_(decoder.config, plan.kept)
-    _make_donors_(decoder, plan)
+    for number, group in enumerate(plan.groups):
+        write_fit_(decoder, group, fits.get(number, GroupFit()))
     _keep_(decoder, plan.kept)
     if not plan.is_removal_only:
         apply_layout_(model, layout)
+        _write_terms_(model, plan, terms, fits)
         _become_folded_(model, plan, layout)
 
 
 def unfold_(model: nn.Module) -> None:
-    """Give every position its own copy of what it borrows, in place; the logits do not change by a bit.
+    """Give every position weights of its own, in place: copies of what it borrows, its private terms merged into them.
 
-    A model without removed sublayers becomes one of the source's own class.
+    Sharing alone changes the logits not by a bit. Private terms are merged in fp64 and rounded once. A model without
+    removed sublayers becomes one of the source's own class.
 
     Raises:
         PlanError: the model shares nothing.
+        UnsupportedModelError: weights with private terms are quantised.
     """
     config: Any = model.config
     layout = getattr(config, "fold_layout", None)
@@ -86,8 +100,11 @@ def unfold_(model: nn.Module) -> None:
     for entry in layout["borrowed"]:
         for name in entry["modules"]:
             give_back_(decoder.blocks[entry["position"]], name)
+    for entry in layout.get("private", []):
+        block, name = decoder.blocks[entry["position"]], entry["module"]
+        block.set_submodule(name, merged(block.get_submodule(name), name))
     if layout["absent"]:
-        config.fold_layout = {**layout, "borrowed": []}
+        config.fold_layout = {**layout, "borrowed": [], "private": []}
         return
     config.__class__ = type(config).__mro__[1]
     for name in ("fold_layout", "fold_plan", "source_model_type", "auto_map"):
@@ -112,9 +129,11 @@ def predicted_parameters(model: nn.Module, plan: FoldPlan) -> int:
     for index, (zeroed, passed_through) in gone.items():
         total -= sum(_count(decoder.blocks[index].get_submodule(name)) for name in (*zeroed, *passed_through))
     for group in plan.groups:
-        for index in group.blocks[1:]:
-            names = shareable_leaves(decoder, index, group.sublayers)
-            total -= sum(_count(decoder.blocks[index].get_submodule(name)) for name in names)
+        total += sum(entry.num_parameters for entry in terms_of_group(decoder, group))
+        for index in group.blocks:
+            if index != group.holder:
+                names = shareable_leaves(decoder, index, group.sublayers)
+                total -= sum(_count(decoder.blocks[index].get_submodule(name)) for name in names)
     return total
 
 
@@ -138,11 +157,12 @@ def _check_fits(decoder: Decoder, plan: FoldPlan) -> None:
         )
     check_config(decoder.config)
     for group in plan.groups:
-        if group.donor not in DONORS:
+        if group.donor not in (donors := (*READY, *DONORS)):
             raise PlanError(
-                f"group {list(group.blocks)}: unknown donor {group.donor!r}.{did_you_mean(group.donor, DONORS)}"
+                f"group {list(group.blocks)}: unknown donor {group.donor!r}.{did_you_mean(group.donor, donors)}"
             )
         check_group(decoder, group.blocks, group.sublayers)
+        check_start(decoder, group)
     _check_first_attention(decoder, plan)
 
 
@@ -184,17 +204,30 @@ def _absent_modules(decoder: Decoder, plan: FoldPlan) -> dict[int, tuple[tuple[s
     return absent
 
 
-def _layout_of(decoder: Decoder, plan: FoldPlan) -> dict[str, Any]:
-    """The layout (see `apply_layout_`) that a plan gives its folded model."""
+def _layout_of(decoder: Decoder, plan: FoldPlan, terms: list[list[LeafTerms]]) -> dict[str, Any]:
+    """The layout (see `apply_layout_`) that a plan with these private terms gives its folded model."""
     position_of = plan.position_of
     borrowed = [
         {
             "position": position_of[index],
-            "owner": position_of[group.blocks[0]],
+            "owner": position_of[group.holder],
             "modules": shareable_leaves(decoder, index, group.sublayers),
         }
         for group in plan.groups
-        for index in group.blocks[1:]
+        for index in group.blocks
+        if index != group.holder
+    ]
+    private = [
+        {
+            "position": position_of[entry.block],
+            "module": entry.leaf,
+            "inputs": entry.inputs,
+            "outputs": entry.outputs,
+            "rank": entry.rank,
+            "scale": entry.scale,
+        }
+        for of_group in terms
+        for entry in of_group
     ]
     absent = [
         {
@@ -205,22 +238,23 @@ def _layout_of(decoder: Decoder, plan: FoldPlan) -> dict[str, Any]:
         }
         for index, (zeroed, passed_through) in _absent_modules(decoder, plan).items()
     ]
-    return {"version": LAYOUT_VERSION, "blocks": decoder.blocks_path, "borrowed": borrowed, "absent": absent}
+    return {
+        "version": LAYOUT_VERSION,
+        "blocks": decoder.blocks_path,
+        "borrowed": borrowed,
+        "private": private,
+        "absent": absent,
+    }
 
 
-@torch.no_grad()
-def _make_donors_(decoder: Decoder, plan: FoldPlan) -> None:
-    """Write each group's shared weights into its first member, which owns them from here on."""
-    for group in plan.groups:
-        for name in shareable_leaves(decoder, group.blocks[0], group.sublayers):
-            _make_donor_(decoder, group, name)
-
-
-def _make_donor_(decoder: Decoder, group: Group, name: str) -> None:
-    leaves = [decoder.blocks[index].get_submodule(name) for index in group.blocks]
-    for key, owned in leaves[0].named_parameters():
-        members = [leaf.get_parameter(key).data for leaf in leaves]
-        owned.data.copy_(DONORS[group.donor](members))
+def _write_terms_(model: nn.Module, plan: FoldPlan, terms: list[list[LeafTerms]], fits: Mapping[int, GroupFit]) -> None:
+    """Give the private terms of a folded model their first values."""
+    blocks = decoder_of(model).blocks
+    for number, (group, of_group) in enumerate(zip(plan.groups, terms, strict=True)):
+        members = fits.get(number, GroupFit()).members
+        for entry in of_group:
+            module: Any = blocks[plan.position_of[entry.block]].get_submodule(entry.leaf)
+            write_terms_(module, entry, members.get(entry.block, MemberFit()), zero=group.start == "zero")
 
 
 def _keep_(decoder: Decoder, kept: tuple[int, ...]) -> None:

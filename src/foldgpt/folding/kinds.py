@@ -1,4 +1,4 @@
-"""What can be shared between blocks: their leaf modules with matrices, if they are of one kind and shape."""
+"""What can be shared between blocks, and what can stand beside it: leaf modules with matrices, by kind and shape."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from foldgpt.errors import PlanError, UnsupportedModelError
-from foldgpt.families import Decoder
+from foldgpt.families import OUTPUT_MATRICES, Decoder
 from foldgpt.plan import SUBLAYERS, Sublayer
 
 #: Config fields with one entry per block that make blocks of equal shape compute different things.
@@ -56,6 +57,65 @@ def _leaves(module: nn.Module, name: str) -> list[str]:
     if any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False)):
         return [name]
     return [leaf for child, sub in module.named_children() for leaf in _leaves(sub, f"{name}.{child}")]
+
+
+def low_rank_leaves(decoder: Decoder, index: int, sublayers: Sequence[Sublayer]) -> list[str]:
+    """The shareable leaves of block `index` that a low-rank term can stand beside: linear layers."""
+    block = decoder.blocks[index]
+    leaves = shareable_leaves(decoder, index, sublayers)
+    return [name for name in leaves if isinstance(block.get_submodule(name), (nn.Linear, Conv1D))]
+
+
+def scale_leaves(decoder: Decoder, index: int, sublayers: Sequence[Sublayer]) -> list[str]:
+    """The shareable leaves of block `index` whose outputs a private scale multiplies.
+
+    A scale stands where what a sublayer makes joins the stream: on the leaves that the sublayer ends in, such as
+    `self_attn.o_proj` and `mlp.down_proj`. Where a norm stands behind the sublayer (Gemma, OLMo 2) there is no such
+    leaf: the norm's weight is that scale, and private in any case.
+
+    Raises:
+        UnsupportedModelError: the family's sublayers are not known, or end in no matrix of a known name.
+    """
+    block = decoder.blocks[index]
+    found: list[str] = []
+    for sublayer in sublayers:
+        modules = sublayer_modules(decoder, sublayer)
+        assert decoder.sublayers is not None
+        if decoder.sublayers.norm_behind(sublayer) is not None:
+            continue
+        ends = [
+            leaf
+            for root in modules
+            for leaf in _leaves(block.get_submodule(root), root)
+            if output_parameter(sublayer, leaf, block.get_submodule(leaf)) is not None
+        ]
+        if not ends:
+            raise UnsupportedModelError(
+                f"the {sublayer} of block {index} of model type {decoder.model_type!r} ends in no matrix of a known "
+                f"name ({', '.join(sorted(OUTPUT_MATRICES[sublayer]))}); it can have no private scale"
+            )
+        found += ends
+    return found
+
+
+def output_parameter(sublayer: Sublayer, name: str, leaf: nn.Module) -> tuple[str, int] | None:
+    """The parameter of a leaf that makes its sublayer's output, if there is one.
+
+    Args:
+        sublayer: whose leaf it is.
+        name: the leaf's name inside the block.
+        leaf: the leaf itself.
+
+    Returns:
+        The parameter's name inside the leaf, and its dimension along which the outputs run.
+    """
+    names = OUTPUT_MATRICES[sublayer]
+    if name.rpartition(".")[2] in names:
+        return "weight", -1 if isinstance(leaf, Conv1D) else -2
+    for key, _ in leaf.named_parameters(recurse=False):
+        if key in names:  # the experts of a mixture as one parameter
+            return key, -1 if getattr(leaf, "is_transposed", False) else -2
+    return None
 
 
 def kind_of(decoder: Decoder, index: int, sublayers: Sequence[Sublayer]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ One mechanism serves every architecture. The class of a folded Llama is a subcla
 builds the stock model and then applies the `fold_layout` of its config: a borrowed leaf module (a linear
 layer, the experts of a mixture) is not registered a second time but reached through its owner, so it has one
 parameter, one entry in the state dict, one place for a quantiser, an adapter or an offload hook. What is
-private to a position (its `layer_idx`, its norms) stays in the position's own modules.
+private to a position (its `layer_idx`, its norms) stays in the position's own modules; a scale or a low-rank
+term that a position has beside shared weights is a `PrivateTerms` in the leaf's place.
 
 This file travels inside each folded checkpoint, so it imports torch, transformers and its neighbour only.
 """
@@ -25,7 +26,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from .configuration_foldgpt import FoldedConfig, folded_config_class
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
+#: Version 1 had no private terms.
+_READ_VERSIONS = (1, 2)
 
 #: What `auto_map` says, so that the checkpoint also loads where foldgpt is not installed.
 AUTO_MAP = {
@@ -74,6 +77,43 @@ class Borrowed:
         return f"Borrowed({self._name} of {type(self._holder).__name__})"
 
 
+class PrivateTerms(nn.Module):
+    """In place of a leaf: shared weights, and beside them what one position has for itself.
+
+    A shared leaf W x + b becomes s ∘ (W x + b) + U D x. The low-rank term is outside the scale, so that it learns
+    from the first step where scales begin at 0.
+
+    Args:
+        shared: the leaf itself at the position that owns it, `Borrowed` at the others.
+        inputs: I, size of the leaf's inputs; read only with a rank.
+        outputs: O, size of its outputs.
+        rank: R of the low-rank term; 0 for none.
+        scale: whether there is a scale.
+
+    Attributes:
+        scale: s [O], or None.
+        up: U [O, R], or None.
+        down: D [R, I], or None.
+    """
+
+    def __init__(self, shared: Any, *, inputs: int, outputs: int, rank: int, scale: bool) -> None:
+        super().__init__()
+        if isinstance(shared, nn.Module):
+            self.shared = shared
+        else:
+            self.__dict__["shared"] = shared
+        self.scale = nn.Parameter(torch.ones(outputs)) if scale else None
+        self.up = nn.Parameter(torch.zeros(outputs, rank)) if rank else None
+        self.down = nn.Parameter(torch.randn(rank, inputs) / max(inputs, 1) ** 0.5) if rank else None
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output = self.shared(hidden, *args, **kwargs)
+        if self.up is None or self.down is None:
+            return output if self.scale is None else output * self.scale
+        term = nn.functional.linear(nn.functional.linear(hidden, self.down), self.up)
+        return output + term if self.scale is None else torch.addcmul(term, output, self.scale)
+
+
 def _to(device: torch.device, value: Any) -> Any:
     """Move the tensors in a value to a device; no copy where they are there already."""
     if isinstance(value, torch.Tensor):
@@ -106,20 +146,31 @@ def apply_layout_(model: nn.Module, layout: dict[str, Any]) -> None:
 
     Args:
         model: causal language model or base model of the source architecture.
-        layout: `{"version": 1, "blocks": path, "borrowed": [...], "absent": [...]}`. Each entry of "borrowed"
-            is `{"position": p, "owner": q, "modules": [names inside the block]}`; each of "absent" is
+        layout: `{"version": 2, "blocks": path, "borrowed": [...], "private": [...], "absent": [...]}`. Each entry
+            of "borrowed" is `{"position": p, "owner": q, "modules": [names inside the block]}`; each of "private"
+            is `{"position": p, "module": name, "inputs": I, "outputs": O, "rank": R, "scale": bool}`, the arguments
+            of `PrivateTerms`, also at an owner; each of "absent" is
             `{"position": p, "returns_pair": [names], "returns_tensor": [names], "passed_through": [names]}`:
             sublayers replaced by zero, and modules that serve them replaced by the identity.
 
     Raises:
         ValueError: the layout is of a later version of foldgpt.
     """
-    if layout["version"] != LAYOUT_VERSION:
+    if layout["version"] not in _READ_VERSIONS:
         raise ValueError(
-            f"this folded checkpoint has layout version {layout['version']}; this code reads version {LAYOUT_VERSION}. "
-            "Update foldgpt."
+            f"this folded checkpoint has layout version {layout['version']}; this code reads versions up to "
+            f"{LAYOUT_VERSION}. Update foldgpt."
         )
     blocks = _blocks_of(model, layout["blocks"])
+    for entry in layout.get("private", []):
+        add_private_terms_(
+            blocks[entry["position"]],
+            entry["module"],
+            inputs=entry["inputs"],
+            outputs=entry["outputs"],
+            rank=entry["rank"],
+            scale=entry["scale"],
+        )
     for entry in layout["borrowed"]:
         for name in entry["modules"]:
             borrow_(blocks[entry["position"]], blocks[entry["owner"]], name)
@@ -133,20 +184,36 @@ def apply_layout_(model: nn.Module, layout: dict[str, Any]) -> None:
             block.set_submodule(name, nn.Identity())
 
 
+def add_private_terms_(block: nn.Module, name: str, *, inputs: int, outputs: int, rank: int, scale: bool) -> None:
+    """Put `PrivateTerms` around the leaf module `name` of `block`, with the leaf's own dtype and device."""
+    leaf = block.get_submodule(name)
+    terms = PrivateTerms(leaf, inputs=inputs, outputs=outputs, rank=rank, scale=scale)
+    reference = next(leaf.parameters())
+    # Under a device context (transformers builds models on "meta") all of this is there already.
+    terms.to(device=reference.device, dtype=reference.dtype)
+    block.set_submodule(name, terms)
+
+
 def borrow_(block: nn.Module, owner: nn.Module, name: str) -> None:
     """Let `block` use the leaf module `name` of `owner` in place of its own, which is dropped."""
-    parent, _, leaf = name.rpartition(".")
-    holder = block.get_submodule(parent)
+    holder, leaf = shared_place(block, name)
     delattr(holder, leaf)
-    holder.__dict__[leaf] = Borrowed(owner.get_submodule(parent), leaf)
+    holder.__dict__[leaf] = Borrowed(*shared_place(owner, name))
 
 
 def give_back_(block: nn.Module, name: str) -> None:
     """Undo `borrow_`: the block gets a module of its own again, a copy of the one it borrowed."""
-    parent, _, leaf = name.rpartition(".")
-    holder = block.get_submodule(parent)
+    holder, leaf = shared_place(block, name)
     borrowed = holder.__dict__.pop(leaf)
     holder.add_module(leaf, copy.deepcopy(borrowed.owned))
+
+
+def shared_place(block: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Where the leaf `name` itself is, below private terms if it has them: the module that holds it, and its name."""
+    parent, _, leaf = name.rpartition(".")
+    holder = block.get_submodule(parent)
+    terms = getattr(holder, leaf)
+    return (terms, "shared") if isinstance(terms, PrivateTerms) else (holder, leaf)
 
 
 def _blocks_of(model: nn.Module, path: str) -> Any:

@@ -1,0 +1,178 @@
+"""Fits of groups: whether they go with plan and model, which is asked before anything is changed, and writing them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from foldgpt.errors import PlanError, did_you_mean
+from foldgpt.families import Decoder
+from foldgpt.families.norms import weight_for
+from foldgpt.folding.donors import DONORS
+from foldgpt.folding.fitted import GroupFit, MemberFit
+from foldgpt.folding.kinds import shareable_leaves, sublayer_modules
+from foldgpt.folding.private import LeafTerms, terms_of_group
+from foldgpt.plan import SUBLAYERS, FoldPlan, Group
+
+
+def check_fits(decoder: Decoder, plan: FoldPlan, fits: Mapping[int, GroupFit]) -> None:
+    """Refuse fits that do not go with the plan.
+
+    Args:
+        decoder: the source.
+        plan: the plan.
+        fits: index of a group in the plan → its fit.
+
+    Raises:
+        PlanError: names the group, and what does not fit.
+    """
+    for number in fits:
+        if not 0 <= number < len(plan.groups):
+            raise PlanError(f"there is a fit for group {number}; the plan has {len(plan.groups)} groups")
+    for number, group in enumerate(plan.groups):
+        fit = fits.get(number, GroupFit())
+        place = f"the fit of group {list(group.blocks)}"
+        shared = _shared_parameters(decoder, group, group.holder)
+        if group.donor == "least_squares" and (missing := sorted(shared.keys() - fit.weights.keys())):
+            raise PlanError(
+                f"the weights of group {list(group.blocks)} are to be fitted (donor 'least_squares'), but there is no "
+                f"fit of {missing[0]}"
+            )
+        if group.start == "zero" and fit.weights:
+            raise PlanError(f"{place} has shared weights; it starts at zero, so block {group.holder} keeps its own")
+        _check_shapes(f"{place}: shared weight", fit.weights, {name: tuple(p.shape) for name, p in shared.items()})
+        terms = terms_of_group(decoder, group)
+        for index, member in fit.members.items():
+            if index not in (group.fitted_members if group.start == "zero" else group.blocks):
+                raise PlanError(f"{place} has private values for block {index}, which has none in this group")
+            of_member = {entry.leaf: entry for entry in terms if entry.block == index}
+            _check_member(f"{place}, block {index}", decoder, group, index, member, of_member)
+
+
+def _check_member(
+    place: str, decoder: Decoder, group: Group, index: int, member: MemberFit, terms: Mapping[str, LeafTerms]
+) -> None:
+    _check_shapes(f"{place}: scale", member.scales, {leaf: (t.outputs,) for leaf, t in terms.items() if t.scale})
+    ups = {leaf: (t.outputs, t.rank) for leaf, t in terms.items() if t.rank}
+    downs = {leaf: (t.rank, t.inputs) for leaf, t in terms.items() if t.rank}
+    _check_shapes(f"{place}: up of the low-rank term", {n: term.up_OR for n, term in member.low_rank.items()}, ups)
+    _check_shapes(f"{place}: down of the low-rank term", {n: t.down_RI for n, t in member.low_rank.items()}, downs)
+    _check_shapes(f"{place}: norm", member.norms, {n: tuple(p.shape) for n, p in _own(decoder, group, index).items()})
+    if group.start != "zero":
+        return
+    begins_at_zero = {f"{name}.weight" for name in _norms_behind(decoder, group)}
+    for name in member.norms:
+        if name in begins_at_zero:
+            raise PlanError(f"{place}: {name} begins at zero, so it cannot be fitted")
+    for leaf, scale_O in member.scales.items():
+        if scale_O.count_nonzero():
+            raise PlanError(f"{place}: the scale of {leaf} begins at zero, so it cannot be fitted")
+    for leaf, term in member.low_rank.items():
+        if terms[leaf].scale and term.up_OR.count_nonzero():
+            raise PlanError(
+                f"{place}: {leaf} begins by contributing nothing, so `up_OR` of its low-rank term must be 0"
+            )
+
+
+def _check_shapes(what: str, given: Mapping[str, Tensor], known: Mapping[str, tuple[int, ...]]) -> None:
+    for name, value in given.items():
+        if name not in known:
+            raise PlanError(f"{what} of {name!r}: the plan has none there.{did_you_mean(name, known)}")
+        if tuple(value.shape) != known[name]:
+            raise PlanError(f"{what} of {name!r} is {list(value.shape)}; the model needs {list(known[name])}")
+
+
+def check_start(decoder: Decoder, group: Group) -> None:
+    """Refuse a group that starts at zero where nothing can make its positions contribute nothing.
+
+    Raises:
+        UnsupportedModelError: sublayers of the family are not known, or a norm behind one is not an RMSNorm.
+    """
+    if group.start != "zero":
+        return
+    for name in _norms_behind(decoder, group):
+        for index in group.started_at_zero:
+            _zero_of(decoder.blocks[index].get_submodule(name))
+
+
+@torch.no_grad()
+def write_fit_(decoder: Decoder, group: Group, fit: GroupFit) -> None:
+    """Write a group's shared weights into its holder and the private norms into its members, in place.
+
+    Args:
+        decoder: the source; its blocks still stand at their source indices.
+        group: the group.
+        fit: its fit; what is not in it is made by the group's donor, and norms stay or begin as the group says.
+    """
+    _make_shared_(decoder, group, fit)
+    for index in group.blocks:
+        block = decoder.blocks[index]
+        if group.norms == "owner" and index != group.giver:
+            of_giver = _own(decoder, group, group.holder)
+            for name, parameter in _own(decoder, group, index).items():
+                parameter.copy_(of_giver[name])
+        for name, value in fit.members.get(index, MemberFit()).norms.items():
+            block.get_parameter(name).copy_(value)
+    for index in group.started_at_zero:
+        for name in _norms_behind(decoder, group):
+            norm = decoder.blocks[index].get_submodule(name)
+            norm.get_parameter("weight").copy_(_zero_of(norm))
+
+
+def _make_shared_(decoder: Decoder, group: Group, fit: GroupFit) -> None:
+    members = {index: _shared_parameters(decoder, group, index) for index in group.blocks}
+    for name, owned in members[group.holder].items():
+        if name in fit.weights:
+            owned.copy_(fit.weights[name])
+        elif group.giver is None:
+            owned.copy_(DONORS[group.donor]([parameters[name].data for parameters in members.values()]))
+
+
+def _shared_parameters(decoder: Decoder, group: Group, index: int) -> dict[str, nn.Parameter]:
+    """Name inside the block → parameter, of all that a group shares, in block `index`."""
+    block = decoder.blocks[index]
+    return {
+        f"{leaf}.{name}": parameter
+        for leaf in shareable_leaves(decoder, index, group.sublayers)
+        for name, parameter in block.get_submodule(leaf).named_parameters()
+    }
+
+
+def _own(decoder: Decoder, group: Group, index: int) -> dict[str, nn.Parameter]:
+    """What a group's sublayers hold in block `index` beside the shared weights: norms and other vectors."""
+    block = decoder.blocks[index]
+    shared = _shared_parameters(decoder, group, index)
+    roots = _roots(decoder, group)
+    return {
+        name: parameter
+        for name, parameter in block.named_parameters()
+        if name not in shared and (roots is None or any(name.startswith(f"{root}.") for root in roots))
+    }
+
+
+def _roots(decoder: Decoder, group: Group) -> tuple[str, ...] | None:
+    """Modules of the group's sublayers and their norms; None for the whole block."""
+    if set(group.sublayers) == set(SUBLAYERS):
+        return None
+    (sublayer,) = group.sublayers
+    assert decoder.sublayers is not None
+    norms = decoder.sublayers.attention_norms if sublayer == "attention" else decoder.sublayers.mlp_norms
+    return (*sublayer_modules(decoder, sublayer), *norms)
+
+
+def _norms_behind(decoder: Decoder, group: Group) -> list[str]:
+    """Norms between the group's sublayers and the stream."""
+    if decoder.sublayers is None:
+        return []
+    return [name for sublayer in group.sublayers if (name := decoder.sublayers.norm_behind(sublayer)) is not None]
+
+
+def _zero_of(norm: nn.Module) -> Tensor:
+    """The weight under which an RMSNorm gives 0, whatever comes in.
+
+    Raises:
+        UnsupportedModelError: it is another kind of norm.
+    """
+    return weight_for(norm, torch.zeros_like(norm.get_parameter("weight"), dtype=torch.float32))
