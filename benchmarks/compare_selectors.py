@@ -37,6 +37,7 @@ from foldgpt.plan import FoldPlan
 from foldgpt.progress import be_quiet
 from foldgpt.replay import Replay
 from foldgpt.selection import MEASURED, RemovalCost, Request, Selection, number_to_remove, select
+from foldgpt.selection.units import Units
 from foldgpt.sources import Source, load_source
 
 SELECTORS = ("gates", "greedy", "loo", "taylor", "bi", "angular", "last", "random")
@@ -53,6 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--selector", action="append", choices=SELECTORS, help="may be repeated (all)")
     parser.add_argument("--search-seeds", type=int, default=1, help="searches by gates, each with another seed")
     parser.add_argument("--random-seeds", type=int, default=5, help="draws of the selector random")
+    parser.add_argument("--sublayers", action="store_true", help="remove attention and MLP apart")
     parser.add_argument("--compensate", action="store_true", help="compensate, in the searches and in the result")
     parser.add_argument("--compensation-tokens", type=int, help="tokens of the final fit (those of the calibration)")
     parser.add_argument("--perplexity", help="text to measure perplexity on; none by default")
@@ -64,7 +66,11 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.text = arguments.text or ["demo:wikipedia"]
     arguments.ratio = arguments.ratio or [0.2]
-    arguments.selector = arguments.selector or list(SELECTORS)
+    arguments.selector = arguments.selector or [
+        name for name in SELECTORS if name in MEASURED or not arguments.sublayers
+    ]
+    if arguments.sublayers and set(arguments.selector) - set(MEASURED):
+        parser.error(f"with --sublayers only {', '.join(MEASURED)} can select")
     return arguments
 
 
@@ -99,12 +105,12 @@ class Bench:
 
     def row(self, selector: str, ratio: float, seed: int) -> dict[str, Any]:
         num_remove = number_to_remove(self.num_blocks, remove=None, ratio=ratio)
-        if selector == "greedy":
+        if selector == "greedy" and not self.arguments.sublayers:
             removed, seconds, report = self.greedily(num_remove)
         else:
             started = time.perf_counter()
             selection = select(selector, self.request(selector, num_remove, seed))
-            removed, seconds, report = selection.removed, time.perf_counter() - started, dict(selection.report)
+            removed, seconds, report = self.units_of(selection), time.perf_counter() - started, dict(selection.report)
         passes = report.get("forward_equivalents")
         if selector in ("bi", "angular"):
             seconds, passes = self.analysis_seconds, 1.0
@@ -131,7 +137,16 @@ class Bench:
             model=self.model if measured else None,
             ids_WT=self.ids if measured else None,
             compensate=self.arguments.compensate and measured,
+            sublayers=self.arguments.sublayers,
         )
+
+    def units_of(self, selection: Selection) -> tuple[int, ...]:
+        """What is removed: blocks, or with sublayers 2 i for the attention of block i and 2 i + 1 for its MLP."""
+        if not self.arguments.sublayers:
+            return selection.removed
+        whole = [unit for block in selection.removed for unit in (2 * block, 2 * block + 1)]
+        attentions = [2 * block for block in selection.removed_attention]
+        return tuple(sorted([*whole, *attentions, *(2 * block + 1 for block in selection.removed_mlp)]))
 
     def greedily(self, num_remove: int) -> tuple[tuple[int, ...], float, dict[str, Any]]:
         """What greedy removes on its way to the largest ratio, and what it had spent by then."""
@@ -150,6 +165,7 @@ class Bench:
                 ids_WT=self.ids,
                 seed=self.arguments.seed,
                 compensate=self.arguments.compensate,
+                sublayers=self.arguments.sublayers,
             )
             self._cost = request.need_cost("benchmark")
         return self._cost.cost(frozenset(removed))
@@ -163,6 +179,7 @@ class Bench:
             # Sets share what lies before their first removed block. All positions are measured.
             self._test_cost = RemovalCost(
                 Replay(self.model, self.test.ids),
+                units=Units.sublayers(decoder_of(self.model), 0) if self.arguments.sublayers else None,
                 objective="lm",
                 position_share=1.0,
                 most_positions=self.test.ids.numel(),
@@ -268,13 +285,14 @@ def as_markdown(result: dict[str, Any]) -> str:
         for selector in SELECTORS:
             found = [row for row in result["rows"] if (row["ratio"], row["selector"]) == (ratio, selector)]
             if found:
-                lines.append(line_of(found))
+                lines.append(line_of(found, config["sublayers"]))
     table = "\n".join(lines)
     source = result["perplexities"].get("")
     return f"""# Selectors
 
 {config["model"]} ({result["num_blocks"]} blocks, {config["dtype"]}), calibrated on {config["tokens"]:,} tokens of
-{" + ".join(config["text"])} in windows of {config["context"]}{", with compensation" if config["compensate"] else ""}.
+{" + ".join(config["text"])} in windows of {config["context"]}{", with compensation" if config["compensate"] else ""}\
+{", attention (a) and MLP (m) apart" if config["sublayers"] else ""}.
 Perplexity: {config["perplexity"] or "not measured"}, context {config["perplexity_context"]}, \
 {"the whole text" if config["max_windows"] is None else f"the first {config['max_windows']} windows"}; \
 the source's is {"unknown" if source is None else f"{source:.2f}"}.
@@ -290,10 +308,11 @@ torch {environment["torch"]}, transformers {environment["transformers"]}, {envir
 """
 
 
-def line_of(found: list[dict[str, Any]]) -> str:
+def line_of(found: list[dict[str, Any]], sublayers: bool) -> str:
     """One line of the table; several draws become mean and standard deviation."""
     row = found[0]
-    blocks = " ".join(map(str, row["removed"])) if len(found) == 1 else f"{len(found)} draws"
+    same = len({tuple(r["removed"]) for r in found}) == 1
+    blocks = name_of(row["removed"], sublayers) if same else f"{len(found)} draws"
     passes = "—" if row["forward_equivalents"] is None else f"{row['forward_equivalents']:.1f}"
     cells = [
         f"{row['num_remove']} ({row['ratio']:.0%})",
@@ -305,6 +324,18 @@ def line_of(found: list[dict[str, Any]]) -> str:
         passes,
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def name_of(removed: list[int], sublayers: bool) -> str:
+    """The removed blocks; 7a is the attention of block 7, 7m its MLP."""
+    if not sublayers:
+        return " ".join(map(str, removed))
+    gone = set(removed)
+    names = []
+    for block in sorted({unit // 2 for unit in removed}):
+        lost = [letter for unit, letter in ((2 * block, "a"), (2 * block + 1, "m")) if unit in gone]
+        names.append(f"{block}" if len(lost) == 2 else f"{block}{lost[0]}")
+    return " ".join(names)
 
 
 def spread(values: list[float], digits: int) -> str:

@@ -1,0 +1,180 @@
+"""The best set of blocks that a long search finds, and how far the selectors' sets are from it.
+
+Local search on the KL to the source, on the calibration windows of a result of compare_selectors.py: every set there
+of the wanted size is a start, and so are some random ones. One removed block after another is given back and the best
+block to remove in its place is looked for among all others, until a whole round brings nothing. Every measured set is
+kept in the result file, so that starts share what they measure and the same command goes on where it was stopped.
+
+    python benchmarks/best_set.py --selectors benchmarks/results/selectors_smollm2-135m.json --text-folder TEXTS \\
+        --ratio 0.2
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from foldgpt.allocator import keep_freed_memory
+from foldgpt.artifacts import read_json, write_json, write_text
+from foldgpt.corpus import calibration_windows
+from foldgpt.environment import describe_environment
+from foldgpt.errors import ArtifactError, UsageError
+from foldgpt.progress import be_quiet
+from foldgpt.selection import RemovalCost, Request
+from foldgpt.selection.units import Removed
+from foldgpt.sources import load_source
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--selectors", type=Path, required=True, help="JSON result of compare_selectors.py")
+    parser.add_argument("--text-folder", type=Path, default=Path(), help="where its calibration texts lie")
+    parser.add_argument("--ratio", type=float, default=0.2, help="share of blocks removed, one of that result's")
+    parser.add_argument("--random-starts", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0, help="of the random starts")
+    parser.add_argument("--name", default="best_set", help="stem of the result files")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    return parser.parse_args()
+
+
+class Measured:
+    """Costs of sets, each measured once."""
+
+    def __init__(self, cost: RemovalCost, known: dict[Removed, float]) -> None:
+        self.known = known
+        self._cost = cost
+
+    def __call__(self, removed: Removed) -> float:
+        if removed not in self.known:
+            self.known[removed] = self._cost.cost(removed)
+        return self.known[removed]
+
+
+def local_optimum(start: Removed, num_blocks: int, cost: Measured) -> Removed:
+    """A set that no exchange of one block makes better."""
+    best, waited = start, 0
+    while waited < len(start):
+        for block in sorted(best):
+            others = [other for other in range(num_blocks) if other not in best]
+            # Sets that begin alike, one after another: they share states.
+            swapped = sorted((best - {block} | {other} for other in others), key=sorted)
+            found = min(swapped, key=cost)
+            waited += 1
+            if cost(found) < cost(best):
+                best, waited = found, 0
+                break
+            if waited >= len(start):
+                break
+    return best
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    be_quiet()
+    keep_freed_memory()
+    selectors = read_json(arguments.selectors)
+    config = selectors["config"]
+    rows = [row for row in selectors["rows"] if row["ratio"] == arguments.ratio]
+    if not rows or config["compensate"]:
+        raise UsageError(f"{arguments.selectors} has no uncompensated rows of ratio {arguments.ratio}")
+    source = load_source(config["model"], dtype=config["dtype"])
+    windows = calibration_windows(
+        [str(arguments.text_folder / name) if not name.startswith("demo:") else name for name in config["text"]],
+        source.tokenizer,
+        context=config["context"],
+        num_tokens=config["tokens"],
+        seed=selectors["seed"],
+    )
+    if windows.fingerprint != selectors["calibration"]["fingerprint"]:
+        raise UsageError(f"the texts in {arguments.text_folder} are not those of {arguments.selectors}")
+    num_blocks, num_remove = selectors["num_blocks"], rows[0]["num_remove"]
+    request = Request(num_blocks, num_remove, model=source.model, ids_WT=windows.ids, seed=selectors["seed"])
+    place = arguments.out / f"{arguments.name}.json"
+    identity = [windows.fingerprint, source.fingerprint, num_remove]
+    cost = Measured(request.need_cost("best_set"), earlier(place, identity))
+
+    draw = random.Random(arguments.seed)
+    starts = {
+        row["selector"]: frozenset(row["removed"])
+        for row in sorted(rows, key=lambda row: row["kl"])
+        if row["selector"] != "random"
+    }
+    starts |= {
+        f"random {k}": frozenset(draw.sample(range(num_blocks), num_remove)) for k in range(arguments.random_starts)
+    }
+    result: dict[str, Any] = {
+        "benchmark": "best_set",
+        "command": ["python", *(Path(word).name if "/" in word else word for word in sys.argv)],
+        "identity": identity,
+        "model": config["model"],
+        "num_blocks": num_blocks,
+        "num_remove": num_remove,
+        "calibration": selectors["calibration"],
+        "rows": [],
+    }
+    for name, start in starts.items():
+        began, before = time.perf_counter(), len(cost.known)
+        found = local_optimum(start, num_blocks, cost)
+        result["rows"].append(
+            {
+                "start": name,
+                "removed": sorted(start),
+                "kl": cost(start),
+                "found": sorted(found),
+                "found_kl": cost(found),
+                "measured": len(cost.known) - before,
+                "seconds": round(time.perf_counter() - began, 1),
+            }
+        )
+        print(result["rows"][-1], flush=True)
+        result["known"] = [[sorted(removed), value] for removed, value in cost.known.items()]
+        result["environment"] = describe_environment()
+        write_json(place, result)
+        write_text(place.with_suffix(".md"), as_markdown(result))
+    print(place.with_suffix(".md").read_text())
+
+
+def earlier(place: Path, identity: list[Any]) -> dict[Removed, float]:
+    """Sets that an earlier run of the same search measured."""
+    try:
+        found = read_json(place)
+    except ArtifactError:
+        return {}
+    if found.get("identity") != identity:
+        return {}
+    return {frozenset(removed): value for removed, value in found["known"]}
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    environment = result["environment"]
+    best = min(result["rows"], key=lambda row: row["found_kl"])
+    lines = [
+        f"| {row['start']} | {' '.join(map(str, row['removed']))} | {row['kl']:.4f} | "
+        f"{row['kl'] / best['found_kl'] - 1:+.1%} | {' '.join(map(str, row['found']))} | {row['found_kl']:.4f} | "
+        f"{row['measured']} |"
+        for row in result["rows"]
+    ]
+    table = "\n".join(lines)
+    return f"""# The best set
+
+{result["model"]}, {result["num_remove"]} of {result["num_blocks"]} blocks removed. From each start, blocks are
+exchanged one by one while that lowers the KL to the source on the calibration windows. The best of
+{len(result["known"]):,} measured sets: **{" ".join(map(str, best["found"]))}**, KL {best["found_kl"]:.4f}.
+"From the best" is what the start costs more than that one.
+
+| start | blocks | KL | from the best | search ends at | KL | sets measured |
+|---|---|---|---|---|---|---|
+{table}
+
+`{" ".join(result["command"])}`.
+{environment["cpu"]}, {environment["torch_threads"]} threads, {environment["ram_gb"]} GB RAM,
+torch {environment["torch"]}, transformers {environment["transformers"]}, {environment["date"]}.
+"""
+
+
+if __name__ == "__main__":
+    main()
