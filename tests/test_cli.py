@@ -75,15 +75,19 @@ def test_recover_trains_a_folded_model(model: Path, text: Path, tmp_path: Path) 
     options = ("--select", "last", "--remove", 1, "--compensate", "none")
     assert foldgpt("plan", model, *options, "--out", plan, "-q").exit_code == 0
     assert foldgpt("fold", model, "--plan", plan, "--out", folded, "-q").exit_code == 0
-    arguments = ("recover", folded, "--teacher", model, "--text", text, "--tokens", 512, "--context", 32)
+    arguments = ("recover", folded, "--teacher", model, "--text", text, "--tokens", "0.512k", "--context", 32)
     arguments += ("--held-out-tokens", 64, "--set", "batch_size=4", "--set", "learning_rate=1e-2")
+    arguments += ("--minutes", 60, "--separate-documents")
     made = foldgpt(*arguments, "--out", tmp_path / "recovered", "-q")
     assert made.exit_code == 0, made.output
     assert "held-out loss" in made.stdout and "ended by tokens" in made.stdout
-    assert (tmp_path / "recovered" / "recovery.json").is_file()
+    done = json.loads((tmp_path / "recovered" / "recovery.json").read_text())
+    assert done["num_tokens"] == 512 and done["settings"]["minutes"] == 60
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folded", "plan.json", "recovered"]
     wrong = foldgpt(*arguments, "--set", "rank", "--out", tmp_path / "other", "-q")
     assert wrong.exit_code == 2 and "--set takes NAME=VALUE, not 'rank'" in wrong.stderr
+    wrong = foldgpt("recover", folded, "--teacher", model, "--tokens", "2Q", "--out", tmp_path / "other")
+    assert wrong.exit_code == 2 and "2Q" in wrong.stderr
 
 
 def test_eval_of_one_model_alone(model: Path, text: Path) -> None:

@@ -45,6 +45,7 @@ def stages_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "analysis": "make_analysis",
         "plan": "make_plan",
         "fold": "make_folded",
+        "recovery": "make_recovered",
         "source": "make_source_evaluation",
         "evaluation": "make_evaluation",
         "figures": "draw",
@@ -193,6 +194,7 @@ def test_a_killed_run_goes_on_where_it_was(stage: str, recipe: Recipe, tmp_path:
     maker = {
         "plan": "make_plan",
         "fold": "make_folded",
+        "recovery": "make_recovered",
         "source": "make_source_evaluation",
         "evaluation": "make_evaluation",
         "figures": "draw",
@@ -325,9 +327,61 @@ def test_a_run_with_recovery_ends_in_a_recovered_model(recipe: Recipe, tmp_path:
     assert stages_run == []
 
 
+def test_recovery_runs_again_when_its_text_or_seed_changed_and_not_for_its_loggers(
+    recipe: Recipe, tmp_path: Path, stages_run: list[str]
+) -> None:
+    text = tiny_text(tmp_path / "train.txt", 2000)
+    trained = recipe.changed(
+        recover={
+            "texts": [str(text)],
+            "num_tokens": "0.256k",
+            "context": 32,
+            "held_out_tokens": 64,
+            "settings": {"batch_size": 4, "rank": 2, "norms": False},
+        }
+    )
+    out = tmp_path / "run"
+    first = pipeline.run(trained, out)
+    assert json.loads((first.model / "recovery.json").read_text())["settings"]["seed"] == trained.seed
+    stages_run.clear()
+    cached = trained.changed(recover={"teacher_cache": str(tmp_path / "states")})
+    pipeline.run(cached, out, overwrite=True)
+    assert stages_run == []
+    text.write_text(text.read_text().upper())
+    pipeline.run(cached, out, overwrite=True)
+    assert stages_run[0] == "recovery"
+    assert len(list((tmp_path / "states").iterdir())) == 1
+    later = pipeline.run(
+        cached.changed(seed=3, recover={"minutes": 60.0, "separate_documents": True}), out, overwrite=True
+    )
+    settings = json.loads((later.model / "recovery.json").read_text())["settings"]
+    assert (settings["seed"], settings["minutes"]) == (3, 60.0)
+
+
+def test_a_run_without_any_text_of_ones_own(
+    recipe: Recipe, tmp_path: Path, stages_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibrated, compensated and recovered on what the model writes."""
+    monkeypatch.setenv("FOLDGPT_CACHE", str(tmp_path / "cache"))
+    alone = recipe.changed(
+        calibration={"texts": ["self:?length=60"]},
+        compensate={"method": "linear"},
+        recover={"num_tokens": 512, "context": 32, "held_out_tokens": 64, "settings": {"batch_size": 4, "rank": 2}},
+    )
+    result = pipeline.run(alone, tmp_path / "run")
+    assert result.model.name == "recovered"
+    assert result.plan.compensation is not None and result.plan.compensation.texts == ("self:?length=60",)
+    assert len(list((tmp_path / "cache" / "own-text").rglob("*.jsonl"))) == 1
+    stages_run.clear()
+    pipeline.run(alone, tmp_path / "run")
+    assert stages_run == []
+
+
 def test_an_unknown_setting_of_the_recovery_is_refused_before_anything_runs(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no setting 'ranks'. Did you mean 'rank'"):
         pipeline.run(recipe.changed(recover={"settings": {"ranks": 4}}), tmp_path / "run")
     with pytest.raises(UsageError, match=r"recover\.settings: rank: .*integer.*'many'"):
         pipeline.run(recipe.changed(recover={"settings": {"rank": "many"}}), tmp_path / "run")
+    with pytest.raises(UsageError, match="give minutes once"):
+        pipeline.run(recipe.changed(recover={"minutes": 1.0, "settings": {"minutes": 2.0}}), tmp_path / "run")
     assert not (tmp_path / "run").exists()

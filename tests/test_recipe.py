@@ -53,6 +53,17 @@ def test_a_saved_recipe_spells_out_every_default_and_reads_back(tmp_path: Path) 
     assert next(iter(written)) == "model", "in the order in which a reader wants it"
 
 
+def test_tokens_may_be_written_as_people_write_them(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "model: x\ncalibration: {num_tokens: 64k}\nrecover: {num_tokens: 2M, held_out_tokens: 1e4}\n"
+    )
+    recipe = Recipe.load(tmp_path / "recipe.yaml")
+    assert (recipe.calibration.num_tokens, recipe.recover.num_tokens) == (64_000, 2_000_000)
+    assert recipe.recover.held_out_tokens == 10_000
+    with pytest.raises(UsageError, match=r"recover\.num_tokens: '2Q' is not a count"):
+        Recipe.from_dict({"model": "x", "recover": {"num_tokens": "2Q"}})
+
+
 def test_a_recipe_is_frozen() -> None:
     recipe = Recipe(model="x")
     with pytest.raises(pydantic.ValidationError, match="frozen"):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from foldgpt.counts import count
 from foldgpt.options import (
     AsJson,
     Compensate,
@@ -216,16 +217,32 @@ def recover(
     folder: Annotated[Path, typer.Argument(help="The folded model.", show_default=False)],
     teacher: Annotated[str, typer.Option(help="Its source: any MODEL.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where the recovered model is saved.", show_default=False)],
-    tokens: Annotated[int, typer.Option(help="Tokens to train on.", show_default=False)],
+    tokens: Annotated[int, typer.Option(help="Tokens to train on, such as 2M.", parser=count, show_default=False)],
     text: Annotated[
         list[str] | None,
-        typer.Option("--text", help="Text to train on. May be repeated.", show_default="demo:wikipedia"),
+        typer.Option(
+            "--text",
+            help="Text to train on; self: is what the teacher writes. May be repeated.",
+            show_default="demo:wikipedia",
+        ),
     ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens in one window.", show_default="512")] = None,
     held_out_tokens: Annotated[
-        int | None, typer.Option(help="Tokens on which the best state is chosen.", show_default="16384")
+        int | None,
+        typer.Option(help="Tokens on which the best state is chosen.", parser=count, show_default="16384"),
     ] = None,
+    separate_documents: Annotated[
+        bool, typer.Option("--separate-documents", help="Let a token see its own document alone.")
+    ] = False,
     minutes: Annotated[float | None, typer.Option(help="Stop after this time.", show_default=False)] = None,
+    teacher_cache: Annotated[
+        str | None,
+        typer.Option(help="Folder for the teacher's states, for later runs on the same text.", show_default=False),
+    ] = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(help="Logger: tensorboard, wandb or trackio. May be repeated.", show_default=False),
+    ] = None,
     setting: Annotated[
         list[str] | None,
         typer.Option(
@@ -248,9 +265,6 @@ def recover(
         from foldgpt.workbench import Workbench
 
         check_free(out, replace=overwrite)
-        settings = _settings(setting or [])
-        if minutes is not None:
-            settings["minutes"] = minutes
         recipe = _recipe(
             model=teacher,
             dtype=dtype,
@@ -262,7 +276,11 @@ def recover(
                 "texts": text or ["demo:wikipedia"],
                 "context": context,
                 "held_out_tokens": held_out_tokens,
-                "settings": settings,
+                "separate_documents": separate_documents,
+                "minutes": minutes,
+                "teacher_cache": teacher_cache,
+                "report_to": report_to,
+                "settings": _settings(setting or []),
             },
         )
         result = steps.make_recovered(Workbench(recipe), folder, out, replace=overwrite)
@@ -371,7 +389,7 @@ def run(
     group_size: GroupSize = None,
     donor: Donor = None,
     recover_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of training after folding.", show_default="0")
+        int | None, typer.Option(help="Tokens of training after folding, such as 2M.", parser=count, show_default="0")
     ] = None,
     dtype: DType = None,
     device: Device = None,

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from foldgpt.counts import count
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -16,12 +18,15 @@ Texts = Annotated[
     list[str] | None,
     typer.Option(
         "--text",
-        help="Calibration text: txt, jsonl or parquet file (globs), hub:NAME, or demo:wikipedia. May be repeated.",
+        help="Calibration text: txt, jsonl or parquet file (globs), hub:NAME, demo:wikipedia, or self: (what the model "
+        "writes). May be repeated.",
         show_default="demo:wikipedia",
     ),
 ]
 Context = Annotated[int | None, typer.Option(help="Tokens in one calibration window.", show_default="512")]
-Tokens = Annotated[int | None, typer.Option(help="Calibration tokens in all.", show_default="32768")]
+Tokens = Annotated[
+    int | None, typer.Option(help="Calibration tokens in all, such as 500k.", parser=count, show_default="32768")
+]
 Select = Annotated[
     str | None,
     typer.Option(help="Selector: gates, greedy, loo, taylor, bi, angular, last or random.", show_default="gates"),

@@ -8,6 +8,7 @@ from typing import Any
 
 from foldgpt.analysis import Analysis
 from foldgpt.artifacts import hash_of, read_json, write_json
+from foldgpt.corpus import identity_of
 from foldgpt.environment import describe_environment
 from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan
@@ -150,8 +151,9 @@ def _recovery_stage(folder: RunFolder, bench: Workbench) -> str:
     inputs = {
         "model": bench.fingerprint,
         "folded": folder.key_of("fold"),
-        "texts": recipe.recover.texts or recipe.calibration.texts,
-        "recover": recipe.recover.model_dump(mode="json"),
+        "texts": identity_of(recipe.recover.texts or recipe.calibration.texts, own=bench.own_text),
+        # What is kept beside and who is told changes nothing in the result.
+        "recover": recipe.recover.model_dump(mode="json", exclude={"teacher_cache", "report_to"}),
         "seed": recipe.seed,
         **bench.numerics,
     }

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 from foldgpt.artifacts import write_text
+from foldgpt.counts import count
 from foldgpt.errors import ArtifactError, UsageError, did_you_mean
 from foldgpt.plan import SUBLAYERS, Sublayer, explain
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _count(value: Any) -> Any:
+    return count(value) if isinstance(value, str) else value
+
+
+#: A number of tokens; `2M` and `500k` are read as well.
+Tokens = Annotated[
+    int,
+    BeforeValidator(_count),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "examples": ["500k", "2M"]}]}),
+]
 
 
 class _Section(BaseModel):
@@ -23,10 +36,10 @@ class Calibration(_Section):
     """The text on which redundancy is measured."""
 
     texts: list[str] = Field(default=["demo:wikipedia"], min_length=1)
-    """Texts: files (txt, jsonl, parquet; globs), `hub:NAME`, or `demo:wikipedia`."""
+    """Texts: files (txt, jsonl, parquet; globs), `hub:NAME`, `demo:wikipedia`, or `self:`, what the model writes."""
     context: int = Field(default=512, ge=2)
     """Tokens in one window."""
-    num_tokens: int = Field(default=32_768, ge=2)
+    num_tokens: Tokens = Field(default=32_768, ge=2)
     """Tokens in all windows together."""
 
 
@@ -43,7 +56,7 @@ class Select(_Section):
     """What searches measure: kl, the divergence from the source, or lm, the language-modelling loss."""
     sublayers: bool = False
     """Remove attention and MLP apart, as many parameters as that many blocks have."""
-    num_tokens: int = Field(default=8192, ge=2)
+    num_tokens: Tokens = Field(default=8192, ge=2)
     """Calibration tokens that searches measure on, of those in the calibration section."""
     options: dict[str, Any] = {}
     """What one selector alone understands; see docs/selection.md."""
@@ -78,14 +91,22 @@ class Share(_Section):
 class Recover(_Section):
     """How the folded model is trained to do again what its source does."""
 
-    num_tokens: int = Field(default=0, ge=0)
+    num_tokens: Tokens = Field(default=0, ge=0)
     """Tokens to train on; 0 for no recovery."""
     texts: list[str] | None = Field(default=None, min_length=1)
     """Texts to train on; the calibration texts by default."""
     context: int = Field(default=512, ge=2)
     """Tokens in one window."""
-    held_out_tokens: int = Field(default=16_384, ge=2)
+    held_out_tokens: Tokens = Field(default=16_384, ge=2)
     """Tokens, of other documents, on which the best state is chosen."""
+    separate_documents: bool = False
+    """Let a token see its own document alone; it costs speed."""
+    minutes: float | None = Field(default=None, gt=0)
+    """Stop training after this time."""
+    teacher_cache: str | None = None
+    """Folder in which the teacher's states on the training text are kept, for later runs on the same text."""
+    report_to: list[str] = []
+    """Loggers as transformers names them: tensorboard, wandb, trackio."""
     settings: dict[str, Any] = {}
     """Losses, trained parameters and schedule, such as rank or learning_rate; see docs/recovery.md."""
 
@@ -113,6 +134,28 @@ class Evaluate(_Section):
     """Score the first items of each task only; null for all."""
     generations: int = Field(default=3, ge=0)
     """How many beginnings of the test text each model continues, to be read side by side."""
+
+
+class Compare(_Section):
+    """What `foldgpt compare` puts side by side."""
+
+    rows: dict[str, dict[str, Any] | None] | None = Field(default=None, min_length=1)
+    """Name of each row → what it changes in the recipe, section by section; null for what a known name stands for.
+    All known rows by default; see docs/compare.md."""
+    recovered: list[str] | None = None
+    """Rows that are also shown with the recipe's recovery; all by default."""
+    reference: str = "bi"
+    """The row that the others are compared with, each with the one of its own recovery setting."""
+    random_seeds: int = Field(default=1, ge=1)
+    """How many draws of random blocks there are, each a row."""
+    budget_tolerance: float = Field(default=0.01, ge=0, lt=1)
+    """How far the parameters in a row's blocks may be from the reference row's, as a fraction of it."""
+    unequal_budgets: Literal["refuse", "flag"] = "refuse"
+    """What becomes of a row beyond that: nothing is run, or the row is marked and gets no verdict."""
+    bootstrap_samples: int = Field(default=10_000, ge=100)
+    """Resamples behind each interval."""
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    """Confidence of the intervals."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -159,6 +202,8 @@ class Recipe(_Section):
     """How the folded model is trained."""
     evaluate: Evaluate = Evaluate()
     """What is measured."""
+    compare: Compare = Compare()
+    """What is put side by side by `foldgpt compare`; a run by itself does not read it."""
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:

@@ -10,7 +10,7 @@ from typing import Any
 from foldgpt.analysis import Analysis, SourceIdentity, analyze
 from foldgpt.artifacts import read_json
 from foldgpt.compensation import Compensated, compensate_, why_not
-from foldgpt.corpus import calibration_windows
+from foldgpt.corpus import OwnText, calibration_windows
 from foldgpt.errors import ArtifactError, PlanError
 from foldgpt.evaluation import Evaluation, Measured, Subject, evaluate
 from foldgpt.families import Decoder, decoder_of
@@ -121,7 +121,8 @@ def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool
     expected = predicted_parameters(source.model, plan)
     notes: dict[str, Any] = {}
     if plan.compensation is not None:
-        compensated = _compensate_(source.model, plan, plan.compensation, source.tokenizer)
+        own = OwnText(lambda: source.model, source.tokenizer, bench.fingerprint)
+        compensated = _compensate_(source.model, plan, plan.compensation, source.tokenizer, own)
         notes["compensation.json"] = compensated.to_json_dict()
     fold_(source.model, plan)
     note("saving and verifying the folded model")
@@ -136,7 +137,7 @@ def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool
     )
 
 
-def _compensate_(model: Any, plan: FoldPlan, compensation: Compensation, tokenizer: Any) -> Compensated:
+def _compensate_(model: Any, plan: FoldPlan, compensation: Compensation, tokenizer: Any, own: OwnText) -> Compensated:
     """Let kept blocks take over what the removed ones did, as the plan says."""
     windows = calibration_windows(
         compensation.texts,
@@ -144,6 +145,7 @@ def _compensate_(model: Any, plan: FoldPlan, compensation: Compensation, tokeniz
         context=compensation.context,
         num_tokens=compensation.num_tokens,
         seed=compensation.seed,
+        own=own,
     )
     if windows.fingerprint != compensation.fingerprint:
         raise PlanError(
@@ -185,6 +187,8 @@ def make_recovered(bench: Workbench, folded: Path, out: Path, *, replace: bool =
         num_tokens=section.num_tokens,
         num_held_out=section.held_out_tokens,
         seed=recipe.seed,
+        separate_documents=section.separate_documents,
+        own=bench.own_text,
     )
     result = recover(
         student.model,
@@ -195,6 +199,8 @@ def make_recovered(bench: Workbench, folded: Path, out: Path, *, replace: bool =
         bench.recovery_settings,
         out,
         tokenizer=student.tokenizer,
+        teacher_cache=section.teacher_cache,
+        report_to=section.report_to,
         replace=replace,
     )
     shutil.rmtree(windows, ignore_errors=True)

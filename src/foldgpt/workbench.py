@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from foldgpt.analysis import CalibrationIdentity
-from foldgpt.corpus import Windows, calibration_windows, evaluation_windows
+from foldgpt.corpus import OwnText, Windows, calibration_windows, evaluation_windows
 from foldgpt.errors import FoldGPTError, UsageError, did_you_mean
 from foldgpt.evaluation import Suite, load_suite
 from foldgpt.plan import Compensation, explain
@@ -23,10 +22,21 @@ from foldgpt.selection import SELECTORS
 from foldgpt.sources import Source, load_source, load_tokenizer, model_fingerprint, resolve
 
 
-class Workbench:
-    """The inputs of a recipe, each made when a stage first needs it."""
+#: What depends on model, texts and measurements alone.
+_SAME_FOR_ALL_METHODS = ("place", "fingerprint", "tokenizer", "calibration", "tests", "tasks")
 
-    def __init__(self, recipe: Recipe) -> None:
+
+class Workbench:
+    """The inputs of a recipe, each made when a stage first needs it.
+
+    Attributes:
+        recipe: the recipe.
+        recovery_settings: its settings of the recovery, checked.
+        common: a folder for what several recoveries from one source have in common, its training windows and what
+            the teacher says of them; None keeps the windows beside each run while it lasts, and nothing else.
+    """
+
+    def __init__(self, recipe: Recipe, *, common: Path | None = None) -> None:
         """Take a recipe; a name in it that only the code can check is checked now, before anything is loaded.
 
         Raises:
@@ -36,7 +46,20 @@ class Workbench:
         if method not in SELECTORS:
             raise UsageError(f"unknown selector {method!r}.{did_you_mean(method, SELECTORS)}")
         self.recipe = recipe
-        self.recovery_settings = _recovery_settings(recipe.recover.settings)
+        self.common = common
+        self.recovery_settings = _recovery_settings(recipe)
+
+    def for_method(self, recipe: Recipe) -> Workbench:
+        """A workbench for another method on the same model, texts and measurements; they are not made again.
+
+        The loaded model, if there is one, goes along: this workbench loads it anew should it need it again.
+        """
+        other = Workbench(recipe, common=self.common)
+        made = vars(self)
+        vars(other).update({name: made[name] for name in _SAME_FOR_ALL_METHODS if name in made})
+        if "source" in made:
+            vars(other)["source"] = made.pop("source")
+        return other
 
     @cached_property
     def place(self) -> Path:
@@ -53,6 +76,11 @@ class Workbench:
         """The model's tokenizer."""
         return load_tokenizer(str(self.place), trust_remote_code=self.recipe.trust_remote_code)
 
+    @property
+    def own_text(self) -> OwnText:
+        """What the model writes itself; it is loaded when something of that is not in the cache."""
+        return OwnText(lambda: self.source.model, self.tokenizer, self.fingerprint)
+
     @cached_property
     def calibration(self) -> Windows:
         """Windows on which redundancy is measured."""
@@ -63,6 +91,7 @@ class Workbench:
             context=section.context,
             num_tokens=section.num_tokens,
             seed=self.recipe.seed,
+            own=self.own_text,
         )
 
     @cached_property
@@ -154,12 +183,17 @@ class Workbench:
         return {"dtype": self.recipe.dtype, "device": self.recipe.device}
 
 
-def _recovery_settings(values: Mapping[str, Any]) -> RecoverySettings:
+def _recovery_settings(recipe: Recipe) -> RecoverySettings:
+    values: dict[str, Any] = {"seed": recipe.seed, **recipe.recover.settings}
+    if recipe.recover.minutes is not None:
+        if "minutes" in values:
+            raise UsageError("recover: give minutes once, not in settings as well")
+        values["minutes"] = recipe.recover.minutes
     known = {field.name for field in fields(RecoverySettings)}
     for name in values:
         if name not in known:
             raise UsageError(f"recovery has no setting {name!r}.{did_you_mean(name, known)}")
     try:
-        return TypeAdapter(RecoverySettings).validate_python(dict(values))
+        return TypeAdapter(RecoverySettings).validate_python(values)
     except ValidationError as error:
         raise UsageError(f"recover.settings: {explain(error)}") from None

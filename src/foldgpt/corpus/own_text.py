@@ -91,7 +91,7 @@ class OwnText:
     Args:
         model: gives the model when it is needed, in eval mode.
         tokenizer: its tokenizer.
-        fingerprint: identity of its weights and of the format it computes in.
+        fingerprint: identity of its weights.
         folder: where the files are kept; by default in the user's cache.
     """
 
