@@ -178,7 +178,8 @@ def make_recovered(bench: Workbench, folded: Path, out: Path, *, replace: bool =
     student = load_source(
         str(folded), dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
     )
-    windows = out.parent / f".{out.name}.windows"
+    common = bench.common
+    windows = out.parent / f".{out.name}.windows" if common is None else common / "windows"
     train, held_out = packed_windows(
         section.texts or recipe.calibration.texts,
         bench.tokenizer,
@@ -199,11 +200,12 @@ def make_recovered(bench: Workbench, folded: Path, out: Path, *, replace: bool =
         bench.recovery_settings,
         out,
         tokenizer=student.tokenizer,
-        teacher_cache=section.teacher_cache,
+        teacher_cache=section.teacher_cache or (None if common is None else common / "teacher"),
         report_to=section.report_to,
         replace=replace,
     )
-    shutil.rmtree(windows, ignore_errors=True)
+    if common is None:
+        shutil.rmtree(windows, ignore_errors=True)
     return result
 
 
