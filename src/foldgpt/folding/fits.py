@@ -59,21 +59,9 @@ def _check_member(
     downs = {leaf: (t.rank, t.inputs) for leaf, t in terms.items() if t.rank}
     _check_shapes(f"{place}: up of the low-rank term", {n: term.up_OR for n, term in member.low_rank.items()}, ups)
     _check_shapes(f"{place}: down of the low-rank term", {n: t.down_RI for n, t in member.low_rank.items()}, downs)
-    _check_shapes(f"{place}: norm", member.norms, {n: tuple(p.shape) for n, p in _own(decoder, group, index).items()})
-    if group.start != "zero":
-        return
-    begins_at_zero = {f"{name}.weight" for name in _norms_behind(decoder, group)}
-    for name in member.norms:
-        if name in begins_at_zero:
-            raise PlanError(f"{place}: {name} begins at zero, so it cannot be fitted")
-    for leaf, scale_O in member.scales.items():
-        if scale_O.count_nonzero():
-            raise PlanError(f"{place}: the scale of {leaf} begins at zero, so it cannot be fitted")
-    for leaf, term in member.low_rank.items():
-        if terms[leaf].scale and term.up_OR.count_nonzero():
-            raise PlanError(
-                f"{place}: {leaf} begins by contributing nothing, so `up_OR` of its low-rank term must be 0"
-            )
+    _check_shapes(
+        f"{place}: norm", member.norms, {n: tuple(p.shape) for n, p in own_parameters(decoder, group, index).items()}
+    )
 
 
 def _check_shapes(what: str, given: Mapping[str, Tensor], known: Mapping[str, tuple[int, ...]]) -> None:
@@ -110,15 +98,16 @@ def write_fit_(decoder: Decoder, group: Group, fit: GroupFit) -> None:
     for index in group.blocks:
         block = decoder.blocks[index]
         if group.norms == "owner" and index != group.giver:
-            of_giver = _own(decoder, group, group.holder)
-            for name, parameter in _own(decoder, group, index).items():
+            of_giver = own_parameters(decoder, group, group.holder)
+            for name, parameter in own_parameters(decoder, group, index).items():
                 parameter.copy_(of_giver[name])
+        if index in group.started_at_zero:
+            for name in _norms_behind(decoder, group):
+                norm = block.get_submodule(name)
+                norm.get_parameter("weight").copy_(_zero_of(norm))
+        # Last: a fit that helps from the start takes the place of nothing.
         for name, value in fit.members.get(index, MemberFit()).norms.items():
             block.get_parameter(name).copy_(value)
-    for index in group.started_at_zero:
-        for name in _norms_behind(decoder, group):
-            norm = decoder.blocks[index].get_submodule(name)
-            norm.get_parameter("weight").copy_(_zero_of(norm))
 
 
 def _make_shared_(decoder: Decoder, group: Group, fit: GroupFit) -> None:
@@ -140,7 +129,7 @@ def _shared_parameters(decoder: Decoder, group: Group, index: int) -> dict[str, 
     }
 
 
-def _own(decoder: Decoder, group: Group, index: int) -> dict[str, nn.Parameter]:
+def own_parameters(decoder: Decoder, group: Group, index: int) -> dict[str, nn.Parameter]:
     """What a group's sublayers hold in block `index` beside the shared weights: norms and other vectors."""
     block = decoder.blocks[index]
     shared = _shared_parameters(decoder, group, index)
