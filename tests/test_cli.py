@@ -110,6 +110,18 @@ def test_plan_measures_by_itself_and_knows_its_groups(model: Path, text: Path, t
     assert [group.donor for group in plan.groups] == ["last", "last"]
 
 
+def test_plan_keeps_positions_that_start_at_zero(model: Path, text: Path, tmp_path: Path) -> None:
+    made = foldgpt(
+        *("plan", model, "--text", text, *CALIBRATION, "--select", "last", "--remove", 1, "--compensate", "none"),
+        *("--share", "adjacent", "--start", "zero", "--rank", 2, "--out", tmp_path / "plan.json", "-q"),
+    )
+    assert made.exit_code == 0, made.output
+    plan = FoldPlan.load(tmp_path / "plan.json")
+    (group,) = plan.groups
+    assert group.started_at_zero == plan.at_start.removed == plan.kept[-1:]
+    assert group.ranks == 2 and group.private == ("norms", "scales")
+
+
 def test_selectors_that_look_at_nothing_measure_nothing(model: Path, tmp_path: Path) -> None:
     made = foldgpt(
         "plan",
@@ -171,6 +183,11 @@ def test_json_is_alone_on_standard_output(model: Path, text: Path, tmp_path: Pat
         (["plan", "MODEL", "--select", "last", "--remove", "6", "--out", "OUT"], 2, "cannot remove 6 of 6 blocks"),
         (["plan", "MODEL", "--remove", "1", "--remove-ratio", "0.1", "--out", "OUT"], 2, "not both"),
         (["plan", "MODEL", "--share", "pairs", "--out", "OUT"], 2, "share.method"),
+        (
+            ["plan", "MODEL", "--start", "zero", "--out", "OUT"],
+            2,
+            "rank, scales and start say how blocks share weights",
+        ),
         (["fold", "MODEL", "--plan", "missing.json", "--out", "OUT"], 1, "plan not found: missing.json"),
         (["eval", "MODEL", "--perplexity", "TEXT", "--context", "1", "--out", "OUT"], 2, "evaluate.context"),
         (["run", "missing.yaml", "--out", "OUT"], 1, "recipe not found: missing.yaml"),

@@ -294,6 +294,27 @@ def test_sharing_run(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     assert stored == pytest.approx(2 * size.unique_parameters, rel=0.15)  # the header weighs in tiny models
 
 
+@pytest.mark.parametrize("sublayers", [["attention", "mlp"], ["mlp"]], ids=str)
+def test_what_starts_at_zero_is_compensated_and_measured_as_removed(
+    inputs: tuple[Path, Path], tmp_path: Path, sublayers: list[str]
+) -> None:
+    """The same blocks removed, and kept as positions: the same perplexity, with a few private parameters more."""
+    removal = pipeline.run(Recipe.from_dict(tiny_recipe(*inputs)), tmp_path / "removal")
+    share = {"method": "adjacent", "start": "zero", "rank": 2, "sublayers": sublayers}
+    zero = pipeline.run(Recipe.from_dict(tiny_recipe(*inputs, share=share)), tmp_path / "zero")
+    assert zero.plan.kept == (0, 1, 2, 3, 4, 5) and zero.plan.removed == ()
+    assert zero.plan.at_start.removed == removal.plan.removed
+    assert zero.plan.removed_attention == (() if "attention" in sublayers else removal.plan.removed)
+    compensated = [
+        json.loads((tmp_path / run / "folded" / "compensation.json").read_text()) for run in ("removal", "zero")
+    ]
+    assert compensated[0]["kept"] and compensated[1]["kl_after"] == compensated[0]["kl_after"]
+    one, other = removal.evaluation.folded, zero.evaluation.folded
+    assert one.perplexity is not None and other.perplexity is not None
+    assert other.perplexity.value == one.perplexity.value
+    assert one.size.unique_parameters < other.size.unique_parameters < 1.1 * one.size.unique_parameters
+
+
 def test_a_model_too_large_for_memory_is_analysed_but_not_folded(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(FoldGPTError, match="folding needs the whole model in memory"):
         pipeline.run(recipe.changed(max_memory_gb=0.0001), tmp_path / "run")

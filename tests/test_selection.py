@@ -13,7 +13,7 @@ from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan, Group
 from foldgpt.selection import SELECTORS, Request, number_to_remove, select
-from foldgpt.sharing import adjacent_groups
+from foldgpt.sharing import adjacent_groups, zero_started_groups
 from models import NUM_BLOCKS, tiny_model
 
 
@@ -173,8 +173,9 @@ def test_neighbours_are_so_among_the_kept() -> None:
 
 def test_a_group_says_what_it_was_asked_for() -> None:
     decoder = decoder_of(tiny_model("llama"))
-    (group,) = adjacent_groups(decoder, (1, 2), size=2, sublayers=("mlp",), donor="mean")
-    assert group == Group(blocks=(1, 2), sublayers=("mlp",), donor="mean")
+    (group,) = adjacent_groups(decoder, (1, 2), size=2, sublayers=("mlp",), donor="mean", rank=3, scales=True)
+    private = ("norms", "scales")
+    assert group == Group(blocks=(1, 2), sublayers=("mlp",), donor="mean", private=private, ranks=3)
 
 
 @pytest.mark.parametrize(
@@ -208,3 +209,23 @@ def test_a_run_that_was_cut_short_begins_again() -> None:
 def test_a_group_of_one_is_refused() -> None:
     with pytest.raises(UsageError, match="a group needs at least 2 blocks, got --group-size 1"):
         adjacent_groups(decoder_of(tiny_model("llama")), range(6), size=1)
+
+
+# ------------------------------------------------------------------------------------ positions that start at zero
+
+
+def test_removed_blocks_borrow_from_the_nearest_kept_one() -> None:
+    decoder = decoder_of(tiny_model("llama"))
+    one, other = zero_started_groups(decoder, (0, 3, 5), (1, 2, 4), rank=2)
+    assert (one.blocks, one.owner, one.started_at_zero) == ((0, 1), 0, (1,))
+    # Block 4 lies between two; the earlier one lends.
+    assert (other.blocks, other.owner, other.started_at_zero) == ((2, 3, 4), 3, (2, 4))
+    assert {group.rank_of("mlp.up_proj", block) for group in (one, other) for block in group.started_at_zero} == {2}
+
+
+def test_only_blocks_of_one_kind_lend_to_each_other() -> None:
+    """gemma3: sliding, sliding, full, twice. Block 2 has no other full one among the kept."""
+    decoder = decoder_of(tiny_model("gemma3"))
+    assert blocks_of(zero_started_groups(decoder, (0, 3, 4), (1, 2, 5))) == [(0, 1)]
+    assert blocks_of(zero_started_groups(decoder, (0, 3, 4, 5), (1, 2))) == [(0, 1), (2, 5)]
+    assert blocks_of(zero_started_groups(decoder, (0, 3, 4), (1, 2, 5), sublayers=("mlp",))) == [(0, 1), (2, 3), (4, 5)]

@@ -28,12 +28,15 @@ from foldgpt.options import (
     Model,
     Overwrite,
     Quiet,
+    Rank,
     Remove,
     RemoveRatio,
     Revision,
+    Scales,
     Seed,
     Select,
     ShareMethod,
+    Start,
     Texts,
     Tokens,
     TrustRemoteCode,
@@ -118,6 +121,9 @@ def plan(
     share: ShareMethod = None,
     group_size: GroupSize = None,
     donor: Donor = None,
+    rank: Rank = None,
+    scales: Scales = None,
+    start: Start = None,
     context: Context = None,
     tokens: Tokens = None,
     revision: Revision = None,
@@ -150,7 +156,7 @@ def plan(
             calibration=_calibration(text, context, tokens),
             select={"method": select, "remove": remove, "remove_ratio": remove_ratio},
             compensate={"method": compensate},
-            share={"method": share, "group_size": group_size, "donor": donor},
+            share=_share(share, group_size, donor, rank, scales, start),
         )
         bench = Workbench(recipe)
         measured = None
@@ -388,6 +394,9 @@ def run(
     share: ShareMethod = None,
     group_size: GroupSize = None,
     donor: Donor = None,
+    rank: Rank = None,
+    scales: Scales = None,
+    start: Start = None,
     recover_tokens: Annotated[
         int | None, typer.Option(help="Tokens of training after folding, such as 2M.", parser=count, show_default="0")
     ] = None,
@@ -415,7 +424,7 @@ def run(
             "calibration": _calibration(text, context, tokens),
             "select": {"method": select, "remove": remove, "remove_ratio": remove_ratio},
             "compensate": {"method": compensate},
-            "share": {"method": share, "group_size": group_size, "donor": donor},
+            "share": _share(share, group_size, donor, rank, scales, start),
             "recover": {"num_tokens": recover_tokens},
         }
         whole = _recipe(**changes) if recipe is None else Recipe.load(recipe).changed(**changes)
@@ -433,6 +442,55 @@ def run(
                 _print(task_table(result.evaluation))
             _print(protocol_lines(result.evaluation))
             _print_paths([result.model, *result.figures, result.report])
+
+
+@app.command()
+def compare(
+    recipe: Annotated[
+        Path, typer.Argument(help="recipe.yaml; its compare section says which rows.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The folder of the comparison.")] = Path("runs/comparison"),
+    model: Annotated[str | None, typer.Option(help="Model, in place of the recipe's.", show_default=False)] = None,
+    remove: Remove = None,
+    remove_ratio: RemoveRatio = None,
+    recover_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of training after folding, such as 2M.", parser=count, show_default="0")
+    ] = None,
+    dtype: DType = None,
+    device: Device = None,
+    seed: Seed = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Take over the folder of another comparison; what still fits is kept.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put methods side by side on one model: a run for each, one table with intervals."""
+    with _session(quiet):
+        from foldgpt.recipe import Recipe
+
+        whole = Recipe.load(recipe).changed(
+            model=model,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            select={"remove": remove, "remove_ratio": remove_ratio},
+            recover={"num_tokens": recover_tokens},
+        )
+
+        from foldgpt import side_by_side
+        from foldgpt.comparison import difference_table, method_table, notes_of, task_accuracy_table
+
+        result = side_by_side.compare(whole, out, overwrite=overwrite)
+        if as_json:
+            _print_json(result.to_dict())
+        else:
+            for table in (method_table(result), difference_table(result), task_accuracy_table(result)):
+                if table.row_count:
+                    _print(table)
+            for line in notes_of(result):
+                typer.echo(line)
+            _print_paths(sorted(out.glob("comparison.*")))
 
 
 @app.command()
@@ -551,6 +609,24 @@ def _value(text: str) -> Any:
 
 def _calibration(text: list[str] | None, context: int | None, tokens: int | None) -> dict[str, Any]:
     return {"texts": text or None, "context": context, "num_tokens": tokens}
+
+
+def _share(
+    method: str | None,
+    group_size: int | None,
+    donor: str | None,
+    rank: int | None,
+    scales: bool | None,
+    start: str | None,
+) -> dict[str, Any]:
+    return {
+        "method": method,
+        "group_size": group_size,
+        "donor": donor,
+        "rank": rank,
+        "scales": scales,
+        "start": start,
+    }
 
 
 def _print(shown: Any) -> None:

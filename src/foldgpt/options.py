@@ -42,6 +42,21 @@ GroupSize = Annotated[int | None, typer.Option(help="Blocks that share one set o
 Donor = Annotated[
     str | None, typer.Option(help="Shared weights: first, last or mean of the members.", show_default="first")
 ]
+Rank = Annotated[
+    int | None,
+    typer.Option(help="Rank of the low-rank terms each position has beside shared weights.", show_default="0"),
+]
+Scales = Annotated[
+    bool | None,
+    typer.Option("--scales", help="Give each position that shares scales of its own.", show_default=False),
+]
+Start = Annotated[
+    str | None,
+    typer.Option(
+        help="hard: kept blocks share. zero: removed blocks stay as positions that borrow, at first without effect.",
+        show_default="hard",
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
 DType = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps …", show_default="auto")]

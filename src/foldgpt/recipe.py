@@ -76,7 +76,7 @@ class Compensate(_Section):
 
 
 class Share(_Section):
-    """Which kept blocks share weights."""
+    """Which blocks share weights, and what each has beside them."""
 
     method: Literal["none", "adjacent"] = "none"
     """How groups are made."""
@@ -86,6 +86,19 @@ class Share(_Section):
     """What a group shares: attention, mlp or both."""
     donor: str = "first"
     """How the shared weights are made: first, last or mean of the members."""
+    rank: int = Field(default=0, ge=0)
+    """Rank of the low-rank terms that each position has beside shared weights; 0 for none."""
+    scales: bool = False
+    """Give each position factors of its own for the channels of what attention and MLP add to the stream."""
+    start: Literal["hard", "zero"] = "hard"
+    """hard: kept blocks share from the beginning. zero: removed blocks keep a position, which borrows the weights of
+    the nearest kept block and contributes nothing until training makes it; it always has scales."""
+
+    @model_validator(mode="after")
+    def _some_method(self) -> Self:
+        if self.method == "none" and (self.rank or self.scales or self.start != "hard"):
+            raise ValueError("rank, scales and start say how blocks share weights, but method is none")
+        return self
 
 
 class Recover(_Section):

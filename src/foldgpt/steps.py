@@ -10,18 +10,18 @@ from typing import Any
 from foldgpt.analysis import Analysis, SourceIdentity, analyze
 from foldgpt.artifacts import read_json
 from foldgpt.compensation import Compensated, compensate_, why_not
-from foldgpt.corpus import OwnText, calibration_windows
+from foldgpt.corpus import OwnText, Windows, calibration_windows
 from foldgpt.errors import ArtifactError, PlanError
 from foldgpt.evaluation import Evaluation, Measured, Subject, evaluate
 from foldgpt.families import Decoder, decoder_of
 from foldgpt.folding import Verification, fold_, predicted_parameters, save_folded, source_model_of
-from foldgpt.plan import Compensation, FoldPlan
+from foldgpt.plan import CalibrationText, Compensation, FoldPlan, Group
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoveryResult, packed_windows, recover
 from foldgpt.run_folder import ANALYSIS
-from foldgpt.selection import MEASURED, Request, number_to_remove, select
-from foldgpt.sharing import adjacent_groups
+from foldgpt.selection import MEASURED, Request, Selection, number_to_remove, select
+from foldgpt.sharing import adjacent_groups, zero_started_groups
 from foldgpt.sources import load_source, resolve
 from foldgpt.workbench import Workbench
 
@@ -80,12 +80,18 @@ def make_plan(bench: Workbench, analysis: Analysis | None, checkpoint: Path | No
         "report": dict(selection.report),
     }
     removes_anything = selection.removed or selection.removed_attention or selection.removed_mlp
+    groups = _groups(recipe, decoder, selection)
+    # What starts at zero was selected for removal; it has a position all the same.
+    started = {block for group in groups for block in group.started_at_zero}
     return FoldPlan.create(
         source_model_of(source.model, name=recipe.model, revision=source.revision),
-        removed=selection.removed,
-        removed_attention=selection.removed_attention,
-        removed_mlp=selection.removed_mlp,
-        groups=_groups(recipe, decoder, selection.removed),
+        removed=set(selection.removed) - started,
+        removed_attention={
+            *selection.removed_attention,
+            *(started if "attention" not in recipe.share.sublayers else ()),
+        },
+        removed_mlp={*selection.removed_mlp, *(started if "mlp" not in recipe.share.sublayers else ())},
+        groups=groups,
         compensation=compensation if removes_anything else None,
         origin=origin,
     )
@@ -102,16 +108,24 @@ def _compensation(bench: Workbench) -> Compensation | None:
     return bench.compensation
 
 
-def _groups(recipe: Recipe, decoder: Decoder, removed: tuple[int, ...]) -> Any:
-    if recipe.share.method == "none":
+def _groups(recipe: Recipe, decoder: Decoder, selection: Selection) -> tuple[Group, ...]:
+    """The groups that a recipe asks for, beside what was selected for removal."""
+    section = recipe.share
+    if section.method == "none":
         return ()
-    kept = [index for index in range(len(decoder.blocks)) if index not in removed]
+    sublayers = tuple(section.sublayers)
+    kept = [index for index in range(len(decoder.blocks)) if index not in selection.removed]
+    if section.start == "zero":
+        whole = [index for index in kept if index not in {*selection.removed_attention, *selection.removed_mlp}]
+        return zero_started_groups(decoder, whole, selection.removed, sublayers=sublayers, rank=section.rank)
     return adjacent_groups(
         decoder,
         kept,
-        size=recipe.share.group_size,
-        sublayers=tuple(recipe.share.sublayers),
-        donor=recipe.share.donor,
+        size=section.group_size,
+        sublayers=sublayers,
+        donor=section.donor,
+        rank=section.rank,
+        scales=section.scales,
     )
 
 
@@ -138,29 +152,35 @@ def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool
 
 
 def _compensate_(model: Any, plan: FoldPlan, compensation: Compensation, tokenizer: Any, own: OwnText) -> Compensated:
-    """Let kept blocks take over what the removed ones did, as the plan says."""
-    windows = calibration_windows(
-        compensation.texts,
-        tokenizer,
-        context=compensation.context,
-        num_tokens=compensation.num_tokens,
-        seed=compensation.seed,
-        own=own,
-    )
-    if windows.fingerprint != compensation.fingerprint:
-        raise PlanError(
-            f"the calibration text of the plan ({', '.join(compensation.texts)}) is not what it was when the plan was "
-            "made. Make the plan again, or set its compensation to null."
-        )
+    """Let kept blocks take over what the removed ones did, and those that start at zero, as the plan says."""
+    windows = _windows_of(compensation, tokenizer, own)
     note("compensating for the removed blocks")
     return compensate_(
         model,
-        plan,
+        plan.at_start,
         windows.ids,
         features=compensation.features,
         ridge=compensation.ridge,
         rounds=compensation.rounds,
     )
+
+
+def _windows_of(text: CalibrationText, tokenizer: Any, own: OwnText) -> Windows:
+    """The windows that a plan says something is fitted on.
+
+    Raises:
+        PlanError: the text is not what it was when the plan was made.
+    """
+    windows = calibration_windows(
+        text.texts, tokenizer, context=text.context, num_tokens=text.num_tokens, seed=text.seed, own=own
+    )
+    if windows.fingerprint != text.fingerprint:
+        field = type(text).__name__.lower()
+        raise PlanError(
+            f"the calibration text of the plan ({', '.join(text.texts)}) is not what it was when the plan was made. "
+            f"Make the plan again, or set its {field} to null."
+        )
+    return windows
 
 
 def make_recovered(bench: Workbench, folded: Path, out: Path, *, replace: bool = False) -> RecoveryResult:

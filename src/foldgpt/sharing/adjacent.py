@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from foldgpt.errors import UsageError
 from foldgpt.families import Decoder
@@ -17,6 +18,8 @@ def adjacent_groups(
     size: int,
     sublayers: Sequence[Sublayer] = SUBLAYERS,
     donor: str = "first",
+    rank: int = 0,
+    scales: bool = False,
 ) -> tuple[Group, ...]:
     """Put every `size` consecutive kept blocks of one kind into a group.
 
@@ -29,12 +32,15 @@ def adjacent_groups(
         size: members of a group, at least 2.
         sublayers: what is shared.
         donor: how the shared weights are made.
+        rank: of the private low-rank terms of every linear layer that is shared; 0 for none.
+        scales: whether there are private scales.
 
     Raises:
         UsageError: the size is below 2.
     """
     if size < 2:
         raise UsageError(f"a group needs at least 2 blocks, got --group-size {size}")
+    private: tuple[Literal["norms", "scales"], ...] = ("norms", "scales") if scales else ("norms",)
     groups: list[Group] = []
     run: list[int] = []
     for index in kept:
@@ -42,6 +48,8 @@ def adjacent_groups(
             run = []
         run.append(index)
         if len(run) == size:
-            groups.append(Group(blocks=tuple(run), sublayers=tuple(sublayers), donor=donor))
+            groups.append(
+                Group(blocks=tuple(run), sublayers=tuple(sublayers), donor=donor, private=private, ranks=rank)
+            )
             run = []
     return tuple(groups)
