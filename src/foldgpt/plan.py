@@ -351,7 +351,7 @@ class FoldPlan(_Frozen):
 
     @property
     def at_start(self) -> FoldPlan:
-        """The plan whose model computes what this one's computes before training: what starts at zero is removed.
+        """The plan in which what starts at zero is removed; before any fit or training, both models compute the same.
 
         Removal is measured, and compensated, by this plan.
         """

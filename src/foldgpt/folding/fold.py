@@ -49,8 +49,8 @@ def source_model_of(model: nn.Module, name: str | None = None, revision: str | N
 def fold_(model: nn.Module, plan: FoldPlan, fits: Mapping[int, GroupFit] | None = None) -> None:
     """Fold a model in place: remove what the plan removes and let its groups share weights.
 
-    What starts at zero contributes nothing: the model computes what that of `plan.at_start` does. Private terms that
-    no fit speaks of begin without effect.
+    Private terms that no fit speaks of begin without effect: what starts at zero then contributes nothing, and the
+    model computes what that of `plan.at_start` does.
 
     Whole blocks removed: the model stays of its own class. Anything shared, or a sublayer removed: its class
     becomes `Folded<source class>`, a subclass of it. All checks come first: a model that is refused is as it
