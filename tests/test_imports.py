@@ -33,11 +33,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recovery",),
     ("evaluation", "export"),
     ("tables",),
+    ("comparison",),
     ("figures", "report"),
     ("run_folder",),
     ("workbench",),
     ("steps",),
     ("pipeline",),
+    ("side_by_side",),
     ("options",),
     ("cli",),
 )

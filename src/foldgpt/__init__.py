@@ -32,6 +32,7 @@ _HOME = {
     "analyze": "foldgpt.analysis",
     "build_report": "foldgpt.report",
     "calibration_windows": "foldgpt.corpus",
+    "compare": "foldgpt.side_by_side",
     "compensate_": "foldgpt.compensation",
     "evaluate": "foldgpt.evaluation",
     "evaluation_windows": "foldgpt.corpus",

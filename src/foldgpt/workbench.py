@@ -21,7 +21,6 @@ from foldgpt.recovery import RecoverySettings
 from foldgpt.selection import SELECTORS
 from foldgpt.sources import Source, load_source, load_tokenizer, model_fingerprint, resolve
 
-
 #: What depends on model, texts and measurements alone.
 _SAME_FOR_ALL_METHODS = ("place", "fingerprint", "tokenizer", "calibration", "tests", "tasks")
 

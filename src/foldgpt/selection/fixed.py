@@ -14,6 +14,7 @@ def last(request: Request) -> Selection:
 
 
 def random(request: Request) -> Selection:
-    """Remove blocks drawn uniformly with the request's seed."""
-    order = tuple(int(index) for index in numpy.random.default_rng(request.seed).permutation(request.num_blocks))
+    """Remove blocks drawn uniformly with the option `seed`, by default the request's."""
+    seed = request.check_options("random", {"seed": request.seed})["seed"]
+    order = tuple(int(index) for index in numpy.random.default_rng(seed).permutation(request.num_blocks))
     return Selection("random", None, order, tuple(sorted(order[: request.num_remove])))

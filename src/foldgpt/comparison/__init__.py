@@ -1,0 +1,32 @@
+"""Methods side by side: which rows there are, what differs for certain, and how it is written down."""
+
+from foldgpt.comparison.bootstrap import Interval, accuracy_difference, perplexity_difference
+from foldgpt.comparison.result import Comparison, Finished, Method
+from foldgpt.comparison.rows import Row, rows_of_recipe
+from foldgpt.comparison.tables import (
+    difference_table,
+    method_table,
+    notes_of,
+    rows_for_csv,
+    task_accuracy_table,
+    title_of,
+    verdict,
+)
+
+__all__ = [
+    "Comparison",
+    "Finished",
+    "Interval",
+    "Method",
+    "Row",
+    "accuracy_difference",
+    "difference_table",
+    "method_table",
+    "notes_of",
+    "perplexity_difference",
+    "rows_for_csv",
+    "rows_of_recipe",
+    "task_accuracy_table",
+    "title_of",
+    "verdict",
+]

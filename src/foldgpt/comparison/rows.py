@@ -1,0 +1,164 @@
+"""The rows of a comparison: each is a name and a change to the recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from foldgpt.errors import UsageError, did_you_mean
+from foldgpt.recipe import Recipe
+
+#: The model, the texts and the measurements are the same for all rows: that makes it a comparison.
+_CHANGEABLE = ("select", "compensate", "share", "recover")
+_NOT_FOLDERS = re.compile(r"[^a-z0-9]+")
+
+#: Losses that look at the teacher, and terms beyond LoRA, switched off: what most papers call healing.
+_PLAIN_LORA = {
+    "kl": 0.0,
+    "lm": 1.0,
+    "last_error": 0.0,
+    "last_cosine": 0.0,
+    "states": 0.0,
+    "norms": False,
+    "train_fully": "none",
+}
+
+Change = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of a comparison.
+
+    Attributes:
+        name: of the method.
+        recovered: whether the folded model is trained.
+        recipe: the whole run as a recipe of its own.
+    """
+
+    name: str
+    recovered: bool
+    recipe: Recipe
+
+    @property
+    def title(self) -> str:
+        """Name and recovery in one."""
+        return f"{self.name} + recovery" if self.recovered else self.name
+
+    @property
+    def folder(self) -> str:
+        """Name of its run folder."""
+        return _slug(self.name) + ("-recovered" if self.recovered else "")
+
+
+def rows_of_recipe(recipe: Recipe) -> list[Row]:
+    """All runs of a comparison: every row without recovery, then those with it.
+
+    Args:
+        recipe: its `compare` section says which; by default all that `known_rows` has.
+
+    Raises:
+        UsageError: an unknown row without a change, a change of what all rows must have in common, names that
+            cannot be told apart, or a reference that is not a row.
+    """
+    section = recipe.compare
+    known = known_rows(recipe)
+    changes: dict[str, Change] = {}
+    for name, change in (section.rows or dict.fromkeys(known)).items():
+        if change is None and name not in known:
+            raise UsageError(
+                f"compare.rows: {name!r} is not a known row, and says not what it changes.{did_you_mean(name, known)}"
+            )
+        changes[name] = known[name] if change is None else change
+    folders: dict[str, str] = {}
+    for name in changes:
+        slug = _slug(name)
+        if not slug:
+            raise UsageError(f"compare.rows: the name {name!r} has neither a letter nor a digit")
+        if slug in folders:
+            raise UsageError(f"compare.rows: {folders[slug]!r} and {name!r} would have one folder, {slug!r}")
+        folders[slug] = name
+    for name in [section.reference, *(section.recovered or [])]:
+        if name not in changes:
+            raise UsageError(f"compare: {name!r} is not one of the rows.{did_you_mean(name, changes)}")
+    made = {name: _changed(recipe, name, change) for name, change in changes.items()}
+    rows = [
+        Row(name, False, Recipe.from_dict({**one.model_dump(mode="json"), "recover": {}}))
+        for name, one in made.items()
+        if "recover" not in changes[name]
+    ]
+    if recipe.recover.num_tokens:
+        wanted = changes if section.recovered is None else section.recovered
+        rows += [Row(name, True, one) for name, one in made.items() if name in wanted]
+    if not any(row.name == section.reference for row in rows):
+        raise UsageError(f"compare.reference: {section.reference!r} changes the recovery, and nothing is recovered")
+    return rows
+
+
+def known_rows(recipe: Recipe) -> dict[str, Change]:
+    """Rows that a name alone stands for.
+
+    Baselines are pure, as their papers have them: no compensation, no sharing. What foldgpt adds comes one step at a
+    time, so that one can see what each step gives.
+    """
+    pure = {"compensate": {"method": "none"}, "share": {"method": "none"}}
+    compensated = {"compensate": {"method": "linear"}, "share": {"method": "none"}}
+    rows: dict[str, Change] = {}
+    for seed in range(recipe.seed, recipe.seed + recipe.compare.random_seeds):
+        name = "random" if seed == recipe.seed else f"random, seed {seed}"
+        rows[name] = {"select": {**_selects(recipe, "random"), "options": {"seed": seed}}, **pure}
+    for method in ("last", "angular", "bi"):
+        rows[method] = {"select": _selects(recipe, method), **pure}
+    rows["bi + compensation"] = {"select": _selects(recipe, "bi"), **compensated}
+    if recipe.recover.num_tokens:
+        rows["bi + plain LoRA"] = {"select": _selects(recipe, "bi"), **pure, "recover": {"settings": _PLAIN_LORA}}
+    for method in ("greedy", "gates"):
+        rows[method] = {"select": _selects(recipe, method), **pure}
+    rows["gates + compensation"] = {"select": _selects(recipe, "gates"), **compensated}
+    if recipe.share.method != "none":
+        # The recipe as it stands: whoever wrote its share section chose how many blocks are removed beside it.
+        rows[f"{recipe.select.method} + sharing"] = {}
+    return rows
+
+
+def _selects(recipe: Recipe, method: str) -> dict[str, Any]:
+    """What changes in the select section; options and sublayers are the chosen selector's own."""
+    if method == recipe.select.method:
+        return {"method": method}
+    return {"method": method, "options": {}, "sublayers": False}
+
+
+def _changed(recipe: Recipe, name: str, change: Change) -> Recipe:
+    place = f"compare.rows.{name}"
+    value = recipe.model_dump(mode="json")
+    del value["compare"]
+    for section, parts in change.items():
+        if section not in _CHANGEABLE:
+            hint = did_you_mean(section, _CHANGEABLE)
+            raise UsageError(f"{place}: a row may not change {section!r}: it is the same for all rows.{hint}")
+        if not isinstance(parts, Mapping):
+            raise UsageError(f"{place}.{section}: must be a mapping of keys to values (got {parts!r})")
+        if section == "recover":
+            value[section]["settings"] |= _recovery_change(place, parts)
+            continue
+        # A count and a ratio are one wish: the new one takes the place of the old.
+        if section == "select" and parts.keys() & {"remove", "remove_ratio"}:
+            value[section].update(remove=None, remove_ratio=None)
+        value[section].update(parts)
+    return Recipe.from_dict(value, place)
+
+
+def _recovery_change(place: str, parts: Mapping[str, Any]) -> dict[str, Any]:
+    for key in parts:
+        if key != "settings":
+            raise UsageError(f"{place}.recover.{key}: a row may change settings alone: all rows see the same tokens")
+    settings = parts.get("settings")
+    if not isinstance(settings, Mapping):
+        raise UsageError(f"{place}.recover.settings: must be a mapping of keys to values (got {settings!r})")
+    return dict(settings)
+
+
+def _slug(name: str) -> str:
+    return _NOT_FOLDERS.sub("-", name.lower()).strip("-")

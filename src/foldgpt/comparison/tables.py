@@ -1,0 +1,179 @@
+"""A comparison as tables: terminal, page, Markdown and CSV say the same."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from foldgpt.comparison.bootstrap import Interval
+from foldgpt.comparison.result import Comparison, Method
+from foldgpt.tables import megabytes, millions, percent, significant
+
+_MISSING = "–"
+#: Put behind the name of a row that is not as large as the reference row.
+OTHER_BUDGET = "†"
+
+
+def title_of(method: Method) -> str:
+    """How a table calls a row."""
+    return method.title if method.is_fair else f"{method.title} {OTHER_BUDGET}"
+
+
+def method_table(comparison: Comparison) -> Table:
+    """Cost and quality, one row for each method."""
+    columns = ["parameters", "in blocks", "on disk", *(f"perplexity, {text}" for text in comparison.texts)]
+    if comparison.tasks:
+        columns += ["tasks", "retained", "above chance"]
+    columns += ["last word"] if _any(comparison, "last_word_accuracy") else []
+    columns += ["time", *(["decode"] if _any(comparison, "decode_tokens_per_s") else [])]
+    table = Table()
+    table.add_column("method")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for method in comparison.methods:
+        cells = _cells(method)
+        table.add_row(title_of(method), *(cells.get(column, _MISSING) for column in columns))
+    return table
+
+
+def _cells(method: Method) -> dict[str, str]:
+    """Column → what stands there; what was not measured is left out."""
+    figures, retained = method.figures, method.retained
+    cells = {f"perplexity, {text}": significant(value) for text, value in method.perplexities.items()}
+    for column, name, write in (
+        ("parameters", "unique_parameters", millions),
+        ("in blocks", "block_parameters", millions),
+        ("on disk", "bytes_on_disk", megabytes),
+        ("tasks", "task_average", percent),
+        ("last word", "last_word_accuracy", percent),
+    ):
+        value = figures.get(name)
+        if value is not None:
+            cells[column] = write(value)
+    if retained is not None:
+        for column, share in (("retained", retained.raw), ("above chance", retained.above_chance)):
+            if share is not None:
+                cells[column] = percent(share)
+    if method.seconds is not None:
+        cells["time"] = duration(method.seconds)
+    if method.decode_ratio is not None:
+        cells["decode"] = f"{method.decode_ratio:.2f}×"
+    return cells
+
+
+def task_accuracy_table(comparison: Comparison) -> Table:
+    """Accuracy on each task, one row for each method; empty without tasks."""
+    table = Table()
+    if not comparison.tasks:
+        return table
+    table.add_column("method")
+    for task in comparison.tasks:
+        table.add_column(task, justify="right")
+    table.add_row("chance", *(percent(chance) for chance in comparison.tasks.values()))
+    for method in comparison.methods:
+        values = [method.figures.get(f"task.{task}") for task in comparison.tasks]
+        table.add_row(title_of(method), *(_MISSING if value is None else percent(value) for value in values))
+    return table
+
+
+def difference_table(comparison: Comparison) -> Table:
+    """How each row differs from the reference row of its recovery setting, and whether that is certain."""
+    table = Table()
+    table.add_column(f"against {comparison.reference}")
+    for text in comparison.texts:
+        table.add_column(f"perplexity, {text}", justify="right")
+    if comparison.tasks:
+        table.add_column("tasks, points", justify="right")
+    for method in comparison.methods:
+        if not (method.perplexity_differences or method.accuracy_difference):
+            continue
+        cells = [
+            _written(method, method.perplexity_differences.get(text), 1.0, less_is_better=True)
+            for text in comparison.texts
+        ]
+        if comparison.tasks:
+            cells.append(_written(method, method.accuracy_difference, 100.0, less_is_better=False))
+        table.add_row(title_of(method), *cells)
+    return table
+
+
+def verdict(method: Method, interval: Interval, *, less_is_better: bool) -> str:
+    """better, worse, unclear, or nothing to say because the budgets differ."""
+    if not method.is_fair:
+        return "other budget"
+    if not interval.is_certain:
+        return "unclear"
+    return "better" if (interval.high < 0) == less_is_better else "worse"
+
+
+def _written(method: Method, interval: Interval | None, scale: float, *, less_is_better: bool) -> str:
+    if interval is None:
+        return _MISSING
+    low, middle, high = (_signed(scale * value) for value in (interval.low, interval.difference, interval.high))
+    return f"{middle} [{low}, {high}] {verdict(method, interval, less_is_better=less_is_better)}"
+
+
+def _signed(value: float) -> str:
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:+,.{digits}f}".replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def notes_of(comparison: Comparison) -> list[str]:
+    """What the tables mean, and how it was measured, one line for each."""
+    notes = [
+        f"Differences are to {comparison.reference} with the same recovery, with {percent(comparison.confidence)} "
+        f"intervals by paired bootstrap over windows and items ({comparison.samples:,} resamples, seed "
+        f"{comparison.seed}). 'better' and 'worse' are said only where the interval excludes zero; each interval is "
+        "for itself, so among many rows one may do so by chance.",
+        "Time is that from the loaded model to the smaller one: analysis where the method reads it, search, folding "
+        "and recovery. Decode is the speed over the source's, measured in turns.",
+    ]
+    unfair = [method for method in comparison.methods if not method.is_fair]
+    if unfair:
+        gaps = "; ".join(f"{method.title}: {100 * (method.budget_gap or 0):+.1f} %" for method in unfair)
+        notes.append(
+            f"{OTHER_BUDGET} The blocks hold more or fewer parameters than {comparison.reference}'s, by more than "
+            f"{percent(comparison.budget_tolerance)}: {gaps}."
+        )
+    if comparison.recovery_tokens:
+        notes.append(f"Recovery: the same {comparison.recovery_tokens:,} tokens for all rows that have it.")
+    return [*notes, *comparison.protocol]
+
+
+def _any(comparison: Comparison, figure: str) -> bool:
+    return any(method.figures.get(figure) is not None for method in comparison.methods)
+
+
+def rows_for_csv(comparison: Comparison) -> list[dict[str, object]]:
+    """One flat record for each row, unrounded, for spreadsheets and programs."""
+    records = []
+    for method in comparison.methods:
+        record: dict[str, object] = {
+            "method": method.name,
+            "recovered": method.recovered,
+            "removed": " ".join(map(str, method.removed)),
+            "num_sharing": method.num_sharing,
+            **{name: value for name, value in method.figures.items() if not name.startswith("perplexity")},
+            **{f"perplexity.{text}": value for text, value in method.perplexities.items()},
+            "retained": None if method.retained is None else method.retained.raw,
+            "retained_above_chance": None if method.retained is None else method.retained.above_chance,
+            "seconds": method.seconds,
+            "decode_ratio": method.decode_ratio,
+            "budget_gap": method.budget_gap,
+            "is_fair": method.is_fair,
+        }
+        intervals = {f"perplexity.{text}": each for text, each in method.perplexity_differences.items()}
+        if method.accuracy_difference is not None:
+            intervals["task_average"] = method.accuracy_difference
+        for text in (*(f"perplexity.{text}" for text in comparison.texts), "task_average"):
+            interval = intervals.get(text)
+            for part in ("difference", "low", "high"):
+                record[f"{text}.{part}"] = None if interval is None else getattr(interval, part)
+        records.append(record)
+    return records

@@ -1,0 +1,140 @@
+"""Several methods on one model, each a run of its own, and one table of them all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from foldgpt.comparison import Comparison, Finished, Row, rows_of_recipe
+from foldgpt.environment import describe_environment
+from foldgpt.errors import FoldGPTError, UsageError
+from foldgpt.evaluation import Evaluation
+from foldgpt.families import decoder_of
+from foldgpt.folding import predicted_parameters
+from foldgpt.pipeline import carry_out, make_up_plan
+from foldgpt.plan import FoldPlan
+from foldgpt.progress import note
+from foldgpt.recipe import Recipe
+from foldgpt.report import write_comparison
+from foldgpt.run_folder import RunFolder, open_run
+from foldgpt.selection import ANALYSIS_FREE
+from foldgpt.tables import millions, protocol_lines
+from foldgpt.workbench import Workbench
+
+ROWS = "rows"
+#: Training windows and what the teacher says of them; removed once all rows stand.
+_COMMON = ".common"
+#: Stages that a method consists of; the others measure and draw.
+_METHOD_STAGES = ("plan", "fold", "recovery")
+
+
+def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comparison:
+    """Run every row of a recipe's comparison, and put them side by side.
+
+    Each row is a run in a folder of its own below `out`/rows. What rows have in common is made once: the analysis,
+    the source's measurements, a method's search and folded model for its rows without and with recovery, the
+    training windows and the teacher's states. A comparison that was stopped goes on where it was.
+
+    All plans are made first. Rows whose blocks would hold more or fewer parameters than the reference row's are
+    refused, unless the recipe says to mark them, before anything is folded or trained.
+
+    Args:
+        recipe: its `compare` section says which rows there are.
+        out: the folder of the comparison; comparison.json, .csv, .md and .html are written there.
+        overwrite: take over the folder of another comparison; what its rows made is kept where the inputs are the same.
+
+    Raises:
+        UsageError: the section is wrong, or budgets are unequal.
+        FoldGPTError: a row failed; the message names it, and what is finished is kept.
+    """
+    rows = rows_of_recipe(recipe)
+    bench = Workbench(recipe, common=Path(out) / _COMMON)
+    for row in rows:
+        # Names that only the code can check are checked before anything is loaded.
+        Workbench(row.recipe)
+    with open_run(out, recipe, overwrite=overwrite) as folder:
+        bench = _check_budgets(rows, folder.path, bench, recipe)
+        finished = []
+        for number, row in enumerate(rows, 1):
+            note(f"row {number} of {len(rows)}: {row.title}")
+            bench = bench.for_method(row.recipe)
+            with _named(row), _open_row(folder.path, row) as run:
+                result = carry_out(run, bench)
+                seconds = _seconds(run, row.recipe)
+            place = f"{ROWS}/{row.folder}"
+            finished.append(Finished(row.name, row.recovered, place, result.plan, result.evaluation, seconds))
+        comparison = Comparison.of(
+            finished,
+            recipe.compare,
+            model=recipe.model,
+            seed=recipe.seed,
+            recovery_tokens=recipe.recover.num_tokens,
+            protocol=_protocol(finished[0].evaluation),
+            environment=describe_environment(),
+        )
+        write_comparison(comparison, folder.path)
+        shutil.rmtree(folder.path / _COMMON, ignore_errors=True)
+        return comparison
+
+
+def _protocol(evaluation: Evaluation) -> list[str]:
+    """How the rows were measured, with the source's values."""
+    assert evaluation.baseline is not None
+    return protocol_lines(Evaluation(evaluation.baseline, None, None)).plain.splitlines()
+
+
+def _check_budgets(rows: Sequence[Row], folder: Path, bench: Workbench, recipe: Recipe) -> Workbench:
+    """Make all plans and compare what they leave of the blocks; returns a workbench with what was made on the way."""
+    section = recipe.compare
+    sizes: dict[str, int] = {}
+    for row in rows:
+        if row.name in sizes:
+            continue
+        bench = bench.for_method(row.recipe)
+        with _named(row), _open_row(folder, row) as run:
+            _, plan = make_up_plan(run, bench)
+            sizes[row.name] = _block_parameters(bench.source.model, plan)
+    reference = sizes[section.reference]
+    gaps = {name: size / reference - 1 for name, size in sizes.items()}
+    unequal = {name: gap for name, gap in gaps.items() if abs(gap) > section.budget_tolerance}
+    if unequal and section.unequal_budgets == "refuse":
+        listed = "; ".join(f"{name} {100 * gap:+.1f} %" for name, gap in unequal.items())
+        raise UsageError(
+            f"unequal budgets: compared with {section.reference}, whose blocks hold {millions(reference)} parameters: "
+            f"{listed}. Change how much these rows remove or share, raise compare.budget_tolerance, or mark such rows "
+            "with unequal_budgets: flag."
+        )
+    return bench
+
+
+def _block_parameters(model: PreTrainedModel, plan: FoldPlan) -> int:
+    """Unique parameters in the blocks once the plan is carried out."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    in_blocks = sum(parameter.numel() for parameter in decoder_of(model).blocks.parameters())
+    return predicted_parameters(model, plan) - (total - in_blocks)
+
+
+def _seconds(run: RunFolder, recipe: Recipe) -> float:
+    """How long the method took: what it reads, its search, folding and recovery."""
+    stages = [name for name in _METHOD_STAGES if name in run.seconds]
+    if recipe.select.method not in ANALYSIS_FREE:
+        stages.append("analysis")
+    return sum(run.seconds[name] for name in stages)
+
+
+def _open_row(folder: Path, row: Row) -> AbstractContextManager[RunFolder]:
+    # The comparison is locked, so nobody else works in its rows; a row of another recipe is an older version of it.
+    return open_run(folder / ROWS / row.folder, row.recipe, overwrite=True, beside=folder / ROWS)
+
+
+@contextmanager
+def _named(row: Row) -> Iterator[None]:
+    """Let an error say which row it is of."""
+    try:
+        yield
+    except FoldGPTError as error:
+        raise type(error)(f"row {row.title!r}: {error}") from error

@@ -1,0 +1,394 @@
+"""Methods side by side: rows are what they say, nothing is made twice, 'better' is said only where it is certain."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from typer.testing import CliRunner
+
+from foldgpt import pipeline, side_by_side
+from foldgpt.artifacts import write_text
+from foldgpt.cli import app
+from foldgpt.comparison import (
+    Comparison,
+    Interval,
+    accuracy_difference,
+    perplexity_difference,
+    rows_of_recipe,
+    verdict,
+)
+from foldgpt.errors import ArtifactError, UsageError
+from foldgpt.evaluation import MeasurementError, Perplexity, TaskScore
+from foldgpt.evaluation.tasks import Accuracy
+from foldgpt.recipe import Recipe
+from foldgpt.report import as_markdown, write_comparison
+from run_inputs import tiny_recipe, tiny_source, tiny_text
+
+RECOVER = {
+    "num_tokens": 256,
+    "context": 32,
+    "held_out_tokens": 64,
+    "settings": {"batch_size": 4, "evaluate_every": 1, "rank": 2, "last_error": 0.1},
+}
+
+# ------------------------------------------------------------------------------------------------------- rows
+
+
+def recipe_of(**changes: Any) -> Recipe:
+    return Recipe.from_dict({"model": "m", "select": {"remove": 2}, **changes})
+
+
+def test_baselines_are_pure_and_each_step_is_a_row_of_its_own() -> None:
+    rows = {row.name: row.recipe for row in rows_of_recipe(recipe_of(compensate={"method": "linear"}))}
+    assert list(rows) == [
+        "random",
+        "last",
+        "angular",
+        "bi",
+        "bi + compensation",
+        "greedy",
+        "gates",
+        "gates + compensation",
+    ]
+    for name, recipe in rows.items():
+        assert recipe.compensate.method == ("linear" if "compensation" in name else "none")
+        assert recipe.select.method == name.removesuffix(" + compensation")
+        assert recipe.select.remove == 2 and recipe.share.method == "none" and recipe.recover.num_tokens == 0
+
+
+def test_recovery_doubles_the_rows_and_adds_plain_lora_on_the_language_modelling_loss() -> None:
+    rows = rows_of_recipe(recipe_of(recover={"num_tokens": 4096, "settings": {"rank": 8, "last_error": 1.0}}))
+    without = [row.name for row in rows if not row.recovered]
+    recovered = {row.name: row.recipe.recover for row in rows if row.recovered}
+    assert set(recovered) == {*without, "bi + plain LoRA"}
+    assert [row.recovered for row in rows] == sorted(row.recovered for row in rows)
+    assert recovered["bi"] == recovered["gates"] and recovered["bi"].settings == {"rank": 8, "last_error": 1.0}
+    plain = recovered["bi + plain LoRA"]
+    assert plain.num_tokens == 4096
+    assert plain.settings["rank"] == 8 and plain.settings["lm"] == 1.0
+    assert [plain.settings[loss] for loss in ("kl", "last_error", "last_cosine", "states")] == [0.0] * 4
+
+
+def test_rows_of_ones_own_change_the_recipe() -> None:
+    section = {
+        "rows": {"bi": None, "Mine, 2!": {"select": {"remove_ratio": 0.3}, "compensate": {"method": "none"}}},
+        "recovered": ["bi"],
+    }
+    rows = rows_of_recipe(recipe_of(recover={"num_tokens": 64}, compare=section, select={"method": "loo", "remove": 2}))
+    assert [(row.name, row.recovered, row.folder) for row in rows] == [
+        ("bi", False, "bi"),
+        ("Mine, 2!", False, "mine-2"),
+        ("bi", True, "bi-recovered"),
+    ]
+    mine = rows[1].recipe
+    assert (mine.select.method, mine.select.remove, mine.select.remove_ratio) == ("loo", None, 0.3)
+
+
+def test_sharing_is_the_recipe_as_it_stands() -> None:
+    recipe = recipe_of(share={"method": "adjacent"}, select={"remove": 1})
+    rows = {row.name: row.recipe for row in rows_of_recipe(recipe)}
+    assert rows["gates + sharing"] == recipe
+    assert rows["gates"].share.method == "none"
+
+
+def test_draws_of_random_differ_in_the_blocks_alone() -> None:
+    rows = {row.name: row.recipe for row in rows_of_recipe(recipe_of(compare={"random_seeds": 2}, seed=5))}
+    first, second = rows["random"], rows["random, seed 6"]
+    assert (first.seed, second.seed) == (5, 5)
+    assert (first.select.options, second.select.options) == ({"seed": 5}, {"seed": 6})
+
+
+def test_options_belong_to_the_selector_they_were_given_for() -> None:
+    rows = {
+        row.name: row.recipe
+        for row in rows_of_recipe(recipe_of(select={"method": "gates", "remove": 2, "options": {"steps": 3}}))
+    }
+    assert rows["gates"].select.options == {"steps": 3} and rows["greedy"].select.options == {}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"rows": {"gatez": None}}, r"'gatez' is not a known row.*Did you mean 'gates'"),
+        ({"rows": {"bi": None, "x": {"selct": {}}}}, r"compare\.rows\.x: a row may not change 'selct'.*'select'"),
+        ({"rows": {"bi": None, "x": {"evaluate": {}}}}, r"the same for all rows"),
+        ({"rows": {"bi": None, "x": {"select": {"mthod": "bi"}}}}, r"rows\.x: select\.mthod: unknown key.*'method'"),
+        ({"rows": {"bi": None, "x": {"select": 3}}}, r"rows\.x\.select: must be a mapping"),
+        (
+            {"rows": {"bi": None, "x": {"recover": {"num_tokens": 3}}}},
+            r"recover\.num_tokens: a row may change settings",
+        ),
+        ({"rows": {"bi": None, "B-i": {}, "b i": {}}}, r"'B-i' and 'b i' would have one folder"),
+        ({"rows": {"bi": None, "…": {}}}, r"neither a letter nor a digit"),
+        ({"rows": {"gates": None}}, r"'bi' is not one of the rows"),
+        ({"recovered": ["gate"]}, r"'gate' is not one of the rows.*Did you mean 'gates'"),
+        ({"reference": "greedier"}, r"'greedier' is not one of the rows.*Did you mean 'greedy'"),
+    ],
+)
+def test_a_wrong_section_is_named_with_its_place(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        rows_of_recipe(recipe_of(compare=section))
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"row": {}}, r"compare\.row: unknown key\. Did you mean 'rows'"),
+        ({"random_seeds": 0}, r"compare\.random_seeds: Input should be greater than or equal to 1"),
+        ({"confidence": 1.0}, r"compare\.confidence"),
+        ({"unequal_budgets": "ignore"}, r"compare\.unequal_budgets: Input should be 'refuse' or 'flag'"),
+    ],
+)
+def test_the_section_is_strict(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        recipe_of(compare=section)
+
+
+# -------------------------------------------------------------------------------------------------- intervals
+
+
+def perplexity_with(nlls: numpy.ndarray, tokens: int = 100, fingerprint: str = "f") -> Perplexity:
+    mean = float(nlls.mean()) / tokens
+    counts = [tokens] * len(nlls)
+    return Perplexity(
+        math.exp(mean), mean, None, tokens * len(nlls), len(nlls), "float32", fingerprint, {}, nlls.tolist(), counts
+    )
+
+
+def score_with(hits: numpy.ndarray, fingerprint: str = "f") -> TaskScore:
+    return TaskScore({"acc": Accuracy.of([bool(hit) for hit in hits])}, "acc", 0.25, len(hits), fingerprint, {})
+
+
+def test_pairing_sees_what_separate_errors_would_hide() -> None:
+    """Windows differ by ten times the difference of the models; each window alone tells it."""
+    generator = numpy.random.default_rng(0)
+    windows = 300 + 50 * generator.standard_normal(40)
+    worse = windows + 5 + generator.standard_normal(40)
+    interval = perplexity_difference(perplexity_with(worse), perplexity_with(windows), samples=4000, confidence=0.95)
+    assert interval.low > 0 and interval.is_certain
+    assert interval.low < interval.difference < interval.high
+    assert interval.difference == pytest.approx(math.exp(worse.mean() / 100) - math.exp(windows.mean() / 100))
+    # By hand: the delta method on the mean difference, at the mean perplexity.
+    spread = (worse - windows).std(ddof=1) / math.sqrt(40) / 100 * math.exp(windows.mean() / 100)
+    assert interval.high - interval.low > 2 * 1.96 * spread
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    generator = numpy.random.default_rng(1)
+    covered = 0
+    for seed in range(200):
+        hits = generator.random((2, 150)) < numpy.array([[0.55], [0.5]])
+        interval = accuracy_difference(
+            {"t": score_with(hits[0])}, {"t": score_with(hits[1])}, samples=500, confidence=0.9, seed=seed
+        )
+        covered += interval.low <= 0.05 <= interval.high
+    assert 0.84 <= covered / 200 <= 0.96
+
+
+def test_tasks_count_the_same_and_are_resampled_apart() -> None:
+    """Items of a large task must not be drawn into a small one: its own spread is all there is."""
+    sure, other = numpy.ones(500), numpy.zeros(500)
+    few = numpy.array([1, 0, 1, 1])
+    interval = accuracy_difference(
+        {"large": score_with(sure), "small": score_with(few)},
+        {"large": score_with(other), "small": score_with(numpy.zeros(4))},
+        samples=2000,
+        confidence=0.95,
+    )
+    assert interval.difference == pytest.approx((1 + 0.75) / 2)
+    assert (interval.low, interval.high) == (pytest.approx(0.5 + 0.25 / 2), 1.0)
+
+
+def test_the_same_model_differs_from_itself_by_nothing_and_seeds_decide_the_rest() -> None:
+    nlls = numpy.random.default_rng(2).random(10) * 100
+    same = perplexity_difference(perplexity_with(nlls), perplexity_with(nlls), samples=100, confidence=0.95)
+    assert same == Interval(0.0, 0.0, 0.0) and not same.is_certain
+    other = perplexity_with(nlls[::-1] + numpy.arange(10))
+    draws = [
+        perplexity_difference(perplexity_with(nlls), other, samples=100, confidence=0.95, seed=seed)
+        for seed in (3, 3, 4)
+    ]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_what_cannot_be_paired_is_refused() -> None:
+    nlls = numpy.ones(4)
+    how: dict[str, Any] = {"samples": 100, "confidence": 0.95}
+    with pytest.raises(MeasurementError, match="different windows"):
+        perplexity_difference(perplexity_with(nlls), perplexity_with(nlls, fingerprint="g"), **how)
+    with pytest.raises(MeasurementError, match="measure it again"):
+        perplexity_difference(perplexity_with(nlls), replace(perplexity_with(nlls), window_nlls=None), **how)
+    with pytest.raises(MeasurementError, match="different items"):
+        accuracy_difference({"t": score_with(nlls)}, {"t": score_with(nlls, "g")}, **how)
+
+
+# ----------------------------------------------------------------------------------------------- whole thing
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return tiny_source(folder / "model"), tiny_text(folder / "text.txt")
+
+
+@pytest.fixture
+def recipe(inputs: tuple[Path, Path]) -> Recipe:
+    rows = {"last": None, "bi": None, "bi + compensation": None, "bi + plain LoRA": None}
+    return Recipe.from_dict(
+        tiny_recipe(*inputs, recover=RECOVER, compare={"rows": rows, "bootstrap_samples": 200, "recovered": ["bi"]})
+    )
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stages that are really made, in order."""
+    names: list[str] = []
+    for stage in ("analysis", "plan", "folded", "recovered", "source_evaluation", "evaluation"):
+        maker = getattr(pipeline, f"make_{stage}")
+
+        def counted(*args: Any, _stage: str = stage, _maker: Any = maker, **kwargs: Any) -> Any:
+            names.append(_stage)
+            return _maker(*args, **kwargs)
+
+        monkeypatch.setattr(pipeline, f"make_{stage}", counted)
+    return names
+
+
+def test_a_comparison_makes_nothing_twice_and_says_what_is_certain(
+    recipe: Recipe, tmp_path: Path, made: list[str]
+) -> None:
+    wanted = recipe.changed(compare={"recovered": ["bi", "bi + plain LoRA"]})
+    result = side_by_side.compare(wanted, tmp_path / "c")
+    assert [method.title for method in result.methods] == [
+        "source",
+        "last",
+        "bi",
+        "bi + compensation",
+        "bi + recovery",
+        "bi + plain LoRA + recovery",
+    ]
+    counts = {stage: made.count(stage) for stage in set(made)}
+    assert counts == {
+        "analysis": 1,
+        "source_evaluation": 1,
+        # last, bi, bi + compensation: those with recovery take plan and model from the ones without.
+        "plan": 3,
+        "folded": 3,
+        "recovered": 2,
+        "evaluation": 5,
+    }
+    assert not (tmp_path / "c" / ".common").exists()
+    by_title = {method.title: method for method in result.methods}
+    for title, method in by_title.items():
+        if method.run is None:
+            continue
+        folder = tmp_path / "c" / method.run
+        done = pipeline.Evaluation.load(folder / "evaluation.json")
+        assert done.folded.perplexity is not None
+        assert method.perplexities == {"text.txt": done.folded.perplexity.value}
+        assert (folder / "report.html").is_file()
+        assert bool(method.perplexity_differences) == (title not in ("bi", "bi + recovery"))
+        assert method.budget_gap == 0.0 and method.is_fair
+    # The reference is that of the same recovery setting.
+    difference = by_title["bi + plain LoRA + recovery"].perplexity_differences["text.txt"].difference
+    plain, recovered = (by_title[t].perplexities["text.txt"] for t in ("bi + plain LoRA + recovery", "bi + recovery"))
+    assert difference == pytest.approx(plain - recovered)
+    assert by_title["bi"].seconds is not None and by_title["last"].seconds is not None
+    assert Comparison.load(tmp_path / "c") == result
+
+    made.clear()
+    again = side_by_side.compare(wanted, tmp_path / "c")
+    assert made == []
+    assert again.methods == result.methods
+
+
+def test_files_say_the_same(recipe: Recipe, tmp_path: Path) -> None:
+    result = side_by_side.compare(recipe.changed(compare={"recovered": []}), tmp_path / "c")
+    with (tmp_path / "c" / "comparison.csv").open(encoding="utf-8") as file:
+        records = list(csv.DictReader(file))
+    assert [record["method"] for record in records] == [method.name for method in result.methods]
+    assert [float(record["perplexity.text.txt"]) for record in records] == [
+        method.perplexities["text.txt"] for method in result.methods
+    ]
+    markdown = (tmp_path / "c" / "comparison.md").read_text("utf-8")
+    assert markdown == as_markdown(result)
+    tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE)]
+    assert len(tables) == 2
+    for table in tables:
+        assert len({line.count("|") for line in table}) == 1
+    page = (tmp_path / "c" / "comparison.html").read_text("utf-8")
+    assert '<a href="rows/bi-compensation/report.html">bi + compensation</a>' in page
+    assert "default-src 'none'" in page and "http" not in page.replace("http-equiv", "")
+
+
+def test_a_killed_comparison_goes_on_where_it_was(recipe: Recipe, tmp_path: Path, made: list[str]) -> None:
+    recipe.save(tmp_path / "recipe.yaml")
+    write_text(
+        tmp_path / "killed.py",
+        "import os, signal, sys\nfrom foldgpt import pipeline, side_by_side\nfrom foldgpt.recipe import Recipe\n"
+        "pipeline.make_recovered = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "side_by_side.compare(Recipe.load(sys.argv[1]), sys.argv[2])\n",
+    )
+    command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "recipe.yaml"), str(tmp_path / "c")]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert not (tmp_path / "c" / "comparison.json").exists()
+    side_by_side.compare(recipe, tmp_path / "c")
+    assert made == ["recovered", "evaluation"]
+
+
+def test_unequal_budgets_are_refused_before_anything_is_folded(recipe: Recipe, tmp_path: Path, made: list[str]) -> None:
+    rows = {"bi": None, "less": {"select": {"method": "last", "remove": 1}}}
+    unequal = recipe.changed(compare={"rows": rows, "recovered": []})
+    with pytest.raises(UsageError, match=r"unequal budgets: .* less \+25\.0 %"):
+        side_by_side.compare(unequal, tmp_path / "c")
+    assert "folded" not in made
+    flagged = unequal.changed(compare={"unequal_budgets": "flag"})
+    result = side_by_side.compare(flagged, tmp_path / "c", overwrite=True)
+    less = result.methods[-1]
+    assert less.budget_gap == pytest.approx(0.25) and not less.is_fair
+    assert verdict(less, Interval(-9.0, -10.0, -8.0), less_is_better=True) == "other budget"
+    assert "less †" in (tmp_path / "c" / "comparison.md").read_text("utf-8")
+
+
+def test_an_error_says_which_row_it_is_of(recipe: Recipe, tmp_path: Path) -> None:
+    rows = {"bi": None, "greedy at will": {"select": {"method": "greedy", "options": {"steps": 3}}}}
+    with pytest.raises(UsageError, match=r"row 'greedy at will': .*no option 'steps'"):
+        side_by_side.compare(recipe.changed(compare={"rows": rows, "recovered": []}), tmp_path / "c")
+
+
+def test_verdicts(recipe: Recipe, tmp_path: Path) -> None:
+    result = side_by_side.compare(recipe.changed(compare={"recovered": []}), tmp_path / "c")
+    method = result.methods[1]
+    assert verdict(method, Interval(-2, -3, -1), less_is_better=True) == "better"
+    assert verdict(method, Interval(-2, -3, -1), less_is_better=False) == "worse"
+    assert verdict(method, Interval(2, -1, 3), less_is_better=True) == "unclear"
+    with pytest.raises(ArtifactError, match="not a comparison"):
+        write_text(tmp_path / "x.json", "{}")
+        Comparison.load(tmp_path / "x.json")
+    written = write_comparison(result, tmp_path / "elsewhere")
+    assert Comparison.load(written["json"]) == result
+
+
+def test_on_the_command_line(recipe: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    recipe.changed(compare={"rows": {"bi": None, "last": None}, "recovered": []}).save(path)
+    arguments = ["compare", str(path), "--out", str(tmp_path / "c"), "--quiet", "--recover-tokens", "0"]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
+    for part in ("against bi", "perplexity", "comparison.html", "resamples"):
+        assert part in shown.output
+    as_json = CliRunner().invoke(app, [*arguments, "--json"])
+    assert json.loads(as_json.stdout) == json.loads((tmp_path / "c" / "comparison.json").read_text("utf-8"))
+    wrong = CliRunner().invoke(app, ["compare", str(path), "--out", str(tmp_path / "c"), "--remove", "1", "--quiet"])
+    assert wrong.exit_code == 1 and "--overwrite" in wrong.output
