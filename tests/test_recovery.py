@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -18,8 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError, UsageError
+from foldgpt.folding import fold_, source_model_of
 from foldgpt.objectives import Head, cosine_distance, cross_entropy, forward_kl, relative_error
-from foldgpt.plan import FoldPlan
+from foldgpt.plan import FoldPlan, Group
 from foldgpt.recovery import DivergenceError, RecoverySettings, TrainingWindows, recover
 from foldgpt.recovery.distillation import Distillation
 from foldgpt.recovery.states import Body, aligned_blocks
@@ -221,6 +223,32 @@ def test_nan_stops_with_the_last_good_state_kept(tmp_path: Path, monkeypatch: py
 def test_divergence_stops_it(tmp_path: Path) -> None:
     with pytest.raises(DivergenceError, match="held-out loss is"):
         tiny_recovery(tmp_path, learning_rate=3.0, warmup_ratio=0.0, evaluate_every=1)
+
+
+def test_a_position_that_starts_at_zero_grows_and_its_scales_have_a_rate_of_their_own(tmp_path: Path) -> None:
+    zero = Group(blocks=(2, 3), donor="last", start="zero", private=("norms", "scales"), ranks=2)
+    sizes = []
+    for rate in (1.0, 10.0):
+        teacher = tiny_model("llama")
+        plan = FoldPlan.create(source_model_of(teacher), groups=[zero])
+        student = copy.deepcopy(teacher)
+        fold_(student, plan)
+        result = recover(
+            student,
+            teacher,
+            plan,
+            TrainingWindows(tiny_windows(48, seed=1)),
+            TrainingWindows(tiny_windows(8, seed=2)),
+            RecoverySettings(batch_size=4, evaluate_every=3, rank=4, learning_rate=3e-3, scale_rate=rate),
+            tmp_path / f"recovered-{rate}",
+        )
+        assert result.after["loss"] < result.before["loss"]
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"recovered-{rate}")
+        terms = saved.model.layers[2].mlp.down_proj
+        assert terms.up.abs().max() > 0
+        sizes.append(float(terms.scale.abs().mean().detach()))
+    # Adam's first steps are as long as the learning rate.
+    assert 0 < 4 * sizes[0] < sizes[1]
 
 
 def test_what_makes_nothing_better_leaves_the_student_as_it_was(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from foldgpt.modeling.modeling_foldgpt import Borrowed
 from foldgpt.plan import FoldPlan, Group
 from foldgpt.recovery import RecoverySettings, make_trainable_, merge_trained_
 from foldgpt.recovery.lora import LoraLinear
-from foldgpt.recovery.trainable import blocks_beside_cuts
+from foldgpt.recovery.trainable import blocks_beside_cuts, trained_scales
 from models import tiny_model, token_ids
 from recovery_case import tiny_pair
 
@@ -165,12 +165,56 @@ def test_fully_trained_blocks_hold_no_lora() -> None:
     assert any(isinstance(module, LoraLinear) for module in model.model.layers[0].modules())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_private_terms_are_trained_at_their_positions_and_merged(family: str, dtype: torch.dtype) -> None:
+    model = tiny_model(family).to(dtype)
+    zero = Group(blocks=(0, 2), donor="first", start="zero", private=("norms", "scales"), ranks=2)
+    plan = FoldPlan.create(source_model_of(model), groups=[zero], removed=[3])
+    fold_(model, plan)
+    keys = {name: value.clone() for name, value in model.state_dict().items()}
+    make_trainable_(model, plan, RecoverySettings(rank=4))
+    scales = trained_scales(model, plan)
+    # Where a norm stands behind each sublayer it is the scale; both sublayers have one.
+    assert len(scales) == 2 and all(parameter.requires_grad and parameter.ndim == 1 for parameter in scales)
+    ids = token_ids(model)
+    disturb_(model)
+    trained = model(input_ids=ids).logits.detach()
+    merge_trained_(model)
+    if dtype == torch.float64:
+        torch.testing.assert_close(model(input_ids=ids).logits, trained, rtol=1e-10, atol=1e-10)
+    after = model.state_dict()
+    assert {name: value.dtype for name, value in after.items()} == {name: value.dtype for name, value in keys.items()}
+    terms = [name for name in keys if name.rpartition(".")[2] in ("scale", "up", "down")]
+    assert terms and not any(torch.equal(after[name], keys[name]) for name in terms)
+
+
+@pytest.mark.parametrize("chosen", ["rank", "norms", "private_terms"])
+def test_each_kind_is_trained_alone(chosen: str) -> None:
+    model = tiny_model("llama")
+    plan = FoldPlan.create(
+        source_model_of(model), groups=[Group(blocks=(1, 2), donor="mean", private=("norms", "scales"))]
+    )
+    fold_(model, plan)
+    make_trainable_(model, plan, RecoverySettings(**{"rank": 0, "norms": False, "private_terms": False, chosen: 1}))
+    trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"private_terms": {"scale"}, "norms": {"weight"}, "rank": {"weight"}}[chosen]
+    assert all(("norm" in name) == (chosen == "norms") for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_private_terms_alone_need_some() -> None:
+    model, plan = folded("llama")
+    with pytest.raises(UsageError, match="no position has private terms"):
+        make_trainable_(model, plan, RecoverySettings(rank=0, norms=False))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"divergence": "revers"}, "Did you mean 'reverse'"),
         ({"kl": 0.0}, "nothing is asked"),
-        ({"rank": 0, "norms": False}, "nothing is trained"),
+        ({"rank": 0, "norms": False, "private_terms": False}, "nothing is trained"),
+        ({"scale_rate": 0.0}, "scale_rate must be more than 0"),
         ({"temperature": 0.0}, "temperature must be more than 0"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"skew": 1.0}, "skew"),

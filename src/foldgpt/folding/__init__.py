@@ -5,6 +5,7 @@ from foldgpt.folding.donors import DONORS
 from foldgpt.folding.fitted import GroupFit, LowRank, MemberFit
 from foldgpt.folding.fold import fold_, predicted_parameters, source_model_of, unfold_
 from foldgpt.folding.kinds import kind_of, same_kind
+from foldgpt.folding.private import private_modules
 
 __all__ = [
     "DONORS",
@@ -15,6 +16,7 @@ __all__ = [
     "fold_",
     "kind_of",
     "predicted_parameters",
+    "private_modules",
     "same_kind",
     "save_folded",
     "source_model_of",

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from foldgpt.errors import PlanError, UnsupportedModelError, did_you_mean
-from foldgpt.families import Decoder
+from foldgpt.families import Decoder, decoder_of
 from foldgpt.folding.fitted import LowRank, MemberFit
 from foldgpt.folding.kinds import low_rank_leaves, output_parameter, scale_leaves, shareable_leaves
 from foldgpt.modeling.modeling_foldgpt import PrivateTerms
@@ -95,6 +95,13 @@ def _output_parameter(module: nn.Module, leaf: str) -> tuple[str, int]:
     """See `output_parameter`; for a leaf that is known to end a sublayer."""
     found = (output_parameter(sublayer, leaf, module) for sublayer in SUBLAYERS)
     return next(parameter for parameter in found if parameter is not None)
+
+
+def private_modules(model: nn.Module) -> list[Any]:
+    """The `PrivateTerms` of a folded model, in order of its layout; none where nothing is private but norms."""
+    layout = getattr(model.config, "fold_layout", None) or {}
+    blocks = decoder_of(model).blocks
+    return [blocks[entry["position"]].get_submodule(entry["module"]) for entry in layout.get("private", [])]
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from foldgpt.recovery.result import Ended, RecoveryResult
 from foldgpt.recovery.settings import RecoverySettings
 from foldgpt.recovery.states import aligned_blocks
 from foldgpt.recovery.teacher import CachedStates, Teacher, cache_states, weights_fingerprint
-from foldgpt.recovery.trainable import make_trainable_, merge_trained_
+from foldgpt.recovery.trainable import make_trainable_, merge_trained_, trained_scales
 from foldgpt.recovery.trainer import RecoveryTrainer
 from foldgpt.recovery.windows import TrainingWindows, places_in_documents
 from foldgpt.recovery.work_folder import latest_checkpoint, prepare
@@ -112,6 +112,8 @@ def recover(
         trainer = RecoveryTrainer(
             module, args, train=train, held_out=held_out, teacher=taught, cache=cache, callbacks=callbacks
         )
+        if settings.scale_rate != 1:
+            trainer.learn_at(settings.scale_rate, trained_scales(student, plan))
         given = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
         before = trainer.measure_start()
         # FSDP takes the student's weights apart in place; what was learned is put into a whole copy.

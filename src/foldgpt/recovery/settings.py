@@ -47,6 +47,10 @@ class RecoverySettings:
     """LoRA's scale is alpha / rank; by default alpha is the rank."""
     norms: bool = True
     """Train the scales of the norms, which are private to each position."""
+    private_terms: bool = True
+    """Train the scales and low-rank terms that positions have beside shared weights."""
+    scale_rate: float = 1.0
+    """Learning rate of those scales, and of the norms that stand for them, as a multiple of `learning_rate`."""
     train_fully: Literal["none", "cuts"] = "none"
     """Train the blocks on both sides of each cut in full instead of by LoRA."""
     learning_rate: float = 1e-3
@@ -80,7 +84,7 @@ class RecoverySettings:
         for name in ("kl", "lm", "last_error", "last_cosine", "states", "weight_decay", "rank"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name} must be at least 0, not {getattr(self, name)}")
-        for name in ("temperature", "learning_rate", "max_grad_norm", "minutes", "alpha"):
+        for name in ("temperature", "learning_rate", "scale_rate", "max_grad_norm", "minutes", "alpha"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"{name} must be more than 0, not {value}")
@@ -94,8 +98,8 @@ class RecoverySettings:
             raise UsageError(f"warmup_ratio must be at least 0 and below 1, not {self.warmup_ratio}")
         if not (self.kl or self.lm or self.last_error or self.last_cosine):
             raise UsageError("nothing is asked of the student's output: set kl, lm, last_error or last_cosine")
-        if not (self.rank or self.norms or self.train_fully != "none"):
-            raise UsageError("nothing is trained: set rank, norms or train_fully")
+        if not (self.rank or self.norms or self.private_terms or self.train_fully != "none"):
+            raise UsageError("nothing is trained: set rank, norms, private_terms or train_fully")
 
     @property
     def needs_teacher(self) -> bool:

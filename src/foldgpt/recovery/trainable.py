@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import decoder_of
+from foldgpt.folding import private_modules
 from foldgpt.plan import FoldPlan
 from foldgpt.recovery.lora import attach_lora_, merge_lora_
 from foldgpt.recovery.masters import merge_masters_, train_
@@ -32,7 +33,8 @@ def make_trainable_(student: nn.Module, plan: FoldPlan, settings: RecoverySettin
         The number of trainable parameters.
 
     Raises:
-        UsageError: blocks at the cuts are to be trained, and there is no cut.
+        UsageError: blocks at the cuts are to be trained, and there is no cut; or private terms alone, and there are
+            none.
         UnsupportedModelError: the weights are quantised, or nothing in the blocks can be trained.
     """
     decoder = decoder_of(student)
@@ -55,8 +57,14 @@ def make_trainable_(student: nn.Module, plan: FoldPlan, settings: RecoverySettin
         if names:
             attach_lora_(student, names, rank=settings.rank, alpha=settings.alpha or settings.rank, seed=settings.seed)
     train_(full)
+    terms = private_modules(student)
+    if not (terms or settings.rank or settings.norms or full):
+        raise UsageError("nothing is trained: no position has private terms; set rank or norms")
     if settings.norms:
-        train_(_norms(student.get_submodule(decoder.blocks_path.rpartition(".")[0])))
+        body = student.get_submodule(decoder.blocks_path.rpartition(".")[0])
+        train_(module for module in _norms(body) if not any(module is other for other in terms))
+    if settings.private_terms:
+        train_(terms)
     count = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
     if not count:
         raise UnsupportedModelError(f"{type(student).__name__} has no linear layer or norm in its blocks to train")
@@ -68,6 +76,30 @@ def merge_trained_(student: nn.Module) -> None:
     merge_lora_(student)
     merge_masters_(student)
     student.requires_grad_(False)
+
+
+def trained_scales(student: nn.Module, plan: FoldPlan) -> list[nn.Parameter]:
+    """What is trained of the private scales, and of the norms that stand for them where a position starts at zero.
+
+    Args:
+        student: the folded model, after `make_trainable_`.
+        plan: the plan it was folded by.
+    """
+    decoder = decoder_of(student)
+    modules: list[tuple[nn.Module, str]] = [(terms, "scale") for terms in private_modules(student)]
+    for group in plan.groups:
+        for sublayer in group.sublayers:
+            name = None if decoder.sublayers is None else decoder.sublayers.norm_behind(sublayer)
+            if name is not None:
+                positions = [plan.position_of[block] for block in group.started_at_zero]
+                modules += [(decoder.blocks[position].get_submodule(name), "weight") for position in positions]
+    return [
+        parameter
+        for module, kind in modules
+        for name, parameter in module.named_parameters()
+        # A master in fp32 is called `parametrizations.scale.original`.
+        if parameter.requires_grad and kind in name.split(".")
+    ]
 
 
 def blocks_beside_cuts(plan: FoldPlan) -> list[int]:

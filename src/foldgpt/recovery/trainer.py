@@ -5,6 +5,7 @@ What is not here comes with it: accelerate, DDP, gradient accumulation, checkpoi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,27 @@ class RecoveryTrainer(Trainer):
         self._cache = cache
         self._teacher_on_held_out: dict[int, States] = {}
         self._start: float | None = None
+        self._rate, self._at_rate = 1.0, set[int]()
         if teacher is not None:
             teacher.model.to(args.device)
 
     # ------------------------------------------------------------------------------------------------ training
+
+    def learn_at(self, rate: float, parameters: Sequence[Tensor]) -> None:
+        """Let some parameters learn at a multiple of the learning rate; called before training."""
+        self._rate, self._at_rate = rate, {id(parameter) for parameter in parameters}
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As in transformers, with the parameters of `learn_at` in groups of their own."""
+        is_new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if is_new:
+            for group in list(optimizer.param_groups):
+                apart = [parameter for parameter in group["params"] if id(parameter) in self._at_rate]
+                if apart:
+                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in self._at_rate]
+                    optimizer.add_param_group({**group, "params": apart, "lr": group["lr"] * self._rate})
+        return optimizer
 
     def compute_loss(
         self,
