@@ -140,18 +140,38 @@ def input_moments(
     """
     stream_WTH = replay.states[0].clone()
     for index in range(max(blocks, default=-1) + 1):
-        if index not in blocks:
-            for rows in replay.batches():
-                stream_WTH[rows] = replay.block(index, stream_WTH[rows])
+        if index in blocks:
+            yield index, block_moments(replay, index, stream_WTH, sublayers)
             continue
-        collector = _Collector(replay.decoder.blocks[index], linears_of(replay.decoder, index, sublayers))
-        handles = collector.watch()
-        try:
-            for rows in replay.batches():
-                output_BTH = replay.block(index, stream_WTH[rows])
-                collector.add(output_BTH)  # before the stream is overwritten, which some layers read themselves
-                stream_WTH[rows] = output_BTH
-        finally:
-            for handle in handles:
-                handle.remove()
-        yield index, collector.moments()
+        for rows in replay.batches():
+            stream_WTH[rows] = replay.block(index, stream_WTH[rows])
+
+
+@torch.no_grad()
+def block_moments(
+    replay: Replay,
+    index: int,
+    stream_WTH: Tensor,
+    sublayers: Sequence[Sublayer] = SUBLAYERS,
+    batches: Sequence[slice] | None = None,
+) -> BlockMoments:
+    """The moments of the inputs of each linear layer of one block.
+
+    Args:
+        replay: the model.
+        index: the block.
+        stream_WTH: the stream that enters it; overwritten with what leaves it.
+        sublayers: whose layers.
+        batches: some of the recorded micro-batches, if not all are to count.
+    """
+    collector = _Collector(replay.decoder.blocks[index], linears_of(replay.decoder, index, sublayers))
+    handles = collector.watch()
+    try:
+        for rows in replay.batches() if batches is None else batches:
+            output_BTH = replay.block(index, stream_WTH[rows])
+            collector.add(output_BTH)  # before the stream is overwritten, which some layers read themselves
+            stream_WTH[rows] = output_BTH
+    finally:
+        for handle in handles:
+            handle.remove()
+    return collector.moments()

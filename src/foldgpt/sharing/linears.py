@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from foldgpt.errors import UnsupportedModelError
-from foldgpt.families import Decoder
+from foldgpt.families import OUTPUT_MATRICES, Decoder
 from foldgpt.folding.kinds import shareable_leaves, sublayer_modules
 from foldgpt.plan import SUBLAYERS, Sublayer
 
@@ -26,10 +26,6 @@ class Linear:
     name: str
     sublayer: Sublayer
     writes: bool
-
-
-#: Names of the layers that make a sublayer's output.
-_WRITING = frozenset({"o_proj", "out_proj", "c_proj", "down_proj", "dense", "dense_4h_to_h", "fc2"})
 
 
 def linears_of(decoder: Decoder, index: int, sublayers: Sequence[Sublayer] = SUBLAYERS) -> list[Linear]:
@@ -55,7 +51,7 @@ def linears_of(decoder: Decoder, index: int, sublayers: Sequence[Sublayer] = SUB
                     f"{name} in block {index} is a {type(module).__name__}, not a linear layer: its {sublayer} can be "
                     "shared as it is, but nothing can be fitted for it"
                 )
-            found.append(Linear(name, sublayer, name.rpartition(".")[2] in _WRITING))
+            found.append(Linear(name, sublayer, name.rpartition(".")[2] in OUTPUT_MATRICES[sublayer]))
     return found
 
 

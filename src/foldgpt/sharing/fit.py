@@ -1,0 +1,490 @@
+"""Fit what the groups of a plan share and what stays private, on calibration text, from front to back.
+
+Groups are fitted in order of depth, each member on the stream that the model folded so far really gives it, towards
+the stream that the source has there. So errors of earlier groups are not only inherited but corrected where later
+ones can. A position that starts at zero aims at where the run of such positions ends, as compensation does. Whatever
+is fitted must lower the KL to the source on windows that nothing was fitted on, or the member starts as it would have
+without a fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foldgpt.errors import UnsupportedModelError, UsageError
+from foldgpt.families.norms import effective_scale, epsilon_of, weight_for
+from foldgpt.folding.fits import own_parameters
+from foldgpt.folding.fitted import GroupFit, LowRank, MemberFit
+from foldgpt.folding.kinds import shareable_leaves
+from foldgpt.objectives import Head, forward_kl
+from foldgpt.plan import SUBLAYERS, FoldPlan, Group, Sublayer
+from foldgpt.progress import bar, note
+from foldgpt.replay import Replay
+from foldgpt.sharing.linears import linears_of, weight_of
+from foldgpt.sharing.output_fit import OutputFit, Wanted, fit_output
+from foldgpt.sharing.shared_weights import Shared, shared_weights
+from foldgpt.sharing.student import Position, Student, with_terms
+
+#: The share of the windows, from the end, on which fits are judged and nothing is fitted.
+_HELD_OUT = 0.125
+#: The share of the windows fitted on, from the end, on which ridges are chosen.
+_RIDGE_SHARE = 0.25
+#: Micro-batches at least, if the windows suffice: fits and judgements are on whole ones.
+_LEAST_BATCHES = 8
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class SublayerReport:
+    """How well the private terms of one sublayer at one position fit.
+
+    Attributes:
+        sublayer: which.
+        rank: of the output layer's low-rank term.
+        before: squared error of what the position adds to the stream over that of adding nothing, as it starts.
+        after: with the fit; both on tokens that the ridge was chosen on and nothing else.
+    """
+
+    sublayer: Sublayer
+    rank: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class MemberReport:
+    """What fitting one member of a group came to.
+
+    Attributes:
+        group: number of the group in the plan, of its first sublayer.
+        block: source index.
+        kept: whether the fit was kept.
+        kl_before: mean KL(source ‖ folded so far) in nats per token on held-out windows, without this member's fit.
+        kl_after: with it.
+        sublayers: the fits.
+    """
+
+    group: int
+    block: int
+    kept: bool
+    kl_before: float
+    kl_after: float
+    sublayers: tuple[SublayerReport, ...]
+
+
+@dataclass(frozen=True)
+class SharingFit:
+    """The fits of all groups of a plan, and what they came to.
+
+    Attributes:
+        fits: number of the group → its fit, for `fold_`.
+        members: one report for each member that has something private, in order of depth.
+        kl: mean KL(source ‖ folded) on the held-out windows, as it will be folded.
+        num_tokens: tokens fitted on.
+        num_held_out: tokens judged on.
+        passes: forward passes over all windows that it took.
+    """
+
+    fits: Mapping[int, GroupFit]
+    members: tuple[MemberReport, ...]
+    kl: float
+    num_tokens: int
+    num_held_out: int
+    passes: float
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Figures alone, without the weights."""
+        return {
+            "kl": self.kl,
+            "num_tokens": self.num_tokens,
+            "num_held_out": self.num_held_out,
+            "passes": self.passes,
+            "members": [asdict(member) for member in self.members],
+        }
+
+
+def sharing_replay(model: nn.Module, ids_WT: Tensor) -> Replay:
+    """The source recorded on calibration windows, in micro-batches small enough to hold some of them out.
+
+    Raises:
+        UsageError: fewer than two windows.
+    """
+    if ids_WT.ndim == 2 and len(ids_WT) < 2:
+        raise UsageError(f"sharing is fitted on at least 2 calibration windows, got {len(ids_WT)}; give more tokens")
+    windows, tokens = ids_WT.shape
+    return Replay(model, ids_WT, batch_size=max(1, min(_BATCH_TOKENS // tokens, windows // _LEAST_BATCHES)))
+
+
+@torch.no_grad()
+def fit_sharing(
+    model: nn.Module,
+    plan: FoldPlan,
+    ids_WT: Tensor,
+    *,
+    aligned: bool = True,
+    replay: Replay | None = None,
+) -> SharingFit:
+    """Fit the groups of a plan; the model itself is not changed.
+
+    Args:
+        model: the source, not folded; compensation for what is removed may have been merged into it.
+        plan: what will be folded.
+        ids_WT: calibration windows, int64 [W, T]; the last eighth is held out.
+        aligned: bring the heads and neurons of members into one order first.
+        replay: what `sharing_replay` recorded of the source on these windows, before compensation was merged.
+
+    Raises:
+        UsageError: fewer than two windows, or windows of another model.
+        UnsupportedModelError: what a block does with its sublayers' outputs is not known.
+    """
+    return _Fitting(replay or sharing_replay(model, ids_WT), plan, aligned).run()
+
+
+class _Fitting:
+    def __init__(self, replay: Replay, plan: FoldPlan, aligned: bool) -> None:
+        self.replay = replay
+        self.plan = plan
+        self.aligned = aligned
+        self.head = Head(replay.model)
+        self.start = plan.at_start
+        self.student = Student(replay, _absent(self.start))
+        self.absent = _absent(plan)
+        batches = list(replay.batches())
+        num_held = max(1, round(len(batches) * _HELD_OUT))
+        self.fitted, self.held = batches[:-num_held], batches[-num_held:]
+        self.shared: dict[int, Shared | None] = {}
+        self.members: dict[int, dict[int, MemberFit]] = {number: {} for number in range(len(plan.groups))}
+        self.reports: list[MemberReport] = []
+        self.multiplier: float = getattr(replay.decoder.config, "residual_multiplier", 1.0)
+
+    # ------------------------------------------------------------------------------------------ the walk
+
+    def run(self) -> SharingFit:
+        stream_WTH = self.replay.states[0].clone()
+        began = self.replay.num_block_calls
+        last = max((block for group in self.plan.groups for block in group.blocks), default=-1)
+        with bar("fitting", len(self.plan.kept)) as progress:
+            for index in self.plan.kept:
+                if index > last:
+                    break
+                roles = self._roles(index)
+                stream_WTH = self._member(index, roles, stream_WTH) if roles else self._passed(index, stream_WTH)
+                progress.advance()
+        rest = [index for index in self.plan.kept if index > last]
+        kl = self._kl(rest, [stream_WTH[rows] for rows in self.held])
+        fits = {
+            number: GroupFit(weights=self._weights(number), members=members)
+            for number, members in self.members.items()
+            if members or self._weights(number)
+        }
+        tokens = self.replay.ids_WT.shape[1]
+        return SharingFit(
+            fits,
+            tuple(self.reports),
+            kl,
+            num_tokens=tokens * sum(rows.stop - rows.start for rows in self.fitted),
+            num_held_out=tokens * sum(rows.stop - rows.start for rows in self.held),
+            passes=1 + (self.replay.num_block_calls - began) / self.replay.num_blocks,
+        )
+
+    def _roles(self, index: int) -> dict[Sublayer, tuple[int, Group]]:
+        """The groups in which a block borrows weights, by sublayer; those that cannot be fitted are left out."""
+        roles: dict[Sublayer, tuple[int, Group]] = {}
+        for number, group in enumerate(self.plan.groups):
+            if index in group.fitted_members and self._shared_of(number) is not None:
+                roles.update({sublayer: (number, group) for sublayer in SUBLAYERS if sublayer in group.sublayers})
+        return {sublayer: roles[sublayer] for sublayer in SUBLAYERS if sublayer in roles}
+
+    def _shared_of(self, number: int) -> Shared | None:
+        if number not in self.shared:
+            group = self.plan.groups[number]
+            try:
+                self.shared[number] = shared_weights(self.replay, group, self.fitted, aligned=self.aligned)
+            except UnsupportedModelError as error:
+                note(f"nothing is fitted for the group {list(group.blocks)}: {error}")
+                self.shared[number] = None
+        return self.shared[number]
+
+    def _weights(self, number: int) -> dict[str, Tensor]:
+        """Shared parameters that are made of several members', by name."""
+        shared = self.shared.get(number)
+        if shared is None or not shared.made:
+            return {}
+        block = self.replay.decoder.blocks[self.plan.groups[number].holder]
+        found: dict[str, Tensor] = {}
+        for name, layer in shared.layers.items():
+            transposed = type(block.get_submodule(name)).__name__ == "Conv1D"
+            weight = weight_of(layer).float()
+            found[f"{name}.weight"] = weight.T if transposed else weight
+            if isinstance(bias := getattr(layer, "bias", None), nn.Parameter):
+                found[f"{name}.bias"] = bias.data.float()
+        return found
+
+    def _passed(self, index: int, stream_WTH: Tensor) -> Tensor:
+        return torch.cat([self.student.block(index, stream_WTH[rows]) for rows in self.replay.batches()])
+
+    def _kl(self, blocks: list[int], streams: list[Tensor]) -> float:
+        """Mean KL(source ‖ student) on the held-out windows, the student passing these blocks from here on."""
+        total, tokens = 0.0, 0
+        for rows, hidden_BTH in zip(self.held, streams, strict=True):
+            ours_RH = self.replay.finish(self.student.run(hidden_BTH, blocks)).flatten(0, 1)
+            theirs_RH = self.replay.finish(self.replay.states[-1][rows]).flatten(0, 1)
+            total += float(forward_kl(self.head, theirs_RH, ours_RH).sum())
+            tokens += len(ours_RH)
+        return total / tokens
+
+    # ---------------------------------------------------------------------------------------- one member
+
+    def _member(self, index: int, roles: Mapping[Sublayer, tuple[int, Group]], stream_WTH: Tensor) -> Tensor:
+        """Fit one member, judge it, and pass the stream through its position."""
+        place = _Place(self, index, roles)
+        if index not in self.absent:
+            self.student.absent.pop(index, None)  # from here on its own position says that it starts at zero
+        rest = [block for block in self.start.kept if block > index]
+        self.student.positions[index] = place.position({}, reading=False)
+        without_WTH = self._passed(index, stream_WTH)
+        kl_before = self._kl(rest, [without_WTH[rows] for rows in self.held])
+        found: dict[Sublayer, OutputFit] = {}
+        for sublayer in roles:
+            found[sublayer] = place.fit(sublayer, stream_WTH, found)
+        self.student.positions[index] = place.position(found)
+        with_WTH = self._passed(index, stream_WTH)
+        kl_after = self._kl(rest, [with_WTH[rows] for rows in self.held])
+        kept = kl_after < kl_before
+        numbers = {number for number, _ in roles.values()}
+        self.reports.append(
+            MemberReport(
+                group=min(numbers),
+                block=index,
+                kept=kept,
+                kl_before=kl_before,
+                kl_after=kl_after,
+                sublayers=tuple(
+                    SublayerReport(sublayer, fit.low_rank.rank if fit.low_rank else 0, fit.before, fit.after)
+                    for sublayer, fit in found.items()
+                ),
+            )
+        )
+        if not kept:
+            self.student.positions[index] = place.position({}, reading=False)
+            return without_WTH
+        for number in numbers:
+            self.members[number][index] = place.member_fit(number, found)
+        return with_WTH
+
+
+def _absent(plan: FoldPlan) -> dict[int, Sublayer]:
+    """Kept blocks that lack a sublayer, and which."""
+    absent: dict[int, Sublayer] = dict.fromkeys(plan.removed_attention, "attention")
+    absent.update(dict.fromkeys(plan.removed_mlp, "mlp"))
+    return absent
+
+
+class _Place:
+    """The position of one member: what stands in for its own layers there."""
+
+    def __init__(self, fitting: _Fitting, index: int, roles: Mapping[Sublayer, tuple[int, Group]]) -> None:
+        self.fitting = fitting
+        self.replay = fitting.replay
+        self.index = index
+        self.roles = roles
+        self.block: nn.Module = self.replay.decoder.blocks[index]
+        assert self.replay.decoder.sublayers is not None
+        self.sublayers = self.replay.decoder.sublayers
+
+    def position(self, found: Mapping[Sublayer, OutputFit], *, reading: bool = True) -> Position:
+        """What is exchanged, with the fits that there are so far; the others start as the plan says.
+
+        Args:
+            found: fits of output layers.
+            reading: whether the layers that read the stream have their low-rank terms yet.
+        """
+        modules: dict[str, nn.Module] = {}
+        parameters: dict[str, Tensor] = {}
+        for _, group in self.roles.values():
+            if group.norms == "owner":
+                parameters.update(self._norms_of(group))
+        for sublayer, (number, group) in self.roles.items():
+            fit = found.get(sublayer)
+            low_rank = self._reading(number) if reading else {}
+            writing = self._writing(sublayer)
+            for name, layer in self._layers(sublayer).items():
+                modules[name] = layer if name == writing else with_terms(layer, low_rank=low_rank.get(name))
+            norm = self._norm(sublayer)
+            if norm is None:
+                scale_H = self._start(sublayer) if fit is None else fit.scale_H
+                wanted = "scales" in group.private
+                modules[writing] = with_terms(
+                    modules[writing],
+                    scale_O=scale_H if wanted else None,
+                    low_rank=None if fit is None else fit.low_rank,
+                )
+                continue
+            if fit is not None and fit.low_rank is not None:
+                modules[writing] = with_terms(modules[writing], low_rank=fit.low_rank)
+            scale_H = self._start(sublayer) if fit is None else fit.scale_H
+            parameters[f"{self.sublayers.norm_behind(sublayer)}.weight"] = weight_for(norm, scale_H)
+        return Position(modules, parameters)
+
+    def member_fit(self, number: int, found: Mapping[Sublayer, OutputFit]) -> MemberFit:
+        """The private terms in one group."""
+        scales: dict[str, Tensor] = {}
+        low_rank: dict[str, LowRank] = dict(self._reading(number))
+        norms: dict[str, Tensor] = {}
+        for sublayer, (own, group) in self.roles.items():
+            if own != number or sublayer not in found:
+                continue
+            fit, writing, norm = found[sublayer], self._writing(sublayer), self._norm(sublayer)
+            if fit.low_rank is not None:
+                low_rank[writing] = fit.low_rank
+            if norm is not None:
+                norms[f"{self.sublayers.norm_behind(sublayer)}.weight"] = weight_for(norm, fit.scale_H).float()
+            elif "scales" in group.private:
+                scales[writing] = fit.scale_H
+        return MemberFit(scales=scales, low_rank=low_rank, norms=norms)
+
+    def fit(self, sublayer: Sublayer, stream_WTH: Tensor, found: Mapping[Sublayer, OutputFit]) -> OutputFit:
+        """Fit the private terms of a sublayer's output layer on the stream that enters the block."""
+        group = self.roles[sublayer][1]
+        self.fitting.student.positions[self.index] = self.position(found)
+        parts = [self._seen(sublayer, stream_WTH[rows], rows) for rows in self.fitting.fitted]
+        wanted = Wanted(
+            inputs_RK=torch.cat([part[0] for part in parts]),
+            shared_RH=torch.cat([part[1] for part in parts]),
+            contribution_RH=torch.cat([part[2] for part in parts]),
+            weight_R=torch.cat([part[3] for part in parts]),
+            multiplier=self.fitting.multiplier,
+            epsilon=self._epsilon(sublayer),
+            start_H=self._start(sublayer),
+        )
+        batches = len(self.fitting.fitted)
+        first_held = max(1, round(batches * (1 - _RIDGE_SHARE)))
+        rows = sum(len(part[0]) for part in parts[:first_held]) if batches > 1 else len(parts[0][0]) // 2
+        return fit_output(
+            wanted,
+            rank=group.rank_of(self._writing(sublayer), self.index),
+            scales="scales" in group.private,
+            first_held=rows,
+        )
+
+    def _seen(self, sublayer: Sublayer, stream_BTH: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Inputs and outputs of the shared output layer, what it should contribute, and the weight of each row."""
+        shared = self._layers(sublayer)[self._writing(sublayer)]
+        with _watched(shared, self.block, self.sublayers.between) as seen:
+            output_BTH = self.fitting.student.block(self.index, stream_BTH)
+        inputs_RK, shared_RH = seen.inputs.flatten(0, -2), seen.outputs.flatten(0, -2).float()
+        aim_BTH = self._aim(sublayer, rows)
+        if seen.between is None:
+            # Attention and MLP side by side: all but this sublayer's contribution stays as it is.
+            now = OutputFit(self._start(sublayer), None, 1.0, 1.0)
+            wanted = Wanted(
+                inputs_RK,
+                shared_RH,
+                shared_RH,
+                shared_RH[:, 0],
+                self.fitting.multiplier,
+                self._epsilon(sublayer),
+                self._start(sublayer),
+            )
+            rest_RH = output_BTH.float().flatten(0, 1) - now.contribution(wanted)
+        else:
+            rest_RH = (stream_BTH if sublayer == "attention" else seen.between).float().flatten(0, 1)
+        target_RH = aim_BTH.float().flatten(0, 1)
+        weight_R = 1 / self.replay.states[self._end()][rows].float().flatten(0, 1).square().sum(-1).clamp_min(1e-12)
+        return inputs_RK, shared_RH, target_RH - rest_RH, weight_R
+
+    def _aim(self, sublayer: Sublayer, rows: slice) -> Tensor:
+        """The source's stream to come near to behind the sublayer, [B, T, H]."""
+        group = self.roles[sublayer][1]
+        if sublayer == "mlp" or group.start == "zero" or self.sublayers.between is None:
+            return self.replay.states[self._end()][rows]
+        with _watched(None, self.block, self.sublayers.between) as seen:
+            self.replay.block(self.index, self.replay.states[self.index][rows])
+        assert seen.between is not None
+        return seen.between
+
+    def _end(self) -> int:
+        """The boundary to aim at: where the next block begins that contributes from the start."""
+        later = [block for block in self.fitting.start.kept if block > self.index]
+        return later[0] if later else self.replay.num_blocks
+
+    # ------------------------------------------------------------------------------------ names and parts
+
+    def _layers(self, sublayer: Sublayer) -> dict[str, nn.Module]:
+        number = self.roles[sublayer][0]
+        shared = self.fitting.shared[number]
+        assert shared is not None
+        names = shareable_leaves(self.replay.decoder, self.index, (sublayer,))
+        return {name: shared.layers[name] for name in names}
+
+    def _writing(self, sublayer: Sublayer) -> str:
+        [name] = [x.name for x in linears_of(self.replay.decoder, self.index, (sublayer,)) if x.writes]
+        return name
+
+    def _reading(self, number: int) -> Mapping[str, LowRank]:
+        shared = self.fitting.shared[number]
+        assert shared is not None
+        return shared.reading.get(self.index, {})
+
+    def _norm(self, sublayer: Sublayer) -> nn.Module | None:
+        name = self.sublayers.norm_behind(sublayer)
+        return None if name is None else self.block.get_submodule(name)
+
+    def _epsilon(self, sublayer: Sublayer) -> float | None:
+        norm = self._norm(sublayer)
+        return None if norm is None else epsilon_of(norm)
+
+    def _start(self, sublayer: Sublayer) -> Tensor:
+        """The scales that the position begins with."""
+        group = self.roles[sublayer][1]
+        norm = self._norm(sublayer)
+        if norm is not None:
+            owner = self.replay.decoder.blocks[group.holder]
+            own = owner.get_submodule(str(self.sublayers.norm_behind(sublayer))) if group.norms == "owner" else norm
+            scale_H = effective_scale(own)
+        else:
+            scale_H = torch.ones(len(weight_of(self._layers(sublayer)[self._writing(sublayer)])))
+            scale_H = scale_H.to(self.replay.states[0].device)
+        return torch.zeros_like(scale_H) if group.start == "zero" else scale_H
+
+    def _norms_of(self, group: Group) -> dict[str, Tensor]:
+        """The owner's norms, where the position begins with those."""
+        owned = own_parameters(self.replay.decoder, group, group.holder)
+        return {name: parameter.data for name, parameter in owned.items()}
+
+
+@dataclass
+class _Seen:
+    inputs: Any = None
+    outputs: Any = None
+    between: Any = None
+
+
+@contextmanager
+def _watched(layer: nn.Module | None, block: nn.Module, between: str | None) -> Iterator[_Seen]:
+    """See what a layer is given and gives, and the stream between attention and MLP."""
+    seen = _Seen()
+
+    def of_layer(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.inputs, seen.outputs = args[0], output
+
+    def of_between(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        # Copied: some families add to the stream in place.
+        seen.between = (args[0] if args else kwargs["hidden_states"]).clone()
+
+    handles: list[Any] = []
+    if layer is not None:
+        handles.append(layer.register_forward_hook(of_layer))
+    if between is not None:
+        handles.append(block.get_submodule(between).register_forward_pre_hook(of_between, with_kwargs=True))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,178 @@
+"""The private terms of the layer that makes a sublayer's output: a scale and a low-rank map, by least squares.
+
+At a member's position the shared layer makes u₀ = W d + b of its inputs d, and what reaches the stream should be c.
+The position may scale the channels and add a low-rank map of d: u = s ∘ u₀ + U D d. Where a norm stands between the
+layer and the stream, its private weight takes the place of the scale: the contribution is t ∘ u / rms(u) with
+u = u₀ + U D d. Both are fitted in turn, each in closed form. The map of rank r is reduced-rank regression: of the full
+ridge solution B, that part whose outputs carry most of the fit (Izenman 1975; the leading eigenvectors of Bᵀ(G + ρ)B,
+G the Gram matrix of the inputs).
+
+Scales are drawn to what they begin with, 1 in a group that shares from the start and 0 in one that starts at zero, and
+the map to nothing; how strongly, the last quarter of the windows decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foldgpt.compensation.least_squares import Sums, solve
+from foldgpt.folding.fitted import LowRank
+
+#: Ridges that are tried, as multiples of the mean diagonal of the Gram matrix.
+RIDGES = (1e-2, 1e-1, 1.0, 10.0)
+
+#: Scales smaller than this, relative to their root mean square, are not divided by.
+_LEAST_SCALE = 0.05
+
+_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a fit is asked for: rows of inputs, of the shared layer's outputs, and of the contributions wanted.
+
+    Attributes:
+        inputs_RK: d, in the model's dtype.
+        shared_RH: u₀, fp32.
+        contribution_RH: c, fp32.
+        weight_R: weight of each row, fp32.
+        multiplier: what the output is multiplied by on its way to the stream.
+        epsilon: that of the norm on the way, or None if there is none.
+        start_H: scales to begin with and to be drawn to, fp32; those of the norm if there is one.
+    """
+
+    inputs_RK: Tensor
+    shared_RH: Tensor
+    contribution_RH: Tensor
+    weight_R: Tensor
+    multiplier: float
+    epsilon: float | None
+    start_H: Tensor
+
+    def rows(self, rows: slice) -> Wanted:
+        """The same of some rows."""
+        return Wanted(
+            self.inputs_RK[rows],
+            self.shared_RH[rows],
+            self.contribution_RH[rows],
+            self.weight_R[rows],
+            self.multiplier,
+            self.epsilon,
+            self.start_H,
+        )
+
+
+@dataclass(frozen=True)
+class OutputFit:
+    """The private terms of one output layer at one position.
+
+    Attributes:
+        scale_H: s, or t where a norm stands behind, fp32.
+        low_rank: U D, or None for rank 0.
+        before: Σ w ‖c − contribution‖² / Σ w ‖c‖² with the scales to begin with, on held-out rows.
+        after: with the fit.
+    """
+
+    scale_H: Tensor
+    low_rank: LowRank | None
+    before: float
+    after: float
+
+    def contribution(self, wanted: Wanted) -> Tensor:
+        """What the position adds to the stream with this fit, fp32 [R, H]."""
+        term = 0.0 if self.low_rank is None else _product(wanted.inputs_RK, self.low_rank)
+        if wanted.epsilon is None:
+            return wanted.multiplier * (self.scale_H * wanted.shared_RH + term)
+        return self.scale_H * _normed(wanted.shared_RH + term, wanted.epsilon)
+
+
+@torch.no_grad()
+def fit_output(wanted: Wanted, *, rank: int, scales: bool, first_held: int) -> OutputFit:
+    """Fit scale and low-rank map; the ridge is the best on the rows from `first_held` on, then all rows are used.
+
+    Args:
+        wanted: the rows.
+        rank: of the low-rank map; 0 for none.
+        scales: whether scales may change.
+        first_held: rows before it are fitted on to choose the ridge.
+    """
+    fitted, held = wanted.rows(slice(0, first_held)), wanted.rows(slice(first_held, None))
+    before = _relative_error(OutputFit(wanted.start_H, None, 1.0, 1.0), held)
+    tried = []
+    for ridge in RIDGES:
+        part = _fit(fitted, rank, scales, ridge)
+        tried.append((_relative_error(part, held), ridge))
+    after, ridge = min(tried)
+    found = _fit(wanted, rank, scales, ridge)
+    return OutputFit(found.scale_H, found.low_rank, before, after)
+
+
+def _fit(wanted: Wanted, rank: int, scales: bool, ridge: float) -> OutputFit:
+    best = OutputFit(wanted.start_H, None, 1.0, 1.0)
+    best_error = _relative_error(best, wanted)
+    scale_H, low_rank = wanted.start_H, None
+    for _ in range(_ROUNDS if rank else 1):
+        if scales:
+            scale_H = _best_scale(wanted, low_rank, ridge)
+        if rank:
+            low_rank = _best_map(wanted, scale_H, rank, ridge)
+        found = OutputFit(scale_H, low_rank, 1.0, 1.0)
+        error = _relative_error(found, wanted)
+        if error < best_error:
+            best, best_error = found, error
+    return best
+
+
+def _best_scale(wanted: Wanted, low_rank: LowRank | None, ridge: float) -> Tensor:
+    """Each channel's scale with the map held fixed, drawn to where it begins."""
+    term = 0.0 if low_rank is None else _product(wanted.inputs_RK, low_rank)
+    if wanted.epsilon is None:
+        unscaled, aim = wanted.shared_RH, wanted.contribution_RH / wanted.multiplier - term
+    else:
+        unscaled, aim = _normed(wanted.shared_RH + term, wanted.epsilon), wanted.contribution_RH
+    weighted = unscaled * wanted.weight_R[:, None]
+    square_H, cross_H = (weighted * unscaled).sum(0), (weighted * aim).sum(0)
+    penalty = ridge * square_H.mean()
+    return (cross_H + penalty * wanted.start_H) / (square_H + penalty).clamp_min(1e-30)
+
+
+def _best_map(wanted: Wanted, scale_H: Tensor, rank: int, ridge: float) -> LowRank:
+    """The low-rank map with the scales held fixed; behind a norm also its present root mean square."""
+    if wanted.epsilon is None:
+        outer_H = torch.full_like(scale_H, wanted.multiplier)
+        inputs, left = wanted.inputs_RK, wanted.contribution_RH - wanted.multiplier * scale_H * wanted.shared_RH
+    else:
+        inverse_R1 = torch.rsqrt(wanted.shared_RH.square().mean(-1, keepdim=True) + wanted.epsilon)
+        outer_H = _away_from_zero(scale_H)
+        inputs = (wanted.inputs_RK * inverse_R1).to(wanted.inputs_RK.dtype)
+        left = wanted.contribution_RH - outer_H * wanted.shared_RH * inverse_R1
+    sums = Sums.of(inputs, left, wanted.weight_R)
+    full_KH, _ = solve(sums, ridge, bias=False)
+    _, vectors = torch.linalg.eigh(sums.cross_KH.T @ full_KH)
+    leading_HR = vectors[:, -rank:]
+    up_HR = (leading_HR / outer_H[:, None].double().cpu()).float()
+    return LowRank(up_HR.to(scale_H.device), (full_KH @ leading_HR).T.float().contiguous().to(scale_H.device))
+
+
+def _away_from_zero(scale_H: Tensor) -> Tensor:
+    least = (_LEAST_SCALE * scale_H.square().mean().sqrt()).clamp_min(1e-6)
+    return torch.where(scale_H.abs() < least, least.copysign(scale_H), scale_H)
+
+
+def _relative_error(fit: OutputFit, wanted: Wanted) -> float:
+    missing = (wanted.contribution_RH - fit.contribution(wanted)).square().sum(-1) * wanted.weight_R
+    whole = wanted.contribution_RH.square().sum(-1) * wanted.weight_R
+    return float(missing.double().sum() / whole.double().sum().clamp_min(1e-30))
+
+
+def _product(inputs_RK: Tensor, low_rank: LowRank) -> Tensor:
+    """U D d in the dtype of the inputs, as the folded model computes it; fp32 [R, H]."""
+    down, up = low_rank.down_RI.to(inputs_RK.dtype), low_rank.up_OR.to(inputs_RK.dtype)
+    return (inputs_RK @ down.T @ up.T).to(torch.promote_types(inputs_RK.dtype, torch.float32))
+
+
+def _normed(rows_RH: Tensor, epsilon: float) -> Tensor:
+    return rows_RH * torch.rsqrt(rows_RH.square().mean(-1, keepdim=True) + epsilon)
