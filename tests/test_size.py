@@ -22,6 +22,8 @@ from transformers import (
 
 from foldgpt.errors import ArtifactError
 from foldgpt.evaluation import folder_bytes, size_of
+from foldgpt.folding import fold_, source_model_of
+from foldgpt.plan import FoldPlan, Group
 
 VOCAB, HIDDEN, BLOCKS, HEADS = 61, 32, 3, 4
 HEAD_SIZE = HIDDEN // HEADS
@@ -62,6 +64,20 @@ def test_shared_block_parameters_are_counted_once() -> None:
     assert before.block_parameters - after.block_parameters == 48 * HIDDEN
     assert before.unique_parameters - after.unique_parameters == 48 * HIDDEN
     assert after.stored_parameters == before.stored_parameters
+
+
+def test_private_terms_are_counted_apart_and_among_the_rest() -> None:
+    model = llama()
+    group = Group(blocks=(0, 1), donor="mean", private=("norms", "scales"), ranks={"mlp.up_proj": 2})
+    fold_(model, FoldPlan.create(source_model_of(model), groups=[group]))
+    size = size_of(model.to(torch.bfloat16))
+    assert size.private_parameters == 2 * (2 * HIDDEN + 2 * (HIDDEN + 48))
+    assert size.private_bytes == 2 * size.private_parameters
+    plain = llama()
+    fold_(plain, FoldPlan.create(source_model_of(plain), groups=[Group(blocks=(0, 1))]))
+    assert size_of(plain).private_bytes == 0
+    assert size.unique_parameters - size_of(plain).unique_parameters == size.private_parameters
+    assert size.block_parameters - size_of(plain).block_parameters == size.private_parameters
 
 
 def test_unique_bytes_follow_the_dtype() -> None:

@@ -90,6 +90,14 @@ def test_what_was_not_measured_has_no_row() -> None:
         assert absent not in text
 
 
+def test_bytes_of_private_terms_have_a_row_where_there_are_some() -> None:
+    folded = measured("folded", 24)
+    assert "low-rank" not in rendered(comparison_table(Evaluation(folded, measured("source", 30), {})))
+    folded = dataclasses.replace(folded, size=dataclasses.replace(folded.size, private_bytes=1_500_000))
+    text = rendered(comparison_table(Evaluation(folded, measured("source", 30), {})))
+    assert line(text, "scales and low-rank terms")[1:] == ["–", "1.5 MB", "–"]
+
+
 def test_a_figure_of_one_model_only_is_a_dash() -> None:
     source = measured("source", 30, perplexity=None)
     text = rendered(comparison_table(Evaluation(measured("folded", 24), source, {"perplexity": None})))
@@ -116,6 +124,19 @@ def test_strip_of_sublayers_where_they_differ() -> None:
     strip = plan_strip(folded).plain.splitlines()
     assert strip[1:3] == ["attention ███·█·██████", "MLP       AA█·██·█████"]
     assert strip[-1].split("   ")[-3:] == ["█ kept", "· removed", "same letter: shared weights"]
+
+
+def test_groups_with_private_terms_are_told_one_by_one() -> None:
+    private = ("norms", "scales")
+    groups = [
+        Group(blocks=(1, 2)),
+        Group(blocks=(4, 5, 6), donor="owner", owner=5, start="zero", private=private, ranks=16),
+        Group(blocks=(8, 9), donor="mean", sublayers=("mlp",), ranks={"mlp.up_proj": 4, "mlp.down_proj": (8, 2)}),
+    ]
+    assert plan_strip(plan(groups=groups)).plain.splitlines()[-2:] == [
+        "          B  attention and MLP of block 5, borrowed at 4, 6, starting at zero; private: norms, scales, rank 16",
+        "          C  MLP of blocks 8, 9, donor mean; private: norms, rank 4 on mlp.up_proj, rank 8/2 on mlp.down_proj",
+    ]
 
 
 def test_strip_of_the_identity() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.table import Table
 from rich.text import Text
 
-from foldgpt.plan import FoldPlan, Sublayer
+from foldgpt.plan import FoldPlan, Group, Sublayer
 
 if TYPE_CHECKING:
     from foldgpt.analysis import Analysis
@@ -52,6 +52,7 @@ _ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "unique_parameters": ("unique parameters", millions),
     "block_parameters": ("  of which in blocks", millions),
     "bytes_on_disk": ("size on disk", megabytes),
+    "private_bytes": ("  scales and low-rank terms", megabytes),
     "perplexity": ("perplexity", significant),
     "last_word_perplexity": ("last-word perplexity", significant),
     "last_word_accuracy": ("last-word accuracy", percent),
@@ -293,7 +294,8 @@ def plan_strip(plan: FoldPlan) -> Text:
     """A plan as one character per source block, with a ruler above and a legend below.
 
     Kept blocks are `█`, removed ones `·`, and blocks that share weights bear the letter of their group. When
-    attention and MLP fare differently, each has a strip of its own.
+    attention and MLP fare differently, each has a strip of its own. Groups that start at zero, or whose positions have
+    more for themselves than norms, follow one by one.
     """
     rows = fates_of(plan)
     margin = max(map(len, rows)) + 1
@@ -305,7 +307,34 @@ def plan_strip(plan: FoldPlan) -> Text:
             text.append(*_cell(fate))
         text.append("\n")
     text.append(" " * margin + _legend(plan, rows), style="dim")
+    for number, group in enumerate(plan.groups):
+        if group.start == "zero" or len(group.private) > 1 or group.ranks:
+            text.append("\n" + " " * margin + group_letter(number), style=_cell(number)[1])
+            text.append(f"  {_group_line(group)}")
     return text
+
+
+def _group_line(group: Group) -> str:
+    """Who shares what in a group, and what each position has for itself."""
+    what = " and ".join({"attention": "attention", "mlp": "MLP"}[sublayer] for sublayer in group.sublayers)
+    if group.start == "zero":
+        line = f"{what} of block {group.giver}, borrowed at {_listed(group.started_at_zero)}, starting at zero"
+    else:
+        line = f"{what} of blocks {_listed(group.blocks)}, donor {group.donor}"
+        line += "" if group.owner is None else f" ({group.owner})"
+    private = [*group.private]
+    if isinstance(group.ranks, int):
+        private += [f"rank {group.ranks}"] if group.ranks else []
+    else:
+        private += [
+            f"rank {rank if isinstance(rank, int) else '/'.join(map(str, rank))} on {leaf}"
+            for leaf, rank in group.ranks.items()
+        ]
+    return f"{line}; private: {', '.join(private)}"
+
+
+def _listed(blocks: Sequence[int]) -> str:
+    return ", ".join(map(str, blocks))
 
 
 def _cell(fate: Fate) -> tuple[str, str]:

@@ -81,7 +81,7 @@ class Measured:
         """The headline numbers by name, in the order in which a table shows them.
 
         Those of tasks (`task.NAME`, their mean `task_average`), of last words and of further texts
-        (`perplexity.TEXT`) are there only if measured.
+        (`perplexity.TEXT`) are there only if measured, `private_bytes` only if there are private terms.
         """
         figures: dict[str, float | None] = {
             "num_blocks": self.size.num_blocks,
@@ -95,6 +95,8 @@ class Measured:
             "peak_memory_bytes": None if self.peak_memory is None else self.peak_memory.peak_rss,
             "kv_bytes_per_token": self.size.kv_bytes_per_token,
         }
+        if self.size.private_bytes:
+            figures["private_bytes"] = self.size.private_bytes
         if self.last_word is not None:
             figures |= {
                 "last_word_accuracy": self.last_word.accuracy,

@@ -13,6 +13,7 @@ from torch import nn
 from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError
 from foldgpt.families import decode, decoder_of
+from foldgpt.folding import private_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +36,8 @@ class ModelSize:
             window is full.
         num_sliding_blocks: how many blocks stop growing their cache at `sliding_window` tokens.
         sliding_window: that number of tokens; None without such blocks.
+        private_parameters: scales and low-rank terms that positions have beside shared weights, counted above too.
+        private_bytes: bytes of these.
     """
 
     num_blocks: int
@@ -45,6 +48,8 @@ class ModelSize:
     kv_bytes_per_token: int
     num_sliding_blocks: int
     sliding_window: int | None
+    private_parameters: int = 0
+    private_bytes: int = 0
 
 
 def size_of(model: PreTrainedModel) -> ModelSize:
@@ -59,11 +64,14 @@ def size_of(model: PreTrainedModel) -> ModelSize:
     blocks = decoder_of(model).blocks
     layers = _cache_layers(model)
     windows = {layer.sliding_window for layer in layers if layer.is_sliding}
+    private = [parameter for terms in private_modules(model) for parameter in terms.parameters(recurse=False)]
     return ModelSize(
         num_blocks=len(blocks),
         unique_parameters=_count(model.parameters()),
         stored_parameters=_count(tensor for _, tensor in model.named_parameters(remove_duplicate=False)),
         block_parameters=_count(blocks.parameters()),
+        private_parameters=_count(private),
+        private_bytes=sum(tensor.numel() * tensor.element_size() for tensor in private),
         unique_bytes=sum(tensor.numel() * tensor.element_size() for tensor in model.parameters()),
         kv_bytes_per_token=sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // _PROBE_TOKENS,
         num_sliding_blocks=sum(layer.is_sliding for layer in layers),
