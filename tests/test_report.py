@@ -19,7 +19,7 @@ from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan, Group, SourceModel
 from foldgpt.report import REPORT, build_report
 from foldgpt.report.headline import block_ranges, headlines, short_name
-from report_inputs import analysis, evaluation, plan, without_tasks, write_run
+from report_inputs import analysis, evaluation, plan, recovery, without_tasks, write_run
 
 
 def text_of(page: str) -> str:
@@ -89,11 +89,20 @@ def test_it_loads_nothing(run: Path) -> None:
 
 
 def test_parts_that_are_missing_leave_no_hole(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", plan=plan(origin={}), analysis=None, evaluation=None)
+    folder = write_run(tmp_path / "run", plan=plan(origin={}), analysis=None, evaluation=None, recovery=None)
     page = build_report(folder).read_text("utf-8")
     text = text_of(page)
     assert "−16.7 % blocks 12 → 10 blocks" in text
-    for absent in ("What was lost?", "Comparison", "Tasks", "Block influence", "Gates", "Environment", "Recipe"):
+    for absent in (
+        "What was lost?",
+        "Comparison",
+        "Tasks",
+        "Block influence",
+        "Gates",
+        "Recovery",
+        "Environment",
+        "Recipe",
+    ):
         assert absent not in text
     assert data_of(page)["cosine"] is None
 
@@ -149,6 +158,34 @@ def test_wrong_folders_are_refused(tmp_path: Path) -> None:
     (write_run(tmp_path / "odd") / "environment.json").write_text("[]")
     with pytest.raises(ArtifactError, match="not a description of an environment"):
         build_report(tmp_path / "odd")
+
+
+def test_recovery_is_drawn_over_tokens(run: Path) -> None:
+    page = (run / REPORT).read_text("utf-8")
+    training = data_of(page)["training"]
+    assert training["tokens"] == [0, 20_000, 40_000, 60_000]
+    assert training["lines"] == [
+        {"name": "held-out loss", "values": [1.0, 0.6, 0.4, 0.45]},
+        {"name": "held-out KL", "values": [0.9, 0.5, 0.3, 0.35]},
+    ]
+    assert training["best"] == 2
+    assert (training["steps"]["tokens"][0], training["steps"]["values"][0]) == (1000, 0.99)
+    assert "from 1.0000 to 0.4000; the state after step 40 of 60 is the one that was saved" in text_of(page)
+
+
+def test_recovery_that_is_long_short_or_broken(tmp_path: Path) -> None:
+    history = [{"loss": 1.0, "step": step} for step in range(1, 1001)]
+    long = {**recovery(), "history": history, "num_steps": 1000, "best_step": 0}
+    page = build_report(write_run(tmp_path / "long", recovery=long)).read_text("utf-8")
+    training = data_of(page)["training"]
+    assert len(training["steps"]["tokens"]) <= 300 and training["best"] == 0
+    assert "nothing was better than the start" in text_of(page)
+    # One loss alone is one line, under the name that says what it is.
+    alone = {**recovery(), "history": [], "before": {"loss": 0.9, "kl": 0.9}}
+    lines = data_of(build_report(write_run(tmp_path / "alone", recovery=alone)).read_text("utf-8"))["training"]["lines"]
+    assert [line["name"] for line in lines] == ["held-out KL"]
+    with pytest.raises(ArtifactError, match="not the record of a recovery"):
+        build_report(write_run(tmp_path / "broken", recovery={"history": 3}))
 
 
 @pytest.mark.parametrize(
@@ -302,6 +339,20 @@ def test_gates_answer_to_keys(page: Page, run: Path) -> None:
     assert said(page, "#gates") == (
         f"Step 39. Block 4: kept with probability {trace[39]['keep'][4]:.3f}; in the end removed."
     )
+
+
+@in_browser
+def test_training_curves_answer_to_mouse_and_keys(page: Page, run: Path) -> None:
+    page.open(run / REPORT)
+    page.point_at("#training svg", 0.999)
+    assert said(page, "#training") == (
+        "After 60,000 tokens: held-out loss 0.450 · held-out KL 0.350 · training loss 0.400."
+    )
+    page.run("document.querySelector('#training svg').focus()")
+    page.press("ArrowLeft")
+    assert said(page, "#training").startswith("After 40,000 tokens (saved): held-out loss 0.400")
+    page.press("Home")
+    assert said(page, "#training") == "After 0 tokens: held-out loss 1.000 · held-out KL 0.900."
 
 
 @in_browser

@@ -136,7 +136,7 @@ def notes_of(comparison: Comparison) -> list[str]:
     ]
     unfair = [method for method in comparison.methods if not method.is_fair]
     if unfair:
-        gaps = "; ".join(f"{method.title}: {100 * (method.budget_gap or 0):+.1f} %" for method in unfair)
+        gaps = "; ".join(f"{method.title}: {_signed(100 * (method.budget_gap or 0))} %" for method in unfair)
         notes.append(
             f"{OTHER_BUDGET} The blocks hold more or fewer parameters than {comparison.reference}'s, by more than "
             f"{percent(comparison.budget_tolerance)}: {gaps}."

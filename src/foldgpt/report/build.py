@@ -16,7 +16,8 @@ from foldgpt.plan import FoldPlan
 from foldgpt.report.headline import headlines, short_name
 from foldgpt.report.rows import rows_of
 from foldgpt.report.run import Run, read_run
-from foldgpt.tables import comparison_table, fates_of, group_letter, protocol_lines, task_table
+from foldgpt.report.training import training_curves
+from foldgpt.tables import comparison_table, fates_of, group_letter, millions, protocol_lines, task_table
 
 REPORT = "report.html"
 
@@ -76,6 +77,7 @@ def _render(run: Run) -> str:
         generations=[] if evaluation is None else _generations(evaluation),
         protocol=[] if evaluation is None else protocol_lines(evaluation).plain.splitlines(),
         calibration=_calibration(run),
+        training=None if run.recovery is None else _training(run.recovery),
         data=_json_for_script(_chart_data(run)),
     )
 
@@ -125,6 +127,19 @@ def _calibration(run: Run) -> str | None:
     return f"Similarities are means over {run.analysis.num_tokens:,} tokens in {run.analysis.num_windows} windows{on}."
 
 
+def _training(recovery: dict[str, Any]) -> str:
+    """What the recovery did, in a sentence or two."""
+    before, after = recovery["before"]["loss"], recovery["after"]["loss"]
+    saved = f"the state after step {recovery['best_step']:,} of {recovery['num_steps']:,} is the one that was saved"
+    if not recovery["best_step"]:
+        saved = "nothing was better than the start, and the model is as it was"
+    trained = millions(recovery["num_trained"])
+    return (
+        f"{recovery['num_tokens']:,} tokens in {recovery['seconds']:,.0f} s, {trained} trained parameters, merged at "
+        f"the end. The held-out loss went from {before:.4f} to {after:.4f}; {saved}."
+    )
+
+
 def _chart_data(run: Run) -> dict[str, Any]:
     """What the script draws."""
     plan, analysis = run.plan, run.analysis
@@ -132,6 +147,7 @@ def _chart_data(run: Run) -> dict[str, Any]:
         "numBlocks": plan.source.num_blocks,
         "removed": list(plan.removed),
         "gates": _gates(plan),
+        "training": None if run.recovery is None else training_curves(run.recovery),
         "curves": None,
         "cosine": None,
     }

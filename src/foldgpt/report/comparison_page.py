@@ -28,6 +28,8 @@ from foldgpt.report.headline import block_ranges, short_name
 from foldgpt.report.rows import Rows, rows_of
 
 STEM = "comparison"
+#: Of an interval in a chart, in percent of the width.
+_LEAST_WIDTH = 0.4
 
 
 def write_comparison(comparison: Comparison, folder: str | Path) -> dict[str, Path]:
@@ -146,8 +148,10 @@ def _chart(
         "rows": [
             {
                 "title": title_of(method),
-                "low": place(each.low),
-                "high": place(each.high),
+                # A short interval is still to be seen, on the page.
+                "low": min(place(each.low), 100 - _LEAST_WIDTH),
+                "width": max(round(place(each.high) - place(each.low), 2), _LEAST_WIDTH),
+                "is_high": each.difference > 0,
                 "at": place(each.difference),
                 "is_cut": max(abs(each.low), abs(each.high)) > reach,
                 "verdict": verdict(method, each, less_is_better=less_is_better),

@@ -11,6 +11,7 @@ from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError
 from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan
+from foldgpt.report.training import read_recovery
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Run:
     plan: FoldPlan
     analysis: Analysis | None
     evaluation: Evaluation | None
+    recovery: dict[str, Any] | None
+    """What `recovery.json` in the recovered model says."""
     environment: dict[str, Any] | None
     recipe: str | None
     """The recipe as it stands in its file, YAML."""
@@ -56,6 +59,7 @@ def read_run(folder: Path) -> Run:
         plan=FoldPlan.load(folder / "plan.json"),
         analysis=None if analysis is None else Analysis.from_json_dict(read_json(analysis, "analysis")),
         evaluation=None if evaluation is None else Evaluation.load(evaluation),
+        recovery=read_recovery(folder),
         environment=None if environment is None else read_json(environment, "description of the environment"),
         recipe=recipe_text,
     )

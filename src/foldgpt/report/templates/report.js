@@ -262,6 +262,59 @@
     };
   }
 
+  /* ---------------------------------------------------------------------------------------- recovery */
+
+  const short = (tokens) =>
+    tokens >= 1e6 ? `${Number((tokens / 1e6).toPrecision(3))} M` : tokens >= 1e3 ? `${Number((tokens / 1e3).toPrecision(3))} k` : String(tokens);
+
+  function niceTicks(high, count) {
+    const rough = high / count;
+    const power = 10 ** Math.floor(Math.log10(rough));
+    const size = power * [1, 2, 5, 10].find((lead) => lead * power >= rough);
+    return Array.from({ length: Math.floor(high / size + 1e-9) + 1 }, (_, index) => index * size);
+  }
+
+  function drawTraining(svg, width) {
+    const { tokens, lines, steps, best } = data.training;
+    const height = Math.round(clamp(width * 0.45, 240, 380));
+    const [left, right, top, bottom] = [54, 18, 10, 42];
+    const last = Math.max(tokens[tokens.length - 1], ...steps.tokens, 1);
+    const high = Math.max(...lines.flatMap((line) => line.values), ...steps.values) * 1.05 || 1;
+    const x = (value) => left + (value / last) * (width - left - right);
+    const y = (value) => height - bottom - (value / high) * (height - top - bottom);
+    for (const tick of niceTicks(high, 5)) {
+      make("line", { class: "grid", x1: left, x2: width - right, y1: y(tick), y2: y(tick) }, svg);
+      make("text", { x: left - 8, y: y(tick) + 4, "text-anchor": "end" }, svg, String(Number(tick.toPrecision(2))));
+    }
+    for (const tick of niceTicks(last, width < 480 ? 4 : 8))
+      make("text", { x: x(tick), y: height - bottom + 18, "text-anchor": "middle" }, svg, short(tick));
+    make("text", { x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, svg, "tokens");
+    const path = (places, values) => values.map((value, index) => `${x(places[index]).toFixed(1)},${y(value).toFixed(1)}`).join(" ");
+    make("polyline", { class: "line gate", points: path(steps.tokens, steps.values) }, svg);
+    lines.forEach((line, index) =>
+      make("polyline", { class: `line s${index}`, points: path(tokens, line.values), "stroke-width": 2.4, style: "fill:none" }, svg),
+    );
+    if (best !== null) make("line", { class: "cursor", x1: x(tokens[best]), x2: x(tokens[best]), y1: top, y2: height - bottom }, svg);
+    const dots = lines.map((_, index) => make("circle", { class: `s${index}`, r: 4.5, visibility: "hidden" }, svg));
+    return {
+      height,
+      start: best === null ? 0 : best,
+      at: (px) => tokens.reduce((near, item, index) => (Math.abs(x(item) - px) < Math.abs(x(tokens[near]) - px) ? index : near), 0),
+      move: (index, key) =>
+        ({ ArrowLeft: Math.max(0, index - 1), ArrowRight: Math.min(tokens.length - 1, index + 1), Home: 0, End: tokens.length - 1 })[key],
+      show(index) {
+        dots.forEach((dot, line) => {
+          for (const [name, value] of [["cx", x(tokens[index])], ["cy", y(lines[line].values[index])], ["visibility", "visible"]])
+            dot.setAttribute(name, value);
+        });
+        const told = lines.map((line) => `${line.name} ${digits(line.values[index])}`).join(" · ");
+        const before = steps.tokens.filter((item) => item <= tokens[index]).length - 1;
+        const trained = before < 0 ? "" : ` · training loss ${digits(steps.values[before])}`;
+        return `After ${tokens[index].toLocaleString("en")} tokens${index === best ? " (saved)" : ""}: ${told}${trained}.`;
+      },
+    };
+  }
+
   /* ------------------------------------------------------------------------------------------- strip */
 
   function wireStrip() {
@@ -308,6 +361,11 @@
     chart(host, hint, drawCurves);
     if (data.curves.length > 1) legend(host, data.curves.map((curve, index) => [`s${index}`, curve.name]));
     chart(document.getElementById("heatmap"), hint, drawHeatmap);
+  }
+  if (data.training) {
+    const host = document.getElementById("training");
+    chart(host, hint, drawTraining);
+    legend(host, [...data.training.lines.map((line, index) => [`s${index}`, line.name]), ["gate", "training loss"]]);
   }
   if (data.gates) {
     const host = document.getElementById("gates");

@@ -1,0 +1,99 @@
+"""The page of a comparison: what it says, that it loads nothing, and that it fits and can be read."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from browser import EXECUTABLE, Page, browser
+from comparison_inputs import comparison
+from foldgpt.report import as_markdown, write_comparison
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_comparison(comparison(), tmp_path_factory.mktemp("comparison"))["html"]
+
+
+def text_of(page: str) -> str:
+    body = re.sub(r"<style\b.*?</style>", " ", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
+
+
+def test_it_says_who_is_better_and_who_is_not(path: Path) -> None:
+    text = text_of(path.read_text("utf-8"))
+    for part in (
+        "tiny-llama 6 runs",
+        "gates 113.0 M 85.0 M 226.0 MB 61.1 44.5 % 85.6 % 55.9 % 24.5 % 6 min 1.22×",
+        "gates −4.30 [−5.60, −3.10] better +0.50 [−1.00, +2.00] unclear",
+        "gates + sharing † −5.40 [−6.00, −5.00] other budget +1.00 [+0.50, +2.00] other budget",
+        "gates + recovery −3.50 [−3.90, −3.00] better +1.50 [+0.40, +2.60] better",
+        "chance 50.0 % 25.0 %",
+        "bi's, by more than 1.0 %: gates + sharing: −5.00 %.",
+        "the same 1,000,000 tokens",
+        "4, 5, 14 and 16–18",
+    ):
+        assert part in text
+
+
+def test_markdown_tables_are_tables() -> None:
+    tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", as_markdown(comparison()), re.MULTILINE)]
+    assert [len(table) for table in tables] == [9, 6, 10]
+    for table in tables:
+        assert len({line.count("|") for line in table}) == 1
+
+
+in_browser = pytest.mark.skipif(
+    EXECUTABLE is None, reason="no chromium or google-chrome on the path to show the page in"
+)
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    with browser() as shown:
+        yield shown
+
+
+@in_browser
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1200, 390])
+def test_it_loads_without_complaint_and_fits(width: int, dark: bool, page: Page, path: Path) -> None:
+    page.complaints.clear()
+    page.requests.clear()
+    page.open(path, width=width, dark=dark)
+    assert page.complaints == []
+    assert len(page.requests) == 1 and page.requests[0].startswith("file:")
+    assert page.run("document.documentElement.scrollWidth") <= width
+
+
+@in_browser
+def test_intervals_lie_where_they_say(page: Page, path: Path) -> None:
+    page.open(path)
+    places = page.run(
+        """[...document.querySelector(".intervals").querySelectorAll(".task")].map((row) => {
+          const track = row.querySelector(".track").getBoundingClientRect();
+          const bar = row.querySelector(".interval").getBoundingClientRect();
+          return [row.querySelector(".task-name").textContent, bar.left < track.left + track.width / 2,
+                  bar.right > track.left + track.width / 2, bar.right <= track.right + 1];
+        })"""
+    )
+    assert places == [
+        # Far worse: cut at the edge, and still on the page.
+        ["random", False, True, True],
+        ["gates", True, False, True],
+        ["gates + sharing †", True, False, True],
+        ["gates + recovery", True, False, True],
+    ]
+
+
+@in_browser
+def test_rows_lead_to_their_reports(page: Page, path: Path) -> None:
+    page.open(path)
+    links = page.run(
+        "[...document.querySelectorAll('table')[0].querySelectorAll('a')].map((a) => a.getAttribute('href'))"
+    )
+    assert links == [f"{method.run}/report.html" for method in comparison().methods if method.run]
