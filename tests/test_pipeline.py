@@ -21,6 +21,7 @@ from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Recipe
 from foldgpt.run_folder import open_run
 from foldgpt.workbench import Workbench
+from models import token_ids
 from run_inputs import tiny_recipe, tiny_source, tiny_text
 
 STAGES = ["analysis", "plan", "fold", "source", "evaluation", "figures", "report"]
@@ -313,6 +314,28 @@ def test_what_starts_at_zero_is_compensated_and_measured_as_removed(
     assert one.perplexity is not None and other.perplexity is not None
     assert other.perplexity.value == one.perplexity.value
     assert one.size.unique_parameters < other.size.unique_parameters < 1.1 * one.size.unique_parameters
+
+
+@pytest.mark.parametrize("start", ["hard", "zero"])
+def test_a_plan_that_asks_for_a_fit_is_fitted_when_it_is_folded(
+    inputs: tuple[Path, Path], tmp_path: Path, start: str
+) -> None:
+    share = {"method": "adjacent", "rank": 2, "scales": True, "start": start, "donor": "mean"}
+    bench = Workbench(Recipe.from_dict(tiny_recipe(*inputs, share=share)))
+    plan = steps.make_plan(bench, steps.make_analysis(bench))
+    plain = steps.make_folded(bench, plan, tmp_path / "plain")
+    fitted = plan.model_copy(update={"fitting": bench.fitting})
+    verification = steps.make_folded(bench, fitted, tmp_path / "fitted")
+    assert verification.num_parameters == plain.num_parameters
+    report = json.loads((tmp_path / "fitted" / "sharing.json").read_text())
+    assert {member["block"] for member in report["members"]} == {b for g in plan.groups for b in g.fitted_members}
+    assert any(member["kept"] for member in report["members"])
+    ids = token_ids(bench.source.model)
+    logits = [AutoModelForCausalLM.from_pretrained(tmp_path / name)(ids).logits for name in ("plain", "fitted")]
+    assert not torch.allclose(*logits, atol=1e-2)
+    changed = fitted.model_copy(update={"fitting": bench.fitting.model_copy(update={"fingerprint": "other"})})
+    with pytest.raises(PlanError, match=r"is not what it was .* set its fitting to null"):
+        steps.make_folded(bench, changed, tmp_path / "changed")
 
 
 def test_a_model_too_large_for_memory_is_analysed_but_not_folded(recipe: Recipe, tmp_path: Path) -> None:

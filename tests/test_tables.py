@@ -134,7 +134,8 @@ def test_groups_with_private_terms_are_told_one_by_one() -> None:
         Group(blocks=(8, 9), donor="mean", sublayers=("mlp",), ranks={"mlp.up_proj": 4, "mlp.down_proj": (8, 2)}),
     ]
     assert plan_strip(plan(groups=groups)).plain.splitlines()[-2:] == [
-        "          B  attention and MLP of block 5, borrowed at 4, 6, starting at zero; private: norms, scales, rank 16",
+        "          B  attention and MLP of block 5, borrowed at 4, 6, starting at zero; private: norms, scales, "
+        "rank 16",
         "          C  MLP of blocks 8, 9, donor mean; private: norms, rank 4 on mlp.up_proj, rank 8/2 on mlp.down_proj",
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ from foldgpt.corpus import OwnText, Windows, calibration_windows
 from foldgpt.errors import ArtifactError, PlanError
 from foldgpt.evaluation import Evaluation, Measured, Subject, evaluate
 from foldgpt.families import Decoder, decoder_of
-from foldgpt.folding import Verification, fold_, predicted_parameters, save_folded, source_model_of
+from foldgpt.folding import GroupFit, Verification, fold_, predicted_parameters, save_folded, source_model_of
 from foldgpt.plan import CalibrationText, Compensation, FoldPlan, Group
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoveryResult, packed_windows, recover
 from foldgpt.run_folder import ANALYSIS
 from foldgpt.selection import MEASURED, Request, Selection, number_to_remove, select
-from foldgpt.sharing import adjacent_groups, zero_started_groups
+from foldgpt.sharing import adjacent_groups, fit_sharing, sharing_replay, zero_started_groups
 from foldgpt.sources import load_source, resolve
 from foldgpt.workbench import Workbench
 
@@ -134,11 +135,21 @@ def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool
     source = bench.take_source()
     expected = predicted_parameters(source.model, plan)
     notes: dict[str, Any] = {}
+    fits: Mapping[int, GroupFit] = {}
+    own = OwnText(lambda: source.model, source.tokenizer, bench.fingerprint)
+    # What is fitted aims at the source, so that is recorded before compensation changes it.
+    recorded = None
+    if plan.fitting is not None:
+        recorded = sharing_replay(source.model, _windows_of(plan.fitting, source.tokenizer, own).ids)
     if plan.compensation is not None:
-        own = OwnText(lambda: source.model, source.tokenizer, bench.fingerprint)
         compensated = _compensate_(source.model, plan, plan.compensation, source.tokenizer, own)
         notes["compensation.json"] = compensated.to_json_dict()
-    fold_(source.model, plan)
+    if recorded is not None:
+        note("fitting shared weights and private terms")
+        fitted = fit_sharing(source.model, plan, recorded.ids_WT, replay=recorded)
+        notes["sharing.json"] = fitted.to_json_dict()
+        fits = fitted.fits
+    fold_(source.model, plan, fits)
     note("saving and verifying the folded model")
     return save_folded(
         source.model,

@@ -322,7 +322,7 @@ def _group_line(group: Group) -> str:
     else:
         line = f"{what} of blocks {_listed(group.blocks)}, donor {group.donor}"
         line += "" if group.owner is None else f" ({group.owner})"
-    private = [*group.private]
+    private: list[str] = [*group.private]
     if isinstance(group.ranks, int):
         private += [f"rank {group.ranks}"] if group.ranks else []
     else:

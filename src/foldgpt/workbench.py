@@ -14,7 +14,7 @@ from foldgpt.analysis import CalibrationIdentity
 from foldgpt.corpus import OwnText, Windows, calibration_windows, evaluation_windows
 from foldgpt.errors import FoldGPTError, UsageError, did_you_mean
 from foldgpt.evaluation import Suite, load_suite
-from foldgpt.plan import Compensation, explain
+from foldgpt.plan import Compensation, Fitting, explain
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings
@@ -101,14 +101,23 @@ class Workbench:
     @property
     def compensation(self) -> Compensation:
         """What a plan records, so that folding can compensate on the calibration text."""
+        return Compensation(**self._calibration_text)
+
+    @property
+    def fitting(self) -> Fitting:
+        """What a plan records, so that folding can fit groups on the calibration text."""
+        return Fitting(**self._calibration_text)
+
+    @property
+    def _calibration_text(self) -> dict[str, Any]:
         section = self.recipe.calibration
-        return Compensation(
-            texts=tuple(section.texts),
-            context=section.context,
-            num_tokens=section.num_tokens,
-            seed=self.recipe.seed,
-            fingerprint=self.calibration.fingerprint,
-        )
+        return {
+            "texts": tuple(section.texts),
+            "context": section.context,
+            "num_tokens": section.num_tokens,
+            "seed": self.recipe.seed,
+            "fingerprint": self.calibration.fingerprint,
+        }
 
     def selection_ids(self) -> Tensor:
         """Calibration windows for selectors that measure, [W, T]: the first ones; they are in random order."""

@@ -1,6 +1,7 @@
-"""Who shares with whom."""
+"""Who shares with whom, and what they share."""
 
 from foldgpt.sharing.adjacent import adjacent_groups
+from foldgpt.sharing.fit import fit_sharing, sharing_replay
 from foldgpt.sharing.zero_started import zero_started_groups
 
-__all__ = ["adjacent_groups", "zero_started_groups"]
+__all__ = ["adjacent_groups", "fit_sharing", "sharing_replay", "zero_started_groups"]
