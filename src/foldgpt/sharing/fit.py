@@ -146,6 +146,13 @@ def fit_sharing(
     return _Fitting(replay or sharing_replay(model, ids_WT), plan, aligned).run()
 
 
+def split(replay: Replay) -> tuple[list[slice], list[slice]]:
+    """The micro-batches that are fitted on, and those that fits are judged on."""
+    batches = list(replay.batches())
+    num_held = max(1, round(len(batches) * _HELD_OUT))
+    return batches[:-num_held], batches[-num_held:]
+
+
 class _Fitting:
     def __init__(self, replay: Replay, plan: FoldPlan, aligned: bool) -> None:
         self.replay = replay
@@ -155,9 +162,7 @@ class _Fitting:
         self.start = plan.at_start
         self.student = Student(replay, _absent(self.start))
         self.absent = _absent(plan)
-        batches = list(replay.batches())
-        num_held = max(1, round(len(batches) * _HELD_OUT))
-        self.fitted, self.held = batches[:-num_held], batches[-num_held:]
+        self.fitted, self.held = split(replay)
         self.shared: dict[int, Shared | None] = {}
         self.members: dict[int, dict[int, MemberFit]] = {number: {} for number in range(len(plan.groups))}
         self.reports: list[MemberReport] = []

@@ -58,19 +58,67 @@ def shared_weights(replay: Replay, group: Group, batches: Sequence[slice], *, al
     Raises:
         UnsupportedModelError: the layers are not all linear, or the sublayers not known.
     """
-    decoder = replay.decoder
-    linears = linears_of(decoder, group.holder, group.sublayers)
+    linears = linears_of(replay.decoder, group.holder, group.sublayers)
     wants_moments = group.giver is None or any(
         group.rank_of(linear.name, block) for linear in linears if not linear.writes for block in group.blocks
     )
     if not wants_moments:
         return Shared({linear.name: _leaf(replay, group.holder, linear.name) for linear in linears}, {}, made=False)
+    members = _members(replay, group, batches, aligned)
+    layers = _layers(replay, group, linears, members, batches)
+    reading: dict[int, dict[str, LowRank]] = {}
+    for block in group.fitted_members:
+        terms = {
+            linear.name: _missing(members[block], linear.name, layers[linear.name], group.rank_of(linear.name, block))
+            for linear in linears
+            if not linear.writes and group.rank_of(linear.name, block)
+        }
+        reading[block] = terms
+    return Shared(layers, reading, made=group.giver is None)
+
+
+@torch.no_grad()
+def missing_spectra(
+    replay: Replay, group: Group, batches: Sequence[slice], *, aligned: bool = True
+) -> dict[tuple[int, str], Tensor]:
+    """What each further rank of a low-rank term would account for, for every shared layer of every fitted member.
+
+    Args and errors as in `shared_weights`.
+
+    Returns:
+        (source index, layer) → the share of the layer's mean squared output, falling, fp64 [K].
+    """
+    linears = linears_of(replay.decoder, group.holder, group.sublayers)
+    members = _members(replay, group, batches, aligned)
+    layers = _layers(replay, group, linears, members, batches)
+    found: dict[tuple[int, str], Tensor] = {}
+    for block in group.fitted_members:
+        for linear in linears:
+            own, second = members[block].weight(linear.name), members[block].second(linear.name)
+            missing = spectrum(own - weight_of(layers[linear.name]).double(), second).energies_K
+            whole = ((own @ second.double()) * own).sum().clamp_min(torch.finfo(torch.float64).tiny)
+            found[block, linear.name] = missing / whole
+    return found
+
+
+def _members(replay: Replay, group: Group, batches: Sequence[slice], aligned: bool) -> dict[int, _Member]:
+    """The members in the order of the one that holds the shared weights."""
     moments = {block: _moments(replay, block, group.sublayers, batches) for block in group.blocks}
     orders: dict[int, Mapping[str, Order]] = {group.holder: {}}
     for block in group.blocks:
         if block != group.holder:
-            orders[block] = align(decoder, group.holder, block, moments, group.sublayers) if aligned else {}
-    members = {block: _Member(replay, block, orders[block], moments[block]) for block in group.blocks}
+            orders[block] = align(replay.decoder, group.holder, block, moments, group.sublayers) if aligned else {}
+    return {block: _Member(replay, block, orders[block], moments[block]) for block in group.blocks}
+
+
+def _layers(
+    replay: Replay,
+    group: Group,
+    linears: Sequence[Linear],
+    members: Mapping[int, _Member],
+    batches: Sequence[slice],
+) -> dict[str, nn.Module]:
+    """The shared layers: the giver's own, or made of all members'."""
     layers: dict[str, nn.Module] = {}
     for linear in linears:
         own = _leaf(replay, group.holder, linear.name)
@@ -87,15 +135,7 @@ def shared_weights(replay: Replay, group: Group, batches: Sequence[slice], *, al
         for linear in linears:
             if linear.writes:
                 layers[linear.name] = _refitted(replay, group, linear, linears, layers, batches)
-    reading: dict[int, dict[str, LowRank]] = {}
-    for block in group.fitted_members:
-        terms = {
-            linear.name: _missing(members[block], linear.name, layers[linear.name], group.rank_of(linear.name, block))
-            for linear in linears
-            if not linear.writes and group.rank_of(linear.name, block)
-        }
-        reading[block] = terms
-    return Shared(layers, reading, made=group.giver is None)
+    return layers
 
 
 @dataclass(frozen=True)

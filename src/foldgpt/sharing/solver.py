@@ -1,0 +1,295 @@
+"""From a size to a plan: how many blocks to remove and how many to let share, decided by measuring.
+
+Which way to spend a budget is best differs from model to model and from size to size, and no cheap score has been
+found to tell. So the solver lays out the ways, makes each as it would be folded, compensation and fits included, and
+compares KL(source ‖ folded) on windows that nothing was fitted on. Pure removal is among the ways, and so is the fixed
+recipe 'remove some, let neighbours share in pairs'; neither can be better than what is chosen, on those windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foldgpt.compensation import compensate, merge_
+from foldgpt.errors import UnsupportedModelError, UsageError
+from foldgpt.families import Decoder
+from foldgpt.folding import predicted_parameters
+from foldgpt.plan import Compensation, Fitting, FoldPlan, Group, SourceModel
+from foldgpt.progress import note
+from foldgpt.replay import Replay
+from foldgpt.sharing.adjacent import adjacent_groups
+from foldgpt.sharing.distance import SharingCost
+from foldgpt.sharing.fit import fit_sharing, sharing_replay, split
+from foldgpt.sharing.partition import Partition, contiguous, merged
+from foldgpt.sharing.ranks import output_ranks, ranks_for
+from foldgpt.sharing.zero_started import zero_started_groups
+
+#: Blocks at most between two that share, among the kept ones.
+_REACH = 2
+#: Tokens at most on which pairs are measured: they are many, and only their order counts.
+_PAIR_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to spend the budget, measured.
+
+    Attributes:
+        name: what it does, in words.
+        num_removed: blocks removed without a trace.
+        num_at_zero: removed blocks that keep a position, which borrows weights.
+        num_shared: blocks that give up their own weights for those of a group.
+        parameters: of the whole model.
+        kl: mean KL(source ‖ folded) in nats per token, on held-out windows.
+        plan: the plan.
+    """
+
+    name: str
+    num_removed: int
+    num_at_zero: int
+    num_shared: int
+    parameters: int
+    kl: float
+    plan: FoldPlan
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Figures and groups, without the plan itself."""
+        return {
+            "name": self.name,
+            "num_removed": self.num_removed,
+            "num_at_zero": self.num_at_zero,
+            "num_shared": self.num_shared,
+            "parameters": self.parameters,
+            "kl": self.kl,
+            "removed": list(self.plan.removed),
+            "groups": [list(group.blocks) for group in self.plan.groups],
+        }
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What the solver found.
+
+    Attributes:
+        best: the candidate with the least KL.
+        candidates: all that were measured, in the order in which they were.
+        num_held_out: tokens that they were compared on.
+    """
+
+    best: Candidate
+    candidates: tuple[Candidate, ...]
+    num_held_out: int
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """What a plan says of where it comes from."""
+        return {
+            "chosen": self.best.name,
+            "num_held_out": self.num_held_out,
+            "candidates": [candidate.to_json_dict() for candidate in self.candidates],
+        }
+
+
+@torch.no_grad()
+def solve(
+    model: nn.Module,
+    source: SourceModel,
+    ids_WT: Tensor,
+    limit: int,
+    removal: Callable[[int], Sequence[int]],
+    *,
+    compensation: Compensation | None = None,
+    fitting: Fitting | None = None,
+) -> Solution:
+    """Find the best of several ways to bring a model down to a number of parameters.
+
+    Args:
+        model: the source, not folded; it is as it was afterwards.
+        source: how plans name it.
+        ids_WT: calibration windows, int64 [W, T].
+        limit: parameters that the whole model may have.
+        removal: number of blocks → which to remove if so many are.
+        compensation: what plans say of compensation; None for none.
+        fitting: what plans say of the text that groups are fitted on.
+
+    Raises:
+        UsageError: no removal brings the model down to the limit, or there are fewer than two windows.
+    """
+    return _Solver(model, source, ids_WT, limit, removal, compensation, fitting).run()
+
+
+class _Solver:
+    def __init__(
+        self,
+        model: nn.Module,
+        source: SourceModel,
+        ids_WT: Tensor,
+        limit: int,
+        removal: Callable[[int], Sequence[int]],
+        compensation: Compensation | None,
+        fitting: Fitting | None,
+    ) -> None:
+        self.model = model
+        self.source = source
+        self.limit = limit
+        self.compensation = compensation
+        self.fitting = fitting
+        self.removal = removal
+        self.replay = sharing_replay(model, ids_WT)
+        self.decoder: Decoder = self.replay.decoder
+        self.fitted, self.held = split(self.replay)
+        #: The source on the windows that compensation is fitted on.
+        self.for_fits = Replay(model, ids_WT[: self.fitted[-1].stop], batch_size=self.replay.batch_size)
+        self.candidates: list[Candidate] = []
+
+    def run(self) -> Solution:
+        fewest = self._fewest()
+        self._measure(f"remove {fewest}", removed=self.removal(fewest))
+        self._at_zero(fewest)
+        self._at_zero(fewest + 1)
+        for shared in dict.fromkeys((1, (fewest + 1) // 2, fewest)):
+            self._fixed_pairs(fewest, shared)
+            self._measured_pairs(fewest, shared)
+            self._measured_pairs(fewest + 1, shared)
+        best = min(self.candidates, key=lambda candidate: candidate.kl)
+        tokens = sum(rows.stop - rows.start for rows in self.held) * self.replay.ids_WT.shape[1]
+        return Solution(best, tuple(self.candidates), tokens)
+
+    def _fewest(self) -> int:
+        """The fewest blocks whose removal meets the limit."""
+        for number in range(len(self.decoder.blocks)):
+            if self._parameters(self._plan(self.removal(number))) <= self.limit:
+                return number
+        raise UsageError(f"no removal of blocks brings the model to {self.limit:,} parameters; one block must stay")
+
+    # ------------------------------------------------------------------------------------------- the ways
+
+    def _at_zero(self, number: int) -> None:
+        """Removed blocks keep their positions, and what the budget leaves pays for their private terms."""
+        removed = self.removal(number) if number < len(self.decoder.blocks) else ()
+        kept = [index for index in range(len(self.decoder.blocks)) if index not in removed]
+        for norms in ("own", "owner"):
+            groups = tuple(
+                group.model_copy(update={"norms": norms}) for group in zero_started_groups(self.decoder, kept, removed)
+            )
+            started = {block for group in groups for block in group.started_at_zero}
+            rest = sorted(set(removed) - started)
+            left = self.limit - self._parameters(self._plan(rest, groups))
+            if not groups or left < 0:
+                return
+            try:
+                groups = output_ranks(self.replay, groups, left)
+            except UnsupportedModelError:  # sublayers that nothing can be fitted for, such as experts
+                return
+            self._measure(f"remove {number}, keep their positions with {norms} norms", rest, groups)
+
+    def _fixed_pairs(self, number: int, shared: int) -> None:
+        """The fixed recipe: neighbours in pairs around the middle of what is kept, the first one's weights."""
+        removed = self.removal(number - shared)
+        kept = [index for index in range(len(self.decoder.blocks)) if index not in removed]
+        pairs = middle(adjacent_groups(self.decoder, kept, size=2), kept, shared)
+        if len(pairs) == shared:
+            self._measure(f"remove {number - shared}, share {shared} adjacent pairs", removed, pairs, fits=False)
+
+    def _measured_pairs(self, number: int, shared: int) -> None:
+        """Groups chosen by measured costs, least-squares donors, and what the budget leaves for private terms."""
+        if not 0 <= number - shared < len(self.decoder.blocks) - 1:
+            return
+        removed = self.removal(number - shared)
+        kept = [index for index in range(len(self.decoder.blocks)) if index not in removed]
+        try:
+            found = self._partition(kept, shared)
+            for private in (("norms", "scales"), ("norms",)):
+                groups = tuple(
+                    Group.model_validate({"blocks": blocks, "donor": "least_squares", "private": private})
+                    for blocks in found.groups
+                )
+                left = self.limit - self._parameters(self._plan(removed, groups))
+                if left >= 0:
+                    groups = ranks_for(self.replay, groups, left, self.fitted)
+                    name = f"remove {number - shared}, share {shared} in measured groups, fitted"
+                    self._measure(name, removed, groups)
+                    return
+        except (UsageError, UnsupportedModelError):  # too few of one kind, or nothing that can be fitted
+            return
+
+    def _partition(self, kept: Sequence[int], shared: int) -> Partition:
+        """The cheapest groups, found either way, in which so many blocks give up their own weights."""
+        found = []
+        for search in (contiguous, merged):
+            try:
+                found.append(search(kept, self._pair_costs, [1] * len(self.decoder.blocks), shared))
+            except UsageError:
+                continue
+        if not found:
+            raise UsageError(f"no groups of these blocks let {shared} of them share")
+        return min(found, key=lambda partition: partition.cost)
+
+    @cached_property
+    def _pair_costs(self) -> Tensor:
+        """Measured costs of pairs, for all candidates: of the source's blocks, whatever is removed elsewhere."""
+        tokens = self.replay.ids_WT.shape[1] * self.replay.batch_size
+        cost = SharingCost(self.replay, num_batches=max(1, _PAIR_TOKENS // tokens))
+        return cost.pairs(range(len(self.decoder.blocks)), reach=_REACH)
+
+    # ------------------------------------------------------------------------------------------- measuring
+
+    def _plan(self, removed: Sequence[int], groups: Sequence[Group] = ()) -> FoldPlan:
+        at_zero = any(group.start == "zero" for group in groups)
+        return FoldPlan.create(
+            self.source,
+            removed=removed,
+            groups=groups,
+            compensation=self.compensation if removed or at_zero else None,
+            fitting=self.fitting if groups else None,
+        )
+
+    def _parameters(self, plan: FoldPlan) -> int:
+        # A least-squares donor has the size of any other.
+        return predicted_parameters(self.model, plan)
+
+    def _measure(self, name: str, removed: Sequence[int], groups: Sequence[Group] = (), *, fits: bool = True) -> None:
+        plan = self._plan(removed, groups)
+        if not fits:
+            plan = plan.model_copy(update={"fitting": None})
+        with self._compensated(plan):
+            kl = fit_sharing(self.model, plan, self.replay.ids_WT, replay=self.replay).kl
+        at_zero = sum(len(group.started_at_zero) for group in groups)
+        shared = sum(len(group.blocks) - 1 for group in groups if group.start == "hard")
+        self.candidates.append(Candidate(name, len(plan.removed), at_zero, shared, self._parameters(plan), kl, plan))
+        note(f"{name}: KL {kl:.4f}")
+
+    @contextmanager
+    def _compensated(self, plan: FoldPlan) -> Iterator[None]:
+        """The model with what is removed compensated, fitted on the windows that nothing is judged on."""
+        start = plan.at_start
+        if plan.compensation is None:
+            yield
+            return
+        corrections = compensate(self.model, start, self.for_fits.ids_WT, replay=self.for_fits)
+        prefixes = tuple(f"{self.decoder.blocks_path}.{index}." for index in corrections)
+        changed = {name: p for name, p in self.model.named_parameters() if prefixes and name.startswith(prefixes)}
+        own = {name: parameter.clone() for name, parameter in changed.items()}
+        try:
+            merge_(self.model, corrections)
+            yield
+        finally:
+            for name, parameter in changed.items():
+                parameter.copy_(own[name])
+
+
+def middle(groups: Sequence[Group], kept: Sequence[int], number: int) -> tuple[Group, ...]:
+    """The groups nearest to the middle of the kept blocks, in order of depth."""
+    centre = (len(kept) - 1) / 2
+    place = {block: position for position, block in enumerate(kept)}
+
+    def distance(group: Group) -> float:
+        return abs(sum(place[block] for block in group.blocks) / len(group.blocks) - centre)
+
+    return tuple(sorted(sorted(groups, key=distance)[:number], key=lambda group: group.blocks))

@@ -1,0 +1,93 @@
+"""From a size to a plan: what is chosen is the best of what was measured, and what was measured is true."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from foldgpt.errors import UsageError
+from foldgpt.families import decoder_of
+from foldgpt.folding import fold_, predicted_parameters, source_model_of
+from foldgpt.sharing.adjacent import adjacent_groups
+from foldgpt.sharing.fit import fit_sharing
+from foldgpt.sharing.solver import Solution, middle, solve
+from models import tiny_model, token_ids
+
+ORDER = [4, 3, 2, 1, 5, 0]
+
+
+def limit_of(model: Any, size: float) -> int:
+    """The whole model's parameters with that fraction of those in blocks."""
+    total = sum(p.numel() for p in model.parameters())
+    return total - round((1 - size) * sum(p.numel() for p in decoder_of(model).blocks.parameters()))
+
+
+def solved(model: Any, size: float, ids: torch.Tensor) -> Solution:
+    return solve(model, source_model_of(model), ids, limit_of(model, size), lambda number: ORDER[:number])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("size", [0.83, 0.6])
+@torch.no_grad()
+def test_the_choice_is_the_best_and_fits_the_budget(family: str, size: float) -> None:
+    model = tiny_model(family)
+    ids = token_ids(model, (16, 16))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = solved(model, size, ids)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    kinds = {(c.num_removed > 0, c.num_at_zero > 0, c.num_shared > 0) for c in found.candidates}
+    assert {(True, False, False), (False, True, False)} <= kinds
+    assert any(shared for _, _, shared in kinds)
+    assert found.best.kl == min(candidate.kl for candidate in found.candidates)
+    for candidate in found.candidates:
+        assert candidate.parameters == predicted_parameters(model, candidate.plan) <= limit_of(model, size)
+    held = ids[-found.num_held_out // 16 :]
+    theirs = model(input_ids=held, use_cache=False).logits.double().log_softmax(-1)
+    for candidate in found.candidates:
+        folded = copy.deepcopy(model)
+        fold_(folded, candidate.plan, fit_sharing(model, candidate.plan, ids).fits)
+        ours = folded(input_ids=held, use_cache=False).logits.double().log_softmax(-1)
+        assert candidate.kl == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=5e-3)
+        assert sum(p.numel() for p in folded.parameters()) == candidate.parameters
+
+
+@torch.no_grad()
+def test_removal_wins_where_blocks_do_nothing() -> None:
+    model = tiny_model("llama")
+    for index in (3, 4):
+        block = decoder_of(model).blocks[index]
+        block.self_attn.o_proj.weight.zero_()
+        block.mlp.down_proj.weight.zero_()
+    found = solved(model, 0.67, token_ids(model, (16, 16)))
+    assert found.best.name == "remove 2" and found.best.kl < 1e-6
+
+
+@torch.no_grad()
+def test_sharing_wins_where_blocks_are_alike() -> None:
+    model = tiny_model("llama")
+    blocks = decoder_of(model).blocks
+    for one, other in ((1, 2), (3, 4)):
+        norms = {name: p.clone() for name, p in blocks[other].named_parameters() if "norm" in name}
+        blocks[other].load_state_dict(blocks[one].state_dict())
+        for name, value in norms.items():
+            blocks[other].get_parameter(name).copy_(value)
+    found = solved(model, 0.67, token_ids(model, (16, 16)))
+    assert found.best.num_shared == 2 and found.best.num_removed == 0
+    assert {group.blocks for group in found.best.plan.groups} == {(1, 2), (3, 4)}
+    assert found.best.kl < 0.01
+
+
+def test_a_size_that_cannot_be_met_is_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(UsageError, match="one block must stay"):
+        solve(model, source_model_of(model), token_ids(model, (16, 16)), 10, lambda number: ORDER[:number])
+
+
+def test_pairs_stand_around_the_middle() -> None:
+    decoder = decoder_of(tiny_model("llama"))
+    groups = adjacent_groups(decoder, range(6), size=2)
+    assert [group.blocks for group in middle(groups, range(6), 1)] == [(2, 3)]
+    assert [group.blocks for group in middle(groups, range(6), 3)] == [(0, 1), (2, 3), (4, 5)]
