@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("",),  # the package itself: it imports nothing but `autoload` until a name is asked for
     ("plan",),
     ("recipe",),
-    ("families",),
+    ("families", "attention"),
     ("modeling",),
     ("folding", "demo"),
     ("sources",),

@@ -19,16 +19,18 @@ from transformers import AutoModelForCausalLM
 
 from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError, UsageError
+from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.objectives import Head, cosine_distance, cross_entropy, forward_kl, relative_error
 from foldgpt.plan import FoldPlan, Group
-from foldgpt.recovery import DivergenceError, RecoverySettings, TrainingWindows, recover
+from foldgpt.recovery import DivergenceError, RecoverySettings, TrainingWindows, make_trainable_, recover
+from foldgpt.recovery.common import common_blocks, first_changed
 from foldgpt.recovery.distillation import Distillation
 from foldgpt.recovery.states import Body, aligned_blocks
 from foldgpt.recovery.teacher import Teacher, cache_states
 from foldgpt.recovery.trainer import RecoveryTrainer
 from foldgpt.recovery.windows import places_in_documents
-from models import tiny_model
+from models import CONFIGS, tiny_model
 from recovery_case import tiny_pair, tiny_recovery, tiny_windows
 
 HERE = Path(__file__).parent
@@ -122,6 +124,69 @@ def test_states_are_aligned_by_source_index() -> None:
     assert aligned_blocks(plan, "cuts") == [(0, 1), (2, 4)]
     without = FoldPlan.create(plan.source, removed=[1], removed_mlp=[3])
     assert aligned_blocks(without, "cuts") == [(0, 1), (2, 3)]
+
+
+def test_what_folding_changed_first() -> None:
+    source = tiny_pair()[2].source
+
+    def first(**changes: Any) -> int:
+        return first_changed(FoldPlan.create(source, **changes))
+
+    assert first(removed=[3, 4]) == 2  # block 2 stands before the cut
+    assert first(removed=[0]) == 0 and first(removed=[5]) == 4 and first() == 0
+    assert first(removed=[4], removed_mlp=[2]) == 2 and first(removed=[1], removed_mlp=[2]) == 0
+    assert first(removed=[4], groups=[Group(blocks=(1, 5))]) == 1
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_blocks_in_common_run_once_and_change_nothing(family: str) -> None:
+    """Losses and gradients of the student that goes on from the teacher's stream are those of the whole student."""
+    teacher = tiny_model(family)
+    plan = FoldPlan.create(source_model_of(teacher), removed=[4])
+    student = copy.deepcopy(teacher)
+    fold_(student, plan)
+    settings = RecoverySettings(train_blocks="behind", states=1.0, rank=2)
+    head = Head(student)
+    make_trainable_(student, plan, settings)
+    common = common_blocks(student, teacher, plan)
+    assert common == 3
+    taught = Teacher(teacher, [4], common)
+    module = Distillation(student, settings, head, taught.head, [3], common)
+    ids = tiny_windows(2, seed=4)
+    theirs = taught.states(ids)
+    assert theirs.entry_BTH is not None and len(theirs.between) == 1
+    calls = []
+    skipped = decoder_of(student).blocks[1]
+    handle = skipped.register_forward_hook(lambda block, *_: calls.append(vars(block).get("forward")))
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    results = []
+    for entry in (None, theirs.entry_BTH):
+        sums = module(ids, ids, None, theirs.last_BTH, theirs.between, entry)
+        results.append([sums["loss"], *torch.autograd.grad(sums["loss"], trained)])
+    handle.remove()
+    assert calls[0] is None and calls[1] is not None, "the second time the block was passed over"
+    assert all("forward" not in vars(block) for block in decoder_of(student).blocks)
+    for whole, rest in zip(*results, strict=True):
+        torch.testing.assert_close(rest, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_that_are_trained_or_differ_are_not_in_common() -> None:
+    teacher = tiny_model("llama")
+    plan = FoldPlan.create(source_model_of(teacher), removed=[4])
+
+    def common(settings: RecoverySettings, change: str = "") -> int:
+        student = copy.deepcopy(teacher)
+        fold_(student, plan)
+        with torch.no_grad():
+            dict(student.named_parameters()).get(change, torch.zeros(1)).add_(1e-3)
+        make_trainable_(student, plan, settings)
+        return common_blocks(student, teacher, plan)
+
+    behind = RecoverySettings(train_blocks="behind")
+    assert common(behind) == 3 and common(RecoverySettings()) == 0
+    assert common(RecoverySettings(rank=0, norms=False, train_fully="cuts")) == 3
+    assert common(behind, "model.layers.1.mlp.up_proj.weight") == 1
+    assert common(behind, "model.embed_tokens.weight") == 0
 
 
 def test_a_student_that_lost_nothing_has_no_loss(tmp_path: Path) -> None:
@@ -297,6 +362,31 @@ def test_the_teacher_may_be_read_from_a_file(tmp_path: Path) -> None:
     assert first == second
     assert first == pytest.approx(fresh, rel=2e-2)  # bf16
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_holds_the_stream_in_front_of_the_cut(tmp_path: Path, dtype: torch.dtype) -> None:
+    """A model in fp32 does not go on from a stream rounded to bf16: the loss would not be that of the saved model."""
+    losses = []
+    for name in ("fresh", "cached"):
+        teacher = tiny_model("llama").to(dtype)
+        plan = FoldPlan.create(source_model_of(teacher), removed=[4])
+        student = copy.deepcopy(teacher)
+        fold_(student, plan)
+        result = recover(
+            student,
+            teacher,
+            plan,
+            TrainingWindows(tiny_windows(8, seed=1)),
+            TrainingWindows(tiny_windows(4, seed=2)),
+            RecoverySettings(batch_size=4, rank=2, train_blocks="behind"),
+            tmp_path / name,
+            teacher_cache=None if name == "fresh" else tmp_path / "cache",
+        )
+        losses.append(list(step_losses(result.history).values()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3 if dtype == torch.bfloat16 else 2e-2)
+    (file,) = (tmp_path / "cache").iterdir()
+    assert file.stat().st_size == 8 * 16 * 32 * 2 * 2
 
 
 def test_the_cache_is_of_one_teacher_and_one_text(tmp_path: Path) -> None:

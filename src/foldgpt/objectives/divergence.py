@@ -87,8 +87,8 @@ def cross_entropy_loss(head: Head, hidden_RH: Tensor, targets_R: Tensor) -> Tens
 
 
 def chunk_rows(head: Head) -> int:
-    """Rows whose logits are made at once."""
-    return max(1, _CHUNK_BYTES // (4 * head.vocab_size))
+    """Rows whose logits are made at once: a power of two, which products of matrices like."""
+    return 1 << max(0, (_CHUNK_BYTES // (4 * head.vocab_size)).bit_length() - 1)
 
 
 def _kl_rows(teacher_RV: Tensor, student_RV: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class Distillation(nn.Module):
         head: the student's head, made before LoRA was attached.
         teacher_head: the teacher's; None where nothing is compared with it.
         behind: positions of the blocks behind which states are compared.
+        common: how many blocks, from the first on, are the teacher's own and are not trained.
     """
 
     def __init__(
@@ -37,13 +38,14 @@ class Distillation(nn.Module):
         head: Head,
         teacher_head: Head | None,
         behind: Sequence[int] = (),
+        common: int = 0,
     ) -> None:
         super().__init__()
         self.student = student
         self._settings = settings
         self._head = head
         self._teacher_head = teacher_head
-        self._body = Body(student, behind)
+        self._body = Body(student, behind, common)
         # By these FSDP knows the blocks.
         self._no_split_modules = sorted({type(block).__name__ for block in decoder_of(student).blocks})
 
@@ -54,6 +56,7 @@ class Distillation(nn.Module):
         positions: Tensor | None = None,
         teacher_last: Tensor | None = None,
         teacher_between: Sequence[Tensor] = (),
+        teacher_entry: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Losses on a batch.
 
@@ -63,12 +66,13 @@ class Distillation(nn.Module):
             positions: places in the documents, or None.
             teacher_last: the teacher's last hidden states, [B, T, H].
             teacher_between: its states that those behind the student's blocks are compared with.
+            teacher_entry: its stream behind the common blocks; without it the student runs them itself.
 
         Returns:
             "loss", the weighted sum, with a gradient, and each loss by itself without; fp64 sums over positions.
         """
         settings = self._settings
-        found: States = self._body(input_ids, positions)
+        found: States = self._body(input_ids, positions, teacher_entry)
         targets = labels[:, 1:]
         scored = targets != IGNORED
         student_RH = _rows(found.last_BTH, scored)

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainingArguments
 
 from foldgpt.artifacts import check_free
+from foldgpt.attention import attention_in_tiles
 from foldgpt.errors import UsageError
 from foldgpt.folding import save_folded
 from foldgpt.objectives import Head
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note, quiet_libraries
 from foldgpt.recovery.callbacks import TimeBudget
+from foldgpt.recovery.common import common_blocks
 from foldgpt.recovery.distillation import Distillation
 from foldgpt.recovery.result import Ended, RecoveryResult
 from foldgpt.recovery.settings import RecoverySettings
@@ -95,20 +97,23 @@ def recover(
 
     num_parameters = sum(parameter.numel() for parameter in student.parameters())
     head = Head(student)
-    taught = None
-    if teacher is not None and settings.needs_teacher:
-        taught = Teacher(teacher.to(args.device), [source for _, source in pairs])
-    cache = _cache(taught, train, teacher_cache, settings, is_main=is_main)
     num_trained = make_trainable_(student, plan, settings)
+    taught, common = None, 0
+    if teacher is not None and settings.needs_teacher:
+        common = common_blocks(student, teacher, plan)
+        pairs = [(position, source) for position, source in pairs if position >= common]
+        taught = Teacher(teacher.to(args.device), [source for _, source in pairs], common)
+    with attention_in_tiles(teacher):
+        cache = _cache(taught, train, teacher_cache, settings, is_main=is_main)
     if settings.gradient_checkpointing:
         _checkpointing_(student, True)
     teacher_head = None if taught is None else taught.head
-    module = Distillation(student, settings, head, teacher_head, [position for position, _ in pairs])
+    module = Distillation(student, settings, head, teacher_head, [position for position, _ in pairs], common)
     budget = None if settings.minutes is None else TimeBudget(settings.minutes)
     callbacks: list[Any] = [] if budget is None else [budget]
     if settings.patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.patience))
-    with quiet_libraries():
+    with quiet_libraries(), attention_in_tiles(student, teacher):
         trainer = RecoveryTrainer(
             module, args, train=train, held_out=held_out, teacher=taught, cache=cache, callbacks=callbacks
         )

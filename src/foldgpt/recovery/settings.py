@@ -11,6 +11,7 @@ from foldgpt.objectives import Divergence
 _CHOICES: dict[str, tuple[str, ...]] = {
     "divergence": ("forward", "reverse", "skewed"),
     "states_at": ("cuts", "all"),
+    "train_blocks": ("all", "behind"),
     "train_fully": ("none", "cuts"),
 }
 
@@ -51,6 +52,9 @@ class RecoverySettings:
     """Train the scales and low-rank terms that positions have beside shared weights."""
     scale_rate: float = 1.0
     """Learning rate of those scales, and of the norms that stand for them, as a multiple of `learning_rate`."""
+    train_blocks: Literal["all", "behind"] = "all"
+    """Train all blocks, or only the first one that folding changed (as a rule the one before the first cut) and those
+    behind it. The others are the teacher's own then, and are run once for both."""
     train_fully: Literal["none", "cuts"] = "none"
     """Train the blocks on both sides of each cut in full instead of by LoRA."""
     learning_rate: float = 1e-3

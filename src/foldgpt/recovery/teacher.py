@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import tempfile
 from collections.abc import Sequence
@@ -24,21 +25,24 @@ class Teacher:
     Args:
         model: the source; its parameters are not changed.
         behind: source indices of the blocks behind which states are wanted.
+        common: how many blocks, from the first on, are the student's as well; the stream behind them is wanted too.
 
     Attributes:
         head: its head.
     """
 
-    def __init__(self, model: nn.Module, behind: Sequence[int] = ()) -> None:
+    def __init__(self, model: nn.Module, behind: Sequence[int] = (), common: int = 0) -> None:
         self.model = model.eval()
         self.head = Head(model)
-        self.behind = tuple(behind)
-        self._body = Body(model, behind)
+        self.common = common
+        self.behind = ((common - 1,) if common else ()) + tuple(behind)
+        self._body = Body(model, self.behind)
 
     @torch.no_grad()
     def states(self, ids_BT: Tensor, positions_BT: Tensor | None = None) -> States:
         """Its states on token ids [B, T]."""
-        return self._body(ids_BT, positions_BT)
+        found = self._body(ids_BT, positions_BT)
+        return _with_entry(found.last_BTH, found.between) if self.common else found
 
 
 class CachedStates:
@@ -50,9 +54,11 @@ class CachedStates:
     Args:
         path: the file, as `cache_states` made it.
         shape: W, S, T, H: windows, states of a window (the last hidden ones first), tokens, channels.
+        has_entry: whether the second state of a window is the one behind the common blocks.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int, int]) -> None:
+    def __init__(self, path: Path, shape: tuple[int, int, int, int], *, has_entry: bool = False) -> None:
+        self._has_entry = has_entry
         # Numpy has no bf16: the same bits as int16.
         self._table = np.memmap(path, dtype=np.int16, mode="r", shape=shape)
 
@@ -60,7 +66,11 @@ class CachedStates:
         """States of some windows, by number, in the teacher's format."""
         rows = torch.from_numpy(self._table[windows.cpu().numpy()]).view(torch.bfloat16).to(device, dtype)
         last, *between = rows.unbind(1)
-        return States(last, tuple(between))
+        if not self._has_entry:
+            return States(last, tuple(between))
+        found = _with_entry(last, between)
+        # Rounded to bf16 it is not what a model in another format would go on with.
+        return found if dtype == torch.bfloat16 else dataclasses.replace(found, entry_BTH=None)
 
 
 def cache_states(
@@ -81,14 +91,15 @@ def cache_states(
     hidden = teacher.head.hidden_size
     shape = (len(ids_WT), 1 + len(teacher.behind), ids_WT.shape[1], hidden)
     parts = [weights_fingerprint(teacher.model), ids_fingerprint(ids_WT), list(teacher.behind), list(shape)]
-    path = folder / f"{hash_of([*parts, positions_WT is not None])[:32]}.states"
+    has_entry = teacher.common > 0
+    path = folder / f"{hash_of([*parts, positions_WT is not None, has_entry])[:32]}.states"
     if not path.is_file():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _write(teacher, ids_WT, positions_WT, path, shape, batch_size)
         except OSError as error:
             raise ArtifactError(f"cannot write {path}: {error.strerror or error}. Nothing was left behind.") from error
-    return CachedStates(path, shape)
+    return CachedStates(path, shape, has_entry=has_entry)
 
 
 def _write(
@@ -108,13 +119,19 @@ def _write(
                     rows = slice(start, start + batch_size)
                     places = None if positions_WT is None else positions_WT[rows].to(device)
                     found = teacher.states(ids_WT[rows].to(device).long(), places)
-                    table = torch.stack([found.last_BTH, *found.between], dim=1).bfloat16().cpu()
+                    entry = [] if found.entry_BTH is None else [found.entry_BTH]
+                    table = torch.stack([found.last_BTH, *entry, *found.between], dim=1).bfloat16().cpu()
                     file.write(table.contiguous().view(torch.int16).numpy().tobytes())
                     progress.advance(len(table))
             file.flush()
             staging.replace(path)
         finally:
             staging.unlink(missing_ok=True)
+
+
+def _with_entry(last_BTH: Tensor, between: Sequence[Tensor]) -> States:
+    entry_BTH, *rest = between
+    return States(last_BTH, tuple(rest), entry_BTH)
 
 
 def ids_fingerprint(ids_WT: Tensor) -> str:

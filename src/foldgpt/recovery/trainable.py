@@ -12,6 +12,7 @@ from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import decoder_of
 from foldgpt.folding import private_modules
 from foldgpt.plan import FoldPlan
+from foldgpt.recovery.common import first_changed
 from foldgpt.recovery.lora import attach_lora_, merge_lora_
 from foldgpt.recovery.masters import merge_masters_, train_
 from foldgpt.recovery.settings import RecoverySettings
@@ -41,6 +42,8 @@ def make_trainable_(student: nn.Module, plan: FoldPlan, settings: RecoverySettin
     if any(not parameter.is_floating_point() for parameter in student.parameters()):
         raise UnsupportedModelError("the model is quantised; recover the plain model, and quantise the result")
     student.requires_grad_(False)
+    first = first_changed(plan) if settings.train_blocks == "behind" else 0
+    kept = {id(module) for block in decoder.blocks[:first] for module in block.modules()}
     full: list[nn.Module] = []
     if settings.train_fully == "cuts":
         beside = blocks_beside_cuts(plan)
@@ -52,7 +55,7 @@ def make_trainable_(student: nn.Module, plan: FoldPlan, settings: RecoverySettin
         names = [
             f"{decoder.blocks_path}.{name}"
             for name, module in decoder.blocks.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D)) and id(module) not in taken
+            if isinstance(module, (nn.Linear, Conv1D)) and id(module) not in taken and id(module) not in kept
         ]
         if names:
             attach_lora_(student, names, rank=settings.rank, alpha=settings.alpha or settings.rank, seed=settings.seed)
@@ -62,7 +65,8 @@ def make_trainable_(student: nn.Module, plan: FoldPlan, settings: RecoverySettin
         raise UsageError("nothing is trained: no position has private terms; set rank or norms")
     if settings.norms:
         body = student.get_submodule(decoder.blocks_path.rpartition(".")[0])
-        train_(module for module in _norms(body) if not any(module is other for other in terms))
+        apart = kept.union(id(module) for module in terms)
+        train_(module for module in _norms(body) if id(module) not in apart)
     if settings.private_terms:
         train_(terms)
     count = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)

@@ -123,6 +123,7 @@ class RecoveryTrainer(Trainer):
         arguments: dict[str, Any] = {name: value for name, value in inputs.items() if name != "window"}
         if theirs is not None:
             arguments |= {"teacher_last": theirs.last_BTH, "teacher_between": theirs.between}
+            arguments |= {} if theirs.entry_BTH is None else {"teacher_entry": theirs.entry_BTH}
         return arguments
 
     def _clip_grad_norm(self, model: Any) -> Any:

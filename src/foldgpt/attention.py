@@ -1,0 +1,152 @@
+"""Causal attention in tiles, for CPUs on which torch's fused kernel is slow: exact, with a cheaper backward pass.
+
+Without AMX tiles torch's fused kernel for bf16 takes a quarter of a small model's forward pass, and its backward pass
+more than twice that. Here the queries go through in tiles of 64; each tile meets the keys up to its own end only, in
+ordinary matrix products, and grouped-query heads share them. Scores and softmax are in fp32, as in the fused kernel.
+Nothing of size tokens × tokens is kept: the backward pass makes the probabilities again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+_NAME = "foldgpt_tiles"
+#: Queries in a tile: few enough to leave out most of what is masked, enough for an efficient product.
+_TILE = 64
+
+
+@contextmanager
+def attention_in_tiles(*models: nn.Module | None) -> Iterator[None]:
+    """Let models use this attention meanwhile, where it is the faster one; a model that asked for another keeps it.
+
+    It stands in for torch's fused kernel on CPUs without AMX. Calls that it is not made for (a mask, dropout, decoding,
+    other formats than bf16, other devices) go to that kernel as before.
+    """
+    changed: list[Any] = []
+    if not torch.cpu._is_amx_tile_supported():
+        changed = [model for model in models if model is not None and _uses_sdpa(model)]
+    for model in changed:
+        model.set_attn_implementation(_NAME)
+    try:
+        yield
+    finally:
+        for model in changed:
+            model.set_attn_implementation("sdpa")
+
+
+def _uses_sdpa(model: Any) -> bool:
+    parts = [module.config for module in model.modules() if hasattr(module, "set_attn_implementation")]
+    return all(config._attn_implementation == "sdpa" for config in parts)
+
+
+def tiled_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it.
+
+    Args:
+        module: the attention module.
+        query: [B, heads, T, D].
+        key: [B, key heads, T, D].
+        value: [B, key heads, T, E].
+        attention_mask: None where the only mask is the causal one.
+        dropout: share of probabilities that is dropped.
+        scaling: what scores are multiplied by; 1 / √D by default.
+        is_causal: whether a query sees only keys up to its own place; by default what the module says.
+        more: what other implementations understand.
+
+    Returns:
+        [B, T, heads, E], and None in place of the probabilities.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    fits = (
+        query.device.type == "cpu"
+        and query.dtype == key.dtype == value.dtype == torch.bfloat16
+        and attention_mask is None
+        and not dropout
+        and causal
+        and query.shape[2] == key.shape[2] > 1
+        and not any(more.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
+    )
+    if not fits:
+        found: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **more
+        )
+        return found
+    output: Tensor = _Tiles.apply(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+class _Tiles(torch.autograd.Function):
+    """Shape suffixes: B batch, K key heads, G queries' heads for each, T tokens, N a tile's, D and E channels."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        output = query.new_empty(*query.shape[:3], value.shape[-1])
+        value_XTE = value.flatten(0, 1)
+        for rows, probability, _ in _tiles(query, key, scaling):
+            found = probability.to(value.dtype).flatten(1, 2) @ value_XTE[:, : rows.stop]
+            output[:, :, rows] = found.view(output[:, :, rows].shape)
+        ctx.save_for_backward(query, key, value)
+        ctx.scaling = scaling
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        key_XTD, value_XTE = key.flatten(0, 1), value.flatten(0, 1)
+        grad_query = torch.empty_like(query)
+        # Each key gets a part from every tile behind it: summed in fp32.
+        grad_key = torch.zeros(key_XTD.shape, dtype=torch.float32)
+        grad_value = torch.zeros(value_XTE.shape, dtype=torch.float32)
+        for rows, probability, query_XMD in _tiles(query, key, ctx.scaling):
+            seen = slice(0, rows.stop)
+            grad_XME = grad_outputs[0][:, :, rows].reshape(len(value_XTE), -1, value.shape[-1])
+            grad_value[:, seen] += probability.to(value.dtype).flatten(1, 2).transpose(1, 2) @ grad_XME
+            inner = (grad_XME @ value_XTE[:, seen].transpose(1, 2)).view(probability.shape)
+            score = torch._softmax_backward_data(inner.float(), probability, -1, torch.float32)
+            score_XMT = score.to(key.dtype).flatten(1, 2)
+            grad_query[:, :, rows] = (score_XMT @ key_XTD[:, seen]).view(grad_query[:, :, rows].shape)
+            grad_key[:, seen] += score_XMT.transpose(1, 2) @ query_XMD
+        return (
+            grad_query.mul_(ctx.scaling),
+            grad_key.mul_(ctx.scaling).to(key.dtype).view_as(key),
+            grad_value.to(value.dtype).view_as(value),
+            None,
+        )
+
+
+def _tiles(query: Tensor, key: Tensor, scaling: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For each tile of queries: its places, probabilities fp32 [B K, G, N, keys], and queries [B K, G N, D]."""
+    tokens, size = query.shape[2:]
+    shared = key.shape[0] * key.shape[1]
+    # In fp32: rounded scores of 30 are off by a tenth, and their probabilities as well.
+    key_XDT = key.flatten(0, 1).float().transpose(1, 2)
+    future = torch.ones(_TILE, _TILE, dtype=torch.bool).triu(1)
+    for start in range(0, tokens, _TILE):
+        rows = slice(start, min(start + _TILE, tokens))
+        length = rows.stop - start
+        query_XMD = query[:, :, rows].reshape(shared, -1, size)
+        score = ((query_XMD.float() * scaling) @ key_XDT[:, :, : rows.stop]).view(shared, -1, length, rows.stop)
+        score[..., start:].masked_fill_(future[:length, :length], float("-inf"))
+        yield rows, score.softmax(-1), query_XMD
+
+
+AttentionInterface.register(_NAME, tiled_attention)
+AttentionMaskInterface.register(_NAME, sdpa_mask)
