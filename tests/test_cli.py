@@ -122,6 +122,23 @@ def test_plan_keeps_positions_that_start_at_zero(model: Path, text: Path, tmp_pa
     assert group.ranks == 2 and group.private == ("norms", "scales")
 
 
+def test_plan_finds_the_best_for_a_size_and_fold_keeps_to_it(model: Path, text: Path, tmp_path: Path) -> None:
+    made = foldgpt(
+        *("plan", model, "--text", text, *CALIBRATION, "--select", "loo", "--compensate", "none"),
+        *("--share", "auto", "--size", "0.6", "--out", tmp_path / "plan.json"),
+    )
+    assert made.exit_code == 0, made.output
+    assert "remove 3" in made.output and "adjacent pairs" in made.output
+    plan = FoldPlan.load(tmp_path / "plan.json")
+    candidates = plan.origin["candidates"]
+    best = min(candidates, key=lambda candidate: candidate["kl"])
+    assert plan.origin["chosen"] == best["name"] and plan.removed == tuple(best["removed"])
+    assert plan.fitting is None or plan.groups
+    folded = foldgpt("fold", model, "--plan", tmp_path / "plan.json", "--out", tmp_path / "folded", "-q", "--json")
+    assert folded.exit_code == 0, folded.output
+    assert json.loads(folded.stdout)["num_parameters"] == best["parameters"]
+
+
 def test_selectors_that_look_at_nothing_measure_nothing(model: Path, tmp_path: Path) -> None:
     made = foldgpt(
         "plan",
@@ -187,6 +204,15 @@ def test_json_is_alone_on_standard_output(model: Path, text: Path, tmp_path: Pat
             ["plan", "MODEL", "--start", "zero", "--out", "OUT"],
             2,
             "rank, scales and start say how blocks share weights",
+        ),
+        (["plan", "MODEL", "--share", "auto", "--out", "OUT"], 2, "auto needs a size"),
+        (["plan", "MODEL", "--share", "adjacent", "--size", "0.7", "--out", "OUT"], 2, "other methods read none"),
+        (["plan", "MODEL", "--share", "auto", "--size", "small", "--out", "OUT"], 2, "'small' is not a size"),
+        (["plan", "MODEL", "--share", "auto", "--size", "0.7", "--remove", "2", "--out", "OUT"], 2, "leave select.rem"),
+        (
+            ["plan", "MODEL", "--share", "auto", "--size", "0.7", "--rank", "2", "--out", "OUT"],
+            2,
+            "chooses rank itself",
         ),
         (["fold", "MODEL", "--plan", "missing.json", "--out", "OUT"], 1, "plan not found: missing.json"),
         (["eval", "MODEL", "--perplexity", "TEXT", "--context", "1", "--out", "OUT"], 2, "evaluate.context"),

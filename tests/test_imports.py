@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # autoload reaches modeling by name, later
     ("allocator", "artifacts", "counts", "progress", "environment", "autoload"),
     ("",),  # the package itself: it imports nothing but `autoload` until a name is asked for
-    ("plan",),
+    ("plan", "sizes"),
     ("recipe",),
     ("families", "attention"),
     ("modeling",),

@@ -36,6 +36,7 @@ from foldgpt.options import (
     Seed,
     Select,
     ShareMethod,
+    Size,
     Start,
     Texts,
     Tokens,
@@ -119,6 +120,7 @@ def plan(
     remove_ratio: RemoveRatio = None,
     compensate: Compensate = None,
     share: ShareMethod = None,
+    size: Size = None,
     group_size: GroupSize = None,
     donor: Donor = None,
     rank: Rank = None,
@@ -141,7 +143,7 @@ def plan(
         from foldgpt import steps
         from foldgpt.artifacts import check_free
         from foldgpt.selection import ANALYSIS_FREE
-        from foldgpt.tables import plan_strip
+        from foldgpt.tables import candidates_table, plan_strip
         from foldgpt.workbench import Workbench
 
         check_free(out, replace=overwrite)
@@ -156,7 +158,7 @@ def plan(
             calibration=_calibration(text, context, tokens),
             select={"method": select, "remove": remove, "remove_ratio": remove_ratio},
             compensate={"method": compensate},
-            share=_share(share, group_size, donor, rank, scales, start),
+            share=_share(share, size, group_size, donor, rank, scales, start),
         )
         bench = Workbench(recipe)
         measured = None
@@ -170,6 +172,8 @@ def plan(
             _print_json(made.to_json_dict())
         else:
             _print(plan_strip(made))
+            if "candidates" in made.origin:
+                _print(candidates_table(made))
             _print_paths([out])
 
 
@@ -392,6 +396,7 @@ def run(
     remove_ratio: RemoveRatio = None,
     compensate: Compensate = None,
     share: ShareMethod = None,
+    size: Size = None,
     group_size: GroupSize = None,
     donor: Donor = None,
     rank: Rank = None,
@@ -424,19 +429,21 @@ def run(
             "calibration": _calibration(text, context, tokens),
             "select": {"method": select, "remove": remove, "remove_ratio": remove_ratio},
             "compensate": {"method": compensate},
-            "share": _share(share, group_size, donor, rank, scales, start),
+            "share": _share(share, size, group_size, donor, rank, scales, start),
             "recover": {"num_tokens": recover_tokens},
         }
         whole = _recipe(**changes) if recipe is None else Recipe.load(recipe).changed(**changes)
 
         from foldgpt import pipeline
-        from foldgpt.tables import comparison_table, plan_strip, protocol_lines, task_table
+        from foldgpt.tables import candidates_table, comparison_table, plan_strip, protocol_lines, task_table
 
         result = pipeline.run(whole, out, overwrite=overwrite)
         if as_json:
             _print_json(result.evaluation.to_dict())
         else:
             _print(plan_strip(result.plan))
+            if "candidates" in result.plan.origin:
+                _print(candidates_table(result.plan))
             _print(comparison_table(result.evaluation))
             if result.evaluation.folded.tasks:
                 _print(task_table(result.evaluation))
@@ -613,6 +620,7 @@ def _calibration(text: list[str] | None, context: int | None, tokens: int | None
 
 def _share(
     method: str | None,
+    size: str | None,
     group_size: int | None,
     donor: str | None,
     rank: int | None,
@@ -621,6 +629,7 @@ def _share(
 ) -> dict[str, Any]:
     return {
         "method": method,
+        "size": size,
         "group_size": group_size,
         "donor": donor,
         "rank": rank,

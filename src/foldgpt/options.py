@@ -37,7 +37,21 @@ Compensate = Annotated[
     str | None,
     typer.Option(help="none, or linear: the block before each cut takes over what it can.", show_default="linear"),
 ]
-ShareMethod = Annotated[str | None, typer.Option("--share", help="none or adjacent.", show_default="none")]
+ShareMethod = Annotated[
+    str | None,
+    typer.Option(
+        "--share",
+        help="none, adjacent, or auto: measure what to remove and what to share, and take the best.",
+        show_default="none",
+    ),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        help="With --share auto: a fraction of the blocks' parameters (0.7), parameters (95M) or bytes (200MB).",
+        show_default=False,
+    ),
+]
 GroupSize = Annotated[int | None, typer.Option(help="Blocks that share one set of weights.", show_default="2")]
 Donor = Annotated[
     str | None, typer.Option(help="Shared weights: first, last or mean of the members.", show_default="first")

@@ -12,6 +12,7 @@ from foldgpt.artifacts import write_text
 from foldgpt.counts import count
 from foldgpt.errors import ArtifactError, UsageError, did_you_mean
 from foldgpt.plan import SUBLAYERS, Sublayer, explain
+from foldgpt.sizes import size
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -78,8 +79,12 @@ class Compensate(_Section):
 class Share(_Section):
     """Which blocks share weights, and what each has beside them."""
 
-    method: Literal["none", "adjacent"] = "none"
-    """How groups are made."""
+    method: Literal["none", "adjacent", "auto"] = "none"
+    """How groups are made. auto: removal, positions that borrow and groups are measured, and the best is taken; it
+    needs a size, which takes the place of select.remove."""
+    size: float | int | str | None = None
+    """For auto: what the folded model may have, as a fraction of the parameters in blocks (0.7), as parameters of the
+    whole model (95M), or as bytes of its weights (200MB)."""
     group_size: int = Field(default=2, ge=2)
     """Blocks in a group."""
     sublayers: list[Sublayer] = Field(default=list(SUBLAYERS), min_length=1)
@@ -98,6 +103,14 @@ class Share(_Section):
     def _some_method(self) -> Self:
         if self.method == "none" and (self.rank or self.scales or self.start != "hard"):
             raise ValueError("rank, scales and start say how blocks share weights, but method is none")
+        if (self.size is not None) != (self.method == "auto"):
+            raise ValueError("size and method auto go together: auto needs a size, and other methods read none")
+        if self.size is not None:
+            size(self.size)
+        if self.method == "auto":
+            for name in ("group_size", "sublayers", "donor", "rank", "scales", "start"):
+                if getattr(self, name) != type(self).model_fields[name].get_default():
+                    raise ValueError(f"method auto chooses {name} itself; leave it out")
         return self
 
 
@@ -217,6 +230,15 @@ class Recipe(_Section):
     """What is measured."""
     compare: Compare = Compare()
     """What is put side by side by `foldgpt compare`; a run by itself does not read it."""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.share.method == "auto":
+            if self.select.remove is not None or self.select.remove_ratio is not None:
+                raise ValueError("share.size says how small the model gets; leave select.remove and remove_ratio out")
+            if self.select.sublayers:
+                raise ValueError("share.method auto is for whole blocks; switch select.sublayers off")
+        return self
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:

@@ -21,8 +21,17 @@ from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoveryResult, packed_windows, recover
 from foldgpt.run_folder import ANALYSIS
-from foldgpt.selection import MEASURED, Request, Selection, number_to_remove, select
-from foldgpt.sharing import adjacent_groups, fit_sharing, sharing_replay, zero_started_groups
+from foldgpt.selection import (
+    MEASURED,
+    Request,
+    Selection,
+    number_for_target,
+    number_to_remove,
+    parameters_of,
+    select,
+)
+from foldgpt.sharing import adjacent_groups, fit_sharing, limit_of, sharing_replay, solve, zero_started_groups
+from foldgpt.sizes import size
 from foldgpt.sources import load_source, resolve
 from foldgpt.workbench import Workbench
 
@@ -73,6 +82,9 @@ def make_plan(bench: Workbench, analysis: Analysis | None, checkpoint: Path | No
         origin["calibration"] = bench.calibration_identity.model_dump(mode="json")
     elif analysis is not None and analysis.calibration is not None:
         origin["calibration"] = analysis.calibration.model_dump(mode="json")
+    limit = None if recipe.share.size is None else limit_of(source.model, size(recipe.share.size))
+    if limit is not None:
+        request = replace(request, num_remove=number_for_target(parameters_of(source.model), limit))
     selection = select(section.method, request)
     origin |= {
         "selector": selection.method,
@@ -80,6 +92,8 @@ def make_plan(bench: Workbench, analysis: Analysis | None, checkpoint: Path | No
         "removal_order": list(selection.order),
         "report": dict(selection.report),
     }
+    if limit is not None:
+        return _solved(bench, selection, limit, compensation, origin)
     removes_anything = selection.removed or selection.removed_attention or selection.removed_mlp
     groups = _groups(recipe, decoder, selection)
     # What starts at zero was selected for removal; it has a position all the same.
@@ -96,6 +110,39 @@ def make_plan(bench: Workbench, analysis: Analysis | None, checkpoint: Path | No
         compensation=compensation if removes_anything else None,
         origin=origin,
     )
+
+
+def _solved(
+    bench: Workbench, selection: Selection, limit: int, compensation: Compensation | None, origin: dict[str, Any]
+) -> FoldPlan:
+    """The best of several ways to bring the model down to a number of parameters.
+
+    Args:
+        bench: the inputs.
+        selection: what would be removed if nothing were shared.
+        limit: parameters of the whole model.
+        compensation: what the plan says of compensation.
+        origin: what the plan says of where it comes from; the candidates are added.
+    """
+    source = bench.source
+    order = [*selection.order, *selection.least_needed()]
+
+    def removal(number: int) -> tuple[int, ...]:
+        if number == len(selection.removed):
+            return selection.removed
+        return tuple(sorted(list(dict.fromkeys(order))[:number]))
+
+    solution = solve(
+        source.model,
+        source_model_of(source.model, name=bench.recipe.model, revision=source.revision),
+        bench.calibration.ids,
+        limit,
+        removal,
+        compensation=compensation,
+        fitting=bench.fitting,
+    )
+    plan = solution.best.plan
+    return plan.model_copy(update={"origin": {**origin, "size": bench.recipe.share.size, **solution.to_json_dict()}})
 
 
 def _compensation(bench: Workbench) -> Compensation | None:

@@ -261,6 +261,26 @@ def verification_lines(verification: Verification) -> Text:
     )
 
 
+def candidates_table(plan: FoldPlan) -> Table:
+    """The ways to spend a budget that were measured for a plan, best first; the first one is the plan.
+
+    Args:
+        plan: one whose `origin` holds "candidates".
+    """
+    table = Table()
+    table.add_column("candidate")
+    for heading in ("removed", "at zero", "shared", "parameters", "KL"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for candidate in sorted(plan.origin["candidates"], key=lambda entry: entry["kl"]):
+        table.add_row(
+            candidate["name"],
+            *(str(candidate[name]) for name in ("num_removed", "num_at_zero", "num_shared")),
+            millions(candidate["parameters"]),
+            f"{candidate['kl']:.4f}",
+        )
+    return table
+
+
 Fate = int | Literal["kept", "removed"]
 
 

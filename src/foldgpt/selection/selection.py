@@ -127,6 +127,11 @@ class Selection:
     removed_mlp: tuple[int, ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict)
 
+    def least_needed(self) -> list[int]:
+        """All units from the one that can best be missed on, as far as the scores tell."""
+        scores = self.scores or ()
+        return sorted(range(len(scores)), key=lambda unit: (scores[unit], unit))
+
 
 Selector = Callable[[Request], Selection]
 

@@ -2,6 +2,7 @@
 
 from foldgpt.sharing.adjacent import adjacent_groups
 from foldgpt.sharing.fit import fit_sharing, sharing_replay
+from foldgpt.sharing.solver import limit_of, solve
 from foldgpt.sharing.zero_started import zero_started_groups
 
-__all__ = ["adjacent_groups", "fit_sharing", "sharing_replay", "zero_started_groups"]
+__all__ = ["adjacent_groups", "fit_sharing", "limit_of", "sharing_replay", "solve", "zero_started_groups"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from foldgpt.compensation import compensate, merge_
 from foldgpt.errors import UnsupportedModelError, UsageError
-from foldgpt.families import Decoder
+from foldgpt.families import Decoder, decoder_of
 from foldgpt.folding import predicted_parameters
 from foldgpt.plan import Compensation, Fitting, FoldPlan, Group, SourceModel
 from foldgpt.progress import note
@@ -30,6 +30,7 @@ from foldgpt.sharing.fit import fit_sharing, sharing_replay, split
 from foldgpt.sharing.partition import Partition, contiguous, merged
 from foldgpt.sharing.ranks import output_ranks, ranks_for
 from foldgpt.sharing.zero_started import zero_started_groups
+from foldgpt.sizes import Size
 
 #: Blocks at most between two that share, among the kept ones.
 _REACH = 2
@@ -94,6 +95,23 @@ class Solution:
             "num_held_out": self.num_held_out,
             "candidates": [candidate.to_json_dict() for candidate in self.candidates],
         }
+
+
+def limit_of(model: nn.Module, size: Size) -> int:
+    """The parameters that a whole model of a size may have; bytes are counted in the dtype it is loaded in.
+
+    Args:
+        model: the source.
+        size: of the folded model.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if size.unit == "parameters":
+        return int(size.value)
+    if size.unit == "bytes":
+        stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        return int(size.value * total / stored)
+    in_blocks = sum(parameter.numel() for parameter in decoder_of(model).blocks.parameters())
+    return total - round((1 - size.value) * in_blocks)
 
 
 @torch.no_grad()
