@@ -1,11 +1,17 @@
 """Time and peak memory of one recovery step, beside the same step written plainly and plain forward passes.
 
-- recovery: the step of `foldgpt.recovery`: teacher and student pass, fused KL, backward, AdamW on LoRA terms.
-- plain: transformers' Trainer and peft as one would write it: full logits of both models and `F.kl_div`.
+- recovery: the step of `foldgpt.recovery`: teacher and student pass, fused KL, backward, AdamW on LoRA terms in all
+  blocks; attention in tiles where that is used (CPUs without AMX).
+- torch_attention: the same with torch's fused attention.
+- half: the same as recovery, scored at half of the positions.
+- behind: LoRA in the block before the first cut and behind it (`train_blocks="behind"`).
+- cached: the same with the teacher's states read from a file (`teacher_cache`).
+- plain: transformers' Trainer and peft as one would write it: LoRA everywhere, full logits of both models and
+  `F.kl_div`.
 - forward: one pass of the source to its logits on the same tokens, without gradients.
 
-The three take turns in one process, so that the machine's moods hit all of them. Peak memory is that of a process
-which does nothing but its own side. Without a model, a random one of SmolLM2-135M's shape is used.
+All take turns in one process, so that the machine's moods hit all of them. Peak memory is that of a process which does
+nothing but its own side. Without a model, a random one of SmolLM2-135M's shape is used.
 
     python benchmarks/recovery_step.py --model demo:smollm2-135m --remove 13-18
 """
@@ -22,8 +28,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -32,18 +39,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import write_json, write_text
+from foldgpt.attention import attention_in_tiles
 from foldgpt.environment import describe_environment
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.objectives import Head
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import be_quiet
 from foldgpt.recovery import RecoverySettings, TrainingWindows, make_trainable_
-from foldgpt.recovery.distillation import Distillation
-from foldgpt.recovery.teacher import Teacher
+from foldgpt.recovery.common import common_blocks
+from foldgpt.recovery.distillation import IGNORED, Distillation
+from foldgpt.recovery.teacher import Teacher, cache_states
 from foldgpt.recovery.trainer import RecoveryTrainer
 from foldgpt.sources import DTYPES, load_source
 
-SIDES = ("recovery", "plain", "forward")
+SIDES = ("recovery", "torch_attention", "half", "behind", "cached", "plain", "forward")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -72,8 +81,8 @@ def main() -> None:
         return
     # First, while this process holds no model.
     memory = {side: _peak_of(side) for side in SIDES}
-    with tempfile.TemporaryDirectory() as folder:
-        steps = {side: prepare(side, arguments, Path(folder)) for side in SIDES}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as until_end:
+        steps = {side: prepare(side, arguments, Path(folder), until_end) for side in SIDES}
         seconds: dict[str, list[float]] = {side: [] for side in SIDES}
         for repeat in range(arguments.repeats + 1):
             for side, step in steps.items():
@@ -91,17 +100,17 @@ def main() -> None:
         "seconds": seconds,
         "median_seconds": median,
         "peak_memory_gb": memory,
-        "recovery_in_forward_passes": median["recovery"] / median["forward"],
-        "recovery_over_plain_time": median["recovery"] / median["plain"],
-        "recovery_over_plain_memory": memory["recovery"] / memory["plain"],
+        "in_forward_passes": {side: median[side] / median["forward"] for side in SIDES},
+        "over_plain_time": {side: median[side] / median["plain"] for side in SIDES},
+        "over_plain_memory": {side: memory[side] / memory["plain"] for side in SIDES},
     }
     write_json(arguments.out / f"{arguments.name}.json", result)
     write_text(arguments.out / f"{arguments.name}.md", as_markdown(result))
     print(as_markdown(result))
 
 
-def prepare(side: str, arguments: argparse.Namespace, folder: Path) -> Callable[[], None]:
-    """What one repeat of a side does."""
+def prepare(side: str, arguments: argparse.Namespace, folder: Path, until_end: ExitStack) -> Callable[[], None]:
+    """What one repeat of a side does; what has to hold until then is put on `until_end`."""
     torch.manual_seed(arguments.seed)
     source = load(arguments)
     vocabulary = source.config.get_text_config().vocab_size
@@ -126,13 +135,27 @@ def prepare(side: str, arguments: argparse.Namespace, folder: Path) -> Callable[
         disable_tqdm=True,
     )
     batch = {"input_ids": ids, "labels": ids}
-    if side == "recovery":
-        settings = RecoverySettings(rank=arguments.rank, norms=False)
-        head, teacher = Head(student), Teacher(source)
+    if side != "plain":
+        attention = nullcontext() if side == "torch_attention" else attention_in_tiles(student, source)
+        until_end.enter_context(attention)  # each side has models of its own
+        train_blocks: Literal["all", "behind"] = "behind" if side in ("behind", "cached") else "all"
+        settings = RecoverySettings(rank=arguments.rank, norms=False, train_blocks=train_blocks)
+        head = Head(student)
         make_trainable_(student, plan, settings)
+        common = common_blocks(student, source, plan)
+        teacher = Teacher(source, common=common)
         windows = TrainingWindows(ids.cpu())
+        cache = cache_states(teacher, ids, folder, batch_size=len(ids)) if side == "cached" else None
+        batch["window"] = torch.arange(len(ids))
+        if side == "half":
+            batch["labels"] = ids.masked_fill(torch.arange(arguments.context) % 2 == 0, IGNORED)
         trainer: Trainer = RecoveryTrainer(
-            Distillation(student, settings, head, teacher.head), args, train=windows, held_out=windows, teacher=teacher
+            Distillation(student, settings, head, teacher.head, common=common),
+            args,
+            train=windows,
+            held_out=windows,
+            teacher=teacher,
+            cache=cache,
         )
     else:
         config = LoraConfig(r=arguments.rank, lora_alpha=arguments.rank, target_modules="all-linear")
@@ -197,8 +220,8 @@ def _peak_of(side: str) -> float:
 
 
 def _measure_memory(arguments: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        step = prepare(arguments.memory_of, arguments, Path(folder))
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as until_end:
+        step = prepare(arguments.memory_of, arguments, Path(folder), until_end)
         for _ in range(2):  # AdamW's states are there from the first step on
             step()
     if arguments.device == "cpu":
@@ -219,16 +242,14 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"{config['model'] or 'random weights of SmolLM2-135M in shape'}, {config['dtype']}, blocks {config['remove']} "
         f"removed, LoRA of rank {config['rank']}, {result['tokens']:,} tokens; medians of {config['repeats']}.",
         "",
-        "| | seconds | peak memory, GB |",
-        "|---|---|---|",
+        "| | seconds | forward passes | of the plain step's time | peak memory, GB | of the plain step's |",
+        "|---|---|---|---|---|---|",
         *(
-            f"| {side} | {result['median_seconds'][side]:.3f} | {result['peak_memory_gb'][side]:.2f} |"
+            f"| {side} | {result['median_seconds'][side]:.3f} | {result['in_forward_passes'][side]:.2f} | "
+            f"{result['over_plain_time'][side]:.0%} | {result['peak_memory_gb'][side]:.2f} | "
+            f"{result['over_plain_memory'][side]:.0%} |"
             for side in SIDES
         ),
-        "",
-        f"A recovery step takes {result['recovery_in_forward_passes']:.2f} forward passes, "
-        f"{result['recovery_over_plain_time']:.0%} of the plain step's time and "
-        f"{result['recovery_over_plain_memory']:.0%} of its memory.",
         "",
         f"{environment['gpu'] if config['device'] != 'cpu' else environment['cpu']}, {environment['torch_threads']} "
         f"threads, torch {environment['torch']}, transformers {environment['transformers']}, {environment['date']}.",
