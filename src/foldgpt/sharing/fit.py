@@ -143,7 +143,10 @@ def fit_sharing(
         UsageError: fewer than two windows, or windows of another model.
         UnsupportedModelError: what a block does with its sublayers' outputs is not known.
     """
-    return _Fitting(replay or sharing_replay(model, ids_WT), plan, aligned).run()
+    replay = replay or sharing_replay(model, ids_WT)
+    if replay.model is not model:
+        raise UsageError("the replay is of another copy of the model; blocks are called through it")
+    return _Fitting(replay, plan, aligned).run()
 
 
 def split(replay: Replay) -> tuple[list[slice], list[slice]]:
