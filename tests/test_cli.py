@@ -203,7 +203,7 @@ def test_json_is_alone_on_standard_output(model: Path, text: Path, tmp_path: Pat
         (
             ["plan", "MODEL", "--start", "zero", "--out", "OUT"],
             2,
-            "rank, scales and start say how blocks share weights",
+            "rank, scales, fit and start say how blocks share weights",
         ),
         (["plan", "MODEL", "--share", "auto", "--out", "OUT"], 2, "auto needs a size"),
         (["plan", "MODEL", "--share", "adjacent", "--size", "0.7", "--out", "OUT"], 2, "other methods read none"),

@@ -316,6 +316,18 @@ def test_what_starts_at_zero_is_compensated_and_measured_as_removed(
     assert one.size.unique_parameters < other.size.unique_parameters < 1.1 * one.size.unique_parameters
 
 
+@pytest.mark.parametrize("donor", ["best", "least_squares"])
+def test_a_recipe_measures_and_fits_donors(inputs: tuple[Path, Path], tmp_path: Path, donor: str) -> None:
+    share = {"method": "adjacent", "scales": True, "donor": donor, "fit": True}
+    bench = Workbench(Recipe.from_dict(tiny_recipe(*inputs, share=share)))
+    plan = steps.make_plan(bench, steps.make_analysis(bench))
+    assert plan.groups and plan.fitting == bench.fitting
+    assert {group.donor for group in plan.groups} == {"owner" if donor == "best" else donor}
+    steps.make_folded(bench, plan, tmp_path / "folded")
+    with pytest.raises(UsageError, match="set fit to true"):
+        Recipe.from_dict(tiny_recipe(*inputs, share={"method": "adjacent", "donor": "least_squares"}))
+
+
 @pytest.mark.parametrize("start", ["hard", "zero"])
 def test_a_plan_that_asks_for_a_fit_is_fitted_when_it_is_folded(
     inputs: tuple[Path, Path], tmp_path: Path, start: str

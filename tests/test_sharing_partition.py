@@ -14,6 +14,7 @@ from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan, Group
 from foldgpt.replay import Replay
+from foldgpt.sharing.best_donor import with_best_donors
 from foldgpt.sharing.distance import SharingCost, weight_distances
 from foldgpt.sharing.partition import best_donor, contiguous, merged
 from models import tiny_model, token_ids
@@ -137,3 +138,17 @@ def test_distances_are_errors_of_the_outputs() -> None:
         own, other = (decoder.blocks[index].mlp.get_submodule(part)(given) for index in (3, 1))
         errors.append(float(((other - own).square() * w).sum() / (own.square() * w).sum()))
     assert float(far["mlp"][1, 3]) == pytest.approx(sum(errors) / 3, rel=1e-4)
+
+
+@torch.no_grad()
+def test_the_best_member_gives_its_weights() -> None:
+    """Blocks 1 and 3 are alike, so block 2 is never the one to give."""
+    model = tiny_model("llama")
+    blocks = decoder_of(model).blocks
+    blocks[3].load_state_dict(blocks[1].state_dict())
+    replay = Replay(model, token_ids(model, (4, 16)))
+    (group,) = with_best_donors(replay, [Group(blocks=(1, 2, 3), private=("norms", "scales"))])
+    assert group.donor == "owner" and group.owner in (1, 3) and group.private == ("norms", "scales")
+    cost = SharingCost(replay)
+    other = 4 - group.owner
+    assert cost.pair(group.owner, 2) <= cost.pair(other, 2)

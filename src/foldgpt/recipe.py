@@ -90,7 +90,10 @@ class Share(_Section):
     sublayers: list[Sublayer] = Field(default=list(SUBLAYERS), min_length=1)
     """What a group shares: attention, mlp or both."""
     donor: str = "first"
-    """How the shared weights are made: first, last or mean of the members."""
+    """How the shared weights are made: those of the first or last member, of the best one by measured KL, the mean of
+    all, or least_squares, fitted to all."""
+    fit: bool = False
+    """Fit shared weights and private terms on the calibration text when the model is folded; see docs/sharing.md."""
     rank: int = Field(default=0, ge=0)
     """Rank of the low-rank terms that each position has beside shared weights; 0 for none."""
     scales: bool = False
@@ -101,14 +104,16 @@ class Share(_Section):
 
     @model_validator(mode="after")
     def _some_method(self) -> Self:
-        if self.method == "none" and (self.rank or self.scales or self.start != "hard"):
-            raise ValueError("rank, scales and start say how blocks share weights, but method is none")
+        if self.method == "none" and (self.rank or self.scales or self.fit or self.start != "hard"):
+            raise ValueError("rank, scales, fit and start say how blocks share weights, but method is none")
+        if self.donor == "least_squares" and not self.fit:
+            raise ValueError("donor least_squares is fitted: set fit to true")
         if (self.size is not None) != (self.method == "auto"):
             raise ValueError("size and method auto go together: auto needs a size, and other methods read none")
         if self.size is not None:
             size(self.size)
         if self.method == "auto":
-            for name in ("group_size", "sublayers", "donor", "rank", "scales", "start"):
+            for name in ("group_size", "sublayers", "donor", "fit", "rank", "scales", "start"):
                 if getattr(self, name) != type(self).model_fields[name].get_default():
                     raise ValueError(f"method auto chooses {name} itself; leave it out")
         return self

@@ -18,8 +18,8 @@ from foldgpt.families import Decoder, decoder_of
 from foldgpt.folding import GroupFit, Verification, fold_, predicted_parameters, save_folded, source_model_of
 from foldgpt.plan import CalibrationText, Compensation, FoldPlan, Group
 from foldgpt.progress import note
-from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoveryResult, packed_windows, recover
+from foldgpt.replay import Replay
 from foldgpt.run_folder import ANALYSIS
 from foldgpt.selection import (
     MEASURED,
@@ -30,7 +30,15 @@ from foldgpt.selection import (
     parameters_of,
     select,
 )
-from foldgpt.sharing import adjacent_groups, fit_sharing, limit_of, sharing_replay, solve, zero_started_groups
+from foldgpt.sharing import (
+    adjacent_groups,
+    fit_sharing,
+    limit_of,
+    sharing_replay,
+    solve,
+    with_best_donors,
+    zero_started_groups,
+)
 from foldgpt.sizes import size
 from foldgpt.sources import load_source, resolve
 from foldgpt.workbench import Workbench
@@ -95,7 +103,7 @@ def make_plan(bench: Workbench, analysis: Analysis | None, checkpoint: Path | No
     if limit is not None:
         return _solved(bench, selection, limit, compensation, origin)
     removes_anything = selection.removed or selection.removed_attention or selection.removed_mlp
-    groups = _groups(recipe, decoder, selection)
+    groups = _groups(bench, decoder, selection)
     # What starts at zero was selected for removal; it has a position all the same.
     started = {block for group in groups for block in group.started_at_zero}
     return FoldPlan.create(
@@ -108,6 +116,7 @@ def make_plan(bench: Workbench, analysis: Analysis | None, checkpoint: Path | No
         removed_mlp={*selection.removed_mlp, *(started if "mlp" not in recipe.share.sublayers else ())},
         groups=groups,
         compensation=compensation if removes_anything else None,
+        fitting=bench.fitting if groups and recipe.share.fit else None,
         origin=origin,
     )
 
@@ -156,9 +165,9 @@ def _compensation(bench: Workbench) -> Compensation | None:
     return bench.compensation
 
 
-def _groups(recipe: Recipe, decoder: Decoder, selection: Selection) -> tuple[Group, ...]:
+def _groups(bench: Workbench, decoder: Decoder, selection: Selection) -> tuple[Group, ...]:
     """The groups that a recipe asks for, beside what was selected for removal."""
-    section = recipe.share
+    section = bench.recipe.share
     if section.method == "none":
         return ()
     sublayers = tuple(section.sublayers)
@@ -166,15 +175,17 @@ def _groups(recipe: Recipe, decoder: Decoder, selection: Selection) -> tuple[Gro
     if section.start == "zero":
         whole = [index for index in kept if index not in {*selection.removed_attention, *selection.removed_mlp}]
         return zero_started_groups(decoder, whole, selection.removed, sublayers=sublayers, rank=section.rank)
-    return adjacent_groups(
+    best = section.donor == "best"
+    groups = adjacent_groups(
         decoder,
         kept,
         size=section.group_size,
         sublayers=sublayers,
-        donor=section.donor,
+        donor="first" if best else section.donor,
         rank=section.rank,
         scales=section.scales,
     )
+    return with_best_donors(Replay(bench.source.model, bench.selection_ids()), groups) if best else groups
 
 
 def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool = False) -> Verification:
