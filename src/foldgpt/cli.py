@@ -23,6 +23,7 @@ from foldgpt.options import (
     Device,
     Donor,
     DType,
+    Fit,
     GroupSize,
     MaxMemory,
     Model,
@@ -123,6 +124,7 @@ def plan(
     size: Size = None,
     group_size: GroupSize = None,
     donor: Donor = None,
+    fit: Fit = None,
     rank: Rank = None,
     scales: Scales = None,
     start: Start = None,
@@ -158,7 +160,7 @@ def plan(
             calibration=_calibration(text, context, tokens),
             select={"method": select, "remove": remove, "remove_ratio": remove_ratio},
             compensate={"method": compensate},
-            share=_share(share, size, group_size, donor, rank, scales, start),
+            share=_share(share, size, group_size, donor, fit, rank, scales, start),
         )
         bench = Workbench(recipe)
         measured = None
@@ -399,6 +401,7 @@ def run(
     size: Size = None,
     group_size: GroupSize = None,
     donor: Donor = None,
+    fit: Fit = None,
     rank: Rank = None,
     scales: Scales = None,
     start: Start = None,
@@ -429,7 +432,7 @@ def run(
             "calibration": _calibration(text, context, tokens),
             "select": {"method": select, "remove": remove, "remove_ratio": remove_ratio},
             "compensate": {"method": compensate},
-            "share": _share(share, size, group_size, donor, rank, scales, start),
+            "share": _share(share, size, group_size, donor, fit, rank, scales, start),
             "recover": {"num_tokens": recover_tokens},
         }
         whole = _recipe(**changes) if recipe is None else Recipe.load(recipe).changed(**changes)
@@ -623,6 +626,7 @@ def _share(
     size: str | None,
     group_size: int | None,
     donor: str | None,
+    fit: bool | None,
     rank: int | None,
     scales: bool | None,
     start: str | None,
@@ -632,6 +636,7 @@ def _share(
         "size": size,
         "group_size": group_size,
         "donor": donor,
+        "fit": fit,
         "rank": rank,
         "scales": scales,
         "start": start,

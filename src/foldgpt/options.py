@@ -54,7 +54,17 @@ Size = Annotated[
 ]
 GroupSize = Annotated[int | None, typer.Option(help="Blocks that share one set of weights.", show_default="2")]
 Donor = Annotated[
-    str | None, typer.Option(help="Shared weights: first, last or mean of the members.", show_default="first")
+    str | None,
+    typer.Option(
+        help="Shared weights: first, last, best or mean of the members, or least_squares (with --fit).",
+        show_default="first",
+    ),
+]
+Fit = Annotated[
+    bool | None,
+    typer.Option(
+        "--fit", help="Fit shared weights and private terms on the calibration text when folding.", show_default=False
+    ),
 ]
 Rank = Annotated[
     int | None,
