@@ -59,14 +59,16 @@ class Borrowed:
         return getattr(self._holder, self._name)
 
     def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        owned = self.owned
-        weight: torch.Tensor | None = next(owned.parameters(), None)
+        owned, home = self.owned, hidden.device
+        # A linear layer has its weight itself. Looking further takes longer than all else here.
+        weight: torch.Tensor | None = owned._parameters.get("weight")
+        if weight is None:
+            weight = next(owned.parameters(), None)
         # Blocks may sit on different devices. Offloaded weights are on "meta": their hook moves the input.
-        if weight is not None and weight.device not in (hidden.device, torch.device("meta")):
-            home, away = hidden.device, weight.device
-            moved, args, kwargs = _to(away, hidden), _to(away, args), _to(away, kwargs)
-            return _to(home, owned(moved, *args, **kwargs))
-        return _to(hidden.device, owned(hidden, *args, **kwargs))
+        if weight is not None and weight.device != home and weight.device.type != "meta":
+            away = weight.device
+            hidden, args, kwargs = _to(away, hidden), _to(away, args), _to(away, kwargs)
+        return _to(home, owned(hidden, *args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -117,7 +119,7 @@ class PrivateTerms(nn.Module):
 def _to(device: torch.device, value: Any) -> Any:
     """Move the tensors in a value to a device; no copy where they are there already."""
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        return value if value.device == device else value.to(device)
     if isinstance(value, tuple):
         return tuple(_to(device, item) for item in value)
     if isinstance(value, dict):
