@@ -3,8 +3,8 @@
 The budget is a share of the parameters in blocks, met by every row. The baseline is fixed: neighbouring blocks in pairs
 around the middle, each with the first one's weights and norms of its own. Rows then change the donor, the alignment,
 the private terms and the grouping, or start at zero in place of removed blocks. Low-rank terms are paid for: such rows
-share, or remove, one block more and spend on ranks what that leaves, to the last rank that fits. Private scales are a
-few hundredths of a per cent of a block and are not paid for; the column of parameters shows them.
+share, or remove, one block more and spend on ranks what that leaves, to the last rank that fits. Private scales fit
+into the rounding of the budget, which is met to three decimals.
 
 Reported is the excess log-perplexity, ln(perplexity / the source's), and its ratio to the baseline's. Another line says
 what the pass over the calibration text for second moments costs. Each row is written when it is done; the same command
@@ -351,7 +351,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     return f"""# Sharing at equal bytes, before training
 
 {config["model"]} ({result["num_blocks"]} blocks, {config["dtype"]}), {config["ratio"]:.0%} of the parameters in blocks
-saved ({result["num_saved"]} blocks' worth): at most {result["limit"] / 1e6:.2f} M parameters, private scales aside.
+saved ({result["num_saved"]} blocks' worth): at most {result["limit"] / 1e6:.2f} M parameters.
 Fitted on {config["tokens"]:,} tokens of {" + ".join(config["text"])} in windows of {config["context"]}; removal and
 positions at zero take the blocks {config["order"]} in this order. Perplexity: {config["perplexity"]}, context \
 {config["perplexity_context"]},

@@ -13,20 +13,17 @@ from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, predicted_parameters, source_model_of
 from foldgpt.sharing.adjacent import adjacent_groups
 from foldgpt.sharing.fit import fit_sharing
-from foldgpt.sharing.solver import Solution, middle, solve
+from foldgpt.sharing.solver import Solution, limit_of, middle, solve
+from foldgpt.sizes import Size
 from models import tiny_model, token_ids
 
 ORDER = [4, 3, 2, 1, 5, 0]
 
 
-def limit_of(model: Any, size: float) -> int:
-    """The whole model's parameters with that fraction of those in blocks."""
-    total = sum(p.numel() for p in model.parameters())
-    return total - round((1 - size) * sum(p.numel() for p in decoder_of(model).blocks.parameters()))
-
-
 def solved(model: Any, size: float, ids: torch.Tensor) -> Solution:
-    return solve(model, source_model_of(model), ids, limit_of(model, size), lambda number: ORDER[:number])
+    return solve(
+        model, source_model_of(model), ids, limit_of(model, Size("ratio", size)), lambda number: ORDER[:number]
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
@@ -43,7 +40,9 @@ def test_the_choice_is_the_best_and_fits_the_budget(family: str, size: float) ->
     assert any(shared for _, _, shared in kinds)
     assert found.best.kl == min(candidate.kl for candidate in found.candidates)
     for candidate in found.candidates:
-        assert candidate.parameters == predicted_parameters(model, candidate.plan) <= limit_of(model, size)
+        assert (
+            candidate.parameters == predicted_parameters(model, candidate.plan) <= limit_of(model, Size("ratio", size))
+        )
     held = ids[-found.num_held_out // 16 :]
     theirs = model(input_ids=held, use_cache=False).logits.double().log_softmax(-1)
     for candidate in found.candidates:

@@ -38,7 +38,7 @@ def test_a_limit_is_for_the_whole_model() -> None:
     model = tiny_model("llama-tied")
     total = sum(parameter.numel() for parameter in model.parameters())
     in_blocks = sum(parameter.numel() for parameter in decoder_of(model).blocks.parameters())
-    assert limit_of(model, size(0.75)) == total - in_blocks // 4
+    assert total - in_blocks / 4 <= limit_of(model, size(0.75)) <= total - in_blocks / 4 + 0.0005 * in_blocks + 1
     assert limit_of(model, size(5000)) == 5000
     assert limit_of(model, size("20kB")) == 5000
     assert limit_of(model.to(torch.bfloat16), size("20kB")) == 10_000

@@ -8,6 +8,7 @@ recipe 'remove some, let neighbours share in pairs'; neither can be better than 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from foldgpt.sizes import Size
 
 #: Blocks at most between two that share, among the kept ones.
 _REACH = 2
+#: Fractions are met to three decimals.
+_ROUNDING = 0.0005
 #: Tokens at most on which pairs are measured: they are many, and only their order counts.
 _PAIR_TOKENS = 2048
 
@@ -100,6 +103,9 @@ class Solution:
 def limit_of(model: nn.Module, size: Size) -> int:
     """The parameters that a whole model of a size may have; bytes are counted in the dtype it is loaded in.
 
+    A fraction is met to three decimals: 0.7 is at most 0.7005, so that blocks which come to 0.7 need not give up one
+    more of them for the sake of private scales.
+
     Args:
         model: the source.
         size: of the folded model.
@@ -111,7 +117,7 @@ def limit_of(model: nn.Module, size: Size) -> int:
         stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         return int(size.value * total / stored)
     in_blocks = sum(parameter.numel() for parameter in decoder_of(model).blocks.parameters())
-    return total - round((1 - size.value) * in_blocks)
+    return total - math.floor((1 - size.value - _ROUNDING) * in_blocks)
 
 
 @torch.no_grad()
