@@ -102,6 +102,17 @@ def test_sharing_is_the_recipe_as_it_stands() -> None:
     assert rows["gates"].share.method == "none"
 
 
+def test_a_size_is_the_budget_of_the_rows_without_sharing_too() -> None:
+    recipe = Recipe.from_dict({"model": "m", "share": {"method": "auto", "size": 0.75}})
+    rows = {row.name: row.recipe for row in rows_of_recipe(recipe)}
+    assert rows["gates + sharing"] == recipe
+    assert rows["bi"].share == Recipe(model="m").share and rows["bi"].select.remove_ratio == 0.25
+    counted = Recipe.from_dict({"model": "m", "select": {"remove": 3}, "share": {"method": "auto", "size": "95M"}})
+    assert rows_of_recipe(counted)[0].recipe.select.remove == 3
+    with pytest.raises(UsageError, match=r"share\.size is '95M': say with select\.remove"):
+        rows_of_recipe(counted.changed_to(("select", "remove"), None))
+
+
 def test_draws_of_random_differ_in_the_blocks_alone() -> None:
     rows = {row.name: row.recipe for row in rows_of_recipe(recipe_of(compare={"random_seeds": 2}, seed=5))}
     first, second = rows["random"], rows["random, seed 6"]

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("allocator", "artifacts", "counts", "progress", "environment", "autoload"),
     ("",),  # the package itself: it imports nothing but `autoload` until a name is asked for
     ("plan", "sizes"),
-    ("recipe",),
+    ("recipe", "architectures"),
     ("families", "attention"),
     ("modeling",),
     ("folding", "demo"),
@@ -34,12 +34,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation", "export"),
     ("tables",),
     ("comparison",),
-    ("figures", "report"),
+    ("figures", "report", "hub"),
     ("run_folder",),
     ("workbench",),
     ("steps",),
     ("pipeline",),
     ("side_by_side",),
+    ("rehearsal",),
     ("options",),
     ("cli",),
 )

@@ -21,7 +21,9 @@ from foldgpt.options import (
     Compensate,
     Context,
     Device,
+    Devices,
     Donor,
+    DryRun,
     DType,
     Fit,
     GroupSize,
@@ -39,6 +41,7 @@ from foldgpt.options import (
     ShareMethod,
     Size,
     Start,
+    Teraflops,
     Texts,
     Tokens,
     TrustRemoteCode,
@@ -414,6 +417,9 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Take over the folder of another recipe; what still fits is kept.")
     ] = False,
+    dry_run: DryRun = False,
+    tflops: Teraflops = 100,
+    devices: Devices = 1,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -436,6 +442,10 @@ def run(
             "recover": {"num_tokens": recover_tokens},
         }
         whole = _recipe(**changes) if recipe is None else Recipe.load(recipe).changed(**changes)
+
+        if dry_run:
+            _dry_run(whole, compare=False, tflops=tflops, devices=devices, as_json=as_json)
+            return
 
         from foldgpt import pipeline
         from foldgpt.tables import candidates_table, comparison_table, plan_strip, protocol_lines, task_table
@@ -472,6 +482,9 @@ def compare(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Take over the folder of another comparison; what still fits is kept.")
     ] = False,
+    dry_run: DryRun = False,
+    tflops: Teraflops = 100,
+    devices: Devices = 1,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -487,6 +500,10 @@ def compare(
             select={"remove": remove, "remove_ratio": remove_ratio},
             recover={"num_tokens": recover_tokens},
         )
+
+        if dry_run:
+            _dry_run(whole, compare=True, tflops=tflops, devices=devices, as_json=as_json)
+            return
 
         from foldgpt import side_by_side
         from foldgpt.comparison import difference_table, method_table, notes_of, task_accuracy_table
@@ -549,6 +566,23 @@ def report(
 
 
 @app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A folded model, or the folder of a run.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="Repository on the hub: OWNER/NAME.", show_default=False)],
+    private: Annotated[
+        bool | None, typer.Option(help="Make a new repository private.", show_default="as the account says")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to upload to.", show_default=False)] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Upload a folded model to the hub, card included; needs a token (hf auth login)."""
+    with _session(quiet):
+        from foldgpt import hub
+
+        typer.echo(hub.push(folder, repo, private=private, revision=revision))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
     from foldgpt.recipe import Recipe
@@ -592,6 +626,21 @@ def _recipe(**values: Any) -> Recipe:
         if value is not None:
             given[name] = value
     return Recipe.from_dict(given, "options")
+
+
+def _dry_run(recipe: Recipe, *, compare: bool, tflops: float, devices: int, as_json: bool) -> None:
+    """Rehearse a recipe and say what the real one takes."""
+    from dataclasses import asdict
+
+    from foldgpt.rehearsal import expectation_lines, expectation_table, rehearse
+
+    found = rehearse(recipe, compare=compare)
+    if as_json:
+        _print_json({**asdict(found), "flops": found.flops, "seconds": found.flops / (tflops * 1e12 * devices)})
+        return
+    _print(expectation_table(found, teraflops=tflops, devices=devices))
+    for line in expectation_lines(found, teraflops=tflops, devices=devices):
+        typer.echo(line)
 
 
 def _settings(given: list[str]) -> dict[str, Any]:

@@ -96,6 +96,16 @@ MaxMemory = Annotated[
 TrustRemoteCode = Annotated[
     bool | None, typer.Option("--trust-remote-code", help="Run code that comes with the model.", show_default=False)
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Run it on a tiny random model of the same architecture, and say what the real one takes."
+    ),
+]
+Teraflops = Annotated[
+    float, typer.Option("--tflops", min=0.001, help="For --dry-run: TFLOP/s that one device sustains.")
+]
+Devices = Annotated[int, typer.Option(min=1, help="For --dry-run: how many devices there are.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]

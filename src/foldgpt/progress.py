@@ -65,6 +65,17 @@ def be_quiet(quiet: bool = True) -> None:
 
 
 @contextmanager
+def silently() -> Iterator[None]:
+    """No bars and notes while the block runs."""
+    before = console.quiet
+    console.quiet = True
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
+@contextmanager
 def quiet_libraries() -> Iterator[None]:
     """No bars and reports of transformers and accelerate: what matters in them is raised as an error here."""
     from transformers.utils import logging as transformers_logging

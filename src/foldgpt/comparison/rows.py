@@ -103,6 +103,7 @@ def known_rows(recipe: Recipe) -> dict[str, Change]:
     Baselines are pure, as their papers have them: no compensation, no sharing. What foldgpt adds comes one step at a
     time, so that one can see what each step gives.
     """
+    budget = _budget(recipe)
     pure = {"compensate": {"method": "none"}, "share": {"method": "none"}}
     compensated = {"compensate": {"method": "linear"}, "share": {"method": "none"}}
     rows: dict[str, Change] = {}
@@ -120,7 +121,26 @@ def known_rows(recipe: Recipe) -> dict[str, Change]:
     if recipe.share.method != "none":
         # The recipe as it stands: whoever wrote its share section chose how many blocks are removed beside it.
         rows[f"{recipe.select.method} + sharing"] = {}
-    return rows
+    return {
+        name: {**change, "select": {**change["select"], **budget}} if change else {} for name, change in rows.items()
+    }
+
+
+def _budget(recipe: Recipe) -> dict[str, Any]:
+    """How many blocks go where nothing is shared, if the recipe says it of the size alone.
+
+    Raises:
+        UsageError: the size is not a fraction, so that it takes the model to know how many blocks that is.
+    """
+    select, size = recipe.select, recipe.share.size
+    if size is None or select.remove is not None or select.remove_ratio is not None:
+        return {}
+    if not isinstance(size, float):
+        raise UsageError(
+            f"share.size is {size!r}: say with select.remove how many blocks the rows without sharing lose, or give "
+            "the size as a fraction of the parameters in blocks, such as 0.7"
+        )
+    return {"remove_ratio": 1 - size}
 
 
 def _selects(recipe: Recipe, method: str) -> dict[str, Any]:
@@ -143,6 +163,9 @@ def _changed(recipe: Recipe, name: str, change: Change) -> Recipe:
         if section == "recover":
             value[section]["settings"] |= _recovery_change(place, parts)
             continue
+        if section == "share" and parts.get("method", value[section]["method"]) != value[section]["method"]:
+            # What the section says beside its method belongs to that method.
+            value[section] = {}
         # A count and a ratio are one wish: the new one takes the place of the old.
         if section == "select" and parts.keys() & {"remove", "remove_ratio"}:
             value[section].update(remove=None, remove_ratio=None)

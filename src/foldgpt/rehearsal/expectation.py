@@ -1,0 +1,252 @@
+"""What a run will take: parameters, memory and floating-point operations of the real model.
+
+Nothing is guessed from formulas of one architecture: the real model is built on PyTorch's meta device, which knows
+shapes and no values, folded by a plan, made trainable as the recovery makes it, and run forwards and backwards there.
+Parameters, the tensors that autograd keeps and the operations are counted on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from foldgpt.families import decoder_of
+from foldgpt.folding import fold_
+from foldgpt.modeling.modeling_foldgpt import apply_layout_
+from foldgpt.plan import FoldPlan
+from foldgpt.recipe import Recipe
+from foldgpt.recovery import RecoverySettings
+from foldgpt.recovery.trainable import make_trainable_
+from foldgpt.selection import number_to_remove
+from foldgpt.sources import DTYPES
+
+#: AdamW: two moments; and the gradient. Trained values are kept in fp32.
+GATES_EFFORT = 0.9
+_ADAM_BYTES, _GRADIENT_BYTES, _TRAINED_BYTES = 8, 4, 4
+#: The logits of a chunk of rows in fp32, of both models, with the gradient of one: see objectives/fused_logits.py.
+_LOGIT_CHUNK_BYTES = 3 * 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one stage holds at once.
+
+    Attributes:
+        weights: of the model that is measured or trained.
+        teacher: of the source beside it.
+        activations: what autograd keeps of one micro-batch, or the states that a search keeps.
+        optimizer: gradients and moments of what is trained, and its fp32 values.
+        other: logits of a chunk.
+    """
+
+    weights: float
+    teacher: float = 0
+    activations: float = 0
+    optimizer: float = 0
+    other: float = 0
+
+    @property
+    def total(self) -> float:
+        """Of all."""
+        return self.weights + self.teacher + self.activations + self.optimizer + self.other
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What the real run takes.
+
+    Attributes:
+        parameters, block_parameters: unique ones of the source.
+        kept_parameters, kept_block_parameters: of the folded model.
+        num_trained: parameters that recovery trains; 0 without.
+        memory: stage → bytes.
+        flops: stage → floating-point operations. A multiplication and an addition are two.
+    """
+
+    parameters: int
+    block_parameters: int
+    kept_parameters: int
+    kept_block_parameters: int
+    num_trained: int
+    memory: dict[str, Memory]
+    flops: dict[str, float]
+
+    def seconds(self, flops_per_second: float) -> float:
+        """Time at a throughput that is sustained."""
+        return sum(self.flops.values()) / flops_per_second
+
+
+def expect(
+    config: Any, recipe: Recipe, plan: FoldPlan, settings: RecoverySettings, layout: dict[str, Any] | None = None
+) -> Expectation:
+    """Count what a recipe will take on the real model.
+
+    Counted are the analysis, the search, the recovery with its measurements on held-out windows, and perplexity. Not
+    counted are the fit of the compensation, tasks, and reading and writing.
+
+    Args:
+        config: of the real model.
+        recipe: the recipe.
+        plan: made on a model with the same blocks.
+        settings: of the recovery.
+        layout: which modules are shared and which are absent, as the config of a model folded by the plan has it;
+            None if whole blocks were removed and nothing else.
+    """
+    dtype = DTYPES.get(recipe.dtype, torch.bfloat16)
+    source = _on_meta(config, dtype)
+    student = _on_meta(config, dtype)
+    # Shared weights are made of values, and there are none: the blocks are removed, and the layout is put on.
+    fold_(student, FoldPlan.create(plan.source, removed=plan.removed))
+    if layout is not None:
+        apply_layout_(student, layout)
+    counts = [_count(model) for model in (source, decoder_of(source).blocks, student, decoder_of(student).blocks)]
+    forward = _forward_flops(source, recipe.calibration.context)
+    flops = {"analysis": forward * recipe.calibration.num_tokens}
+    passes = search_passes(
+        recipe.select.method, plan.source.num_blocks, _num_removed(recipe, plan), recipe.select.options
+    )
+    if passes:
+        flops["search"] = passes * forward * recipe.select.num_tokens
+    measured = recipe.evaluate
+    tokens = len(measured.texts) * (measured.max_windows or 0) * measured.context
+    if tokens:
+        both = _forward_flops(source, measured.context) + _forward_flops(student, measured.context)
+        flops["perplexity"] = tokens * both
+    weights = _bytes(source)
+    states = recipe.select.num_tokens * _hidden_size(source) * (len(decoder_of(source).blocks) + 1) * dtype.itemsize
+    memory = {
+        "search": Memory(weights, activations=states if passes else 0, other=_LOGIT_CHUNK_BYTES),
+        "fold and verify": Memory(weights, teacher=_bytes(student)),
+    }
+    num_trained = 0
+    section = recipe.recover
+    if section.num_tokens:
+        folded_bytes = _bytes(student)
+        rows = min(settings.micro_batch_size, settings.batch_size)
+        with torch.device("meta"):
+            num_trained = make_trainable_(student, plan, settings)
+        there, per_token, kept = _step(student, rows, section.context)
+        if settings.gradient_checkpointing:
+            num_blocks = len(decoder_of(student).blocks)
+            # What enters each block, and one block's own while it is run again.
+            kept = rows * section.context * _hidden_size(student) * dtype.itemsize * num_blocks + kept / num_blocks
+            per_token += there
+        teacher = _forward_flops(source, section.context) if settings.needs_teacher else 0.0
+        head = 2.0 * config.vocab_size * _hidden_size(source)
+        # Logits of both models, and the gradient of the student's with respect to its last states.
+        steps = section.num_tokens // (settings.batch_size * section.context)
+        rounds = 2 + steps // settings.evaluate_every
+        held_out = section.held_out_tokens * (there + 2 * head)
+        flops["recovery"] = section.num_tokens * (per_token + teacher + 3 * head) + rounds * held_out
+        memory["recovery"] = Memory(
+            folded_bytes,
+            teacher=weights if settings.needs_teacher else 0,
+            activations=kept,
+            optimizer=num_trained * (_ADAM_BYTES + _GRADIENT_BYTES + _TRAINED_BYTES),
+            other=_LOGIT_CHUNK_BYTES,
+        )
+    return Expectation(
+        parameters=counts[0],
+        block_parameters=counts[1],
+        kept_parameters=counts[2],
+        kept_block_parameters=counts[3],
+        num_trained=num_trained,
+        memory=memory,
+        flops=flops,
+    )
+
+
+def search_passes(method: str, num_blocks: int, num_removed: int, options: Mapping[str, Any] | None = None) -> float:
+    """About how many forward passes over its windows a search takes.
+
+    Greedy removal tries every block that is left, each time, and what it tries shares what lies before it: half of
+    the blocks that are left run on average. Gates may spend a share of that, their option `effort`; the others look
+    at each block once.
+    """
+    greedy = 1 + sum((num_blocks - gone) ** 2 / (2 * num_blocks) for gone in range(num_removed))
+    if method == "greedy":
+        return greedy
+    if method == "gates":
+        return float((options or {}).get("effort", GATES_EFFORT)) * greedy
+    return {"loo": 1 + num_blocks / 2, "taylor": 3.0}.get(method, 0.0)
+
+
+def _num_removed(recipe: Recipe, plan: FoldPlan) -> int:
+    """Blocks that the search is asked for; what a plan shares beside them is not searched for."""
+    section, size = recipe.select, recipe.share.size
+    ratio = 1 - size if isinstance(size, float) else section.remove_ratio
+    return number_to_remove(plan.source.num_blocks, remove=section.remove, ratio=ratio)
+
+
+def _on_meta(config: Any, dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        # Folding changes the config that the model holds.
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
+
+
+def _inputs(rows: int, context: int) -> dict[str, Any]:
+    # A mask that is whole is taken as it is; for any other, transformers looks at values, and there are none.
+    mask = torch.ones(rows, 1, context, context, dtype=torch.bool, device="meta")
+    ids = torch.zeros(rows, context, dtype=torch.long, device="meta")
+    return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+
+
+@torch.no_grad()
+def _forward_flops(model: Any, context: int) -> float:
+    """Operations of a forward pass of the blocks, per token; attention at this length of context included."""
+    with FlopCounterMode(display=False) as counter:
+        _body(model)(**_inputs(1, context))
+    return counter.get_total_flops() / context
+
+
+def _step(student: Any, rows: int, context: int) -> tuple[float, float, float]:
+    """Operations per token of a forward pass of the blocks, of that and the way back, and bytes kept between them."""
+    student.train()
+    with FlopCounterMode(display=False) as counter, _kept_by_autograd(student) as kept:
+        last = _body(student)(**_inputs(rows, context)).last_hidden_state
+        there = counter.get_total_flops()
+        last.float().sum().backward()
+    tokens = rows * context
+    return there / tokens, counter.get_total_flops() / tokens, float(sum(size for _, size in kept.values()))
+
+
+@contextlib.contextmanager
+def _kept_by_autograd(model: nn.Module) -> Iterator[dict[int, tuple[Any, int]]]:
+    """Storages that autograd keeps, but for the model's own."""
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, tuple[Any, int]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            # Held, so that no other storage can come to lie at its address.
+            kept[storage._cdata] = (storage, storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def _body(model: Any) -> Any:
+    """The model without its head."""
+    return model.get_submodule(decoder_of(model).blocks_path.rpartition(".")[0])
+
+
+def _hidden_size(model: Any) -> int:
+    return int(model.config.get_text_config(decoder=True).hidden_size)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _bytes(model: nn.Module) -> float:
+    return float(sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()))

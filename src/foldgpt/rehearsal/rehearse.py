@@ -1,0 +1,148 @@
+"""The dry run: a recipe as it stands, on a tiny random model of the same architecture, in a folder that is dropped."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foldgpt import pipeline, side_by_side
+from foldgpt.artifacts import read_json
+from foldgpt.comparison import rows_of_recipe
+from foldgpt.plan import FoldPlan
+from foldgpt.progress import note, quiet_libraries, silently
+from foldgpt.recipe import Recipe
+from foldgpt.rehearsal.expectation import Expectation, expect
+from foldgpt.rehearsal.tiny import config_of, save_tiny, shrunk, write_text_file
+from foldgpt.run_folder import FOLDED
+from foldgpt.workbench import Workbench
+
+#: Tokens in a window, windows to calibrate on, to search on, to train on in steps, to judge and to measure on.
+_CONTEXT, _CALIBRATION, _SEARCH, _STEPS, _HELD_OUT, _TEST = 32, 8, 2, 2, 2, 2
+#: Options of the learned gates.
+_SHORT_SEARCH = {"effort": 0.05, "steps": 3}
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a dry run found.
+
+    Attributes:
+        model: the model of the recipe.
+        rows: name of each run → what the real one takes; one, named "run", unless methods are compared.
+        left_out: what a rehearsal cannot do, in words.
+    """
+
+    model: str
+    rows: dict[str, Expectation]
+    left_out: list[str]
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of all; what rows have in common is counted once."""
+        total = 0.0
+        seen: set[tuple[str, float]] = set()
+        for name, row in self.rows.items():
+            for stage, flops in row.flops.items():
+                # A search serves its rows without and with recovery; the analysis serves all.
+                key = (stage if stage == "analysis" else f"{stage} of {name.removesuffix(' + recovery')}", flops)
+                if stage in ("analysis", "search") and key in seen:
+                    continue
+                seen.add(key)
+                total += flops
+        return total
+
+
+def rehearse(recipe: Recipe, *, compare: bool = False) -> Rehearsal:
+    """Run a recipe, or its comparison, on a tiny model at toy budgets, and count what the real one takes.
+
+    The tiny model has the real one's architecture and number of blocks, so the same selectors, the same plans and the
+    same checks run; texts are replaced by a made-up one, and tasks are left out.
+
+    Raises:
+        SourceError: the model's config cannot be had.
+        FoldGPTError: what the real run would raise as well.
+    """
+    config = config_of(recipe.model, revision=recipe.revision)
+    note(f"rehearsing {recipe.model} on a tiny random model")
+    with tempfile.TemporaryDirectory(prefix="foldgpt-dry-run-") as name, silently(), quiet_libraries(), _one_thread():
+        folder = Path(name)
+        toy = _toy(recipe, config, folder)
+        if compare:
+            side_by_side.compare(toy, folder / "run")
+            places = {
+                row.title: (row.recipe, folder / "run" / side_by_side.ROWS / row.folder)
+                for row in rows_of_recipe(recipe)
+            }
+        else:
+            pipeline.run(toy, folder / "run")
+            places = {"run": (recipe, folder / "run")}
+        rows = {name: _expect(config, one, place) for name, (one, place) in places.items()}
+    left_out = ["texts are made up"]
+    if recipe.evaluate.tasks:
+        left_out.append(f"tasks are left out ({', '.join(recipe.evaluate.tasks)})")
+    return Rehearsal(recipe.model, rows, left_out)
+
+
+def _expect(config: Any, recipe: Recipe, run: Path) -> Expectation:
+    """What the real run takes, by what the rehearsed one made."""
+    folded = read_json(run / FOLDED / "config.json", "config of the folded model")
+    settings = Workbench(recipe).recovery_settings
+    return expect(config, recipe, FoldPlan.load(run), settings, folded.get("fold_layout"))
+
+
+def _toy(recipe: Recipe, config: Any, folder: Path) -> Recipe:
+    """The recipe on a tiny model and next to no tokens."""
+    model = save_tiny(shrunk(config), folder / "model", seed=recipe.seed)
+    text = str(write_text_file(folder / "text.txt"))
+    toy = recipe.model_dump(mode="json")
+    toy |= {"model": str(model), "revision": None, "dtype": "float32", "device": "cpu", "max_memory_gb": None}
+    toy["calibration"] |= {"texts": [text], "context": _CONTEXT, "num_tokens": _CALIBRATION * _CONTEXT}
+    toy["select"]["num_tokens"] = _SEARCH * _CONTEXT
+    if recipe.select.method == "gates":
+        toy["select"]["options"] = {
+            **_SHORT_SEARCH,
+            **{k: v for k, v in recipe.select.options.items() if k not in _SHORT_SEARCH},
+        }
+    toy["evaluate"] |= {
+        "texts": [text],
+        "context": _CONTEXT,
+        "stride": None,
+        "max_windows": _TEST,
+        "tasks": [],
+        "data_dir": None,
+        "speed": False,
+        "memory": False,
+        "generations": 0,
+    }
+    toy["compare"]["bootstrap_samples"] = 100
+    # Shapes differ, and with them how much of a block its attention is: budgets are not those of the real model.
+    toy["compare"]["unequal_budgets"] = "flag"
+    if recipe.recover.num_tokens:
+        settings = {**recipe.recover.settings, "batch_size": 2, "micro_batch_size": 2, "evaluate_every": 1}
+        toy["recover"] |= {
+            "texts": None,
+            "context": _CONTEXT,
+            "num_tokens": _STEPS * 2 * _CONTEXT,
+            "held_out_tokens": _HELD_OUT * _CONTEXT,
+            "teacher_cache": None,
+            "report_to": [],
+            "settings": settings,
+        }
+    return Recipe.from_dict(toy)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tiny products are slower on many threads than on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

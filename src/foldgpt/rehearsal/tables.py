@@ -1,0 +1,76 @@
+"""A rehearsal as text for a terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from foldgpt.comparison.tables import duration
+from foldgpt.rehearsal.expectation import Expectation
+from foldgpt.rehearsal.rehearse import Rehearsal
+from foldgpt.tables import millions, percent
+
+
+def expectation_table(rehearsal: Rehearsal, *, teraflops: float, devices: int = 1) -> Table:
+    """One row for each run: parameters left, the most memory of a stage on one device, operations, time."""
+    table = Table()
+    table.add_column("run")
+    for column in ("in blocks", "of the source", "trained", "most memory", "in", "operations", "time"):
+        table.add_column(column, justify="right")
+    for name, row in rehearsal.rows.items():
+        stage, memory = max(row.memory.items(), key=lambda item: item[1].total)
+        table.add_row(
+            name,
+            millions(row.kept_block_parameters),
+            percent(row.kept_block_parameters / row.block_parameters),
+            millions(row.num_trained) if row.num_trained else "–",
+            gigabytes(memory.total),
+            stage,
+            _peta(sum(row.flops.values())),
+            duration(row.seconds(teraflops * 1e12 * devices)),
+        )
+    return table
+
+
+def expectation_lines(rehearsal: Rehearsal, *, teraflops: float, devices: int = 1) -> list[str]:
+    """Memory stage by stage of the heaviest run, the operations of each stage, and what is not in it."""
+    heaviest = max(rehearsal.rows.values(), key=lambda row: max(memory.total for memory in row.memory.values()))
+    lines = [
+        f"{rehearsal.model}: {millions(heaviest.parameters)} parameters, {millions(heaviest.block_parameters)} of them "
+        "in blocks. The recipe runs through on a tiny random model of this architecture.",
+        *_memory_lines(heaviest),
+    ]
+    for name, row in rehearsal.rows.items():
+        stages = ", ".join(f"{stage} {_peta(flops)}" for stage, flops in row.flops.items())
+        lines.append(f"Operations, {name}: {stages}.")
+    total = duration(rehearsal.flops / (teraflops * 1e12 * devices))
+    whose = "one device" if devices == 1 else f"each of {devices} devices"
+    lines.append(
+        f"All together {_peta(rehearsal.flops)}: {total} at {teraflops:g} TFLOP/s sustained on {whose} (--tflops, "
+        "--devices). Not counted: the fit of the compensation, tasks, reading and writing."
+    )
+    lines.append(f"In the rehearsal {'; '.join(rehearsal.left_out)}.")
+    return lines
+
+
+def _memory_lines(row: Expectation) -> list[str]:
+    lines = []
+    for stage, memory in row.memory.items():
+        parts = {
+            "weights": memory.weights,
+            "verified beside it" if stage == "fold and verify" else "teacher": memory.teacher,
+            "states" if stage == "search" else "activations": memory.activations,
+            "optimizer": memory.optimizer,
+            "logits": memory.other,
+        }
+        shown = ", ".join(f"{name} {gigabytes(value)}" for name, value in parts.items() if value)
+        lines.append(f"Memory, {stage}: {gigabytes(memory.total)} ({shown}).")
+    return lines
+
+
+def gigabytes(value: float) -> str:
+    """A number of bytes in GB (10⁹)."""
+    return f"{value / 1e9:,.1f} GB" if value >= 1e8 else f"{value / 1e6:,.0f} MB"
+
+
+def _peta(flops: float) -> str:
+    return f"{flops / 1e15:,.1f} PFLOP" if flops >= 1e14 else f"{flops / 1e12:,.1f} TFLOP"

@@ -1,0 +1,103 @@
+"""A tiny random stand-in for a model: the same architecture and number of blocks, everything else small."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from foldgpt.architectures import known_architectures
+from foldgpt.errors import SourceError, UnsupportedModelError
+from foldgpt.sources import resolve
+
+#: One head's channels, most heads, tokens of the vocabulary, most experts.
+_HEAD_DIM, _MOST_HEADS, _VOCABULARY, _MOST_EXPERTS = 8, 4, 320, 4
+_SPECIAL = ("<bos>", "<eos>", "<unk>")
+_WORDS = ("the", "stream", "passes", "each", "block", "and", "few", "of", "them", "change", "it", "much", "so", "go")
+
+
+def config_of(model: str, *, revision: str | None = None) -> Any:
+    """The config of a model: from its files, or, for hub models that are known by shape, without a network.
+
+    Raises:
+        SourceError: there is no such model, or its config cannot be had.
+    """
+    known = known_architectures()
+    if model in known and not Path(model).exists():
+        values = dict(known[model].config)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    is_here = Path(model).expanduser().exists() or model.startswith("demo:")
+    try:
+        return AutoConfig.from_pretrained(str(resolve(model)) if is_here else model, revision=revision)
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"cannot read the config of {model}: {str(error).splitlines()[0]}. Known by shape, without a network: "
+            f"{', '.join(known)}."
+        ) from error
+
+
+def shrunk(config: Any) -> Any:
+    """A config of the same architecture and number of blocks, narrow enough to run in no time.
+
+    Raises:
+        UnsupportedModelError: the model is not a decoder whose config is flat.
+    """
+    if config.get_text_config(decoder=True) is not config:
+        raise UnsupportedModelError(f"a dry run needs a plain text model, and {config.model_type} is more than that")
+    heads = min(_MOST_HEADS, config.num_attention_heads)
+    changes: dict[str, Any] = {
+        "vocab_size": _VOCABULARY,
+        "hidden_size": heads * _HEAD_DIM,
+        "num_attention_heads": heads,
+        # As much wider than the stream as in the real model, so that attention is as much of a block.
+        "intermediate_size": round(heads * _HEAD_DIM * config.intermediate_size / config.hidden_size),
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+    }
+    shared = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    changes["num_key_value_heads"] = max(1, heads // shared)
+    for name, value in (("head_dim", _HEAD_DIM), ("sliding_window", 16), ("moe_intermediate_size", 16)):
+        if getattr(config, name, None):
+            changes[name] = value
+    for name in ("num_local_experts", "num_experts"):
+        if getattr(config, name, None):
+            changes[name] = min(_MOST_EXPERTS, getattr(config, name))
+    small = copy.deepcopy(config)
+    for name, value in changes.items():
+        if hasattr(small, name) or name.endswith("_id"):
+            setattr(small, name, value)
+    return small
+
+
+def save_tiny(config: Any, folder: Path, *, seed: int = 0) -> Path:
+    """Save a random model of a small config with a tokenizer, as a source would be found on disk."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte."""
+    vocabulary = {token: index for index, token in enumerate(_SPECIAL)}
+    for character in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[character] = len(vocabulary)
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+
+
+def write_text_file(path: Path, *, num_words: int = 4000, seed: int = 0) -> Path:
+    """A text of some words in disorder, a document a line."""
+    order = random.Random(seed)
+    lines = [" ".join(order.choices(_WORDS, k=40)) for _ in range(num_words // 40)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

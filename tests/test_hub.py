@@ -1,0 +1,127 @@
+"""Uploading, with a stand-in for the hub: what is sent, where to, and what is said when it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from typer.testing import CliRunner
+
+from foldgpt.artifacts import write_text
+from foldgpt.cli import app
+from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
+from foldgpt.hub import push
+from foldgpt.report import write_model_card
+from report_inputs import evaluation, plan
+
+
+class StandIn:
+    """Notes what it is asked for."""
+
+    calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []
+    error: ClassVar[Exception | None] = None
+
+    def create_repo(self, repo_id: str, **arguments: Any) -> str:
+        if StandIn.error is not None:
+            raise StandIn.error
+        StandIn.calls.append(("create_repo", {"repo_id": repo_id, **arguments}))
+        return f"https://huggingface.co/{repo_id}"
+
+    def create_branch(self, repo_id: str, **arguments: Any) -> None:
+        StandIn.calls.append(("create_branch", {"repo_id": repo_id, **arguments}))
+
+    def upload_folder(self, **arguments: Any) -> None:
+        StandIn.calls.append(("upload_folder", arguments))
+
+
+class Refused(HfHubHTTPError):
+    """An answer of the hub, without one."""
+
+    def __init__(self, message: str) -> None:
+        Exception.__init__(self, message)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
+    monkeypatch.setattr(huggingface_hub, "HfApi", StandIn)
+    StandIn.calls, StandIn.error = [], None
+    return StandIn
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for name in ("folded", "recovered"):
+        plan().save(tmp_path / "run" / name / "plan.json")
+        write_text(tmp_path / "run" / name / "config.json", "{}")
+        write_model_card(tmp_path / "run" / name, evaluation=evaluation())
+    return tmp_path / "run"
+
+
+def test_arguments_are_those_the_real_api_takes() -> None:
+    """The stand-in takes anything; the real one must take what it is given."""
+    import inspect
+
+    real = huggingface_hub.HfApi
+    for method, names in {
+        "create_repo": ("repo_type", "private", "exist_ok"),
+        "create_branch": ("branch", "repo_type", "exist_ok"),
+        "upload_folder": ("repo_id", "folder_path", "repo_type", "revision", "commit_message", "ignore_patterns"),
+    }.items():
+        assert set(names) <= set(inspect.signature(getattr(real, method)).parameters)
+
+
+def test_a_checkpoint_goes_up_with_its_card(hub: type[StandIn], run: Path) -> None:
+    assert push(run / "folded", "me/small", private=True) == "https://huggingface.co/me/small"
+    assert [name for name, _ in hub.calls] == ["create_repo", "upload_folder"]
+    assert hub.calls[0][1] == {"repo_id": "me/small", "repo_type": "model", "private": True, "exist_ok": True}
+    assert hub.calls[1][1]["folder_path"] == run / "folded" and hub.calls[1][1]["revision"] is None
+
+
+def test_of_a_run_the_final_model_goes_up(hub: type[StandIn], run: Path) -> None:
+    push(run, "me/small", revision="rank-16")
+    assert hub.calls[1] == (
+        "create_branch",
+        {"repo_id": "me/small", "branch": "rank-16", "repo_type": "model", "exist_ok": True},
+    )
+    assert hub.calls[2][1]["folder_path"] == run / "recovered" and hub.calls[2][1]["revision"] == "rank-16"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (HFValidationError("Repo id must be …"), UsageError, "not the name of a repository"),
+        (LocalTokenNotFoundError("x"), FoldGPTError, "hf auth login"),
+        (Refused("403 Forbidden: no rights"), FoldGPTError, "the hub refuses me/small: 403 Forbidden"),
+        (ConnectionError("no route"), FoldGPTError, "cannot reach the hub: no route"),
+    ],
+)
+def test_refusals_are_one_message(
+    hub: type[StandIn], run: Path, error: Exception, kind: type[Exception], message: str
+) -> None:
+    hub.error = error
+    with pytest.raises(kind, match=message):
+        push(run, "me/small")
+
+
+def test_what_is_no_checkpoint_is_not_sent(hub: type[StandIn], run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="neither a folded checkpoint nor"):
+        push(tmp_path / "nothing", "me/small")
+    (run / "recovered" / "README.md").unlink()
+    with pytest.raises(ArtifactError, match=r"recovered lacks README\.md"):
+        push(run, "me/small")
+    write_text(run / "recovered" / "README.md", "# No metadata\n")
+    with pytest.raises(ArtifactError, match="has no metadata"):
+        push(run, "me/small")
+    write_text(run / "recovered" / "README.md", "---\nlicense: [\n---\n# Broken\n")
+    with pytest.raises(ArtifactError, match="could not read the model card"):
+        push(run, "me/small")
+    assert hub.calls == []
+
+
+def test_on_the_command_line(hub: type[StandIn], run: Path) -> None:
+    shown = CliRunner().invoke(app, ["push", str(run), "me/small", "--private", "--quiet"])
+    assert shown.exit_code == 0 and "https://huggingface.co/me/small" in shown.output
+    assert hub.calls[0][1]["private"] is True

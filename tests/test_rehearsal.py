@@ -1,0 +1,186 @@
+"""Every recipe runs through on a tiny model, and what is expected of the real one is what can be counted elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from foldgpt.architectures import known_architectures
+from foldgpt.cli import app
+from foldgpt.errors import SourceError
+from foldgpt.folding import fold_, source_model_of
+from foldgpt.plan import FoldPlan
+from foldgpt.recipe import Recipe
+from foldgpt.recovery import RecoverySettings
+from foldgpt.recovery.trainable import make_trainable_
+from foldgpt.rehearsal import expect, rehearse
+from foldgpt.rehearsal.expectation import search_passes
+from foldgpt.rehearsal.tiny import config_of, shrunk
+from models import tiny_config, tiny_model, token_ids
+from run_inputs import tiny_recipe, tiny_source, tiny_text
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+#: Recipes of models that are too large for this project's own machines; the demo runs as it is.
+LARGE = [path for path in RECIPES if path.stem != "demo"]
+
+
+@pytest.mark.parametrize("architecture", known_architectures().values(), ids=lambda value: value.model)
+def test_shapes_give_the_published_number_of_parameters(architecture: object) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(architecture.model))  # type: ignore[attr-defined]
+    assert sum(p.numel() for p in model.parameters()) == architecture.parameters  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+def test_each_recipe_runs_through_on_a_tiny_model(path: Path) -> None:
+    recipe = Recipe.load(path)
+    ratio = int(path.stem.rpartition("-")[2]) / 100
+    found = rehearse(recipe).rows["run"]
+    num_blocks = config_of(recipe.model).num_hidden_layers
+    assert recipe.select.remove is not None
+    # As near as whole blocks allow.
+    assert abs(recipe.select.remove / num_blocks - ratio) <= 0.5 / num_blocks
+    assert found.kept_block_parameters == found.block_parameters * (num_blocks - recipe.select.remove) // num_blocks
+    assert found.num_trained > 0
+    assert set(found.memory) == {"search", "fold and verify", "recovery"}
+    assert set(found.flops) == {"analysis", "search", "perplexity", "recovery"}
+
+
+def test_a_comparison_is_rehearsed_row_by_row_with_equal_budgets_on_the_real_model() -> None:
+    recipe = Recipe.load(next(path for path in LARGE if path.stem == "llama-3.2-1b-36"))
+    few = recipe.changed(
+        compare={
+            "rows": {"bi": None, "gates + sharing": (recipe.compare.rows or {})["gates + sharing"]},
+            "recovered": ["bi"],
+        }
+    )
+    found = rehearse(few, compare=True)
+    assert list(found.rows) == ["bi", "gates + sharing", "bi + recovery"]
+    sizes = {name: row.kept_block_parameters for name, row in found.rows.items()}
+    assert abs(sizes["gates + sharing"] / sizes["bi"] - 1) <= recipe.compare.budget_tolerance
+    # bi's folded model is trained, not made twice.
+    assert found.flops < sum(sum(row.flops.values()) for row in found.rows.values())
+
+
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+def test_the_sharing_row_of_each_recipe_is_as_large_as_the_others(path: Path) -> None:
+    """Counted on the real shapes; which blocks are removed does not matter, for all are alike."""
+    recipe = Recipe.load(path)
+    change = (recipe.compare.rows or {})["gates + sharing"]
+    assert change is not None and recipe.select.remove is not None
+    config = config_of(recipe.model)
+    with torch.device("meta"):
+        block = AutoModelForCausalLM.from_config(config).model.layers[0]
+    whole, attention = (sum(p.numel() for p in module.parameters()) for module in (block, block.self_attn))
+    if hasattr(block.self_attn, "q_norm"):
+        attention -= sum(p.numel() for name, p in block.self_attn.named_parameters() if "norm" in name)
+    kept = config.num_hidden_layers - change["select"]["remove"]
+    size = change["share"]["group_size"]
+    shared = kept * whole - kept // size * (size - 1) * attention
+    removed = (config.num_hidden_layers - recipe.select.remove) * whole
+    assert abs(shared / removed - 1) <= recipe.compare.budget_tolerance
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "olmo2", "gpt_neox"])
+def test_what_is_counted_on_meta_is_what_a_real_model_has(family: str) -> None:
+    config, model = tiny_config(family), tiny_model(family)
+    plan = FoldPlan.create(source_model_of(model, name="m"), removed=[2, 3])
+    recipe = Recipe.from_dict({"model": "m", "dtype": "float32", "recover": {"num_tokens": 512, "context": 32}})
+    settings = RecoverySettings(rank=2, batch_size=4, micro_batch_size=2)
+    found = expect(config, recipe, plan, settings)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    fold_(model, plan)
+    assert found.kept_parameters == sum(p.numel() for p in model.parameters())
+    assert found.memory["recovery"].weights == 4 * found.kept_parameters
+    assert found.memory["recovery"].teacher == 4 * found.parameters
+    assert found.num_trained == make_trainable_(model, plan, settings)
+    kept = kept_by_autograd(model)
+    # Without the mask that meta needs, and with attention as this device computes it.
+    assert 0.5 <= found.memory["recovery"].activations / kept <= 1.6
+
+
+def kept_by_autograd(model: nn.Module) -> int:
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.base_model(input_ids=token_ids(model, (2, 32)), use_cache=False)
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+def test_operations_are_two_for_each_weight_and_token_and_double_with_the_way_back() -> None:
+    """2 N for each token (Kaplan et al. 2020); frozen weights need no gradient, so the way back costs no more."""
+    config = AutoConfig.for_model(
+        "llama", vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4
+    )
+    plan = FoldPlan.create(source_model_of(tiny_model("llama", num_hidden_layers=4), name="m"), removed=[1])
+    base = {"model": "m", "dtype": "bfloat16", "select": {"method": "bi", "remove": 1}, "evaluate": {"texts": []}}
+    base["calibration"] = {"num_tokens": 1000, "context": 8}
+    found = expect(config, Recipe.from_dict(base), plan, RecoverySettings())
+    assert found.flops["analysis"] == pytest.approx(2 * found.block_parameters * 1000, rel=0.02)
+    assert set(found.flops) == {"analysis"}
+    trained = {**base, "recover": {"num_tokens": 64, "context": 8, "held_out_tokens": 2}}
+    settings = RecoverySettings(rank=1, kl=0, lm=1, norms=False, batch_size=1)
+    recovery = expect(config, Recipe.from_dict(trained), plan, settings).flops["recovery"]
+    head = 3 * 2 * 64 * 256
+    assert recovery == pytest.approx(64 * (4 * found.kept_block_parameters + head), rel=0.2)
+
+
+def test_searches_take_about_as_many_passes_as_expected(tmp_path: Path) -> None:
+    from foldgpt import pipeline
+
+    source, text = tiny_source(tmp_path / "model", num_hidden_layers=12), tiny_text(tmp_path / "text.txt")
+    for method in ("greedy", "loo"):
+        recipe = Recipe.from_dict(tiny_recipe(source, text, compensate={"method": "none"}))
+        recipe = recipe.changed(select={"method": method, "remove": 4, "num_tokens": 128})
+        took = pipeline.run(recipe, tmp_path / method).plan.origin["report"]["forward_equivalents"]
+        assert 0.5 <= search_passes(method, 12, 4) / took <= 2
+    assert search_passes("gates", 12, 4) == 0.9 * search_passes("greedy", 12, 4)
+    assert search_passes("bi", 12, 4) == 0
+
+
+def test_the_tiny_model_is_of_the_same_make() -> None:
+    config = config_of("google/gemma-2b")
+    small = shrunk(config)
+    assert (small.model_type, small.num_hidden_layers, small.tie_word_embeddings) == ("gemma", 18, True)
+    assert small.num_key_value_heads == 1 and small.intermediate_size == 8 * small.hidden_size
+    assert config.hidden_size == 2048, "the real config is as it was"
+
+
+def test_a_local_model_needs_no_known_shape_and_an_unknown_one_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
+    found = rehearse(Recipe.from_dict(tiny_recipe(source, text)))
+    assert found.rows["run"].kept_block_parameters == found.rows["run"].block_parameters * 4 // 6
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SourceError, match=r"cannot read the config of nobody/nothing: .*Qwen/Qwen3-1\.7B"):
+        config_of("nobody/nothing")
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    source, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
+    recipe = Recipe.from_dict(tiny_recipe(source, text, compare={"rows": {"bi": None, "last": None}}))
+    recipe.save(tmp_path / "recipe.yaml")
+    arguments = [str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out"), "--dry-run", "--quiet"]
+    shown = CliRunner().invoke(app, ["run", *arguments, "--tflops", "0.5", "--devices", "2"])
+    assert shown.exit_code == 0, shown.output
+    for part in ("66.7 %", "Memory, search", "at 0.5 TFLOP/s sustained on each of 2 devices", "texts are made up"):
+        assert part in shown.output
+    as_json = CliRunner().invoke(app, ["compare", *arguments, "--json"])
+    assert list(json.loads(as_json.stdout)["rows"]) == ["bi", "last"]
+    assert not (tmp_path / "out").exists()
