@@ -3,12 +3,12 @@
 At a member's position the shared layer makes u₀ = W d + b of its inputs d, and what reaches the stream should be c.
 The position may scale the channels and add a low-rank map of d: u = s ∘ u₀ + U D d. Where a norm stands between the
 layer and the stream, its private weight takes the place of the scale: the contribution is t ∘ u / rms(u) with
-u = u₀ + U D d. Both are fitted in turn, each in closed form. The map of rank r is reduced-rank regression: of the full
-ridge solution B, that part whose outputs carry most of the fit (Izenman 1975; the leading eigenvectors of Bᵀ(G + ρ)B,
-G the Gram matrix of the inputs).
+u = u₀ + U D d. Scales are fitted first, then the map to what they leave, then the scales once more, each in closed
+form. The map of rank r is reduced-rank regression: of the full ridge solution B, that part whose outputs carry most of
+the fit (Izenman 1975; the leading eigenvectors of Bᵀ(G + ρ)B, G the Gram matrix of the inputs).
 
 Scales are drawn to what they begin with, 1 in a group that shares from the start and 0 in one that starts at zero, and
-the map to nothing; how strongly, the last quarter of the windows decides.
+the map to nothing; how strongly, the last quarter of the windows decides, and whether each is of use at all.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ RIDGES = (1e-2, 1e-1, 1.0, 10.0)
 
 #: Scales smaller than this, relative to their root mean square, are not divided by.
 _LEAST_SCALE = 0.05
-
-_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -91,39 +89,44 @@ class OutputFit:
 
 @torch.no_grad()
 def fit_output(wanted: Wanted, *, rank: int, scales: bool, first_held: int) -> OutputFit:
-    """Fit scale and low-rank map; the ridge is the best on the rows from `first_held` on, then all rows are used.
+    """Fit scale and low-rank map; the ridges are the best on the rows from `first_held` on, then all rows are used.
 
     Args:
         wanted: the rows.
         rank: of the low-rank map; 0 for none.
         scales: whether scales may change.
-        first_held: rows before it are fitted on to choose the ridge.
+        first_held: rows before it are fitted on to choose the ridges.
     """
     fitted, held = wanted.rows(slice(0, first_held)), wanted.rows(slice(first_held, None))
-    before = _relative_error(OutputFit(wanted.start_H, None, 1.0, 1.0), held)
-    tried = []
-    for ridge in RIDGES:
-        part = _fit(fitted, rank, scales, ridge)
-        tried.append((_relative_error(part, held), ridge))
-    after, ridge = min(tried)
-    found = _fit(wanted, rank, scales, ridge)
-    return OutputFit(found.scale_H, found.low_rank, before, after)
-
-
-def _fit(wanted: Wanted, rank: int, scales: bool, ridge: float) -> OutputFit:
-    best = OutputFit(wanted.start_H, None, 1.0, 1.0)
-    best_error = _relative_error(best, wanted)
-    scale_H, low_rank = wanted.start_H, None
-    for _ in range(_ROUNDS if rank else 1):
-        if scales:
-            scale_H = _best_scale(wanted, low_rank, ridge)
-        if rank:
-            low_rank = _best_map(wanted, scale_H, rank, ridge)
-        found = OutputFit(scale_H, low_rank, 1.0, 1.0)
-        error = _relative_error(found, wanted)
+    start = OutputFit(wanted.start_H, None, 1.0, 1.0)
+    before = best_error = _relative_error(start, held)
+    scale_ridge = map_ridge = None
+    scale_H, final_H = wanted.start_H, wanted.start_H
+    if scales:
+        tried = []
+        for ridge in RIDGES:
+            found_H = _best_scale(fitted, None, ridge)
+            tried.append((_relative_error(OutputFit(found_H, None, 1.0, 1.0), held), ridge, found_H))
+        error, ridge, found_H = min(tried, key=lambda entry: entry[0])
         if error < best_error:
-            best, best_error = found, error
-    return best
+            best_error, scale_ridge, scale_H = error, ridge, found_H
+            final_H = _best_scale(wanted, None, ridge)
+    low_rank = None
+    if rank:
+        regression = _Regression(fitted, scale_H)
+        errors = []
+        for ridge in RIDGES:
+            term = regression.map(rank, ridge)
+            refined_H = scale_H if scale_ridge is None else _best_scale(fitted, term, scale_ridge)
+            errors.append((_relative_error(OutputFit(refined_H, term, 1.0, 1.0), held), ridge))
+        error, ridge = min(errors)
+        if error < best_error:
+            best_error, map_ridge = error, ridge
+    if map_ridge is not None:
+        low_rank = _Regression(wanted, final_H).map(rank, map_ridge)
+        if scale_ridge is not None:
+            final_H = _best_scale(wanted, low_rank, scale_ridge)
+    return OutputFit(final_H, low_rank, before, best_error)
 
 
 def _best_scale(wanted: Wanted, low_rank: LowRank | None, ridge: float) -> Tensor:
@@ -139,22 +142,28 @@ def _best_scale(wanted: Wanted, low_rank: LowRank | None, ridge: float) -> Tenso
     return (cross_H + penalty * wanted.start_H) / (square_H + penalty).clamp_min(1e-30)
 
 
-def _best_map(wanted: Wanted, scale_H: Tensor, rank: int, ridge: float) -> LowRank:
-    """The low-rank map with the scales held fixed; behind a norm also its present root mean square."""
-    if wanted.epsilon is None:
-        outer_H = torch.full_like(scale_H, wanted.multiplier)
-        inputs, left = wanted.inputs_RK, wanted.contribution_RH - wanted.multiplier * scale_H * wanted.shared_RH
-    else:
-        inverse_R1 = torch.rsqrt(wanted.shared_RH.square().mean(-1, keepdim=True) + wanted.epsilon)
-        outer_H = _away_from_zero(scale_H)
-        inputs = (wanted.inputs_RK * inverse_R1).to(wanted.inputs_RK.dtype)
-        left = wanted.contribution_RH - outer_H * wanted.shared_RH * inverse_R1
-    sums = Sums.of(inputs, left, wanted.weight_R)
-    full_KH, _ = solve(sums, ridge, bias=False)
-    _, vectors = torch.linalg.eigh(sums.cross_KH.T @ full_KH)
-    leading_HR = vectors[:, -rank:]
-    up_HR = (leading_HR / outer_H[:, None].double().cpu()).float()
-    return LowRank(up_HR.to(scale_H.device), (full_KH @ leading_HR).T.float().contiguous().to(scale_H.device))
+class _Regression:
+    """Reduced-rank regression of what given scales leave; behind a norm, at the present root mean square."""
+
+    def __init__(self, wanted: Wanted, scale_H: Tensor) -> None:
+        if wanted.epsilon is None:
+            self.outer_H = torch.full_like(scale_H, wanted.multiplier)
+            inputs, left = wanted.inputs_RK, wanted.contribution_RH - wanted.multiplier * scale_H * wanted.shared_RH
+        else:
+            inverse_R1 = torch.rsqrt(wanted.shared_RH.square().mean(-1, keepdim=True) + wanted.epsilon)
+            self.outer_H = _away_from_zero(scale_H)
+            inputs = (wanted.inputs_RK * inverse_R1).to(wanted.inputs_RK.dtype)
+            left = wanted.contribution_RH - self.outer_H * wanted.shared_RH * inverse_R1
+        self.sums = Sums.of(inputs, left, wanted.weight_R)
+
+    def map(self, rank: int, ridge: float) -> LowRank:
+        """The best map of a rank."""
+        full_KH, _ = solve(self.sums, ridge, bias=False)
+        _, vectors = torch.linalg.eigh(self.sums.cross_KH.T @ full_KH)
+        leading_HR = vectors[:, -rank:]
+        down_RK = (full_KH @ leading_HR).T.float().contiguous()
+        up_HR = (leading_HR / self.outer_H[:, None].double().cpu()).float()
+        return LowRank(up_HR.to(self.outer_H.device), down_RK.to(self.outer_H.device))
 
 
 def _away_from_zero(scale_H: Tensor) -> Tensor:
