@@ -25,7 +25,8 @@ from block_lists import blocks_of
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.compensation import compensate, merge_
-from foldgpt.corpus import Windows, calibration_windows, evaluation_windows
+from foldgpt.corpus import OwnText, Windows, calibration_windows, evaluation_windows
+from foldgpt.counts import count
 from foldgpt.environment import describe_environment
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.objectives import Head, cross_entropy, forward_kl
@@ -42,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--remove", default="13-18", help="blocks, e.g. 13-18 or 3,7-9")
     parser.add_argument("--text", action="append", help="text to train on; may be repeated (demo:wikipedia)")
     parser.add_argument("--evaluate", default="demo:wikipedia", help="text to measure on; it should be another one")
-    parser.add_argument("--tokens", type=int, action="append", help="training tokens; may be repeated (100000)")
+    parser.add_argument("--tokens", type=count, action="append", help="training tokens; may be repeated (100000)")
     parser.add_argument("--held-out", type=int, default=16_384, help="tokens by which the best state is chosen")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--windows", type=int, default=40, help="windows to measure on")
@@ -58,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lm", type=float, default=0.0)
     parser.add_argument("--last-error", type=float, default=0.0)
     parser.add_argument("--states", type=float, default=0.0)
+    parser.add_argument("--train-blocks", default="all", choices=("all", "behind"))
     parser.add_argument("--train-fully", default="none", choices=("none", "cuts"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="recovery_curve", help="stem of the result files")
@@ -72,6 +74,7 @@ def main() -> None:
     arguments = parse_arguments()
     keep_freed_memory()
     source = load_source(arguments.model, dtype=arguments.dtype)
+    own = OwnText(lambda: source.model, source.tokenizer, source.fingerprint)
     judged_on = evaluation_windows(
         [arguments.evaluate], source.tokenizer, context=arguments.context, max_windows=arguments.windows
     )
@@ -81,7 +84,7 @@ def main() -> None:
     folded = copy.deepcopy(source.model)
     if arguments.compensate:
         windows = calibration_windows(
-            arguments.text, source.tokenizer, context=arguments.context, num_tokens=32_768, seed=arguments.seed
+            arguments.text, source.tokenizer, context=arguments.context, num_tokens=32_768, seed=arguments.seed, own=own
         )
         merge_(folded, compensate(folded, plan, windows.ids))
     fold_(folded, plan)
@@ -95,6 +98,7 @@ def main() -> None:
         rank=arguments.rank,
         learning_rate=arguments.learning_rate,
         batch_size=arguments.batch_size,
+        train_blocks=arguments.train_blocks,
         train_fully=arguments.train_fully,
         evaluate_every=arguments.evaluate_every,
         minutes=arguments.minutes,
@@ -111,6 +115,7 @@ def main() -> None:
                 num_tokens=tokens,
                 num_held_out=arguments.held_out,
                 seed=arguments.seed,
+                own=own,
             )
             student = copy.deepcopy(folded)
             result = recover(student, source.model, plan, train, held_out, settings, Path(folder) / str(tokens))
@@ -165,7 +170,8 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"`{' '.join(result['command'])}`",
         "",
         f"{config['model']}, {config['dtype']}, blocks {config['remove']} removed"
-        f"{', compensated' if config['compensate'] else ''}; LoRA of rank {config['rank']}, learning rate "
+        f"{', compensated' if config['compensate'] else ''}; LoRA of rank {config['rank']} in "
+        f"{'all blocks' if config['train_blocks'] == 'all' else 'the blocks behind the first cut'}, learning rate "
         f"{config['learning_rate']}; trained on {', '.join(config['text'])}, measured on {config['windows']} windows "
         f"of {config['context']} tokens of {config['evaluate']}.",
         "",

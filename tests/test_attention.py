@@ -17,6 +17,7 @@ from models import tiny_model, token_ids
 
 @pytest.fixture(autouse=True)
 def no_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
 
@@ -98,6 +99,8 @@ def test_it_is_not_used_where_the_kernel_is_fast_or_another_was_chosen(monkeypat
     model.set_attn_implementation("sdpa")
     with attention_in_tiles(model):
         assert model.config._attn_implementation == "foldgpt_tiles"
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    with attention_in_tiles(model):
-        assert model.config._attn_implementation == "sdpa"
+    for name, value in (("_is_amx_tile_supported", True), ("_is_avx512_bf16_supported", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cpu, name, lambda value=value: value)
+            with attention_in_tiles(model):
+                assert model.config._attn_implementation == "sdpa"

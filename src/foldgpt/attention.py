@@ -27,11 +27,11 @@ _TILE = 64
 def attention_in_tiles(*models: nn.Module | None) -> Iterator[None]:
     """Let models use this attention meanwhile, where it is the faster one; a model that asked for another keeps it.
 
-    It stands in for torch's fused kernel on CPUs without AMX. Calls that it is not made for (a mask, dropout, decoding,
+    It stands in for torch's fused kernel on CPUs that compute in bf16 without AMX (AMD Zen 4 and 5). Calls that it is not made for (a mask, dropout, decoding,
     other formats than bf16, other devices) go to that kernel as before.
     """
     changed: list[Any] = []
-    if not torch.cpu._is_amx_tile_supported():
+    if _is_faster_here():
         changed = [model for model in models if model is not None and _uses_sdpa(model)]
     for model in changed:
         model.set_attn_implementation(_NAME)
@@ -40,6 +40,13 @@ def attention_in_tiles(*models: nn.Module | None) -> Iterator[None]:
     finally:
         for model in changed:
             model.set_attn_implementation("sdpa")
+
+
+def _is_faster_here() -> bool:
+    """Whether this is a CPU of the kind on which it was measured to be; newer versions of torch can tell."""
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    return bool(has_bf16()) and not has_amx()
 
 
 def _uses_sdpa(model: Any) -> bool:
