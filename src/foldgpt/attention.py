@@ -1,6 +1,6 @@
 """Causal attention in tiles, for CPUs on which torch's fused kernel is slow: exact, with a cheaper backward pass.
 
-Without AMX tiles torch's fused kernel for bf16 takes a quarter of a small model's forward pass, and its backward pass
+Without AMX torch's fused kernel for bf16 takes a quarter of a small model's forward pass, and its backward pass
 more than twice that. Here the queries go through in tiles of 64; each tile meets the keys up to its own end only, in
 ordinary matrix products, and grouped-query heads share them. Scores and softmax are in fp32, as in the fused kernel.
 Nothing of size tokens × tokens is kept: the backward pass makes the probabilities again.
@@ -27,8 +27,8 @@ _TILE = 64
 def attention_in_tiles(*models: nn.Module | None) -> Iterator[None]:
     """Let models use this attention meanwhile, where it is the faster one; a model that asked for another keeps it.
 
-    It stands in for torch's fused kernel on CPUs that compute in bf16 without AMX (AMD Zen 4 and 5). Calls that it is not made for (a mask, dropout, decoding,
-    other formats than bf16, other devices) go to that kernel as before.
+    It stands in for torch's fused kernel on CPUs that compute in bf16 without AMX (AMD Zen 4 and 5). Calls that it is
+    not made for (a mask, dropout, decoding, other formats than bf16, other devices) go to that kernel as before.
     """
     changed: list[Any] = []
     if _is_faster_here():
