@@ -124,6 +124,9 @@ def test_states_are_aligned_by_source_index() -> None:
     assert aligned_blocks(plan, "cuts") == [(0, 1), (2, 4)]
     without = FoldPlan.create(plan.source, removed=[1], removed_mlp=[3])
     assert aligned_blocks(without, "cuts") == [(0, 1), (2, 3)]
+    # A position that starts at zero stands where a block was removed, and answers for it.
+    zero = Group(blocks=(2, 3), donor="first", start="zero", private=("norms", "scales"))
+    assert aligned_blocks(FoldPlan.create(plan.source, removed=[1], groups=[zero]), "cuts") == [(0, 1), (2, 3)]
 
 
 def test_what_folding_changed_first() -> None:
