@@ -107,10 +107,12 @@ def test_a_size_is_the_budget_of_the_rows_without_sharing_too() -> None:
     rows = {row.name: row.recipe for row in rows_of_recipe(recipe)}
     assert rows["gates + sharing"] == recipe
     assert rows["bi"].share == Recipe(model="m").share and rows["bi"].select.remove_ratio == 0.25
-    counted = Recipe.from_dict({"model": "m", "select": {"remove": 3}, "share": {"method": "auto", "size": "95M"}})
-    assert rows_of_recipe(counted)[0].recipe.select.remove == 3
-    with pytest.raises(UsageError, match=r"share\.size is '95M': say with select\.remove"):
-        rows_of_recipe(counted.changed_to(("select", "remove"), None))
+    with pytest.raises(UsageError, match=r"share\.size is '95M', .* give the size as a fraction"):
+        rows_of_recipe(Recipe.from_dict({"model": "m", "share": {"method": "auto", "size": "95M"}}))
+    # A row of one's own may ask for a size beside rows that count blocks.
+    rows = {"bi": None, "solved": {"share": {"method": "auto", "size": 0.75}}}
+    solved = rows_of_recipe(recipe_of(compare={"rows": rows}))[1].recipe
+    assert (solved.share.size, solved.select.remove) == (0.75, None)
 
 
 def test_draws_of_random_differ_in_the_blocks_alone() -> None:

@@ -132,13 +132,13 @@ def _budget(recipe: Recipe) -> dict[str, Any]:
     Raises:
         UsageError: the size is not a fraction, so that it takes the model to know how many blocks that is.
     """
-    select, size = recipe.select, recipe.share.size
-    if size is None or select.remove is not None or select.remove_ratio is not None:
+    size = recipe.share.size
+    if size is None:
         return {}
     if not isinstance(size, float):
         raise UsageError(
-            f"share.size is {size!r}: say with select.remove how many blocks the rows without sharing lose, or give "
-            "the size as a fraction of the parameters in blocks, such as 0.7"
+            f"share.size is {size!r}, and the rows without sharing remove whole blocks: give the size as a fraction of "
+            "the parameters in blocks, such as 0.7, or rows of your own"
         )
     return {"remove_ratio": 1 - size}
 
@@ -166,6 +166,9 @@ def _changed(recipe: Recipe, name: str, change: Change) -> Recipe:
         if section == "share" and parts.get("method", value[section]["method"]) != value[section]["method"]:
             # What the section says beside its method belongs to that method.
             value[section] = {}
+        if section == "share" and parts.get("size") is not None:
+            # A size says itself how much is removed.
+            value["select"].update(remove=None, remove_ratio=None)
         # A count and a ratio are one wish: the new one takes the place of the old.
         if section == "select" and parts.keys() & {"remove", "remove_ratio"}:
             value[section].update(remove=None, remove_ratio=None)
