@@ -318,3 +318,14 @@ def test_a_demo_tokenizer_survives_save_and_load(tmp_path: Path, name: str, adds
 def test_smollm2_cuts_blanks_before_digits_as_in_training() -> None:
     tokenizer = load_tokenizer("demo:smollm2-135m")
     assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
+
+
+def test_each_process_of_several_takes_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert sources._device_of("auto") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert sources._device_of("auto") == torch.device("cuda:1")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    assert sources._device_of("auto") == torch.device("cpu")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 import struct
 import tempfile
@@ -380,7 +381,11 @@ def _dtype_of(name: str) -> torch.dtype | None:
 def _device_of(name: str) -> torch.device:
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
-        return found or torch.device("cpu")
+        if found is None:
+            return torch.device("cpu")
+        # Under torchrun and accelerate each process has a device of its own; all of them see the first.
+        rank = os.environ.get("LOCAL_RANK")
+        return found if rank is None else torch.device(found.type, int(rank) % torch.accelerator.device_count())
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
