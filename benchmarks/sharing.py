@@ -37,7 +37,7 @@ from foldgpt.errors import ArtifactError
 from foldgpt.evaluation.perplexity import perplexity
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, predicted_parameters, source_model_of
-from foldgpt.plan import FoldPlan, Group
+from foldgpt.plan import Compensation, Fitting, FoldPlan, Group
 from foldgpt.progress import be_quiet
 from foldgpt.replay import Replay
 from foldgpt.sharing import adjacent_groups, fit_sharing, limit_of, sharing_replay, solve, zero_started_groups
@@ -203,12 +203,25 @@ class Bench:
         started = time.perf_counter()
         rest = [index for index in self.blocks if index not in self.order]
         order = [*self.order, *rest]
+        text = {
+            "texts": tuple(self.arguments.text),
+            "context": self.arguments.context,
+            "num_tokens": self.arguments.tokens,
+            "seed": self.arguments.seed,
+            "fingerprint": self.calibration.fingerprint,
+        }
         solution = solve(
-            self.model, self.name, self.calibration.ids, self.limit, lambda number: tuple(sorted(order[:number]))
+            self.model,
+            self.name,
+            self.calibration.ids,
+            self.limit,
+            lambda number: tuple(sorted(order[:number])),
+            compensation=Compensation(**text),
+            fitting=Fitting(**text),
         )
         seconds = time.perf_counter() - started
-        fits = any(group.private != ("norms",) for group in solution.best.plan.groups)
-        row = self.measure(solution.best.plan, fits, True, False)
+        plan = solution.best.plan
+        row = self.measure(plan, plan.fitting is not None, True, plan.compensation is not None)
         return {**row, "seconds": round(seconds, 1), **solution.to_json_dict()}
 
     def measure(self, plan: FoldPlan, fit: bool, aligned: bool, compensate: bool) -> dict[str, Any]:
