@@ -88,13 +88,14 @@ class _Collector:
             if self.owner[linear.name] != linear.name:
                 continue
             inputs_RK = self._inputs[linear.name].reshape(rows, -1)
-            weight_R = relative_R if linear.writes else torch.ones_like(relative_R)
-            product = weighted_gram(inputs_RK, weight_R)
+            product = weighted_gram(inputs_RK, relative_R if linear.writes else None)
             if linear.name in self.sums:
                 self.sums[linear.name] += product
             else:
                 self.sums[linear.name] = product
-            self.weight[linear.name] = self.weight.get(linear.name, 0.0) + float(weight_R.sum())
+            self.weight[linear.name] = self.weight.get(linear.name, 0.0) + (
+                float(relative_R.sum()) if linear.writes else rows
+            )
         self.num_tokens += rows
         self._inputs.clear()
 
@@ -104,19 +105,21 @@ class _Collector:
         return {linear.name: means[self.owner[linear.name]] for linear in self.linears}
 
 
-def weighted_gram(inputs_RK: Tensor, weight_R: Tensor) -> Tensor:
+def weighted_gram(inputs_RK: Tensor, weight_R: Tensor | None = None) -> Tensor:
     """Σ w x xᵀ over rows, fp32 [K, K]; fp64 for inputs in fp64.
 
     Args:
         inputs_RK: x.
-        weight_R: w ≥ 0, fp32.
+        weight_R: w ≥ 0, fp32; 1 by default.
     """
     wide = torch.float64 if inputs_RK.dtype == torch.float64 else torch.float32
     total = torch.zeros(inputs_RK.shape[1], inputs_RK.shape[1], dtype=wide, device=inputs_RK.device)
     # Inputs in bf16 are multiplied in bf16, several times as fast.
     dtype = torch.bfloat16 if inputs_RK.dtype == torch.bfloat16 else wide
-    for inputs, weight in zip(inputs_RK.split(_CHUNK_ROWS), weight_R.split(_CHUNK_ROWS), strict=True):
-        factor = (inputs.to(wide) * weight.to(wide).sqrt()[:, None]).to(dtype)
+    for rows in range(0, len(inputs_RK), _CHUNK_ROWS):
+        factor = inputs_RK[rows : rows + _CHUNK_ROWS].to(dtype)
+        if weight_R is not None:
+            factor = factor * weight_R[rows : rows + _CHUNK_ROWS].to(wide).sqrt().to(dtype)[:, None]
         total += factor.T @ factor
     return total
 
