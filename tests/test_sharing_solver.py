@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from foldgpt.compensation import compensate_
 from foldgpt.errors import UsageError
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, predicted_parameters, source_model_of
+from foldgpt.plan import Compensation
 from foldgpt.sharing.adjacent import adjacent_groups
 from foldgpt.sharing.fit import fit_sharing
 from foldgpt.sharing.solver import Solution, limit_of, middle, solve
@@ -77,6 +79,26 @@ def test_sharing_wins_where_blocks_are_alike() -> None:
     assert found.best.num_shared == 2 and found.best.num_removed == 0
     assert {group.blocks for group in found.best.plan.groups} == {(1, 2), (3, 4)}
     assert found.best.kl < 0.01
+
+
+@torch.no_grad()
+def test_candidates_are_compensated_as_they_will_be_folded() -> None:
+    """On held-out windows, and the source is as it was afterwards."""
+    model = tiny_model("llama")
+    ids = token_ids(model, (64, 24))
+    text = {"texts": ("a",), "context": 24, "num_tokens": ids.numel(), "fingerprint": "0"}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    limit = limit_of(model, Size("ratio", 0.83))
+    plain = solve(model, source_model_of(model), ids, limit, lambda number: ORDER[:number])
+    found = solve(
+        model, source_model_of(model), ids, limit, lambda number: ORDER[:number], compensation=Compensation(**text)
+    )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    removal, compensated = plain.candidates[0], found.candidates[0]
+    assert removal.plan.removed == compensated.plan.removed and compensated.kl < 0.95 * removal.kl
+    folded = copy.deepcopy(model)
+    report = compensate_(folded, compensated.plan, ids)
+    assert report.kl_after == pytest.approx(compensated.kl, rel=1e-3)
 
 
 def test_a_size_that_cannot_be_met_is_refused() -> None:

@@ -168,8 +168,6 @@ class _Solver:
         self.replay = sharing_replay(model, ids_WT)
         self.decoder: Decoder = self.replay.decoder
         self.fitted, self.held = split(self.replay)
-        #: The source on the windows that compensation is fitted on.
-        self.for_fits = Replay(model, ids_WT[: self.fitted[-1].stop], batch_size=self.replay.batch_size)
         self.candidates: list[Candidate] = []
 
     def run(self) -> Solution:
@@ -177,7 +175,7 @@ class _Solver:
         self._measure(f"remove {fewest}", removed=self.removal(fewest))
         self._at_zero(fewest)
         self._at_zero(fewest + 1)
-        for shared in dict.fromkeys((1, (fewest + 1) // 2, fewest)):
+        for shared in dict.fromkeys((1, (fewest + 1) // 2, fewest) if fewest else ()):
             self._fixed_pairs(fewest, shared)
             self._measured_pairs(fewest, shared)
             self._measured_pairs(fewest + 1, shared)
@@ -218,7 +216,8 @@ class _Solver:
         removed = self.removal(number - shared)
         kept = [index for index in range(len(self.decoder.blocks)) if index not in removed]
         pairs = middle(adjacent_groups(self.decoder, kept, size=2), kept, shared)
-        if len(pairs) == shared:
+        # Norms stay private, so pairs take a little more than what is left of removed blocks.
+        if len(pairs) == shared and self._parameters(self._plan(removed, pairs)) <= self.limit:
             self._measure(f"remove {number - shared}, share {shared} adjacent pairs", removed, pairs, fits=False)
 
     def _measured_pairs(self, number: int, shared: int) -> None:
@@ -262,6 +261,12 @@ class _Solver:
         cost = SharingCost(self.replay, num_batches=max(1, _PAIR_TOKENS // tokens))
         return cost.pairs(range(len(self.decoder.blocks)), reach=_REACH)
 
+    @cached_property
+    def _for_compensation(self) -> Replay:
+        """The source on the windows that nothing is judged on."""
+        windows = self.replay.ids_WT[: self.fitted[-1].stop]
+        return Replay(self.model, windows, batch_size=self.replay.batch_size)
+
     # ------------------------------------------------------------------------------------------- measuring
 
     def _plan(self, removed: Sequence[int], groups: Sequence[Group] = ()) -> FoldPlan:
@@ -296,7 +301,7 @@ class _Solver:
         if plan.compensation is None:
             yield
             return
-        corrections = compensate(self.model, start, self.for_fits.ids_WT, replay=self.for_fits)
+        corrections = compensate(self.model, start, self._for_compensation.ids_WT, replay=self._for_compensation)
         prefixes = tuple(f"{self.decoder.blocks_path}.{index}." for index in corrections)
         changed = {name: p for name, p in self.model.named_parameters() if prefixes and name.startswith(prefixes)}
         own = {name: parameter.clone() for name, parameter in changed.items()}
