@@ -47,6 +47,16 @@ def test_no_matrix_of_that_rank_is_better(outputs: int, inputs: int, rank: int) 
     assert term.rank == rank
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_rank_that_is_not_there_is_harmless(seed: int) -> None:
+    """Directions without energy are rounding errors; divided by their size they would be without bound."""
+    torch.manual_seed(seed)
+    matrix = torch.randn(20, 3, dtype=torch.float64) @ torch.randn(3, 8, dtype=torch.float64)
+    term = spectrum(matrix, torch.eye(8)).truncated(8)
+    assert float(term.up_OR.abs().max()) < 2
+    torch.testing.assert_close(term.up_OR.double() @ term.down_RI.double(), matrix, rtol=1e-4, atol=1e-4)
+
+
 def test_the_metric_matters() -> None:
     """A plain SVD is worse by far where inputs are not alike in all directions."""
     matrix, second = torch.randn(20, 30, dtype=torch.float64), second_moments(30, 2)

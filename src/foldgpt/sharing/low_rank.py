@@ -56,7 +56,9 @@ def spectrum(matrix_OI: Tensor, second_II: Tensor) -> Spectrum:
         root = _root(second)
         half = matrix @ root
         energies, inner = torch.linalg.eigh(half.T @ half)
-        directions = half @ inner / energies.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+        # Below the rounding of the largest one energies are noise, and no direction is scaled up from it.
+        least = (torch.finfo(torch.float64).eps * energies[-1]).clamp_min(torch.finfo(torch.float64).tiny)
+        directions = half @ inner / energies.clamp_min(float(least)).sqrt()
     return Spectrum(energies.flip(0).clamp_min(0), directions.flip(1), matrix)
 
 
