@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from foldgpt.errors import UnsupportedModelError
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan, Group
@@ -165,10 +166,45 @@ def test_errors_before_a_group_are_made_good() -> None:
     assert kl_to(source, folded(model, plan, informed), new) < kl_to(source, folded(model, plan, naive), new)
 
 
-def test_groups_of_experts_are_left_as_they_are() -> None:
+@pytest.mark.parametrize(
+    ("groups", "fitted"),
+    [
+        ([Group(blocks=(0, 1))], []),
+        ([Group(blocks=(0, 1), donor="mean")], []),
+        ([Group(blocks=(0, 1), start="zero", norms="owner", private=SCALES)], []),
+        (
+            [
+                Group(blocks=(0, 1), sublayers=("attention",), private=SCALES, ranks=4),
+                Group(blocks=(1, 2), sublayers=("mlp",), donor="last", norms="owner"),
+            ],
+            [1],
+        ),
+    ],
+)
+def test_groups_of_experts_are_not_fitted_but_reckoned_with(groups: list[Group], fitted: list[int]) -> None:
     model = tiny_model("mixtral")
-    fit = fit_sharing(model, plan_of(model, Group(blocks=(0, 1))), token_ids(model, (8, 12)))
-    assert not fit.fits and not fit.members
+    ids = token_ids(model, (16, 16))
+    plan = plan_of(model, *groups)
+    fit = fit_sharing(model, plan, ids)
+    assert [report.block for report in fit.members] == fitted
+    assert fit.kl == pytest.approx(kl_to(model, folded(model, plan, fit), ids[-2:]), rel=2e-3)
+
+
+def test_least_squares_of_experts_is_refused() -> None:
+    model = tiny_model("mixtral")
+    with pytest.raises(UnsupportedModelError, match="not a linear layer"):
+        fit_sharing(model, plan_of(model, Group(blocks=(0, 1), donor="least_squares")), token_ids(model, (8, 12)))
+
+
+def test_an_mlp_that_starts_at_zero_is_fitted_without_the_attention_that_is_gone() -> None:
+    model = tiny_model("llama")
+    ids = token_ids(model, (16, 16))
+    plan = plan_of(
+        model, Group(blocks=(1, 2), sublayers=("mlp",), start="zero", private=SCALES, ranks=4), removed_attention=[2]
+    )
+    fit = fit_sharing(model, plan, ids)
+    assert fit.members[0].kl_before == pytest.approx(kl_to(model, folded(model, plan, None), ids[-2:]), rel=2e-3)
+    assert fit.kl == pytest.approx(kl_to(model, folded(model, plan, fit), ids[-2:]), rel=2e-3)
 
 
 def test_two_kinds_of_groups_in_one_block() -> None:

@@ -12,7 +12,7 @@ from foldgpt.compensation import compensate_
 from foldgpt.errors import UsageError
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, predicted_parameters, source_model_of
-from foldgpt.plan import Compensation
+from foldgpt.plan import Compensation, FoldPlan
 from foldgpt.sharing.adjacent import adjacent_groups
 from foldgpt.sharing.fit import fit_sharing
 from foldgpt.sharing.solver import Solution, limit_of, middle, solve
@@ -53,6 +53,30 @@ def test_the_choice_is_the_best_and_fits_the_budget(family: str, size: float) ->
         ours = folded(input_ids=held, use_cache=False).logits.double().log_softmax(-1)
         assert candidate.kl == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=5e-3)
         assert sum(p.numel() for p in folded.parameters()) == candidate.parameters
+
+
+@torch.no_grad()
+def test_a_limit_is_a_limit() -> None:
+    """Private norms must not come on top of a limit that removal meets to the parameter."""
+    model = tiny_model("llama")
+    source = source_model_of(model)
+    limit = predicted_parameters(model, FoldPlan.create(source, removed=ORDER[:2]))
+    found = solve(model, source, token_ids(model, (16, 16)), limit, lambda number: ORDER[:number])
+    assert len(found.candidates) > 1
+    assert all(candidate.parameters <= limit for candidate in found.candidates)
+
+
+@torch.no_grad()
+def test_shared_experts_are_measured_as_they_are_folded() -> None:
+    model = tiny_model("mixtral")
+    ids = token_ids(model, (16, 16))
+    found = solved(model, 0.7, ids)
+    [shared] = [candidate for candidate in found.candidates if candidate.num_shared == 1]
+    folded = copy.deepcopy(model)
+    fold_(folded, shared.plan)
+    theirs = model(input_ids=ids[-2:], use_cache=False).logits.double().log_softmax(-1)
+    ours = folded(input_ids=ids[-2:], use_cache=False).logits.double().log_softmax(-1)
+    assert shared.kl == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=5e-3)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from foldgpt.families import Decoder
 from foldgpt.families.norms import weight_for
 from foldgpt.folding.donors import DONORS
 from foldgpt.folding.fitted import GroupFit, MemberFit
-from foldgpt.folding.kinds import shareable_leaves, sublayer_modules
+from foldgpt.folding.kinds import scale_leaves, shareable_leaves, sublayer_modules
 from foldgpt.folding.private import LeafTerms, terms_of_group
 from foldgpt.plan import SUBLAYERS, FoldPlan, Group
 
@@ -94,29 +94,51 @@ def write_fit_(decoder: Decoder, group: Group, fit: GroupFit) -> None:
         group: the group.
         fit: its fit; what is not in it is made by the group's donor, and norms stay or begin as the group says.
     """
-    _make_shared_(decoder, group, fit)
+    for name, owned in _shared_parameters(decoder, group, group.holder).items():
+        owned.copy_(fit.weights[name] if name in fit.weights else _of_donor(decoder, group, name))
     for index in group.blocks:
+        # A norm's fit comes last: one that helps from the start takes the place of nothing.
+        norms = {**_norms_at_start(decoder, group, index), **fit.members.get(index, MemberFit()).norms}
+        for name, value in norms.items():
+            decoder.blocks[index].get_parameter(name).copy_(value)
+
+
+@torch.no_grad()
+def values_without_fit(decoder: Decoder, group: Group, index: int) -> dict[str, Tensor]:
+    """What a member that nothing is fitted for computes with in place of its own parameters.
+
+    Args:
+        decoder: the source.
+        group: its group; the donor is not one that has to be fitted.
+        index: source index of the member, one that does not give its weights.
+
+    Returns:
+        Name inside the block → value. A position that starts at zero puts out nothing with these.
+    """
+    shared = _shared_parameters(decoder, group, index)
+    values = {name: _of_donor(decoder, group, name) for name in shared}
+    if group.start == "zero":
+        for leaf in scale_leaves(decoder, index, group.sublayers):
+            values.update({name: torch.zeros_like(shared[name]) for name in shared if name.startswith(f"{leaf}.")})
+    return {**values, **_norms_at_start(decoder, group, index)}
+
+
+def _of_donor(decoder: Decoder, group: Group, name: str) -> Tensor:
+    """A shared parameter as the group's donor makes it."""
+    if group.giver is not None:
+        return decoder.blocks[group.giver].get_parameter(name).data
+    return DONORS[group.donor]([decoder.blocks[index].get_parameter(name).data for index in group.blocks])
+
+
+def _norms_at_start(decoder: Decoder, group: Group, index: int) -> dict[str, Tensor]:
+    """Norms of a member that begin with other values than its own block's, by name inside the block."""
+    values: dict[str, Tensor] = {}
+    if group.norms == "owner" and index != group.giver:
+        values = {name: parameter.data for name, parameter in own_parameters(decoder, group, group.holder).items()}
+    if index in group.started_at_zero:
         block = decoder.blocks[index]
-        if group.norms == "owner" and index != group.giver:
-            of_giver = own_parameters(decoder, group, group.holder)
-            for name, parameter in own_parameters(decoder, group, index).items():
-                parameter.copy_(of_giver[name])
-        if index in group.started_at_zero:
-            for name in _norms_behind(decoder, group):
-                norm = block.get_submodule(name)
-                norm.get_parameter("weight").copy_(_zero_of(norm))
-        # Last: a fit that helps from the start takes the place of nothing.
-        for name, value in fit.members.get(index, MemberFit()).norms.items():
-            block.get_parameter(name).copy_(value)
-
-
-def _make_shared_(decoder: Decoder, group: Group, fit: GroupFit) -> None:
-    members = {index: _shared_parameters(decoder, group, index) for index in group.blocks}
-    for name, owned in members[group.holder].items():
-        if name in fit.weights:
-            owned.copy_(fit.weights[name])
-        elif group.giver is None:
-            owned.copy_(DONORS[group.donor]([parameters[name].data for parameters in members.values()]))
+        values.update({f"{name}.weight": _zero_of(block.get_submodule(name)) for name in _norms_behind(decoder, group)})
+    return values
 
 
 def _shared_parameters(decoder: Decoder, group: Group, index: int) -> dict[str, nn.Parameter]:

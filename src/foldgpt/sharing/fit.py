@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families.norms import effective_scale, epsilon_of, weight_for
-from foldgpt.folding.fits import own_parameters
+from foldgpt.folding.fits import own_parameters, values_without_fit
 from foldgpt.folding.fitted import GroupFit, LowRank, MemberFit
 from foldgpt.folding.kinds import shareable_leaves
 from foldgpt.objectives import Head, forward_kl
@@ -141,7 +141,8 @@ def fit_sharing(
 
     Raises:
         UsageError: fewer than two windows, or windows of another model.
-        UnsupportedModelError: what a block does with its sublayers' outputs is not known.
+        UnsupportedModelError: what a block does with its sublayers' outputs is not known, or a group's donor has to
+            be fitted and cannot be. Other groups that cannot be fitted are taken as they are folded without a fit.
     """
     replay = replay or sharing_replay(model, ids_WT)
     if replay.model is not model:
@@ -181,8 +182,10 @@ class _Fitting:
             for index in self.plan.kept:
                 if index > last:
                     break
+                self._settle(index)
                 roles = self._roles(index)
                 stream_WTH = self._member(index, roles, stream_WTH) if roles else self._passed(index, stream_WTH)
+                del self.student.positions[index]
                 progress.advance()
         rest = [index for index in self.plan.kept if index > last]
         kl = self._kl(rest, [stream_WTH[rows] for rows in self.held])
@@ -201,6 +204,24 @@ class _Fitting:
             passes=1 + (self.replay.num_block_calls - began) / self.replay.num_blocks,
         )
 
+    def _settle(self, index: int) -> None:
+        """Let a position be what it will be folded to, but for what is fitted there.
+
+        Until the walk comes to it, a position that starts at zero is absent.
+        """
+        self.student.absent.pop(index, None)
+        if index in self.absent:
+            self.student.absent[index] = self.absent[index]
+        self.student.positions[index] = Position(parameters=self.unfitted(index))
+
+    def unfitted(self, index: int) -> dict[str, Tensor]:
+        """What a position has from groups that cannot be fitted, by name inside the block."""
+        found: dict[str, Tensor] = {}
+        for number, group in enumerate(self.plan.groups):
+            if index in group.fitted_members and self._shared_of(number) is None:
+                found.update(values_without_fit(self.replay.decoder, group, index))
+        return found
+
     def _roles(self, index: int) -> dict[Sublayer, tuple[int, Group]]:
         """The groups in which a block borrows weights, by sublayer; those that cannot be fitted are left out."""
         roles: dict[Sublayer, tuple[int, Group]] = {}
@@ -215,6 +236,8 @@ class _Fitting:
             try:
                 self.shared[number] = shared_weights(self.replay, group, self.fitted, aligned=self.aligned)
             except UnsupportedModelError as error:
+                if group.donor == "least_squares":
+                    raise
                 note(f"nothing is fitted for the group {list(group.blocks)}: {error}")
                 self.shared[number] = None
         return self.shared[number]
@@ -252,8 +275,6 @@ class _Fitting:
     def _member(self, index: int, roles: Mapping[Sublayer, tuple[int, Group]], stream_WTH: Tensor) -> Tensor:
         """Fit one member, judge it, and pass the stream through its position."""
         place = _Place(self, index, roles)
-        if index not in self.absent:
-            self.student.absent.pop(index, None)  # from here on its own position says that it starts at zero
         rest = [block for block in self.start.kept if block > index]
         self.student.positions[index] = place.position({}, reading=False)
         without_WTH = self._passed(index, stream_WTH)
@@ -303,6 +324,7 @@ class _Place:
         self.index = index
         self.roles = roles
         self.block: nn.Module = self.replay.decoder.blocks[index]
+        self.unfitted = fitting.unfitted(index)
         assert self.replay.decoder.sublayers is not None
         self.sublayers = self.replay.decoder.sublayers
 
@@ -314,7 +336,7 @@ class _Place:
             reading: whether the layers that read the stream have their low-rank terms yet.
         """
         modules: dict[str, nn.Module] = {}
-        parameters: dict[str, Tensor] = {}
+        parameters = dict(self.unfitted)
         for _, group in self.roles.values():
             if group.norms == "owner":
                 parameters.update(self._norms_of(group))
