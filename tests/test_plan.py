@@ -264,6 +264,11 @@ def test_a_hand_edited_file_counts_as_it_stands(tmp_path: Path) -> None:
         ({"kept": [0, 2.5, 3, 4]}, "kept.1: Input should be a valid integer"),
         ({"kept": None}, "kept: Input should be a valid tuple (got None)"),
         ({"source": "somebody/model"}, "source: Input should be a valid dictionary"),
+        (
+            {"groups": [{"blocks": [2, 3], "ranks": {"mlp.up_proj": [4, -1]}}]},
+            "groups.0.ranks: a rank is a whole number from 0; give one for all layers, or for each layer by name one "
+            "or a list of one for each block, got {'mlp.up_proj': [4, -1]}",
+        ),
         ({"version": 3}, "plan of version 3, but this foldgpt reads versions up to 2"),
         ({"version": "1.1"}, "plan of version '1.1', but this foldgpt reads versions up to 2"),
         ({"format": "foldgpt.analysis"}, "not a plan: its 'format' is 'foldgpt.analysis', expected 'foldgpt.plan'"),

@@ -6,7 +6,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from foldgpt.artifacts import read_json, write_json
 from foldgpt.errors import PlanError
@@ -73,6 +81,18 @@ class Group(_Frozen):
     private: tuple[Literal["norms", "scales"], ...] = ("norms",)
     ranks: Annotated[int, Field(ge=0)] | RankByLeaf = 0
     norms: Literal["own", "owner"] = "own"
+
+    @field_validator("ranks", mode="wrap")
+    @classmethod
+    def _readable_ranks(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        """Say in one sentence what pydantic says once for each form that ranks may have."""
+        try:
+            return validate(value)
+        except ValidationError:
+            raise ValueError(
+                "a rank is a whole number from 0; give one for all layers, or for each layer by name one or a list of "
+                f"one for each block, got {value!r}"
+            ) from None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
