@@ -237,6 +237,14 @@ def test_an_unknown_selector_is_refused_before_anything_runs(recipe: Recipe, tmp
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("donor", ["meen", "owner"])
+def test_an_unknown_donor_is_refused_before_anything_runs(recipe: Recipe, tmp_path: Path, donor: str) -> None:
+    """Whose weights an owner's would be, only a plan can say."""
+    with pytest.raises(UsageError, match=f"unknown donor '{donor}'"):
+        pipeline.run(recipe.changed(share={"method": "adjacent", "donor": donor}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_failing_stage_keeps_the_finished_ones(recipe: Recipe, tmp_path: Path, stages_run: list[str]) -> None:
     with pytest.raises(UsageError, match="cannot remove 6 of 6 blocks"):
         pipeline.run(recipe.changed(select={"remove": 6}), tmp_path / "run")

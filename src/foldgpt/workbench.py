@@ -14,6 +14,7 @@ from foldgpt.analysis import CalibrationIdentity
 from foldgpt.corpus import OwnText, Windows, calibration_windows, evaluation_windows
 from foldgpt.errors import FoldGPTError, UsageError, did_you_mean
 from foldgpt.evaluation import Suite, load_suite
+from foldgpt.folding.donors import DONORS, READY
 from foldgpt.plan import Compensation, Fitting, explain
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
@@ -39,11 +40,14 @@ class Workbench:
         """Take a recipe; a name in it that only the code can check is checked now, before anything is loaded.
 
         Raises:
-            UsageError: the selector or a setting of the recovery does not exist.
+            UsageError: the selector, the donor or a setting of the recovery does not exist.
         """
         method = recipe.select.method
         if method not in SELECTORS:
             raise UsageError(f"unknown selector {method!r}.{did_you_mean(method, SELECTORS)}")
+        donors = ("best", *(name for name in (*READY, *DONORS) if name != "owner"))
+        if recipe.share.donor not in donors:
+            raise UsageError(f"unknown donor {recipe.share.donor!r}.{did_you_mean(recipe.share.donor, donors)}")
         self.recipe = recipe
         self.common = common
         self.recovery_settings = _recovery_settings(recipe)
