@@ -317,6 +317,20 @@ def test_scales_are_refused_where_the_end_of_a_sublayer_is_not_known(options: di
         fold_(model, FoldPlan.create(source_model_of(model), groups=[group]))
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_offloaded_blocks_are_refused_but_counted(family: str) -> None:
+    """A norm without weights in memory cannot be tried out, so that has to be asked last."""
+    model = tiny_model(family)
+    plan = FoldPlan.create(
+        source_model_of(model), groups=[Group(blocks=(0, 1), start="zero", private=("norms", "scales"))]
+    )
+    expected = predicted_parameters(model, plan)
+    decoder_of(model).blocks.to("meta")
+    assert predicted_parameters(model, plan) == expected
+    with pytest.raises(UnsupportedModelError, match=r"the weights of blocks \[0, 1\] are offloaded"):
+        fold_(model, plan)
+
+
 def of_block(index: int, **parts: Any) -> GroupFit:
     return GroupFit(members={index: MemberFit(**parts)})
 

@@ -76,7 +76,7 @@ def check_start(decoder: Decoder, group: Group) -> None:
     """Refuse a group that starts at zero where nothing can make its positions contribute nothing.
 
     Raises:
-        UnsupportedModelError: sublayers of the family are not known, or a norm behind one is not an RMSNorm.
+        UnsupportedModelError: a norm behind a sublayer is not an RMSNorm.
     """
     if group.start != "zero":
         return

@@ -66,8 +66,10 @@ def fold_(model: nn.Module, plan: FoldPlan, fits: Mapping[int, GroupFit] | None 
         UnsupportedModelError: the model has something that depends on the block index and has no rule.
     """
     decoder = decoder_of(model)
-    _check_fits(decoder, plan)
+    _check_plan(decoder, plan)
     _check_in_memory(decoder, plan)
+    for group in plan.groups:
+        check_start(decoder, group)
     fits = fits or {}
     check_fits(decoder, plan, fits)
     terms = [terms_of_group(decoder, group) for group in plan.groups]
@@ -121,7 +123,7 @@ def predicted_parameters(model: nn.Module, plan: FoldPlan) -> int:
         plan: the plan.
     """
     decoder = decoder_of(model)
-    _check_fits(decoder, plan)
+    _check_plan(decoder, plan)
     total = sum(parameter.numel() for parameter in model.parameters())
     for index in plan.removed:
         total -= _count(decoder.blocks[index])
@@ -141,7 +143,7 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _check_fits(decoder: Decoder, plan: FoldPlan) -> None:
+def _check_plan(decoder: Decoder, plan: FoldPlan) -> None:
     if getattr(decoder.model.config, "fold_layout", None) is not None:
         raise PlanError("this model is folded already; unfold_ it first")
     num_blocks = len(decoder.blocks)
@@ -162,7 +164,6 @@ def _check_fits(decoder: Decoder, plan: FoldPlan) -> None:
                 f"group {list(group.blocks)}: unknown donor {group.donor!r}.{did_you_mean(group.donor, donors)}"
             )
         check_group(decoder, group.blocks, group.sublayers)
-        check_start(decoder, group)
     _check_first_attention(decoder, plan)
 
 
