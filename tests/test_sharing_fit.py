@@ -16,8 +16,8 @@ from foldgpt.sharing.fit import SharingFit, fit_sharing, sharing_replay
 from models import tiny_model, token_ids
 
 SCALES = ("norms", "scales")
-#: One of each sandwich, pre-norm, post-norm, parallel and transposed arrangement.
-FAMILIES = ["llama", "llama-tied", "gemma3", "olmo2", "granite", "stablelm-parallel", "gpt2", "qwen3"]
+#: One of each sandwich, pre-norm, post-norm, parallel, transposed and flattened arrangement.
+FAMILIES = ["llama", "llama-tied", "gemma3", "olmo2", "granite", "stablelm-parallel", "gpt2", "opt", "qwen3"]
 
 GROUPS = {
     "first": Group(blocks=(0, 1), private=SCALES, ranks=4),
@@ -50,7 +50,7 @@ def kl_to(model: Any, made: Any, ids: torch.Tensor) -> float:
 
 def groups_for(family: str) -> list[str]:
     known = list(GROUPS)
-    if family == "gpt2":  # its layers have other names
+    if family in ("gpt2", "opt"):  # their layers have other names
         known.remove("last")
     return known
 

@@ -409,7 +409,7 @@ class _Place:
         with _watched(shared, self.block, self.sublayers.between) as seen:
             output_BTH = self.fitting.student.block(self.index, stream_BTH)
         inputs_RK, shared_RH = seen.inputs.flatten(0, -2), seen.outputs.flatten(0, -2).float()
-        aim_BTH = self._aim(sublayer, rows)
+        aim = self._aim(sublayer, rows)
         if seen.between is None:
             # Attention and MLP side by side: all but this sublayer's contribution stays as it is.
             now = OutputFit(self._start(sublayer), None, 1.0, 1.0)
@@ -424,13 +424,14 @@ class _Place:
             )
             rest_RH = output_BTH.float().flatten(0, 1) - now.contribution(wanted)
         else:
-            rest_RH = (stream_BTH if sublayer == "attention" else seen.between).float().flatten(0, 1)
-        target_RH = aim_BTH.float().flatten(0, 1)
+            # OPT has flattened windows and tokens already, between attention and MLP.
+            rest_RH = (stream_BTH if sublayer == "attention" else seen.between).float().flatten(0, -2)
+        target_RH = aim.float().flatten(0, -2)
         weight_R = 1 / self.replay.states[self._end()][rows].float().flatten(0, 1).square().sum(-1).clamp_min(1e-12)
         return inputs_RK, shared_RH, target_RH - rest_RH, weight_R
 
     def _aim(self, sublayer: Sublayer, rows: slice) -> Tensor:
-        """The source's stream to come near to behind the sublayer, [B, T, H]."""
+        """The source's stream to come near to behind the sublayer, [B, T, H] or [B T, H]."""
         group = self.roles[sublayer][1]
         if sublayer == "mlp" or group.start == "zero" or self.sublayers.between is None:
             return self.replay.states[self._end()][rows]
