@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -252,33 +253,35 @@ class Bench:
         }
 
     def covariance_pass(self) -> dict[str, Any]:
-        """What the second moments of all blocks cost, beside plain forward passes over the same windows."""
+        """What the second moments of all blocks cost, beside forward passes over the same windows."""
         body = self.model.get_submodule(self.decoder.blocks_path.rpartition(".")[0])
-        ids = self.calibration.ids
         turns = []
         largest = 0
         for _ in range(3):
+            turn = [self._seconds(self.model), self._seconds(body)]
             started = time.perf_counter()
-            with torch.no_grad():
-                for rows in self.replay.batches():
-                    body(input_ids=ids[rows], use_cache=False)
-            plain = time.perf_counter() - started
-            started = time.perf_counter()
-            replay = Replay(self.model, ids, batch_size=self.replay.batch_size, boundaries="first")
+            replay = Replay(self.model, self.calibration.ids, batch_size=self.replay.batch_size, boundaries="first")
             for _, moments in input_moments(replay, self.blocks):
                 held = {id(m): m.second_KK.numel() * m.second_KK.element_size() for m in moments.values()}
                 largest = max(largest, sum(held.values()))
-            turns.append((plain, time.perf_counter() - started))
-        ratios = sorted(pass_ / plain for plain, pass_ in turns)
-        stream = self.replay.states[0].numel() * self.replay.states[0].element_size()
+            turns.append((*turn, time.perf_counter() - started))
         return {
-            "plain_seconds": [round(plain, 2) for plain, _ in turns],
-            "pass_seconds": [round(pass_, 2) for _, pass_ in turns],
-            "forward_passes": ratios[len(ratios) // 2],
+            "forward_seconds": [round(forward, 2) for forward, _, _ in turns],
+            "without_head_seconds": [round(without, 2) for _, without, _ in turns],
+            "pass_seconds": [round(seconds, 2) for _, _, seconds in turns],
+            "forward_passes": statistics.median(seconds / forward for forward, _, seconds in turns),
+            "passes_without_head": statistics.median(seconds / without for _, without, seconds in turns),
             "moments_bytes": largest,
-            "stream_bytes": stream,
+            "stream_bytes": self.replay.states[0].numel() * self.replay.states[0].element_size(),
             "model_bytes": sum(p.numel() * p.element_size() for p in self.model.parameters()),
         }
+
+    @torch.no_grad()
+    def _seconds(self, module: Any) -> float:
+        started = time.perf_counter()
+        for rows in self.replay.batches():
+            module(input_ids=self.calibration.ids[rows], use_cache=False)
+        return time.perf_counter() - started
 
 
 def _moved(replay: Replay, model: Any) -> Replay:
@@ -376,8 +379,9 @@ windows that nothing was fitted on. Seconds: fit and fold (for the solver, its s
 |---|---|---|---|---|---|---|
 {table}
 
-Second moments of the inputs of all linear layers: {cost["forward_passes"]:.2f} forward passes (median of three
-turns), {held / 1e6:.1f} MB beside a model of {cost["model_bytes"] / 1e6:.1f} MB.
+Second moments of the inputs of all linear layers: {cost["forward_passes"]:.2f} forward passes, or
+{cost["passes_without_head"]:.2f} of the model without its head (medians of three turns),
+{held / 1e6:.1f} MB beside a model of {cost["model_bytes"] / 1e6:.1f} MB.
 
 `{" ".join(result["command"])}`, seed {result["seed"]}.
 {environment["cpu"]}, {environment["torch_threads"]} threads, {environment["ram_gb"]} GB RAM,

@@ -26,6 +26,10 @@ from foldgpt.sharing.student import Position, Student
 
 Part = Literal["attention", "mlp", "both"]
 
+#: Positions at most at which predictions are compared, the same for all pairs; with a large vocabulary the head would
+#: take most of the time, and what counts is the order of the pairs.
+_MOST_POSITIONS = 512
+
 
 @torch.no_grad()
 def weight_distances(replay: Replay, *, reach: int | None = None) -> dict[Part, Tensor]:
@@ -74,14 +78,19 @@ class SharingCost:
     Args:
         replay: the source, with all states.
         num_batches: micro-batches to measure on, from the first; all by default.
+        seed: seed of the positions at which predictions are compared.
     """
 
-    def __init__(self, replay: Replay, *, num_batches: int | None = None) -> None:
+    def __init__(self, replay: Replay, *, num_batches: int | None = None, seed: int = 0) -> None:
         self.replay = replay
         self.student = Student(replay)
         self.batches = list(replay.batches())[:num_batches]
-        head = Head(replay.model)
-        self._source = SourcePredictions(head, self._finished([replay.states[-1][rows] for rows in self.batches]))
+        num_tokens = sum(rows.stop - rows.start for rows in self.batches) * replay.ids_WT.shape[1]
+        generator = torch.Generator().manual_seed(seed)
+        self._rows_R = torch.randperm(num_tokens, generator=generator)[:_MOST_POSITIONS].sort().values
+        self._source = SourcePredictions(
+            Head(replay.model), self._finished([replay.states[-1][rows] for rows in self.batches])
+        )
 
     @torch.no_grad()
     def pair(self, donor: int, member: int, sublayers: Sequence[Sublayer] = SUBLAYERS) -> float:
@@ -125,7 +134,9 @@ class SharingCost:
         return costs
 
     def _finished(self, streams: Sequence[Tensor]) -> Tensor:
-        return torch.cat([self.replay.finish(stream).flatten(0, 1) for stream in streams])
+        """Inputs of the head [R, H] at the chosen positions. What follows the last block acts token by token."""
+        hidden_RH = torch.cat([stream.flatten(0, 1) for stream in streams])[self._rows_R]
+        return self.replay.finish(hidden_RH[None])[0]
 
 
 def _donors(decoder: Decoder, member: int, sublayer: Sublayer, reach: int | None) -> list[int]:
