@@ -35,6 +35,9 @@ from foldgpt.sizes import Size
 
 #: Blocks at most between two that share, among the kept ones.
 _REACH = 2
+#: Groups are not made whose pairs alone, before any fit, cost more than so many times the best candidate so far: fits
+#: were seen to save a half to two thirds.
+_HOPELESS = 4.0
 #: Fractions are met to three decimals.
 _ROUNDING = 0.0005
 #: Tokens at most on which pairs are measured: they are many, and only their order counts.
@@ -221,13 +224,19 @@ class _Solver:
             self._measure(f"remove {number - shared}, share {shared} adjacent pairs", removed, pairs, fits=False)
 
     def _measured_pairs(self, number: int, shared: int) -> None:
-        """Groups chosen by measured costs, least-squares donors, and what the budget leaves for private terms."""
+        """Groups chosen by measured costs, least-squares donors, and what the budget leaves for private terms.
+
+        They take the most time of all; where the costs of their pairs leave no hope, they are not made.
+        """
         if not 0 <= number - shared < len(self.decoder.blocks) - 1:
             return
         removed = self.removal(number - shared)
         kept = [index for index in range(len(self.decoder.blocks)) if index not in removed]
         try:
             found = self._partition(kept, shared)
+            if found.cost > _HOPELESS * min(candidate.kl for candidate in self.candidates):
+                note(f"remove {number - shared}, share {shared}: not tried, the pairs alone cost {found.cost:.2f}")
+                return
             for private in (("norms", "scales"), ("norms",)):
                 groups = tuple(
                     Group.model_validate({"blocks": blocks, "donor": "least_squares", "private": private})
