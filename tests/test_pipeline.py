@@ -187,6 +187,11 @@ def test_two_processes_do_not_share_a_folder(recipe: Recipe, tmp_path: Path) -> 
         command = [sys.executable, "-c", code, str(tmp_path / "run"), str(tmp_path / "recipe.yaml")]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "another process is working in" in printed
+    other = recipe.changed(select={"remove": 1})
+    with open_run(tmp_path / "run", recipe):
+        with pytest.raises(ArtifactError, match="another process"), open_run(tmp_path / "run", other, overwrite=True):
+            pass
+        assert Recipe.load(tmp_path / "run" / "recipe.yaml") == recipe
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])

@@ -160,9 +160,9 @@ def open_run(
         _check_same(path, Recipe.load(recipe_path), recipe, overwrite=overwrite)
     elif not (path / LEDGER).is_file():
         check_free(path, replace=overwrite)
-    recipe.save(recipe_path)
     lock = FileLock(path / ".lock")
     try:
+        path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise ArtifactError(f"another process is working in {path}") from None
@@ -170,6 +170,8 @@ def open_run(
         raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
     with lock:
         try:
+            # Only now: the recipe of a run that goes on elsewhere stays as it is.
+            recipe.save(recipe_path)
             # Of killed processes; nobody else works here while the lock is held.
             remove_all_leftovers(path)
             yield RunFolder(path, beside)
