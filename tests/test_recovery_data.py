@@ -94,6 +94,29 @@ def test_a_text_that_is_too_short_leaves_nothing(tmp_path: Path) -> None:
         packed_windows([text], tiny_tokenizer(300), tmp_path / "ids", context=16, num_tokens=32, num_held_out=0)
 
 
+def test_a_kill_once_the_windows_lie_there_leaves_them_to_be_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = documents(tmp_path, "a", [f"a{i:06d}" for i in range(30)])
+    replace = Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        replace(self, target)
+        if Path(target).suffix == ".ids":
+            raise KeyboardInterrupt
+        return Path(target)
+
+    def read() -> None:
+        packed_windows([text], tiny_tokenizer(300), tmp_path / "ids", context=16, num_tokens=64, num_held_out=16)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        read()
+    assert list((tmp_path / "ids").glob("*.ids"))
+    monkeypatch.undo()
+    read()
+
+
 def test_the_loss_is_on_replies_alone() -> None:
     tokenizer = tiny_tokenizer(300)
     tokenizer.chat_template = TEMPLATE

@@ -84,10 +84,9 @@ def packed_windows(
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(specs, own, tokenizer, path, shape, seed)
+            _write(specs, own, tokenizer, path, shape, seed, protocol)
         except OSError as error:
             raise ArtifactError(f"cannot write {path}: {error.strerror or error}. Nothing was left behind.") from error
-        write_json(path.with_suffix(".json"), protocol)
     elif read_json(path.with_suffix(".json"), "protocol of the windows") != protocol:
         raise ArtifactError(f"{path} does not hold what its name says; remove it")
     # mode "c": torch wants writable memory, and nothing is ever written back.
@@ -104,6 +103,7 @@ def _write(
     path: Path,
     shape: tuple[int, int],
     seed: int,
+    protocol: dict[str, Any],
 ) -> None:
     num_windows, context = shape
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".foldgpt-partial-", delete=False) as file:
@@ -127,6 +127,8 @@ def _write(
                     f"{num_windows * context:,} are asked for"
                 )
             file.flush()
+            # Whoever finds the windows is to find what they are, also if this process is killed in between.
+            write_json(path.with_suffix(".json"), protocol)
             staging.replace(path)
         finally:
             staging.unlink(missing_ok=True)
