@@ -114,6 +114,41 @@ def test_a_size_is_the_budget_of_the_rows_without_sharing_too() -> None:
     solved = rows_of_recipe(recipe_of(compare={"rows": rows}))[1].recipe
     assert (solved.share.size, solved.select.remove) == (0.75, None)
 
+    as_text = Recipe.from_dict({"model": "m", "share": {"method": "auto", "size": "75%"}})
+    assert {row.name: row.recipe for row in rows_of_recipe(as_text)}["bi"].select.remove_ratio == 0.25
+
+
+def test_rows_that_all_say_what_they_change_need_no_budget_for_known_names() -> None:
+    rows = {"solved": {}, "mine": {"select": {"remove": 3}, "share": {"method": "none"}}}
+    recipe = Recipe.from_dict(
+        {"model": "m", "share": {"method": "auto", "size": "95M"}, "compare": {"rows": rows, "reference": "mine"}}
+    )
+    assert [(row.recipe.share.size, row.recipe.select.remove) for row in rows_of_recipe(recipe)] == [
+        ("95M", None),
+        (None, 3),
+    ]
+
+
+def test_a_known_row_that_changes_the_recovery_is_left_out_without_one() -> None:
+    section = {"rows": {"bi": None, "bi + plain LoRA": None}, "recovered": ["bi + plain LoRA"]}
+    assert [row.title for row in rows_of_recipe(recipe_of(compare=section))] == ["bi"]
+    with_recovery = rows_of_recipe(recipe_of(compare=section, recover={"num_tokens": 64}))
+    assert [row.title for row in with_recovery] == ["bi", "bi + plain LoRA + recovery"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bi recovered", r"'bi recovered' and 'bi \+ recovery' would have one folder, 'bi-recovered'"),
+        ("bi + recovery", r"two rows would be called 'bi \+ recovery'"),
+        ("source", r"two rows would be called 'source'"),
+    ],
+)
+def test_a_row_is_not_taken_for_another_one_with_recovery(name: str, message: str) -> None:
+    section = {"rows": {"bi": None, name: {"select": {"method": "last"}}}}
+    with pytest.raises(UsageError, match=message):
+        rows_of_recipe(recipe_of(recover={"num_tokens": 64}, compare=section))
+
 
 def test_draws_of_random_differ_in_the_blocks_alone() -> None:
     rows = {row.name: row.recipe for row in rows_of_recipe(recipe_of(compare={"random_seeds": 2}, seed=5))}
@@ -233,6 +268,13 @@ def test_the_same_model_differs_from_itself_by_nothing_and_seeds_decide_the_rest
         for seed in (3, 3, 4)
     ]
     assert draws[0] == draws[1] != draws[2]
+
+
+def test_a_single_window_proves_nothing() -> None:
+    """All its resamples are itself, so the interval excludes zero whatever the difference."""
+    own, other = (perplexity_with(numpy.array([nll])) for nll in (300.0, 301.0))
+    interval = perplexity_difference(own, other, samples=100, confidence=0.95)
+    assert interval.low == interval.high < 0 and not interval.is_certain
 
 
 def test_what_cannot_be_paired_is_refused() -> None:
@@ -378,6 +420,9 @@ def test_an_error_says_which_row_it_is_of(recipe: Recipe, tmp_path: Path) -> Non
     rows = {"bi": None, "greedy at will": {"select": {"method": "greedy", "options": {"steps": 3}}}}
     with pytest.raises(UsageError, match=r"row 'greedy at will': .*no option 'steps'"):
         side_by_side.compare(recipe.changed(compare={"rows": rows, "recovered": []}), tmp_path / "c")
+    rows = {"bi": None, "mine": {"select": {"method": "greedie"}}}
+    with pytest.raises(UsageError, match=r"row 'mine': unknown selector 'greedie'.*'greedy'"):
+        side_by_side.compare(recipe.changed(compare={"rows": rows, "recovered": []}), tmp_path / "d")
 
 
 def test_verdicts(recipe: Recipe, tmp_path: Path) -> None:
@@ -403,5 +448,14 @@ def test_on_the_command_line(recipe: Recipe, tmp_path: Path) -> None:
         assert part in shown.output
     as_json = CliRunner().invoke(app, [*arguments, "--json"])
     assert json.loads(as_json.stdout) == json.loads((tmp_path / "c" / "comparison.json").read_text("utf-8"))
+    again = CliRunner().invoke(app, ["show", str(tmp_path / "c")])
+    assert again.exit_code == 0 and again.stdout in shown.stdout and "against bi" in again.stdout
+    again = CliRunner().invoke(app, ["show", str(tmp_path / "c"), "--json"])
+    assert again.stdout == as_json.stdout
+    page = tmp_path / "c" / "comparison.html"
+    before = page.read_text("utf-8")
+    page.unlink()
+    built = CliRunner().invoke(app, ["report", str(tmp_path / "c"), "--quiet"])
+    assert built.stdout.split() == [str(page)] and page.read_text("utf-8") == before
     wrong = CliRunner().invoke(app, ["compare", str(path), "--out", str(tmp_path / "c"), "--remove", "1", "--quiet"])
     assert wrong.exit_code == 1 and "--overwrite" in wrong.output

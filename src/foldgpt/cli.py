@@ -48,6 +48,7 @@ from foldgpt.options import (
 )
 
 if TYPE_CHECKING:
+    from foldgpt.comparison import Comparison
     from foldgpt.recipe import Recipe
 
 app = typer.Typer(
@@ -506,36 +507,37 @@ def compare(
             return
 
         from foldgpt import side_by_side
-        from foldgpt.comparison import difference_table, method_table, notes_of, task_accuracy_table
 
         result = side_by_side.compare(whole, out, overwrite=overwrite)
-        if as_json:
-            _print_json(result.to_dict())
-        else:
-            for table in (method_table(result), difference_table(result), task_accuracy_table(result)):
-                if table.row_count:
-                    _print(table)
-            for line in notes_of(result):
-                typer.echo(line)
+        _print_comparison(result, as_json=as_json)
+        if not as_json:
             _print_paths(sorted(out.glob("comparison.*")))
 
 
 @app.command()
 def show(
-    path: Annotated[Path, typer.Argument(help="A plan, a folded model, or a run folder.", show_default=False)],
+    path: Annotated[
+        Path, typer.Argument(help="A plan, a folded model, or the folder of a run or comparison.", show_default=False)
+    ],
     as_json: AsJson = False,
 ) -> None:
-    """Show a plan as a strip of blocks, and a run's measurements."""
+    """Show a plan as a strip of blocks, a run's measurements, or the tables of a comparison."""
     with _session(quiet=True):
         from foldgpt.artifacts import read_json
+        from foldgpt.comparison import COMPARISON, Comparison
         from foldgpt.errors import ArtifactError
         from foldgpt.evaluation import Evaluation
         from foldgpt.plan import FoldPlan
         from foldgpt.tables import comparison_table, plan_strip, protocol_lines, task_table
 
+        if (path / COMPARISON).is_file():
+            _print_comparison(Comparison.load(path), as_json=as_json)
+            return
         plan_path = path / "plan.json" if path.is_dir() else path
         if path.is_dir() and not plan_path.is_file():
-            raise ArtifactError(f"{path} holds no plan.json: it is neither a run nor a folded model")
+            raise ArtifactError(
+                f"{path} holds neither plan.json nor {COMPARISON}: it is no run, folded model or comparison"
+            )
         made = FoldPlan.load(plan_path)
         evaluation_path = path / "evaluation.json"
         measured = Evaluation.load(evaluation_path) if path.is_dir() and evaluation_path.is_file() else None
@@ -555,14 +557,18 @@ def show(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="The folder of a run or comparison.", show_default=False)],
     quiet: Quiet = False,
 ) -> None:
-    """Build the page of a run anew: one HTML file that needs no network."""
+    """Build the page of a run or comparison anew: one HTML file that needs no network."""
     with _session(quiet):
-        from foldgpt.report import build_report
+        from foldgpt.comparison import COMPARISON, Comparison
+        from foldgpt.report import build_report, write_comparison
 
-        _print_paths([build_report(run)])
+        if (run / COMPARISON).is_file():
+            _print_paths([write_comparison(Comparison.load(run), run)["html"]])
+        else:
+            _print_paths([build_report(run)])
 
 
 @app.command()
@@ -700,6 +706,19 @@ def _print(shown: Any) -> None:
     if not console.is_terminal:
         console = Console(width=120)
     console.print(shown)
+
+
+def _print_comparison(comparison: Comparison, *, as_json: bool) -> None:
+    from foldgpt.comparison import difference_table, method_table, notes_of, task_accuracy_table
+
+    if as_json:
+        _print_json(comparison.to_dict())
+        return
+    for table in (method_table(comparison), difference_table(comparison), task_accuracy_table(comparison)):
+        if table.row_count:
+            _print(table)
+    for line in notes_of(comparison):
+        typer.echo(line)
 
 
 def _print_paths(paths: list[Path]) -> None:

@@ -55,7 +55,8 @@ def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comp
     bench = Workbench(recipe, common=Path(out) / _COMMON)
     for row in rows:
         # Names that only the code can check are checked before anything is loaded.
-        Workbench(row.recipe)
+        with _named(row):
+            Workbench(row.recipe)
     with open_run(out, recipe, overwrite=overwrite) as folder:
         bench = _check_budgets(rows, folder.path, bench, recipe)
         finished = []

@@ -36,8 +36,11 @@ class Interval:
 
     @property
     def is_certain(self) -> bool:
-        """Whether the interval excludes zero. Only then may one say 'better' or 'worse'."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval excludes zero. Only then may one say 'better' or 'worse'.
+
+        One without width says nothing: all resamples of a single window are the same.
+        """
+        return self.low < self.high and (self.low > 0 or self.high < 0)
 
 
 def perplexity_difference(

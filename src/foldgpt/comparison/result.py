@@ -19,6 +19,8 @@ from foldgpt.recipe import Compare
 FORMAT = "foldgpt.comparison"
 VERSION = 1
 
+#: The file that holds a comparison, in its folder.
+COMPARISON = "comparison.json"
 SOURCE = "source"
 
 
@@ -125,7 +127,7 @@ class Comparison:
             ArtifactError: it is missing, of another format or version, or damaged.
         """
         path = Path(path)
-        path = path / "comparison.json" if path.is_dir() else path
+        path = path / COMPARISON if path.is_dir() else path
         value = read_json(path, "comparison")
         if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
             raise ArtifactError(f"{path} is not a comparison (its format should be {FORMAT!r}).")

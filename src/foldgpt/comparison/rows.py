@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from foldgpt.comparison.result import SOURCE
 from foldgpt.errors import UsageError, did_you_mean
 from foldgpt.recipe import Recipe
+from foldgpt.sizes import size
 
 #: The model, the texts and the measurements are the same for all rows: that makes it a comparison.
 _CHANGEABLE = ("select", "compensate", "share", "recover")
@@ -64,7 +66,9 @@ def rows_of_recipe(recipe: Recipe) -> list[Row]:
             cannot be told apart, or a reference that is not a row.
     """
     section = recipe.compare
-    known = known_rows(recipe)
+    # A recipe whose rows all say what they change needs no budget that known names could go by.
+    is_own = section.rows is not None and None not in section.rows.values()
+    known = {} if is_own else known_rows(recipe)
     changes: dict[str, Change] = {}
     for name, change in (section.rows or dict.fromkeys(known)).items():
         if change is None and name not in known:
@@ -72,14 +76,9 @@ def rows_of_recipe(recipe: Recipe) -> list[Row]:
                 f"compare.rows: {name!r} is not a known row, and says not what it changes.{did_you_mean(name, known)}"
             )
         changes[name] = known[name] if change is None else change
-    folders: dict[str, str] = {}
     for name in changes:
-        slug = _slug(name)
-        if not slug:
+        if not _slug(name):
             raise UsageError(f"compare.rows: the name {name!r} has neither a letter nor a digit")
-        if slug in folders:
-            raise UsageError(f"compare.rows: {folders[slug]!r} and {name!r} would have one folder, {slug!r}")
-        folders[slug] = name
     for name in [section.reference, *(section.recovered or [])]:
         if name not in changes:
             raise UsageError(f"compare: {name!r} is not one of the rows.{did_you_mean(name, changes)}")
@@ -94,7 +93,22 @@ def rows_of_recipe(recipe: Recipe) -> list[Row]:
         rows += [Row(name, True, one) for name, one in made.items() if name in wanted]
     if not any(row.name == section.reference for row in rows):
         raise UsageError(f"compare.reference: {section.reference!r} changes the recovery, and nothing is recovered")
+    _check_apart(rows)
     return rows
+
+
+def _check_apart(rows: Sequence[Row]) -> None:
+    """Refuse rows that would write into one folder, or that a table could not tell apart."""
+    titles, folders = {SOURCE}, dict[str, str]()
+    for row in rows:
+        if row.title in titles:
+            raise UsageError(f"compare.rows: two rows would be called {row.title!r}; choose another name")
+        if row.folder in folders:
+            raise UsageError(
+                f"compare.rows: {folders[row.folder]!r} and {row.title!r} would have one folder, {row.folder!r}"
+            )
+        titles.add(row.title)
+        folders[row.folder] = row.title
 
 
 def known_rows(recipe: Recipe) -> dict[str, Change]:
@@ -113,8 +127,7 @@ def known_rows(recipe: Recipe) -> dict[str, Change]:
     for method in ("last", "angular", "bi"):
         rows[method] = {"select": _selects(recipe, method), **pure}
     rows["bi + compensation"] = {"select": _selects(recipe, "bi"), **compensated}
-    if recipe.recover.num_tokens:
-        rows["bi + plain LoRA"] = {"select": _selects(recipe, "bi"), **pure, "recover": {"settings": _PLAIN_LORA}}
+    rows["bi + plain LoRA"] = {"select": _selects(recipe, "bi"), **pure, "recover": {"settings": _PLAIN_LORA}}
     for method in ("greedy", "gates"):
         rows[method] = {"select": _selects(recipe, method), **pure}
     rows["gates + compensation"] = {"select": _selects(recipe, "gates"), **compensated}
@@ -132,15 +145,16 @@ def _budget(recipe: Recipe) -> dict[str, Any]:
     Raises:
         UsageError: the size is not a fraction, so that it takes the model to know how many blocks that is.
     """
-    size = recipe.share.size
-    if size is None:
+    written = recipe.share.size
+    if written is None:
         return {}
-    if not isinstance(size, float):
+    wanted = size(written)
+    if wanted.unit != "ratio":
         raise UsageError(
-            f"share.size is {size!r}, and the rows without sharing remove whole blocks: give the size as a fraction of "
-            "the parameters in blocks, such as 0.7, or rows of your own"
+            f"share.size is {written!r}, and the rows without sharing remove whole blocks: give the size as a fraction "
+            "of the parameters in blocks, such as 0.7, or rows of your own"
         )
-    return {"remove_ratio": 1 - size}
+    return {"remove_ratio": 1 - wanted.value}
 
 
 def _selects(recipe: Recipe, method: str) -> dict[str, Any]:

@@ -142,7 +142,10 @@ def notes_of(comparison: Comparison) -> list[str]:
             f"{percent(comparison.budget_tolerance)}: {gaps}."
         )
     if comparison.recovery_tokens:
-        notes.append(f"Recovery: the same {comparison.recovery_tokens:,} tokens for all rows that have it.")
+        notes.append(
+            f"Recovery: the same {comparison.recovery_tokens:,} tokens for all rows that have it. Training windows and "
+            "the teacher's states are kept for later rows; their time counts for the row that made them."
+        )
     return [*notes, *comparison.protocol]
 
 
