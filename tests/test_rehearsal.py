@@ -11,9 +11,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from foldgpt import pipeline
 from foldgpt.architectures import known_architectures
 from foldgpt.cli import app
-from foldgpt.errors import SourceError
+from foldgpt.errors import SourceError, UnsupportedModelError, UsageError
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Recipe
@@ -140,8 +141,6 @@ def test_operations_are_two_for_each_weight_and_token_and_double_with_the_way_ba
 
 
 def test_searches_take_about_as_many_passes_as_expected(tmp_path: Path) -> None:
-    from foldgpt import pipeline
-
     source, text = tiny_source(tmp_path / "model", num_hidden_layers=12), tiny_text(tmp_path / "text.txt")
     for method in ("greedy", "loo"):
         recipe = Recipe.from_dict(tiny_recipe(source, text, compensate={"method": "none"}))
@@ -158,6 +157,66 @@ def test_the_tiny_model_is_of_the_same_make() -> None:
     assert (small.model_type, small.num_hidden_layers, small.tie_word_embeddings) == ("gemma", 18, True)
     assert small.num_key_value_heads == 1 and small.intermediate_size == 8 * small.hidden_size
     assert config.hidden_size == 2048, "the real config is as it was"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "width"), [("gpt2", "n_inner"), ("opt", "ffn_dim"), ("falcon", "ffn_hidden_size")]
+)
+def test_families_with_names_of_their_own_are_made_small_too(model_type: str, width: str) -> None:
+    config = AutoConfig.for_model(model_type)
+    small = shrunk(config)
+    assert small.hidden_size == 32 and small.num_hidden_layers == config.num_hidden_layers
+    if getattr(config, width):
+        assert getattr(small, width) == 32 * getattr(config, width) // config.hidden_size
+    model = AutoModelForCausalLM.from_config(small)
+    assert model(input_ids=torch.zeros((1, 4), dtype=torch.long)).logits.shape == (1, 4, 320)
+
+
+def test_what_cannot_be_counted_is_an_error_and_no_traceback(tmp_path: Path) -> None:
+    """Grouped products of a mixture know no meta tensors in fp32."""
+    source = tiny_source(tmp_path / "model", "mixtral")
+    recipe = Recipe.from_dict(
+        {**tiny_recipe(source, tiny_text(tmp_path / "text.txt")), "dtype": "float32", "compensate": {"method": "none"}}
+    )
+    with pytest.raises(UnsupportedModelError, match=r"runs through on a tiny mixtral, .* meta device: Expected inputs"):
+        rehearse(recipe)
+
+
+def test_auto_counts_in_the_format_of_the_checkpoint() -> None:
+    model = tiny_model("llama")
+    plan = FoldPlan.create(source_model_of(model, name="m"), removed=[2])
+    for dtype in (torch.float32, torch.bfloat16):
+        found = expect(tiny_config("llama", dtype=dtype), Recipe.from_dict({"model": "m"}), plan, RecoverySettings())
+        assert found.memory["search"].weights == dtype.itemsize * found.parameters
+
+
+def test_a_size_may_be_written_in_any_way(tmp_path: Path) -> None:
+    """The toy is a thousand times smaller than what is meant: a size in parameters has to become a fraction."""
+    source, text = tiny_source(tmp_path / "model", hidden_size=64), tiny_text(tmp_path / "text.txt")
+    model = tiny_model("llama", hidden_size=64)
+    total = sum(p.numel() for p in model.parameters())
+    blocks = sum(p.numel() for p in model.model.layers.parameters())
+    found = {}
+    for written in (0.7, "70%", str(total - round(0.3 * blocks))):
+        recipe = Recipe.from_dict(tiny_recipe(source, text, select={"method": "greedy"}))
+        recipe = Recipe.from_dict({**recipe.model_dump(), "share": {"method": "auto", "size": written}})
+        found[written] = rehearse(recipe).rows["run"]
+        assert found[written].kept_block_parameters <= 0.7005 * blocks
+    assert len({row.flops["search"] for row in found.values()}) == 1
+    assert found["70%"].flops["search"] > 1.5 * found["70%"].flops["analysis"] / 8192 * 256
+    with pytest.raises(UsageError, match=r"share\.size '9B' is not between"):
+        rehearse(recipe.changed(share={"size": "9B"}))
+
+
+def test_private_terms_are_counted_at_their_real_sizes(tmp_path: Path) -> None:
+    """The toy's layout tells its own sizes, and a rank that the real model has room for is too large for it."""
+    source, text = tiny_source(tmp_path / "model", hidden_size=64), tiny_text(tmp_path / "text.txt")
+    share = {"method": "adjacent", "sublayers": ["attention"], "rank": 12, "scales": True}
+    recipe = Recipe.from_dict(tiny_recipe(source, text, share=share, compensate={"method": "none"}))
+    found = rehearse(recipe).rows["run"]
+    made = pipeline.run(recipe, tmp_path / "run").evaluation.folded.size
+    assert made.private_parameters
+    assert found.kept_block_parameters == made.block_parameters
 
 
 def test_a_local_model_needs_no_known_shape_and_an_unknown_one_says_so(

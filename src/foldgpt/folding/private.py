@@ -73,7 +73,7 @@ def _terms_of_group(decoder: Decoder, group: Group) -> Iterator[LeafTerms]:
             rank = group.rank_of(leaf, block) if leaf in linear else 0
             if not rank and leaf not in scaled:
                 continue
-            inputs, outputs = _shape(decoder.blocks[block].get_submodule(leaf), leaf)
+            inputs, outputs = sizes_of_leaf(decoder.blocks[block].get_submodule(leaf), leaf)
             if rank > min(inputs, outputs) and leaf in linear:
                 raise PlanError(
                     f"group {list(group.blocks)}: rank {rank} for {leaf}, which is a matrix of {outputs} × {inputs}"
@@ -81,7 +81,7 @@ def _terms_of_group(decoder: Decoder, group: Group) -> Iterator[LeafTerms]:
             yield LeafTerms(block, leaf, inputs, outputs, rank, leaf in scaled)
 
 
-def _shape(module: nn.Module, leaf: str) -> tuple[int, int]:
+def sizes_of_leaf(module: nn.Module, leaf: str) -> tuple[int, int]:
     """Sizes of a leaf's inputs and outputs; inputs are 0 for what is not a linear layer."""
     if isinstance(module, nn.Linear):
         return module.weight.shape[1], module.weight.shape[0]

@@ -20,16 +20,20 @@ from transformers import AutoModelForCausalLM
 
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_
+from foldgpt.folding.private import sizes_of_leaf
 from foldgpt.modeling.modeling_foldgpt import apply_layout_
 from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings
 from foldgpt.recovery.trainable import make_trainable_
-from foldgpt.selection import number_to_remove
+from foldgpt.selection import number_for_target, number_to_remove, parameters_of
+from foldgpt.sharing import limit_of
+from foldgpt.sizes import size
 from foldgpt.sources import DTYPES
 
-#: AdamW: two moments; and the gradient. Trained values are kept in fp32.
+#: The share of a greedy removal's passes that gates may spend unless told otherwise.
 GATES_EFFORT = 0.9
+#: AdamW: two moments; and the gradient. Trained values are kept in fp32.
 _ADAM_BYTES, _GRADIENT_BYTES, _TRAINED_BYTES = 8, 4, 4
 #: The logits of a chunk of rows in fp32, of both models, with the gradient of one: see objectives/fused_logits.py.
 _LOGIT_CHUNK_BYTES = 3 * 64 * 2**20
@@ -97,21 +101,20 @@ def expect(
         recipe: the recipe.
         plan: made on a model with the same blocks.
         settings: of the recovery.
-        layout: which modules are shared and which are absent, as the config of a model folded by the plan has it;
-            None if whole blocks were removed and nothing else.
+        layout: which modules are shared and which are absent, as the config of a model folded by the plan has it,
+            whatever its sizes; None if whole blocks were removed and nothing else.
     """
-    dtype = DTYPES.get(recipe.dtype, torch.bfloat16)
-    source = _on_meta(config, dtype)
-    student = _on_meta(config, dtype)
+    source, student = on_meta(config, recipe), on_meta(config, recipe)
+    dtype = source.dtype
     # Shared weights are made of values, and there are none: the blocks are removed, and the layout is put on.
     fold_(student, FoldPlan.create(plan.source, removed=plan.removed))
     if layout is not None:
-        apply_layout_(student, layout)
+        apply_layout_(student, _of_real_shapes(layout, student, recipe.share.rank))
     counts = [_count(model) for model in (source, decoder_of(source).blocks, student, decoder_of(student).blocks)]
     forward = _forward_flops(source, recipe.calibration.context)
     flops = {"analysis": forward * recipe.calibration.num_tokens}
     passes = search_passes(
-        recipe.select.method, plan.source.num_blocks, _num_removed(recipe, plan), recipe.select.options
+        recipe.select.method, plan.source.num_blocks, _num_removed(recipe, source), recipe.select.options
     )
     if passes:
         flops["search"] = passes * forward * recipe.select.num_tokens
@@ -179,14 +182,35 @@ def search_passes(method: str, num_blocks: int, num_removed: int, options: Mappi
     return {"loo": 1 + num_blocks / 2, "taylor": 3.0}.get(method, 0.0)
 
 
-def _num_removed(recipe: Recipe, plan: FoldPlan) -> int:
+def _of_real_shapes(layout: Mapping[str, Any], student: Any, rank: int) -> dict[str, Any]:
+    """A layout with the sizes of another model of the same architecture.
+
+    Args:
+        layout: of a narrower model.
+        student: the model, with its blocks removed.
+        rank: of low-rank terms, as the recipe has it; 0 for as large a part of the matrix as in the layout.
+    """
+    blocks = decoder_of(student).blocks
+    private = []
+    for entry in layout.get("private", []):
+        inputs, outputs = sizes_of_leaf(blocks[entry["position"]].get_submodule(entry["module"]), entry["module"])
+        grown = (rank or entry["rank"] * outputs // entry["outputs"]) if entry["rank"] else 0
+        private.append({**entry, "inputs": inputs, "outputs": outputs, "rank": grown})
+    return {**layout, "private": private}
+
+
+def _num_removed(recipe: Recipe, source: Any) -> int:
     """Blocks that the search is asked for; what a plan shares beside them is not searched for."""
-    section, size = recipe.select, recipe.share.size
-    ratio = 1 - size if isinstance(size, float) else section.remove_ratio
-    return number_to_remove(plan.source.num_blocks, remove=section.remove, ratio=ratio)
+    section = recipe.select
+    if recipe.share.size is not None:
+        return number_for_target(parameters_of(source), limit_of(source, size(recipe.share.size)))
+    num_blocks = len(decoder_of(source).blocks)
+    return number_to_remove(num_blocks, remove=section.remove, ratio=section.remove_ratio)
 
 
-def _on_meta(config: Any, dtype: torch.dtype) -> Any:
+def on_meta(config: Any, recipe: Recipe) -> Any:
+    """The real model without values, in the format that a recipe loads it in; bf16 where its config names none."""
+    dtype = DTYPES.get(recipe.dtype) or getattr(config, "dtype", None) or torch.bfloat16
     with torch.device("meta"):
         # Folding changes the config that the model holds.
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()

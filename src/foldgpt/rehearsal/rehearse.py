@@ -14,16 +14,25 @@ import torch
 from foldgpt import pipeline, side_by_side
 from foldgpt.artifacts import read_json
 from foldgpt.comparison import rows_of_recipe
+from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note, quiet_libraries, silently
 from foldgpt.recipe import Recipe
-from foldgpt.rehearsal.expectation import Expectation, expect
+from foldgpt.rehearsal.expectation import Expectation, expect, on_meta
 from foldgpt.rehearsal.tiny import config_of, save_tiny, shrunk, write_text_file
 from foldgpt.run_folder import FOLDED
+from foldgpt.selection import parameters_of
+from foldgpt.sharing import limit_of
+from foldgpt.sizes import size
+from foldgpt.tables import millions
 from foldgpt.workbench import Workbench
 
 #: Tokens in a window, windows to calibrate on, to search on, to train on in steps, to judge and to measure on.
 _CONTEXT, _CALIBRATION, _SEARCH, _STEPS, _HELD_OUT, _TEST = 32, 8, 2, 2, 2, 2
+#: Settings that make a training short.
+_SHORT_TRAINING = {"batch_size": 2, "micro_batch_size": 2, "evaluate_every": 1}
+#: Most columns of a low-rank term; a matrix of the tiny model may have no more rows.
+_RANK = 4
 #: Options of the learned gates.
 _SHORT_SEARCH = {"effort": 0.05, "steps": 3}
 
@@ -44,7 +53,7 @@ class Rehearsal:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of all; what rows have in common is counted once."""
+        """Floating-point operations of all; analyses and searches that rows have in common are counted once."""
         total = 0.0
         seen: set[tuple[str, float]] = set()
         for name, row in self.rows.items():
@@ -66,19 +75,18 @@ def rehearse(recipe: Recipe, *, compare: bool = False) -> Rehearsal:
 
     Raises:
         SourceError: the model's config cannot be had.
+        UnsupportedModelError: the model cannot be made small, or not be counted on the meta device.
         FoldGPTError: what the real run would raise as well.
     """
     config = config_of(recipe.model, revision=recipe.revision)
     note(f"rehearsing {recipe.model} on a tiny random model")
     with tempfile.TemporaryDirectory(prefix="foldgpt-dry-run-") as name, silently(), quiet_libraries(), _one_thread():
         folder = Path(name)
+        rows_of_real = rows_of_recipe(recipe) if compare else []
         toy = _toy(recipe, config, folder)
         if compare:
             side_by_side.compare(toy, folder / "run")
-            places = {
-                row.title: (row.recipe, folder / "run" / side_by_side.ROWS / row.folder)
-                for row in rows_of_recipe(recipe)
-            }
+            places = {row.title: (row.recipe, folder / "run" / side_by_side.ROWS / row.folder) for row in rows_of_real}
         else:
             pipeline.run(toy, folder / "run")
             places = {"run": (recipe, folder / "run")}
@@ -93,7 +101,14 @@ def _expect(config: Any, recipe: Recipe, run: Path) -> Expectation:
     """What the real run takes, by what the rehearsed one made."""
     folded = read_json(run / FOLDED / "config.json", "config of the folded model")
     settings = Workbench(recipe).recovery_settings
-    return expect(config, recipe, FoldPlan.load(run), settings, folded.get("fold_layout"))
+    try:
+        return expect(config, recipe, FoldPlan.load(run), settings, folded.get("fold_layout"))
+    except (RuntimeError, TypeError, ValueError) as error:
+        # Kernels that know no meta tensors, in this format or at all, and models that look at the values of a mask.
+        raise UnsupportedModelError(
+            f"the recipe runs through on a tiny {config.model_type}, but what the real one takes cannot be counted on "
+            f"PyTorch's meta device: {str(error).strip().splitlines()[0]}"
+        ) from error
 
 
 def _toy(recipe: Recipe, config: Any, folder: Path) -> Recipe:
@@ -109,6 +124,7 @@ def _toy(recipe: Recipe, config: Any, folder: Path) -> Recipe:
             **_SHORT_SEARCH,
             **{k: v for k, v in recipe.select.options.items() if k not in _SHORT_SEARCH},
         }
+    toy["share"] |= _toy_share(toy["share"], recipe, config)
     toy["evaluate"] |= {
         "texts": [text],
         "context": _CONTEXT,
@@ -124,7 +140,6 @@ def _toy(recipe: Recipe, config: Any, folder: Path) -> Recipe:
     # Shapes differ, and with them how much of a block its attention is: budgets are not those of the real model.
     toy["compare"]["unequal_budgets"] = "flag"
     if recipe.recover.num_tokens:
-        settings = {**recipe.recover.settings, "batch_size": 2, "micro_batch_size": 2, "evaluate_every": 1}
         toy["recover"] |= {
             "texts": None,
             "context": _CONTEXT,
@@ -132,9 +147,41 @@ def _toy(recipe: Recipe, config: Any, folder: Path) -> Recipe:
             "held_out_tokens": _HELD_OUT * _CONTEXT,
             "teacher_cache": None,
             "report_to": [],
-            "settings": settings,
+            "settings": {**recipe.recover.settings, **_SHORT_TRAINING},
         }
+    for change in (toy["compare"]["rows"] or {}).values():
+        _shorten_(change or {}, recipe, config)
     return Recipe.from_dict(toy)
+
+
+def _shorten_(change: dict[str, Any], recipe: Recipe, config: Any) -> None:
+    """Let a row's change fit the toy; what is no mapping is refused later, with its place."""
+    share, recover = change.get("share"), change.get("recover")
+    if isinstance(share, dict):
+        share |= _toy_share(share, recipe, config)
+    if isinstance(recover, dict) and isinstance(recover.get("settings"), dict):
+        recover["settings"] |= {name: _SHORT_TRAINING[name] for name in _SHORT_TRAINING if name in recover["settings"]}
+
+
+def _toy_share(share: dict[str, Any], recipe: Recipe, config: Any) -> dict[str, Any]:
+    """Size and rank, where they are there, for a model that is far smaller."""
+    change = {"size": _fraction(share["size"], recipe, config)} if "size" in share else {}
+    return change | ({"rank": min(_RANK, share["rank"])} if isinstance(share.get("rank"), int) else {})
+
+
+def _fraction(written: Any, recipe: Recipe, config: Any) -> Any:
+    """A size of the real model as the fraction of its blocks' parameters that it leaves."""
+    if written is None or size(written).unit == "ratio":
+        return written
+    source = on_meta(config, recipe)
+    left = parameters_of(source)
+    ratio = 1 - (left.total - limit_of(source, size(written))) / sum(left.per_block)
+    if not 0 < ratio < 1:
+        raise UsageError(
+            f"share.size {written!r} is not between the model without its blocks and the whole model, which has "
+            f"{millions(left.total)} parameters, {millions(sum(left.per_block))} of them in blocks"
+        )
+    return ratio
 
 
 @contextmanager

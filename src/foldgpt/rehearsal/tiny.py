@@ -17,6 +17,8 @@ from foldgpt.sources import resolve
 
 #: One head's channels, most heads, tokens of the vocabulary, most experts.
 _HEAD_DIM, _MOST_HEADS, _VOCABULARY, _MOST_EXPERTS = 8, 4, 320, 4
+#: What families call the width of the MLP.
+_MLP_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _SPECIAL = ("<bos>", "<eos>", "<unk>")
 _WORDS = ("the", "stream", "passes", "each", "block", "and", "few", "of", "them", "change", "it", "much", "so", "go")
 
@@ -54,16 +56,25 @@ def shrunk(config: Any) -> Any:
         "vocab_size": _VOCABULARY,
         "hidden_size": heads * _HEAD_DIM,
         "num_attention_heads": heads,
-        # As much wider than the stream as in the real model, so that attention is as much of a block.
-        "intermediate_size": round(heads * _HEAD_DIM * config.intermediate_size / config.hidden_size),
         "bos_token_id": 0,
         "eos_token_id": 1,
         "pad_token_id": None,
     }
     shared = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     changes["num_key_value_heads"] = max(1, heads // shared)
-    for name, value in (("head_dim", _HEAD_DIM), ("sliding_window", 16), ("moe_intermediate_size", 16)):
+    for name in _MLP_WIDTHS:
+        # As much wider than the stream as in the real model, so that attention is as much of a block.
         if getattr(config, name, None):
+            changes[name] = round(heads * _HEAD_DIM * getattr(config, name) / config.hidden_size)
+    for name, value in (
+        ("head_dim", _HEAD_DIM),
+        ("num_kv_heads", changes["num_key_value_heads"]),
+        ("word_embed_proj_dim", heads * _HEAD_DIM),
+        ("sliding_window", 16),
+        ("moe_intermediate_size", 16),
+    ):
+        # Some configs reckon the channels of a head from the others.
+        if getattr(config, name, None) and not isinstance(getattr(type(config), name, None), property):
             changes[name] = value
     for name in ("num_local_experts", "num_experts"):
         if getattr(config, name, None):
