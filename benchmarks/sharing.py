@@ -320,6 +320,8 @@ def main() -> None:
     result = {**header, "identity": identity, **{k: v for k, v in result.items() if k not in header}}
 
     def save() -> None:
+        # Rows that another run of the same settings has measured meanwhile are kept.
+        result["rows"] = {**(resumed(place, identity) or {"rows": {}})["rows"], **result["rows"]}
         result["environment"] = describe_environment()
         write_json(place, result)
         write_text(place.with_suffix(".md"), as_markdown(result))
@@ -330,7 +332,7 @@ def main() -> None:
         result["covariance_pass"] = bench.covariance_pass()
         save()
     for name, make in bench.rows().items():
-        if name in result["rows"] or (arguments.row and name not in arguments.row):
+        if name in (resumed(place, identity) or result)["rows"] or (arguments.row and name not in arguments.row):
             continue
         row = make()
         row["excess"] = math.log(row["perplexity"] / result["source_perplexity"])
