@@ -1,7 +1,7 @@
 """Selectors side by side: what each removes, how near the result is to the source, and what the search costs.
 
 For each selector and ratio: the removed blocks, the KL to the source on all calibration windows (one measure for
-all, whatever the selector looked at), the perplexity on another text, and the cost of the search in seconds and in
+all, whatever the selector looked at), the perplexity on other texts, and the cost of the search in seconds and in
 forward passes over the calibration windows. The cost of bi and angular is that of their analysis; greedy runs once,
 for the largest ratio, and passes the smaller ones on its way. Each row is written when it is done; the same command
 goes on where it was stopped.
@@ -57,14 +57,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sublayers", action="store_true", help="remove attention and MLP apart")
     parser.add_argument("--compensate", action="store_true", help="compensate, in the searches and in the result")
     parser.add_argument("--compensation-tokens", type=int, help="tokens of the final fit (those of the calibration)")
-    parser.add_argument("--perplexity", help="text to measure perplexity on; none by default")
+    parser.add_argument("--perplexity", action="append", help="text to measure perplexity on; may be repeated (none)")
     parser.add_argument("--perplexity-context", type=int, default=1024)
-    parser.add_argument("--max-windows", type=int, help="use the first windows of that text only")
+    parser.add_argument("--max-windows", type=int, help="use the first windows of those texts only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="selectors", help="stem of the result files")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     arguments.text = arguments.text or ["demo:wikipedia"]
+    arguments.perplexity = arguments.perplexity or []
     arguments.ratio = arguments.ratio or [0.2]
     arguments.selector = arguments.selector or [
         name for name in SELECTORS if name in MEASURED or not arguments.sublayers
@@ -83,19 +84,20 @@ class Bench:
         self.model: Any = self.source.model
         self.num_blocks = len(decoder_of(self.model).blocks)
         self.calibration: Windows = self.windows(arguments.tokens)
-        self.test: Windows | None = None
-        if arguments.perplexity:
-            self.test = evaluation_windows(
-                [arguments.perplexity],
+        self.tests: dict[str, Windows] = {
+            Path(text).name: evaluation_windows(
+                [text],
                 self.source.tokenizer,
                 context=arguments.perplexity_context,
                 max_windows=arguments.max_windows,
             )
+            for text in arguments.perplexity
+        }
         started = time.perf_counter()
         self.analysis = analyze(self.model, self.ids)
         self.analysis_seconds = time.perf_counter() - started
         self._cost: RemovalCost | None = None
-        self._test_cost: RemovalCost | None = None
+        self._test_costs: dict[str, RemovalCost] = {}
         self._fitted_on: Replay | None = None
         self._greedy: Selection | None = None
 
@@ -170,25 +172,28 @@ class Bench:
             self._cost = request.need_cost("benchmark")
         return self._cost.cost(frozenset(removed))
 
-    def perplexity(self, removed: tuple[int, ...]) -> float:
-        """Of the model without these blocks, on the test windows."""
-        assert self.test is not None
+    def perplexities(self, removed: list[int], texts: list[str]) -> dict[str, float]:
+        """Of the model without these blocks, on some of the texts."""
         if self.arguments.compensate and removed:
-            return self.compensated_perplexity(removed)
-        if self._test_cost is None:
+            folded = self.compensated(removed) if texts else None
+            return {text: perplexity(folded, self.tests[text]).value for text in texts}
+        return {text: math.exp(self.test_cost(text).cost(frozenset(removed))) for text in texts}
+
+    def test_cost(self, text: str) -> RemovalCost:
+        if text not in self._test_costs:
             # Sets share what lies before their first removed block. All positions are measured.
-            self._test_cost = RemovalCost(
-                Replay(self.model, self.test.ids),
+            ids = self.tests[text].ids
+            self._test_costs[text] = RemovalCost(
+                Replay(self.model, ids),
                 units=Units.sublayers(decoder_of(self.model), 0) if self.arguments.sublayers else None,
                 objective="lm",
                 position_share=1.0,
-                most_positions=self.test.ids.numel(),
+                most_positions=ids.numel(),
             )
-        return math.exp(self._test_cost.cost(frozenset(removed)))
+        return self._test_costs[text]
 
-    def compensated_perplexity(self, removed: tuple[int, ...]) -> float:
-        """The same after the fit and the fold that a user gets."""
-        assert self.test is not None
+    def compensated(self, removed: list[int]) -> Any:
+        """The model after the fit and the fold that a user gets."""
         tokens = self.arguments.compensation_tokens
         if self._fitted_on is None:
             windows = self.calibration if tokens is None else self.windows(tokens)
@@ -198,7 +203,7 @@ class Bench:
         folded = copy.deepcopy(self.model)
         merge_(folded, corrections)
         fold_(folded, plan)
-        return perplexity(folded, self.test).value
+        return folded
 
     def windows(self, tokens: int) -> Windows:
         arguments = self.arguments
@@ -226,30 +231,35 @@ def main() -> None:
                 if name not in ("out", "name", "seed", "selector")
             },
             "text": [Path(text).name for text in arguments.text],
-            "perplexity": arguments.perplexity and Path(arguments.perplexity).name,
+            "perplexity": list(bench.tests),
         },
         "seed": arguments.seed,
         "source": {"spec": bench.source.spec, "fingerprint": bench.source.fingerprint},
         "calibration": {"protocol": bench.calibration.protocol, "fingerprint": bench.calibration.fingerprint},
-        "test": bench.test and {"protocol": bench.test.protocol, "fingerprint": bench.test.fingerprint},
         "num_blocks": bench.num_blocks,
     }
-    # Rows of another model, text or setting are not taken over; other ratios may be added.
-    settings = {
-        name: value for name, value in header["config"].items() if name not in ("ratio", "random_seeds", "search_seeds")
-    }
-    identity = hash_of([settings, header["seed"], header["source"], header["calibration"], header["test"]])
+    # Rows of another model, text or setting are not taken over; other ratios and texts may be added.
+    more_rows = ("ratio", "random_seeds", "search_seeds", "perplexity")
+    settings = {name: value for name, value in header["config"].items() if name not in more_rows}
+    identity = hash_of([settings, header["seed"], header["source"], header["calibration"]])
     place = arguments.out / f"{arguments.name}.json"
-    rows, perplexities = resumed(place, identity)
+    rows, tests = resumed(place, identity, bench.tests)
 
     def save() -> None:
         result = {**header, "identity": identity, "environment": describe_environment()}
-        result |= {"perplexities": perplexities, "rows": rows}
+        result |= {"tests": tests, "rows": rows}
         write_json(place, result)
         write_text(place.with_suffix(".md"), as_markdown(result))
 
-    if bench.test is not None and "" not in perplexities:
-        perplexities[""] = perplexity(bench.model, bench.test).value
+    def measure(removed: list[int]) -> None:
+        key = key_of(removed)
+        missing = [text for text, test in tests.items() if text in bench.tests and key not in test["perplexities"]]
+        for text, value in bench.perplexities(removed, missing).items():
+            tests[text]["perplexities"][key] = value
+
+    for removed in ([], *(row["removed"] for row in rows)):
+        measure(removed)
+    save()
     done = {(row["selector"], row["ratio"], row["seed"]) for row in rows}
     for ratio in arguments.ratio:
         for selector in arguments.selector:
@@ -257,49 +267,56 @@ def main() -> None:
             for seed in range(arguments.seed, arguments.seed + draws):
                 if (selector, ratio, seed) in done:
                     continue
-                row = bench.row(selector, ratio, seed)
-                key = ",".join(map(str, row["removed"]))
-                if bench.test is not None and key not in perplexities:
-                    perplexities[key] = bench.perplexity(tuple(row["removed"]))
-                row["perplexity"] = perplexities.get(key)
-                rows.append(row)
-                print(row, flush=True)
+                rows.append(bench.row(selector, ratio, seed))
+                measure(rows[-1]["removed"])
+                print(rows[-1], flush=True)
                 save()
-    save()
     print(place.with_suffix(".md").read_text())
 
 
-def resumed(place: Path, identity: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Rows and perplexities of an earlier run of the same settings."""
+def resumed(place: Path, identity: str, texts: dict[str, Windows]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of an earlier run of the same settings, and perplexities of every text, those measured before included."""
     try:
         earlier = read_json(place)
     except ArtifactError:
-        return [], {}
-    return (earlier["rows"], earlier["perplexities"]) if earlier.get("identity") == identity else ([], {})
+        earlier = {}
+    if earlier.get("identity") != identity:
+        earlier = {"rows": [], "tests": {}}
+    tests: dict[str, Any] = dict(earlier["tests"])
+    for text, windows in texts.items():
+        if text not in tests or tests[text]["fingerprint"] != windows.fingerprint:
+            tests[text] = {"protocol": windows.protocol, "fingerprint": windows.fingerprint, "perplexities": {}}
+    return earlier["rows"], tests
+
+
+def key_of(removed: list[int]) -> str:
+    return ",".join(map(str, removed))
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    config, environment = result["config"], result["environment"]
+    config, environment, tests = result["config"], result["environment"], result["tests"]
     lines = []
     for ratio in sorted({row["ratio"] for row in result["rows"]}):
         for selector in SELECTORS:
             found = [row for row in result["rows"] if (row["ratio"], row["selector"]) == (ratio, selector)]
             if found:
-                lines.append(line_of(found, config["sublayers"]))
+                lines.append(line_of(found, config["sublayers"], tests))
     table = "\n".join(lines)
-    source = result["perplexities"].get("")
+    texts = ", ".join(f"{name} (the source's is {test['perplexities']['']:.2f})" for name, test in tests.items())
+    heads = "".join(f" {name} |" for name in tests)
     return f"""# Selectors
 
 {config["model"]} ({result["num_blocks"]} blocks, {config["dtype"]}), calibrated on {config["tokens"]:,} tokens of
-{" + ".join(config["text"])} in windows of {config["context"]}{", with compensation" if config["compensate"] else ""}\
-{", attention (a) and MLP (m) apart" if config["sublayers"] else ""}.
-Perplexity: {config["perplexity"] or "not measured"}, context {config["perplexity_context"]}, \
-{"the whole text" if config["max_windows"] is None else f"the first {config['max_windows']} windows"}; \
-the source's is {"unknown" if source is None else f"{source:.2f}"}.
-KL is in nats per token, on the calibration windows. Passes are forward passes over them.
+{" + ".join(config["text"])} in windows of {config["context"]}\
+{", attention (a) and MLP (m) apart" if config["sublayers"] else ""}\
+{f", with compensation fitted on {config['compensation_tokens'] or config['tokens']:,} tokens" * config["compensate"]}.
+KL is in nats per token, on the calibration windows. Perplexity is of {texts or "nothing"},
+context {config["perplexity_context"]}, \
+{"the whole text" if config["max_windows"] is None else f"the first {config['max_windows']} windows"}. \
+Passes are forward passes over the calibration windows.
 
-| removed | selector | blocks | KL | perplexity | seconds | passes |
-|---|---|---|---|---|---|---|
+| removed | selector | blocks | KL |{heads} seconds | passes |
+|---|---|---|---|{"---|" * len(tests)}---|---|
 {table}
 
 `{" ".join(result["command"])}`, seed {result["seed"]}.
@@ -308,18 +325,17 @@ torch {environment["torch"]}, transformers {environment["transformers"]}, {envir
 """
 
 
-def line_of(found: list[dict[str, Any]], sublayers: bool) -> str:
+def line_of(found: list[dict[str, Any]], sublayers: bool, tests: dict[str, Any]) -> str:
     """One line of the table; several draws become mean and standard deviation."""
     row = found[0]
     same = len({tuple(r["removed"]) for r in found}) == 1
-    blocks = name_of(row["removed"], sublayers) if same else f"{len(found)} draws"
     passes = "—" if row["forward_equivalents"] is None else f"{row['forward_equivalents']:.1f}"
     cells = [
         f"{row['num_remove']} ({row['ratio']:.0%})",
         row["selector"],
-        blocks,
+        name_of(row["removed"], sublayers) if same else f"{len(found)} draws",
         spread([r["kl"] for r in found], 3),
-        "—" if row["perplexity"] is None else spread([r["perplexity"] for r in found], 1),
+        *(spread([test["perplexities"][key_of(r["removed"])] for r in found], 1) for test in tests.values()),
         f"{statistics.mean(r['seconds'] for r in found):.0f}",
         passes,
     ]
