@@ -606,13 +606,13 @@ def _session(quiet: bool) -> Iterator[None]:
     """What all verbs have in common: quietness, and errors as one line and an exit code."""
     from foldgpt.allocator import keep_freed_memory
     from foldgpt.errors import FoldGPTError
-    from foldgpt.progress import be_quiet
+    from foldgpt.progress import silently
 
-    be_quiet(quiet)
     # A command's buffers are allocated and freed all the time; returning them to the system costs more than the work.
     keep_freed_memory()
     try:
-        yield
+        with silently(quiet):
+            yield
     except FoldGPTError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None

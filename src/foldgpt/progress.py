@@ -65,10 +65,10 @@ def be_quiet(quiet: bool = True) -> None:
 
 
 @contextmanager
-def silently() -> Iterator[None]:
-    """No bars and notes while the block runs."""
+def silently(quiet: bool = True) -> Iterator[None]:
+    """No bars and notes (or, with False, bars and notes) while the block runs."""
     before = console.quiet
-    console.quiet = True
+    console.quiet = quiet
     try:
         yield
     finally:
