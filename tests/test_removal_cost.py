@@ -14,7 +14,6 @@ from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan
 from foldgpt.replay import Replay
-from foldgpt.selection import cost as cost_module
 from foldgpt.selection.cost import RemovalCost
 from foldgpt.selection.units import Units
 from models import CONFIGS, tiny_model, token_ids
@@ -102,11 +101,10 @@ def test_language_modelling_loss_is_that_of_the_folded_model() -> None:
     assert cost.cost(frozenset({3})) == pytest.approx(float(padded[cost.everything.rows_R].mean()), rel=1e-4)
 
 
-def test_the_seed_alone_decides_the_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost_module, "_MOST_POSITIONS", 50)
+def test_the_seed_alone_decides_the_positions() -> None:
     model = tiny_model("llama")
     replay = Replay(model, token_ids(model, (4, 60)))
-    first, again, other = (RemovalCost(replay, seed=seed).everything.rows_R for seed in (0, 0, 1))
+    first, again, other = (RemovalCost(replay, seed=seed, most_positions=50).everything.rows_R for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert len(first) == 50 and not torch.equal(first, other)
 
