@@ -32,6 +32,7 @@ from foldgpt.options import (
     Overwrite,
     Quiet,
     Rank,
+    RecoverTokens,
     Remove,
     RemoveRatio,
     Revision,
@@ -409,9 +410,7 @@ def run(
     rank: Rank = None,
     scales: Scales = None,
     start: Start = None,
-    recover_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of training after folding, such as 2M.", parser=count, show_default="0")
-    ] = None,
+    recover_tokens: RecoverTokens = None,
     dtype: DType = None,
     device: Device = None,
     seed: Seed = None,
@@ -474,9 +473,7 @@ def compare(
     model: Annotated[str | None, typer.Option(help="Model, in place of the recipe's.", show_default=False)] = None,
     remove: Remove = None,
     remove_ratio: RemoveRatio = None,
-    recover_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of training after folding, such as 2M.", parser=count, show_default="0")
-    ] = None,
+    recover_tokens: RecoverTokens = None,
     dtype: DType = None,
     device: Device = None,
     seed: Seed = None,

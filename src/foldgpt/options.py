@@ -81,6 +81,9 @@ Start = Annotated[
         show_default="hard",
     ),
 ]
+RecoverTokens = Annotated[
+    int | None, typer.Option(help="Tokens of training after folding, such as 2M.", parser=count, show_default="0")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
 DType = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps …", show_default="auto")]
