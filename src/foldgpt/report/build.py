@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from foldgpt.artifacts import write_text
 from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan
 from foldgpt.report.headline import headlines, short_name
 from foldgpt.report.rows import rows_of
 from foldgpt.report.run import Run, read_run
+from foldgpt.report.templating import templates
 from foldgpt.report.training import training_curves
 from foldgpt.tables import comparison_table, fates_of, group_letter, millions, protocol_lines, task_table
 
@@ -53,32 +52,29 @@ def build_report(run_folder: str | Path) -> Path:
 
 
 def _render(run: Run) -> str:
-    environment = Environment(
-        loader=PackageLoader("foldgpt.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     plan, evaluation = run.plan, run.evaluation
-    return environment.get_template("report.html").render(
-        run=run,
-        plan=plan,
-        evaluation=evaluation,
-        name=short_name(plan.source.model),
-        headlines=headlines(plan, evaluation),
-        strips=_strips(plan),
-        wide=_columns(plan.source.num_blocks, _WIDE),
-        narrow=_columns(plan.source.num_blocks, _NARROW),
-        letter=group_letter,
-        gates=_gates(plan) is not None,
-        comparison=None if evaluation is None else rows_of(comparison_table(evaluation)),
-        tasks=None if evaluation is None else rows_of(task_table(evaluation)),
-        generations=[] if evaluation is None else _generations(evaluation),
-        protocol=[] if evaluation is None else protocol_lines(evaluation).plain.splitlines(),
-        calibration=_calibration(run),
-        training=None if run.recovery is None else _training(run.recovery),
-        data=_json_for_script(_chart_data(run)),
+    return (
+        templates(html=True)
+        .get_template("report.html")
+        .render(
+            run=run,
+            plan=plan,
+            evaluation=evaluation,
+            name=short_name(plan.source.model),
+            headlines=headlines(plan, evaluation),
+            strips=_strips(plan),
+            wide=_columns(plan.source.num_blocks, _WIDE),
+            narrow=_columns(plan.source.num_blocks, _NARROW),
+            letter=group_letter,
+            gates=_gates(plan) is not None,
+            comparison=None if evaluation is None else rows_of(comparison_table(evaluation)),
+            tasks=None if evaluation is None else rows_of(task_table(evaluation)),
+            generations=[] if evaluation is None else _generations(evaluation),
+            protocol=[] if evaluation is None else protocol_lines(evaluation).plain.splitlines(),
+            calibration=_calibration(run),
+            training=None if run.recovery is None else _training(run.recovery),
+            data=_json_for_script(_chart_data(run)),
+        )
     )
 
 

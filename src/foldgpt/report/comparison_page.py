@@ -7,7 +7,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.table import Table
 
 from foldgpt.artifacts import write_json, write_text
@@ -26,6 +25,7 @@ from foldgpt.comparison import (
 from foldgpt.report.build import REPORT
 from foldgpt.report.headline import block_ranges, short_name
 from foldgpt.report.rows import Rows, rows_of
+from foldgpt.report.templating import templates
 
 STEM = "comparison"
 #: Of an interval in a chart, in percent of the width.
@@ -93,27 +93,24 @@ def _csv(comparison: Comparison) -> str:
 
 
 def _page(comparison: Comparison) -> str:
-    environment = Environment(
-        loader=PackageLoader("foldgpt.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     date = str(comparison.environment.get("date") or "")[:10]
-    return environment.get_template("comparison.html").render(
-        comparison=comparison,
-        name=short_name(comparison.model),
-        date=date,
-        tables=_tables(comparison),
-        links={title_of(method): f"{method.run}/{REPORT}" for method in comparison.methods if method.run},
-        charts=_charts(comparison),
-        removed=[
-            {"title": title_of(method), "blocks": block_ranges(method.removed)}
-            for method in comparison.methods
-            if method.removed
-        ],
-        notes=notes_of(comparison),
+    return (
+        templates(html=True)
+        .get_template("comparison.html")
+        .render(
+            comparison=comparison,
+            name=short_name(comparison.model),
+            date=date,
+            tables=_tables(comparison),
+            links={title_of(method): f"{method.run}/{REPORT}" for method in comparison.methods if method.run},
+            charts=_charts(comparison),
+            removed=[
+                {"title": title_of(method), "blocks": block_ranges(method.removed)}
+                for method in comparison.methods
+                if method.removed
+            ],
+            notes=notes_of(comparison),
+        )
     )
 
 

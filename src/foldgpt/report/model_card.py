@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import foldgpt
 from foldgpt.artifacts import write_text
@@ -16,6 +15,7 @@ from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan
 from foldgpt.report.headline import block_ranges, headlines, short_name
 from foldgpt.report.rows import rows_of
+from foldgpt.report.templating import templates
 from foldgpt.tables import comparison_table, plan_strip, protocol_lines, task_table
 
 CARD = "README.md"
@@ -48,28 +48,23 @@ def write_model_card(
         raise ArtifactError(f"{folder} holds no plan.json: it is not a folded checkpoint.")
     plan = FoldPlan.load(folder)
     metadata = _metadata(plan, _source_metadata(None if source is None else Path(source)))
-    environment = Environment(
-        loader=PackageLoader("foldgpt.report"),
-        # Markdown, and every value in it is the run's own.
-        autoescape=False,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    text = environment.get_template("model_card.md").render(
-        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
-        name=f"{short_name(plan.source.model)}-folded",
-        plan=plan,
-        base_model=metadata.get("base_model"),
-        headlines=headlines(plan, evaluation),
-        is_removal_only=plan.is_removal_only,
-        strip=plan_strip(plan).plain,
-        comparison=None if evaluation is None else rows_of(comparison_table(evaluation)),
-        tasks=None if evaluation is None else rows_of(task_table(evaluation)),
-        protocol=[] if evaluation is None else protocol_lines(evaluation).plain.splitlines(),
-        groups=[block_ranges(group.blocks) for group in plan.groups],
-        version=foldgpt.__version__,
+    text = (
+        templates(html=False)
+        .get_template("model_card.md")
+        .render(
+            metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
+            name=f"{short_name(plan.source.model)}-folded",
+            plan=plan,
+            base_model=metadata.get("base_model"),
+            headlines=headlines(plan, evaluation),
+            is_removal_only=plan.is_removal_only,
+            strip=plan_strip(plan).plain,
+            comparison=None if evaluation is None else rows_of(comparison_table(evaluation)),
+            tasks=None if evaluation is None else rows_of(task_table(evaluation)),
+            protocol=[] if evaluation is None else protocol_lines(evaluation).plain.splitlines(),
+            groups=[block_ranges(group.blocks) for group in plan.groups],
+            version=foldgpt.__version__,
+        )
     )
     path = folder / CARD
     write_text(path, text)
