@@ -227,13 +227,22 @@ def _read_jsonl(path: Path, column: str) -> Iterator[Document]:
             if not line.strip():
                 continue
             place = f"{path} line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
-                raise SourceError(f"{place}: not valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise SourceError(f"{place}: a JSON object is needed, not {type(row).__name__}")
-            yield (_text_of(row, column, place),)
+            yield (_text_of(json_row(line, place), column, place),)
+
+
+def json_row(line: bytes, place: str) -> dict[str, Any]:
+    """The JSON object in one line of a file.
+
+    Raises:
+        SourceError: it is something else.
+    """
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise SourceError(f"{place}: not valid JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise SourceError(f"{place}: a JSON object is needed, not {type(row).__name__}")
+    return row
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[Document]:

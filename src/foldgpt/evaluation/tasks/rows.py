@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from foldgpt.corpus.texts import json_row
 from foldgpt.errors import SourceError, UsageError, did_you_mean
 
 Kind = Literal["text", "texts", "gap", "index", "one_or_two"]
@@ -78,12 +78,7 @@ def read_rows(file: Path, fields: Mapping[str, Kind]) -> list[Row]:
 
 
 def _checked(line: bytes, fields: Mapping[str, Kind], place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise SourceError(f"{place}: not valid JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise SourceError(f"{place}: a JSON object is needed, not {type(row).__name__}")
+    row = json_row(line, place)
     for name, kind in fields.items():
         if name not in row:
             raise SourceError(f"{place}: the field {name!r} is missing.{did_you_mean(name, row)}")
