@@ -20,6 +20,7 @@ from foldgpt.selection.gating.refine import neighbours
 from foldgpt.selection.gating.score_function import ScoreFunction, draw, log_probability
 from foldgpt.selection.gating.surrogate import Measurement, Surrogate
 from foldgpt.selection.measured import leave_one_out
+from foldgpt.selection.units import units_of
 from models import tiny_model, token_ids
 
 NUM_BLOCKS = 10
@@ -237,3 +238,12 @@ def test_leave_one_out_is_the_cost_of_each_block_alone() -> None:
     model = tiny_model("llama")
     cost = RemovalCost(Replay(model, token_ids(model)))
     assert leave_one_out(cost)[2] == cost.cost(frozenset({2}))
+
+
+@pytest.mark.parametrize("removed", [{2, 5}, {4, 5, 7}, {4, 5, 10, 11}], ids=["parts", "both", "whole blocks alone"])
+def test_what_is_removed_has_the_numbers_of_the_search(removed: set[int]) -> None:
+    units = Units(6, 2, (1,) * 12, len(removed), ("attention",) * 6)
+    lacking = units.lacking(removed)
+    parts = [[block for block, part in lacking.items() if part == which] for which in ("attention", "mlp")]
+    assert units_of(units.whole_blocks(removed), *parts, 2) == sorted(removed)
+    assert units_of([4, 1], [], [], 1) == [1, 4]

@@ -30,6 +30,7 @@ from foldgpt.selection import (
     parameters_of,
     select,
 )
+from foldgpt.selection.units import units_of
 from foldgpt.sharing import (
     adjacent_groups,
     fit_sharing,
@@ -380,14 +381,7 @@ def draw(analysis: Analysis | None, plan: FoldPlan | None, folder: Path) -> list
         drawn.append(draw_plan(plan, folder / "plan", bi=bi)[0])
         trace = plan.origin.get("report", {}).get("trace")
         if trace and plan.origin.get("selector") == "gates":
-            drawn.append(draw_gates(trace, _removed_units(plan), folder / "gates")[0])
+            per_block = len(trace[0]["keep"]) // plan.source.num_blocks
+            removed = units_of(plan.removed, plan.removed_attention, plan.removed_mlp, per_block)
+            drawn.append(draw_gates(trace, removed, folder / "gates")[0])
     return drawn
-
-
-def _removed_units(plan: FoldPlan) -> list[int]:
-    """The removed units of a plan as the selectors number them: blocks, or each block's attention and MLP."""
-    if not (plan.removed_attention or plan.removed_mlp):
-        return list(plan.removed)
-    attention = sorted({*plan.removed, *plan.removed_attention})
-    mlp = sorted({*plan.removed, *plan.removed_mlp})
-    return sorted([2 * block for block in attention] + [2 * block + 1 for block in mlp])

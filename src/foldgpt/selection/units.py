@@ -118,5 +118,20 @@ class Units:
         return start | frozenset(taken)
 
 
+def units_of(removed: Iterable[int], attentions: Iterable[int], mlps: Iterable[int], per_block: int) -> list[int]:
+    """The units that went, as a search numbers them; see `Units`.
+
+    Args:
+        removed: blocks of which nothing is left.
+        attentions: blocks that are left without their attention.
+        mlps: blocks that are left without their MLP.
+        per_block: units in a block.
+    """
+    if per_block == 1:
+        return sorted(removed)
+    whole = list(removed)
+    return sorted([2 * block for block in [*whole, *attentions]] + [2 * block + 1 for block in [*whole, *mlps]])
+
+
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
