@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from command import command_line
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import read_json, write_json, write_text
 from foldgpt.corpus import calibration_windows
@@ -108,7 +108,7 @@ def main() -> None:
     }
     result: dict[str, Any] = {
         "benchmark": "best_set",
-        "command": ["python", *(Path(word).name if "/" in word else word for word in sys.argv)],
+        "command": command_line(),
         "identity": identity,
         "model": config["model"],
         "num_blocks": num_blocks,

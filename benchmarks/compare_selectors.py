@@ -16,13 +16,13 @@ import argparse
 import copy
 import math
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from command import command_line
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.analysis import analyze
 from foldgpt.artifacts import hash_of, read_json, write_json, write_text
@@ -37,7 +37,7 @@ from foldgpt.plan import FoldPlan
 from foldgpt.progress import be_quiet
 from foldgpt.replay import Replay
 from foldgpt.selection import MEASURED, RemovalCost, Request, Selection, number_to_remove, select
-from foldgpt.selection.units import Units
+from foldgpt.selection.units import Units, units_of
 from foldgpt.sources import Source, load_source
 
 SELECTORS = ("gates", "greedy", "loo", "taylor", "bi", "angular", "last", "random")
@@ -144,11 +144,9 @@ class Bench:
 
     def units_of(self, selection: Selection) -> tuple[int, ...]:
         """What is removed: blocks, or with sublayers 2 i for the attention of block i and 2 i + 1 for its MLP."""
-        if not self.arguments.sublayers:
-            return selection.removed
-        whole = [unit for block in selection.removed for unit in (2 * block, 2 * block + 1)]
-        attentions = [2 * block for block in selection.removed_attention]
-        return tuple(sorted([*whole, *attentions, *(2 * block + 1 for block in selection.removed_mlp)]))
+        per_block = 2 if self.arguments.sublayers else 1
+        parts = selection.removed, selection.removed_attention, selection.removed_mlp
+        return tuple(units_of(*parts, per_block))
 
     def greedily(self, num_remove: int) -> tuple[tuple[int, ...], float, dict[str, Any]]:
         """What greedy removes on its way to the largest ratio, and what it had spent by then."""
@@ -223,7 +221,7 @@ def main() -> None:
     bench = Bench(arguments)
     header = {
         "benchmark": "selectors",
-        "command": ["python", *(Path(word).name if "/" in word else word for word in sys.argv)],
+        "command": command_line(),
         "config": {
             **{
                 name: value

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from block_lists import blocks_of
+from command import command_line
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.compensation import compensate, merge_
 from foldgpt.corpus import Windows, calibration_windows, evaluation_windows
@@ -99,7 +99,7 @@ def main() -> None:
             print(rows[-1], flush=True)
     result = {
         "benchmark": "compensation",
-        "command": ["python", *(Path(word).name if "/" in word else word for word in sys.argv)],
+        "command": command_line(),
         "config": {
             name: [Path(text).name for text in value]
             if name == "text"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from block_lists import blocks_of
+from command import command_line
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.compensation import compensate, merge_
@@ -126,7 +126,7 @@ def main() -> None:
             print({name: value for name, value in rows[-1].items() if name != "recovery"}, flush=True)
     result_of_all = {
         "benchmark": "recovery_curve",
-        "command": ["python", *(Path(word).name if "/" in word else word for word in sys.argv)],
+        "command": command_line(),
         "config": {name: plain(value) for name, value in vars(arguments).items() if name not in ("out", "name")},
         "seed": arguments.seed,
         "environment": describe_environment(),

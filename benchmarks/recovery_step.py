@@ -37,6 +37,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import kl_div
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
+from command import command_line
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.attention import attention_in_tiles
@@ -97,7 +98,7 @@ def main() -> None:
     median_cpu = {side: statistics.median(values) for side, values in cpu_seconds.items()}
     result = {
         "benchmark": "recovery_step",
-        "command": ["python", *(Path(word).name if "/" in word else word for word in sys.argv)],
+        "command": command_line(),
         "config": {name: value for name, value in vars(arguments).items() if name not in ("out", "name", "memory_of")},
         "seed": arguments.seed,
         "environment": describe_environment(),

@@ -7,10 +7,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
+from command import command_line
 from foldgpt.analysis import analyze
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.corpus import calibration_windows, evaluation_windows
@@ -49,7 +49,7 @@ def main() -> None:
     identity = source_model_of(source.model, name=arguments.model)
     result: dict[str, Any] = {
         "benchmark": "removal_by_bi",
-        "command": ["python", *(Path(word).name if "/" in word else word for word in sys.argv)],
+        "command": command_line(),
         "config": {
             **{name: value for name, value in vars(arguments).items() if name not in ("out", "seed")},
             "text": texts,

@@ -20,7 +20,6 @@ import argparse
 import copy
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 
 from block_lists import blocks_of
+from command import command_line
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import hash_of, read_json, write_json, write_text
 from foldgpt.compensation import compensate_
@@ -304,7 +304,7 @@ def main() -> None:
     }
     header = {
         "benchmark": "sharing",
-        "command": ["python", *(Path(word).name if "/" in word else word for word in sys.argv)],
+        "command": command_line(),
         "config": settings,
         "seed": arguments.seed,
         "source": {"spec": bench.source.spec, "fingerprint": bench.source.fingerprint},

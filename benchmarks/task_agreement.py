@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from command import command_line
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.environment import describe_environment
@@ -69,7 +70,7 @@ def main() -> None:
     tasks = arguments.task or ["piqa", "arc_easy", "boolq"]
     result = {
         "benchmark": "task_agreement",
-        "command": ["python", *(Path(word).name if "/" in word else word for word in sys.argv)],
+        "command": command_line(),
         "config": {
             **{name: value for name, value in vars(arguments).items() if name != "out"},
             "data_dir": Path(arguments.data_dir).name,

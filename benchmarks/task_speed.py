@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from command import command_line
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.environment import describe_environment
@@ -129,7 +129,7 @@ def main() -> None:
     )
     result = {
         "benchmark": "task_speed",
-        "command": ["python", *(Path(word).name if "/" in word else word for word in sys.argv)],
+        "command": command_line(),
         "config": {
             **{name: value for name, value in vars(arguments).items() if name != "out"},
             "data_dir": arguments.data_dir and Path(arguments.data_dir).name,
