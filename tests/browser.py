@@ -18,7 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 EXECUTABLE = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+in_browser = pytest.mark.skipif(
+    EXECUTABLE is None, reason="no chromium or google-chrome on the path to show the page in"
+)
 
 _SECONDS = 60
 _FLAGS = (

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from browser import EXECUTABLE, Page, browser
+from browser import Page, in_browser
 from comparison_inputs import comparison
 from foldgpt.report import as_markdown, write_comparison
 
@@ -45,17 +44,6 @@ def test_markdown_tables_are_tables() -> None:
     assert [len(table) for table in tables] == [9, 6, 10]
     for table in tables:
         assert len({line.count("|") for line in table}) == 1
-
-
-in_browser = pytest.mark.skipif(
-    EXECUTABLE is None, reason="no chromium or google-chrome on the path to show the page in"
-)
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
-    with browser() as shown:
-        yield shown
 
 
 @in_browser

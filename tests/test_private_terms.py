@@ -30,6 +30,7 @@ from foldgpt.folding import (
 from foldgpt.plan import FoldPlan, Group
 from models import tiny_model, token_ids
 from reference import copied
+from replaced import double_weights_, replace_linears_
 
 MEAN = Group(blocks=(1, 2, 4), donor="mean", private=("norms", "scales"), ranks=2)
 ZERO = Group(blocks=(1, 2, 4), donor="owner", owner=2, start="zero", private=("norms", "scales"), ranks=2)
@@ -175,22 +176,9 @@ def test_offloaded_to_disk(saved: tuple[Any, Path], tmp_path: Path) -> None:
 def test_linear_layers_replaced_at_the_owner_are_replaced_everywhere_and_terms_stay() -> None:
     """What a weight-only quantiser does; the terms are no linear layers and keep their precision."""
     model, _ = folded()
-
-    class Doubled(torch.nn.Module):
-        def __init__(self, linear: torch.nn.Linear) -> None:
-            super().__init__()
-            self.linear = linear
-
-        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-            return 2 * self.linear(hidden)
-
     expected, _ = folded()
-    for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and ".layers." in name:
-            model.set_submodule(name, Doubled(module))
-    for name, module in expected.named_modules():
-        if isinstance(module, torch.nn.Linear) and ".layers." in name:
-            module.weight *= 2
+    replace_linears_(model)
+    double_weights_(expected)
     ids = token_ids(model)
     torch.testing.assert_close(model(ids).logits, expected(ids).logits)
     assert decoder_of(model).blocks[4].mlp.up_proj.up is not None

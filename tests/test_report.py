@@ -5,13 +5,12 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from browser import EXECUTABLE, Page, browser
+from browser import Page, in_browser
 from foldgpt import pipeline
 from foldgpt.artifacts import write_text
 from foldgpt.errors import ArtifactError, FoldGPTError
@@ -232,16 +231,6 @@ def test_tasks_alone_tell_what_was_lost() -> None:
 
 
 # ------------------------------------------------------------------------------------- in a real browser
-
-in_browser = pytest.mark.skipif(
-    EXECUTABLE is None, reason="no chromium or google-chrome on the path to show the page in"
-)
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
-    with browser() as shown:
-        yield shown
 
 
 def said(page: Page, chart: str) -> str:

@@ -21,6 +21,7 @@ from foldgpt.folding import fold_, predicted_parameters, save_folded, source_mod
 from foldgpt.plan import FoldPlan, Group
 from models import tiny_model, token_ids
 from reference import stepwise_logits
+from replaced import double_weights_, replace_linears_
 
 GROUPS = [Group(blocks=(0, 1), donor="mean"), Group(blocks=(3, 4, 5), donor="first")]
 
@@ -200,23 +201,11 @@ def test_weights_replaced_at_the_owner_are_replaced_everywhere() -> None:
     """What a weight-only quantiser does: it swaps the linear layers it finds by walking the model."""
     model, _ = shared()
 
-    class Doubled(torch.nn.Module):
-        def __init__(self, linear: torch.nn.Linear) -> None:
-            super().__init__()
-            self.linear = linear
-
-        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-            return 2 * self.linear(hidden)
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and ".layers." in name:
-            model.set_submodule(name, Doubled(module))
+    replace_linears_(model)
     expected = copy.deepcopy(shared()[0])
     unfold_(expected)
+    double_weights_(expected)
     with torch.no_grad():
-        for name, module in expected.named_modules():
-            if isinstance(module, torch.nn.Linear) and ".layers." in name:
-                module.weight *= 2
         ids = token_ids(model)
         torch.testing.assert_close(model(ids).logits, expected(ids).logits)
 
