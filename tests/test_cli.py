@@ -205,6 +205,11 @@ def test_json_is_alone_on_standard_output(model: Path, text: Path, tmp_path: Pat
             2,
             "rank, scales, fit and start say how blocks share weights",
         ),
+        (
+            ["plan", "MODEL", "--share", "adjacent", "--start", "zero", "--donor", "mean", "--out", "OUT"],
+            2,
+            "borrow from the nearest kept block; leave donor out",
+        ),
         (["plan", "MODEL", "--share", "auto", "--out", "OUT"], 2, "auto needs a size"),
         (["plan", "MODEL", "--share", "adjacent", "--size", "0.7", "--out", "OUT"], 2, "other methods read none"),
         (["plan", "MODEL", "--share", "auto", "--size", "small", "--out", "OUT"], 2, "'small' is not a size"),

@@ -108,6 +108,12 @@ class Share(_Section):
             raise ValueError("rank, scales, fit and start say how blocks share weights, but method is none")
         if self.donor == "least_squares" and not self.fit:
             raise ValueError("donor least_squares is fitted: set fit to true")
+        if self.start == "zero":
+            for name in ("donor", "group_size"):
+                if getattr(self, name) != type(self).model_fields[name].get_default():
+                    raise ValueError(
+                        f"positions that start at zero borrow from the nearest kept block; leave {name} out"
+                    )
         if (self.size is not None) != (self.method == "auto"):
             raise ValueError("size and method auto go together: auto needs a size, and other methods read none")
         if self.size is not None:
