@@ -78,6 +78,17 @@ def test_it_shows_what_the_artefacts_hold(run: Path) -> None:
     assert [unit["removed"] for unit in data["gates"]["units"]] == [block in (4, 5) for block in range(12)]
 
 
+def test_positions_that_start_at_zero_are_told_from_groups_of_kept_blocks(tmp_path: Path) -> None:
+    group = Group(blocks=(3, 4, 5), donor="owner", owner=3, start="zero", private=("norms", "scales"))
+    started = plan(removed=[9], groups=[group])
+    page = build_report(write_run(tmp_path / "run", plan=started, recovery=None)).read_text("utf-8")
+    borrows = "removed, but for its position, which borrows the weights of 3 and started at zero"
+    for block, said in ((3, "lends its weights to the positions of 4, 5"), (4, borrows), (5, borrows)):
+        assert f'aria-label="block {block}: {said}"' in page
+    told = "What was cut? 3 of 12 blocks removed: 9 only positions left, with the weights of 3: 4 and 5 chosen by gates"
+    assert told in text_of(page)
+
+
 def test_it_loads_nothing(run: Path) -> None:
     page = (run / REPORT).read_text("utf-8")
     assert "default-src 'none'" in page

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 from foldgpt.artifacts import write_text
 from foldgpt.evaluation import Evaluation
-from foldgpt.plan import FoldPlan
+from foldgpt.plan import FoldPlan, Group
 from foldgpt.report.headline import headlines, short_name
 from foldgpt.report.rows import rows_of
 from foldgpt.report.run import Run, read_run
@@ -85,13 +85,22 @@ def _strips(plan: FoldPlan) -> dict[str, list[dict[str, Any]]]:
         cells = []
         for block, fate in enumerate(fates):
             if isinstance(fate, int):
-                others = [str(other) for other in plan.groups[fate].blocks if other != block]
-                said = f"shares weights with {', '.join(others)}"
+                said = _said_of_sharing(plan.groups[fate], block)
                 cells.append({"block": block, "kind": "shared", "group": fate, "said": said})
             else:
                 cells.append({"block": block, "kind": fate, "group": None, "said": fate})
         strips[label] = cells
     return strips
+
+
+def _said_of_sharing(group: Group, block: int) -> str:
+    """What a member of a group has in common with whom."""
+    if block in group.started_at_zero:
+        return f"removed, but for its position, which borrows the weights of {group.giver} and started at zero"
+    others = [str(other) for other in group.blocks if other != block]
+    if group.start == "zero":
+        return f"lends its weights to the position{'s' if len(others) > 1 else ''} of {', '.join(others)}"
+    return f"shares weights with {', '.join(others)}"
 
 
 def _columns(num_blocks: int, most: int) -> int:

@@ -103,16 +103,20 @@ def _cut(plan: FoldPlan) -> Headline:
         details.append(f"attention removed: {block_ranges(plan.removed_attention)}")
     if plan.removed_mlp:
         details.append(f"MLP removed: {block_ranges(plan.removed_mlp)}")
-    sharing = sorted({block for group in plan.groups for block in group.blocks})
+    started = sorted({block for group in plan.groups for block in group.started_at_zero})
+    sharing = sorted({block for group in plan.groups if group.start != "zero" for block in group.blocks})
+    num_sets = sum(group.start != "zero" for group in plan.groups)
     if sharing:
-        noun = "set" if len(plan.groups) == 1 else "sets"
-        details.append(f"{len(sharing)} blocks share {len(plan.groups)} {noun} of weights")
+        details.append(f"{len(sharing)} blocks share {num_sets} {'set' if num_sets == 1 else 'sets'} of weights")
+    if started:
+        lenders = block_ranges([group.holder for group in plan.groups if group.start == "zero"])
+        details.append(f"only positions left, with the weights of {lenders}: {block_ranges(started)}")
     if "selector" in plan.origin:
         details.append(f"chosen by {plan.origin['selector']}")
     if plan.compensation is not None:
         details.append("kept blocks were fitted to make up for it")
     question = "What was cut?"
-    touched = len({*plan.removed, *plan.removed_attention, *plan.removed_mlp})
+    touched = len({*plan.removed, *plan.removed_attention, *plan.removed_mlp, *started})
     if touched:
         return Headline(question, str(touched), f"of {plan.source.num_blocks} blocks", details)
     if sharing:
