@@ -65,15 +65,15 @@ class RecoverySettings:
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
-    batch_size: int = 8
-    """Windows in one step, over all processes."""
+    batch_size: int = 2
+    """Windows in one step, over all processes. Few: short trainings gain more from many steps than from large ones."""
     micro_batch_size: int = 4
     """Windows in one forward pass of one process."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, a third more time."""
     minutes: float | None = None
     """Stop after this time, also when it was spent before and after an interruption."""
-    evaluate_every: int = 25
+    evaluate_every: int = 100
     """Steps between two measurements on the held-out windows; the state is saved each time."""
     patience: int | None = None
     """Stop after so many measurements without a better one."""
