@@ -10,8 +10,11 @@ Reported is the excess log-perplexity, ln(perplexity / the source's), and its ra
 what the pass over the calibration text for second moments costs. Each row is written when it is done; the same command
 goes on where it was stopped.
 
+With `--recover` every row is trained as well, all on the same tokens, and measured again.
+
     python benchmarks/sharing.py --model demo:smollm2-135m --text C4.jsonl --text WIKIPEDIA.jsonl \
         --perplexity wiki.test.raw --order 13-18,12 --ratio 0.2
+    python benchmarks/sharing.py ... --recover 50k --recover-text C4.jsonl --set rank=32 --name sharing_recovered
 """
 
 from __future__ import annotations
@@ -20,19 +23,22 @@ import argparse
 import copy
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from block_lists import blocks_of
 from command import command_line
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import hash_of, read_json, write_json, write_text
 from foldgpt.compensation import compensate_
-from foldgpt.corpus import calibration_windows, evaluation_windows
+from foldgpt.corpus import OwnText, calibration_windows, evaluation_windows
+from foldgpt.counts import count
 from foldgpt.environment import describe_environment
 from foldgpt.errors import ArtifactError
 from foldgpt.evaluation.perplexity import perplexity
@@ -40,6 +46,7 @@ from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, predicted_parameters, source_model_of
 from foldgpt.plan import Compensation, Fitting, FoldPlan, Group
 from foldgpt.progress import be_quiet
+from foldgpt.recovery import RecoverySettings, TrainingWindows, packed_windows, recover
 from foldgpt.replay import Replay
 from foldgpt.sharing import adjacent_groups, fit_sharing, limit_of, sharing_replay, solve, zero_started_groups
 from foldgpt.sharing.covariance import input_moments
@@ -67,12 +74,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=0.2, help="share of the parameters in blocks that is saved")
     parser.add_argument("--order", required=True, help="blocks in the order of their removal, such as 13-18,12")
     parser.add_argument("--pair-tokens", type=int, default=2048, help="tokens on which pairs are measured")
+    parser.add_argument("--recover", type=count, default=0, help="tokens that every row is trained on")
+    parser.add_argument("--recover-text", action="append", help="text to train on; may be repeated (that of --text)")
+    parser.add_argument("--recover-context", type=int, default=512, help="tokens of a training window")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="settings of the training")
     parser.add_argument("--row", action="append", help="rows to measure, by name (all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="sharing", help="stem of the result files")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     arguments.text = arguments.text or ["demo:wikipedia"]
+    arguments.recover_text = arguments.recover_text or arguments.text
     return arguments
 
 
@@ -112,6 +124,12 @@ class Bench:
     def pairs(self, number: int, **how: Any) -> tuple[Group, ...]:
         """The fixed neighbours."""
         pairs = middle(adjacent_groups(self.decoder, self.blocks, size=2), self.blocks, number)
+        return tuple(Group(blocks=pair.blocks, **how) for pair in pairs)
+
+    def pairs_beside(self, removed: Sequence[int], number: int, **how: Any) -> tuple[Group, ...]:
+        """The same among the blocks that are left."""
+        kept = [index for index in self.blocks if index not in removed]
+        pairs = middle(adjacent_groups(self.decoder, kept, size=2), kept, number)
         return tuple(Group(blocks=pair.blocks, **how) for pair in pairs)
 
     def best_pairs(self, number: int) -> tuple[Group, ...]:
@@ -173,6 +191,11 @@ class Bench:
             ),
             "removed": lambda: share((), removed=self.order[:n], fit=False),
             "removed, compensated": lambda: share((), removed=self.order[:n], fit=False, compensate=True),
+            "half removed, half in pairs, compensated": lambda: share(
+                self.pairs_beside(self.order[: n // 2], n - n // 2, private=SCALES, **ls),
+                removed=self.order[: n // 2],
+                compensate=True,
+            ),
             "at zero, own norms, scales fitted": lambda: share(self.zero(n)),
             "at zero, owner's norms, scales fitted": lambda: share(self.zero(n, "owner")),
             "at zero, scales fitted, compensated": lambda: share(self.zero(n), compensate=True),
@@ -242,6 +265,8 @@ class Bench:
         fold_(model, plan, fits)
         seconds = time.perf_counter() - started
         value = perplexity(model, self.test).value
+        if self.arguments.recover:
+            found["recovered"] = self.recover(model, plan)
         return {
             "parameters": parameters,
             "over_limit": (parameters - self.limit) / self.limit,
@@ -251,6 +276,32 @@ class Bench:
             "seconds": round(seconds, 1),
             **found,
         }
+
+    def recover(self, model: Any, plan: FoldPlan) -> dict[str, Any]:
+        """Train a folded model, and measure it again."""
+        values = dict(one.split("=", 1) for one in self.arguments.set)
+        settings = RecoverySettings(**{name: yaml.safe_load(value) for name, value in values.items()})
+        with tempfile.TemporaryDirectory() as folder:
+            train, held_out = self.training_windows(folder)
+            result = recover(model, self.model, plan, train, held_out, settings, Path(folder) / "recovered")
+        return {
+            "perplexity": perplexity(model, self.test).value,
+            "held_out_before": result.before["loss"],
+            "held_out_after": result.after["loss"],
+            "seconds": round(result.seconds, 1),
+        }
+
+    def training_windows(self, folder: str) -> tuple[TrainingWindows, TrainingWindows]:
+        return packed_windows(
+            self.arguments.recover_text,
+            self.source.tokenizer,
+            folder,
+            context=self.arguments.recover_context,
+            num_tokens=self.arguments.recover,
+            num_held_out=8192,
+            seed=self.arguments.seed,
+            own=OwnText(lambda: self.model, self.source.tokenizer, self.source.fingerprint),
+        )
 
     def covariance_pass(self) -> dict[str, Any]:
         """What the second moments of all blocks cost, beside forward passes over the same windows."""
@@ -297,11 +348,17 @@ def main() -> None:
     keep_freed_memory()
     bench = Bench(arguments)
     settings = {
-        name: value for name, value in vars(arguments).items() if name not in ("out", "name", "seed", "row", "text")
+        name: value
+        for name, value in vars(arguments).items()
+        if name not in ("out", "name", "seed", "row", "text")
+        # Results of untrained rows do not depend on how others are trained.
+        and (arguments.recover or name not in ("recover", "recover_text", "recover_context", "set"))
     } | {
         "text": [Path(text).name for text in arguments.text],
         "perplexity": Path(arguments.perplexity).name,
     }
+    if arguments.recover:
+        settings["recover_text"] = [Path(text).name for text in arguments.recover_text]
     header = {
         "benchmark": "sharing",
         "command": command_line(),
@@ -335,7 +392,8 @@ def main() -> None:
         if name in (resumed(place, identity) or result)["rows"] or (arguments.row and name not in arguments.row):
             continue
         row = make()
-        row["excess"] = math.log(row["perplexity"] / result["source_perplexity"])
+        for measured in filter(None, (row, row.get("recovered"))):
+            measured["excess"] = math.log(measured["perplexity"] / result["source_perplexity"])
         result["rows"][name] = row
         print(name, {key: value for key, value in row.items() if key not in ("groups", "candidates")}, flush=True)
         save()
@@ -360,13 +418,27 @@ def as_markdown(result: dict[str, Any]) -> str:
         ratio = "—" if baseline is None else f"{row['excess'] / baseline:.2f}"
         held = f"{row['held_out_kl']:.3f}" if "held_out_kl" in row else "—"
         shown = f"{name}: {row['chosen']}" if "chosen" in row else name
-        lines.append(
+        line = (
             f"| {shown} | {row['parameters'] / 1e6:.2f} M | {row['perplexity']:,.1f} | {row['excess']:.3f} | {ratio} | "
             f"{held} | {row['seconds']:.0f} |"
         )
+        if config.get("recover"):
+            after = row["recovered"]
+            line += (
+                f" {after['perplexity']:,.1f} | {after['excess']:.3f} | {after['held_out_before']:.3f} → "
+                f"{after['held_out_after']:.3f} | {after['seconds']:.0f} |"
+            )
+        lines.append(line)
     table = "\n".join(lines)
+    heads, trained = "", ""
+    if config.get("recover"):
+        heads = " perplexity, trained | excess | loss, held out | seconds |"
+        trained = (
+            f"\nTrained on {config['recover']:,} tokens of {' + '.join(config['recover_text'])} in windows of "
+            f"{config['recover_context']}, {', '.join(config['set'])}; the last columns are of the trained rows.\n"
+        )
     held = cost["moments_bytes"] + cost["stream_bytes"]
-    return f"""# Sharing at equal bytes, before training
+    return f"""# Sharing at equal bytes, {"before and after" if trained else "before"} training
 
 {config["model"]} ({result["num_blocks"]} blocks, {config["dtype"]}), {config["ratio"]:.0%} of the parameters in blocks
 saved ({result["num_saved"]} blocks' worth): at most {result["limit"] / 1e6:.2f} M parameters.
@@ -376,9 +448,9 @@ positions at zero take the blocks {config["order"]} in this order. Perplexity: {
 the first {config["max_windows"]} windows; the source's is {result["source_perplexity"]:.2f}.
 Excess: ln(perplexity / the source's); its ratio is to that of the first row. KL in nats per token, on calibration
 windows that nothing was fitted on. Seconds: fit and fold (for the solver, its search).
-
-| | parameters | perplexity | excess | ratio | KL | seconds |
-|---|---|---|---|---|---|---|
+{trained}
+| | parameters | perplexity | excess | ratio | KL | seconds |{heads}
+|---|---|---|---|---|---|---|{"---|" * heads.count("|")}
 {table}
 
 Second moments of the inputs of all linear layers: {cost["forward_passes"]:.2f} forward passes, or

@@ -1,0 +1,121 @@
+"""The paper's experiment: ShortGPT's block influence beside learned gates, with the same recovery, at equal size.
+
+A `foldgpt compare` of one model at one size, with the seven tasks and perplexity. Rows can be added later: what stands
+is kept, and a comparison that was killed goes on where it was.
+
+    python benchmarks/published_comparison.py --model demo:smollm2-135m --ratio 0.2 --text C4.jsonl \\
+        --text WIKIPEDIA.jsonl --perplexity wiki.test.raw --data-dir TASKS --tokens 200000 --runs runs/published
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from command import command_line
+from foldgpt import Recipe, compare
+from foldgpt.allocator import keep_freed_memory
+from foldgpt.artifacts import write_json, write_text
+from foldgpt.counts import count
+from foldgpt.evaluation.tasks import TASKS
+from foldgpt.report import as_markdown
+
+#: What is put beside each other. Positions that start at zero hold the weights of a kept neighbour, with scales and
+#: low-rank terms of their own.
+ROWS: dict[str, dict[str, Any] | None] = {
+    "bi": None,
+    "bi + plain LoRA": None,
+    "angular": None,
+    "gates": None,
+    "gates + compensation": None,
+    "gates + positions at zero": {
+        "compensate": {"method": "linear"},
+        "share": {"method": "adjacent", "start": "zero", "rank": 8},
+        "recover": {"settings": {"scale_rate": 10.0}},
+    },
+}
+DEFAULT_ROWS = ("bi", "gates + compensation")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo:smollm2-135m")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--ratio", type=float, default=0.2, help="share of the blocks removed")
+    parser.add_argument(
+        "--row", action="append", choices=list(ROWS), help=f"may be repeated ({', '.join(DEFAULT_ROWS)})"
+    )
+    parser.add_argument("--text", action="append", required=True, help="calibration and training text; may be repeated")
+    parser.add_argument("--tokens", type=count, default=100_000, help="training tokens of each recovery")
+    parser.add_argument("--context", type=int, default=512, help="tokens of a calibration or training window")
+    parser.add_argument("--search-tokens", type=count, default=4096, help="calibration tokens of the search")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="settings of the recovery")
+    parser.add_argument("--perplexity", required=True, help="text to measure perplexity on")
+    parser.add_argument("--perplexity-context", type=int, default=1024)
+    parser.add_argument("--max-windows", type=int, default=32, help="windows of that text; 0 for all")
+    parser.add_argument("--data-dir", help="folder of the tasks' JSON-lines files; without one they come from the hub")
+    parser.add_argument("--limit", type=int, default=200, help="items of each task; 0 for all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the comparison and its runs")
+    parser.add_argument("--name", default="published", help="stem of the result files")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    return parser.parse_args()
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """The comparison as a recipe."""
+    names = arguments.row or DEFAULT_ROWS
+    settings = {name: yaml.safe_load(value) for name, value in (one.split("=", 1) for one in arguments.set)}
+    return Recipe.from_dict(
+        {
+            "model": arguments.model,
+            "dtype": arguments.dtype,
+            "seed": arguments.seed,
+            "calibration": {"texts": arguments.text[:2], "context": arguments.context, "num_tokens": 32_768},
+            "select": {
+                "method": "gates",
+                "remove_ratio": arguments.ratio,
+                "num_tokens": arguments.search_tokens,
+            },
+            "recover": {
+                "num_tokens": arguments.tokens,
+                "texts": arguments.text,
+                "context": arguments.context,
+                "held_out_tokens": 8192,
+                "teacher_cache": str(arguments.runs / "teacher"),
+                "settings": settings,
+            },
+            "evaluate": {
+                "texts": [arguments.perplexity],
+                "context": arguments.perplexity_context,
+                "max_windows": arguments.max_windows or None,
+                "memory": False,
+                "tasks": list(TASKS),
+                "data_dir": arguments.data_dir,
+                "limit": arguments.limit or None,
+            },
+            "compare": {"rows": {name: ROWS[name] for name in names}, "budget_tolerance": 0.01},
+        }
+    )
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    keep_freed_memory()
+    recipe = recipe_of(arguments)
+    begun = time.monotonic()
+    comparison = compare(recipe, arguments.runs / "comparison", overwrite=True)
+    seconds = time.monotonic() - begun
+    write_json(arguments.out / f"{arguments.name}.json", {"command": command_line(), **comparison.to_dict()})
+    text = as_markdown(comparison)
+    text += f"\n`{' '.join(command_line())}`: {seconds:.0f} seconds in this call.\n"
+    write_text(arguments.out / f"{arguments.name}.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
