@@ -204,6 +204,47 @@ def test_tokens_with_massive_activations_are_left_out(family: str) -> None:
     assert trusting.report.left_out == 0
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma3", "granite"])
+@pytest.mark.parametrize("windows", [6, 1])
+@torch.no_grad()
+def test_each_part_is_corrected_by_a_map_that_was_fitted_on_the_others(family: str, windows: int) -> None:
+    model = tiny_model(family)
+    replay = Replay(model, token_ids(model, (windows, 60 // windows)))
+    crossed = Compensator(replay, ridge=0.1, parts=2)
+    output, mlp = crossed.run(1, replay.states[1])
+    target = replay.states[3]
+    corrected, found = crossed.correct(1, output, mlp, target)
+    plain = Compensator(replay, ridge=0.1)
+    expected, same = plain.correct(1, output, mlp, target)
+    torch.testing.assert_close(found.map_KH, same.map_KH)
+    assert not torch.allclose(corrected, expected, rtol=1e-3)
+    rows = [states.flatten(0, 1) for states in (output, mlp, target)]
+    size = 30
+    for own, others in ((slice(None, size), slice(size, None)), (slice(size, None), slice(None, size))):
+        # What a part should become has no say in its own correction.
+        changed = [part.clone() for part in rows]
+        changed[2][own] = torch.randn(size, 32) * 5
+        again, _ = crossed.correct(1, *(part.view(output.shape) for part in changed))
+        torch.testing.assert_close(again.flatten(0, 1)[own], corrected.flatten(0, 1)[own], rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(again.flatten(0, 1)[others], corrected.flatten(0, 1)[others], rtol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@torch.no_grad()
+def test_noise_is_not_fitted_across_parts(family: str) -> None:
+    model = tiny_model(family)
+    replay = Replay(model, token_ids(model, (8, 8)))
+    output, mlp = Compensator(replay).run(1, replay.states[1])
+    noise = output + torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+
+    def error(parts: int) -> float:
+        corrected, _ = Compensator(replay, ridge=1e-3, parts=parts).correct(1, output, mlp, noise)
+        return float((corrected - noise).square().sum() / (output - noise).square().sum())
+
+    assert error(1) < 0.9
+    assert error(4) > 1
+
+
 @torch.no_grad()
 def test_massive_activations_stay_what_they_are() -> None:
     model = tiny_model("llama")
@@ -449,6 +490,8 @@ def test_numbers_that_make_no_sense_are_refused() -> None:
         Compensator(replay, ridge=-1.0)
     with pytest.raises(UsageError, match="outliers"):
         Compensator(replay, outliers=1.0)
+    with pytest.raises(UsageError, match="1 part or more, not 0"):
+        Compensator(replay, parts=0)
     compensator = Compensator(replay)
     output, mlp = compensator.run(1, replay.states[1])
     with pytest.raises(UsageError, match=r"\[2, 19, 32\]"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -43,6 +45,10 @@ class Compensator:
         outliers: tokens are left out whose ‖M‖, ‖L − o‖ or ‖L‖ is more than this many times the median;
             by default none.
         rounds: rounds of alternating least squares where a norm stands behind the sublayer (Gemma 2 and 3, OLMo 2).
+        parts: with more than 1, the windows are split into so many parts, and each part of the stream is corrected by
+            a map that was fitted on the others (cross-fitting). For whoever measures on the windows that are fitted
+            on: maps that fit them alone would pass for good ones, the more of them the better. The correction that is
+            returned is fitted on all windows either way.
 
     Raises:
         UsageError: a number that makes no sense.
@@ -51,16 +57,25 @@ class Compensator:
     """
 
     def __init__(
-        self, replay: Replay, *, ridge: float | Literal["auto"] = "auto", outliers: float = math.inf, rounds: int = 3
+        self,
+        replay: Replay,
+        *,
+        ridge: float | Literal["auto"] = "auto",
+        outliers: float = math.inf,
+        rounds: int = 3,
+        parts: int = 1,
     ) -> None:
         if ridge != "auto" and not ridge >= 0:
             raise UsageError(f"the ridge must be at least 0 or 'auto', not {ridge}")
         if not outliers > 1:
             raise UsageError(f"outliers is a multiple of the median norm, so more than 1, not {outliers}")
+        if parts < 1:
+            raise UsageError(f"the windows can be split into 1 part or more, not {parts}")
         self.replay = replay
         self.ridge = ridge
         self.outliers = outliers
         self.rounds = rounds
+        self.parts = parts
         config = replay.decoder.config
         #: What a sublayer's output is multiplied by before it is added to the stream (Granite).
         self._multiplier: float = getattr(config, "residual_multiplier", 1.0)
@@ -106,11 +121,12 @@ class Compensator:
         target_RH = target_WTH.flatten(0, -2).float()
         weight_R = self._weights(block, inputs_RH, target_RH - output_RH, target_RH)
         first_held = _first_held_out(target_WTH)
+        parts = _split(target_WTH, self.parts) if self.parts > 1 else []
         norm = norm_behind(self.replay.decoder, block, sublayer)
         fit = self._fit_linear if norm is None else self._fit_normed
         features_RK = inputs_RH if inner_RI is None else inner_RI
         found_RH, correction = fit(
-            block, sublayer, inputs_RH, features_RK, output_RH, target_RH - output_RH, weight_R, first_held
+            block, sublayer, inputs_RH, features_RK, output_RH, target_RH - output_RH, weight_R, first_held, parts
         )
         return found_RH.to(output_WTH.dtype).view(output_WTH.shape), correction
 
@@ -124,6 +140,7 @@ class Compensator:
         missing_RH: Tensor,
         weight_R: Tensor,
         first_held: int,
+        parts: Sequence[slice],
     ) -> tuple[Tensor, Correction]:
         decoder = self.replay.decoder
         matrices = output_matrices(decoder, block, sublayer, output_module(decoder, block, sublayer))
@@ -153,11 +170,19 @@ class Compensator:
             scale_H=None,
             report=report,
         )
-        # In the dtype of the states, as the merged model will.
-        change_RH = (features_RK @ correction.map_KH.to(features_RK.dtype)).float()
-        if correction.bias_H is not None:
-            change_RH += correction.bias_H
-        return output_RH + self._multiplier * change_RH, correction
+        pieces = [(slice(None), map_KH, bias_H)]
+        if parts:
+            sums = [Sums.of(features_RK[part], wanted_RH[part], weight_R[part]) for part in parts]
+            others = [functools.reduce(Sums.__add__, [*sums[:i], *sums[i + 1 :]]) for i in range(len(parts))]
+            pieces = [(part, *solve(other, ridge, bias=bias)) for part, other in zip(parts, others, strict=True)]
+        found_RH = output_RH.clone()
+        for rows, piece_KH, piece_H in pieces:
+            # In the dtype of the states, as the merged model will.
+            change_RH = (features_RK[rows] @ piece_KH.to(features_RK)).float()
+            if piece_H is not None:
+                change_RH += piece_H.to(change_RH)
+            found_RH[rows] += self._multiplier * change_RH
+        return found_RH, correction
 
     def _fit_normed(
         self,
@@ -169,6 +194,7 @@ class Compensator:
         missing_RH: Tensor,
         weight_R: Tensor,
         first_held: int,
+        parts: Sequence[slice],
     ) -> tuple[Tensor, Correction]:
         norm = norm_behind(self.replay.decoder, block, sublayer)
         assert norm is not None
@@ -201,7 +227,17 @@ class Compensator:
         )
         features: Literal["inner", "output"] = "output" if features_RK is inputs_RH else "inner"
         correction = Correction(block, sublayer, features, found.map_KH, None, found.scale_H, report)
-        return output_RH - contribution_RH + found.contribution(inputs_RH, features_RK, epsilon), correction
+        found_RH = output_RH - contribution_RH
+        for rows in parts or [slice(None)]:
+            if parts:
+                # Weights of 0 leave the part itself out.
+                others_R = weight_R.clone()
+                others_R[rows] = 0
+                found = fit_through_norm(
+                    inputs_RH, features_RK, wanted_RH, others_R, scale_H, epsilon, ridge=ridge, rounds=self.rounds
+                )
+            found_RH[rows] += found.contribution(inputs_RH[rows], features_RK[rows], epsilon)
+        return found_RH, correction
 
     def _weights(self, block: int, inputs_RH: Tensor, wanted_RH: Tensor, target_RH: Tensor) -> Tensor:
         """1 / ‖L‖² of each token, 0 for those left out."""
@@ -309,6 +345,14 @@ def _replaced(output: Any, put: Tensor) -> Any:
         return (_replaced(output[0], put), *output[1:])
     # A copy: a block may add to it in place.
     return (put.reshape(output.shape) if put.ndim else put.expand(output.shape)).clone()
+
+
+def _split(target_WTH: Tensor, parts: int) -> list[slice]:
+    """Rows of so many parts, in whole windows if there are enough of them."""
+    windows, tokens = target_WTH.shape[0], target_WTH.shape[:-1].numel()
+    grain = tokens // windows if windows >= parts else 1
+    borders = [round(tokens // grain * i / parts) * grain for i in range(parts + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(borders) if stop > start]
 
 
 def _first_held_out(target_WTH: Tensor) -> int:

@@ -34,6 +34,10 @@ _POSITION_SHARE = 0.5
 #: But no more than this: 2,048 give the mean KL to about 3 %, and differences between sets much better.
 _MOST_POSITIONS = 2048
 
+#: What compensates is fitted on the windows that are measured on, each part on the others. Fitted and measured on the
+#: same tokens, sets with many cuts would win by fitting them, and lose on all other text.
+_PARTS = 4
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -47,7 +51,7 @@ class Sample:
         rows_R: positions, as indices into the flattened windows.
         source: the source's predictions there; None when the objective does not need them.
         targets_R: the tokens that follow.
-        compensate: whether sets are measured after compensation, fitted on these windows.
+        compensate: whether sets are measured after compensation, fitted on these windows, each part on the others.
     """
 
     batches: tuple[slice, ...]
@@ -109,7 +113,7 @@ class RemovalCost:
         self._samples: dict[tuple[int, int, bool], Sample] = {}
         self._cache: OrderedDict[StateKey, list[Tensor]] = OrderedDict()
         self._cache_room = cache_bytes
-        self._compensator = Compensator(replay) if compensate else None
+        self._compensator = Compensator(replay, parts=_PARTS) if compensate else None
 
     # ------------------------------------------------------------------------------------------- samples
 
