@@ -110,7 +110,7 @@ def main() -> None:
     begun = time.monotonic()
     comparison = compare(recipe, arguments.runs / "comparison", overwrite=True)
     seconds = time.monotonic() - begun
-    write_json(arguments.out / f"{arguments.name}.json", {"command": command_line(), **comparison.to_dict()})
+    write_json(arguments.out / f"{arguments.name}.json", comparison.to_dict())
     text = as_markdown(comparison)
     text += f"\n`{' '.join(command_line())}`: {seconds:.0f} seconds in this call.\n"
     write_text(arguments.out / f"{arguments.name}.md", text)

@@ -146,10 +146,11 @@ class Compensator:
         matrices = output_matrices(decoder, block, sublayer, output_module(decoder, block, sublayer))
         bias = len(matrices) == 1 and matrices[0].bias is not None
         wanted_RH = missing_RH / self._multiplier
-        fitted = Sums.of(features_RK[:first_held], wanted_RH[:first_held], weight_R[:first_held])
-        held = Sums.of(features_RK[first_held:], wanted_RH[first_held:], weight_R[first_held:])
-        ridge = best_ridge(fitted, held, RIDGES, bias=bias) if self.ridge == "auto" else self.ridge
-        part = solve(fitted, ridge, bias=bias)
+        borders = parts or [slice(0, first_held), slice(first_held, len(weight_R))]
+        sums = [Sums.of(features_RK[rows], wanted_RH[rows], weight_R[rows]) for rows in borders]
+        fitted, held = functools.reduce(Sums.__add__, sums[:-1]), sums[-1]
+        ridges = RIDGES if self.ridge == "auto" else (self.ridge,)
+        ridge, part = best_ridge(fitted, held, ridges, bias=bias)
         map_KH, bias_H = solve(fitted + held, ridge, bias=bias)
         # Weights are 1 / ‖L‖², so that a weighted sum of squares over the number of tokens is a mean relative error.
         size = self._multiplier**2 / max(held.count, 1)
@@ -172,9 +173,10 @@ class Compensator:
         )
         pieces = [(slice(None), map_KH, bias_H)]
         if parts:
-            sums = [Sums.of(features_RK[part], wanted_RH[part], weight_R[part]) for part in parts]
-            others = [functools.reduce(Sums.__add__, [*sums[:i], *sums[i + 1 :]]) for i in range(len(parts))]
-            pieces = [(part, *solve(other, ridge, bias=bias)) for part, other in zip(parts, others, strict=True)]
+            # What was fitted to choose the ridge is the map of the last part.
+            others = [functools.reduce(Sums.__add__, [*sums[:i], *sums[i + 1 :]]) for i in range(len(parts) - 1)]
+            maps = [*(solve(other, ridge, bias=bias) for other in others), part]
+            pieces = [(rows, *found) for rows, found in zip(parts, maps, strict=True)]
         found_RH = output_RH.clone()
         for rows, piece_KH, piece_H in pieces:
             # In the dtype of the states, as the merged model will.

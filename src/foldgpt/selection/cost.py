@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -26,7 +26,7 @@ from foldgpt.selection.units import Removed, Units
 Objective = Literal["kl", "lm"]
 
 #: The sample, the removed units before a block, and that block: what determines the stream that enters it.
-StateKey = tuple[tuple[int, int, bool], Removed, int]
+StateKey = tuple[tuple[int, int], Removed, int]
 
 #: The share of the positions at which predictions are compared. A sample's states cost the same however many are
 #: read, so with fewer the same certainty would take more windows and more time.
@@ -51,7 +51,6 @@ class Sample:
         rows_R: positions, as indices into the flattened windows.
         source: the source's predictions there; None when the objective does not need them.
         targets_R: the tokens that follow.
-        compensate: whether sets are measured after compensation, fitted on these windows, each part on the others.
     """
 
     batches: tuple[slice, ...]
@@ -59,12 +58,11 @@ class Sample:
     rows_R: Tensor
     source: SourcePredictions | None
     targets_R: Tensor
-    compensate: bool
 
     @property
-    def key(self) -> tuple[int, int, bool]:
+    def key(self) -> tuple[int, int]:
         """What tells cached states of different samples apart."""
-        return self.windows.start, self.windows.stop, self.compensate
+        return self.windows.start, self.windows.stop
 
 
 class RemovalCost:
@@ -74,7 +72,8 @@ class RemovalCost:
         replay: the source on the calibration windows.
         units: what may be removed; by default whole blocks.
         objective: "kl" to the source, or "lm", the language-modelling loss.
-        compensate: correct the block before each cut in closed form, as `foldgpt.compensation` does when folding.
+        compensate: correct the block before each cut in closed form, as `foldgpt.compensation` does when folding;
+            the fit is made on the windows that are measured on, for each part of them on the others.
         seed: seed of the positions.
         position_share: the share of the positions at which predictions are compared, at most `most_positions`.
         most_positions: see there.
@@ -110,7 +109,7 @@ class RemovalCost:
         self._head_rows = 0.0
         self._seed = seed
         self._position_share, self._most_positions = position_share, most_positions
-        self._samples: dict[tuple[int, int, bool], Sample] = {}
+        self._samples: dict[tuple[int, int], Sample] = {}
         self._cache: OrderedDict[StateKey, list[Tensor]] = OrderedDict()
         self._cache_room = cache_bytes
         self._compensator = Compensator(replay, parts=_PARTS) if compensate else None
@@ -127,26 +126,21 @@ class RemovalCost:
         """Recorded micro-batches, the grain of a sample."""
         return len(list(self.replay.batches()))
 
-    def sample(self, start: int, stop: int, *, compensate: bool | None = None) -> Sample:
+    def sample(self, start: int, stop: int) -> Sample:
         """The sample of micro-batches `start` to `stop` (exclusive); made once.
 
         Args:
             start: first micro-batch.
             stop: the one after the last.
-            compensate: another choice than the measure's own, for samples too small to fit on.
         """
-        compensate = self.compensate if compensate is None else compensate
-        key = start, stop, compensate
-        if key not in self._samples:
+        if (start, stop) not in self._samples:
             began = time.perf_counter()
-            same = self._samples.get((start, stop, not compensate))
-            made = self._make_sample(start, stop, compensate) if same is None else replace(same, compensate=compensate)
-            self._samples[key] = made
+            self._samples[start, stop] = self._make_sample(start, stop)
             self.seconds += time.perf_counter() - began
-        return self._samples[key]
+        return self._samples[start, stop]
 
     @torch.no_grad()
-    def _make_sample(self, start: int, stop: int, compensate: bool) -> Sample:
+    def _make_sample(self, start: int, stop: int) -> Sample:
         batches = tuple(self.replay.batches())[start:stop]
         windows = slice(batches[0].start, batches[-1].stop)
         ids_WT = self.replay.ids_WT[windows]
@@ -161,7 +155,7 @@ class RemovalCost:
         if self.objective == "kl":
             source = SourcePredictions(self.head, self._predictions([self.replay.states[-1][windows]], rows_R))
             self._head_rows += 2 * wanted
-        return Sample(batches, windows, rows_R, source, targets_R.to(self.replay.states[0].device), compensate)
+        return Sample(batches, windows, rows_R, source, targets_R.to(self.replay.states[0].device))
 
     # --------------------------------------------------------------------------------------------- costs
 
@@ -230,7 +224,7 @@ class RemovalCost:
                 block += 1
                 continue
             after = block + 1
-            while sample.compensate and after in whole:
+            while self.compensate and after in whole:
                 after += 1
             if after > block + 1:
                 stream = self._compensated(block, after, stream, sample)
@@ -245,7 +239,7 @@ class RemovalCost:
         """The deepest known state of a set: a block index and the stream that enters it."""
         for block in range(self.replay.num_blocks, -1, -1):
             # A cut that goes on changes the compensation of the block before it.
-            if sample.compensate and block in whole and block > 0:
+            if self.compensate and block in whole and block > 0:
                 continue
             below = self.units.below(removed, block)
             if not below:

@@ -198,7 +198,7 @@ def _refitted(
             (fitted if number < first_held else held).append(sums)
     total_fitted, total_held = _added(fitted), _added(held or fitted)
     own = layers[linear.name]
-    ridge = best_ridge(total_fitted, total_held, RIDGES, bias=False)
+    ridge, _ = best_ridge(total_fitted, total_held, RIDGES, bias=False)
     change_KH, _ = solve(_added([*fitted, *held]), ridge, bias=False)
     bias = getattr(own, "bias", None)
     return linear_like(own, weight_of(own).double() + change_KH.T, None if bias is None else bias.data)

@@ -126,14 +126,14 @@ class _Search:
         whole = self._cost.predicted_equivalents(len(self._cost.units), everything)
         batches = int(self._cost.num_batches * _SCORES_UNTIL * self._allowance / whole)
         batches = max(1, min(batches, self._cost.num_batches))
-        scores = leave_one_out(self._cost, self._cost.sample(0, batches, compensate=False))
+        scores = leave_one_out(self._cost, self._cost.sample(0, batches))
         self._progress["scores"] = [None if score == float("inf") else score for score in scores]
         self._save(now=True)
         return scores
 
     def _learn(self, scores: Sequence[float]) -> Estimator:
         """Gates, learned until they are settled or their share of the allowance is spent."""
-        samples = [self._cost.sample(k, k + 1, compensate=False) for k in range(self._cost.num_batches)]
+        samples = [self._cost.sample(k, k + 1) for k in range(self._cost.num_batches)]
         estimator = self._estimator(scores, samples)
         if "estimator" in self._progress:
             estimator.restore(self._progress["estimator"])
