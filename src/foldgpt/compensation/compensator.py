@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from foldgpt.compensation.carriers import inner_module, norm_behind, output_matrices, output_module
 from foldgpt.compensation.correction import Correction, CutReport
-from foldgpt.compensation.least_squares import Sums, best_ridge, solve
+from foldgpt.compensation.least_squares import Sums, best_ridge, downhill, solve
 from foldgpt.compensation.through_norm import NormedFit, error_of, fit_through_norm, normed
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families.norms import effective_scale, epsilon_of
@@ -120,8 +120,8 @@ class Compensator:
         output_RH = output_WTH.flatten(0, -2).float()
         target_RH = target_WTH.flatten(0, -2).float()
         weight_R = self._weights(block, inputs_RH, target_RH - output_RH, target_RH)
-        first_held = _first_held_out(target_WTH)
         parts = _split(target_WTH, self.parts) if self.parts > 1 else []
+        first_held = parts[-1].start if parts else _first_held_out(target_WTH)
         norm = norm_behind(self.replay.decoder, block, sublayer)
         fit = self._fit_linear if norm is None else self._fit_normed
         features_RK = inputs_RH if inner_RI is None else inner_RI
@@ -209,14 +209,25 @@ class Compensator:
             inputs, features, wanted, weight = (x[rows] for x in (inputs_RH, features_RK, wanted_RH, weight_R))
             return fit_through_norm(inputs, features, wanted, weight, scale_H, epsilon, ridge=ridge, rounds=self.rounds)
 
+        def without(rows: slice, ridge: float) -> NormedFit:
+            others_R = weight_R.clone()
+            others_R[rows] = 0
+            return fit_through_norm(
+                inputs_RH, features_RK, wanted_RH, others_R, scale_H, epsilon, ridge=ridge, rounds=self.rounds
+            )
+
         def error(found: NormedFit, rows: slice) -> float:
             inputs, features, wanted, weight = (x[rows] for x in (inputs_RH, features_RK, wanted_RH, weight_R))
             return error_of(found, inputs, features, wanted, weight, epsilon) / max(int((weight > 0).sum()), 1)
 
         fitted, held = slice(0, first_held), slice(first_held, len(weight_R))
         ridges = RIDGES if self.ridge == "auto" else (self.ridge,)
-        tried = [(error(part, held), ridge, part) for ridge in ridges for part in [fit(fitted, ridge)]]
-        after, ridge, part = min(tried, key=lambda entry: entry[0])
+
+        def tried(ridge: float) -> tuple[float, NormedFit]:
+            part = fit(fitted, ridge)
+            return error(part, held), part
+
+        ridge, after, part = downhill(ridges, tried)
         found = fit(slice(None), ridge)
         used = int((weight_R > 0).sum())
         report = CutReport(
@@ -232,12 +243,7 @@ class Compensator:
         found_RH = output_RH - contribution_RH
         for rows in parts or [slice(None)]:
             if parts:
-                # Weights of 0 leave the part itself out.
-                others_R = weight_R.clone()
-                others_R[rows] = 0
-                found = fit_through_norm(
-                    inputs_RH, features_RK, wanted_RH, others_R, scale_H, epsilon, ridge=ridge, rounds=self.rounds
-                )
+                found = part if rows == parts[-1] else without(rows, ridge)
             found_RH[rows] += found.contribution(inputs_RH[rows], features_RK[rows], epsilon)
         return found_RH, correction
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
 #: Rows multiplied at a time: enough to keep the matrix product busy, few enough that rounding averages out.
 _CHUNK_ROWS = 1024
+
+Solution = TypeVar("Solution")
 
 
 @dataclass(frozen=True)
@@ -124,26 +126,44 @@ def best_ridge(
 ) -> tuple[float, tuple[Tensor, Tensor | None]]:
     """The ridge whose solution on `fitted` is nearest on `held_out`, and that solution.
 
-    The error falls and then rises with the ridge, so the search goes downhill from the middle instead of trying all.
-
     Args:
         fitted: the rows that are fitted on.
         held_out: the rows that are judged on.
         ridges: in ascending order.
         bias: as in `solve`.
     """
-    found: dict[int, tuple[float, tuple[Tensor, Tensor | None]]] = {}
+
+    def tried(ridge: float) -> tuple[float, tuple[Tensor, Tensor | None]]:
+        solution = solve(fitted, ridge, bias=bias)
+        return held_out.error(*solution), solution
+
+    ridge, _, solution = downhill(ridges, tried)
+    return ridge, solution
+
+
+def downhill(
+    ridges: Sequence[float], tried: Callable[[float], tuple[float, Solution]]
+) -> tuple[float, float, Solution]:
+    """The best of some ridges, its error and its solution.
+
+    The held-out error falls and then rises with the ridge, so it is followed downhill from the middle instead of
+    trying all.
+
+    Args:
+        ridges: in ascending order.
+        tried: error and solution of one.
+    """
+    found: dict[int, tuple[float, Solution]] = {}
 
     def error(index: int) -> float:
         if not 0 <= index < len(ridges):
             return math.inf
         if index not in found:
-            solution = solve(fitted, ridges[index], bias=bias)
-            found[index] = held_out.error(*solution), solution
+            found[index] = tried(ridges[index])
         return found[index][0]
 
     best = len(ridges) // 2
     for step in (-1, 1):
         while error(best + step) < error(best):
             best += step
-    return ridges[best], found[best][1]
+    return ridges[best], *found[best]
