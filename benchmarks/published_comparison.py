@@ -20,6 +20,7 @@ from command import command_line
 from foldgpt import Recipe, compare
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import write_json, write_text
+from foldgpt.comparison.rows import known_rows
 from foldgpt.counts import count
 from foldgpt.evaluation.tasks import TASKS
 from foldgpt.report import as_markdown
@@ -49,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--row", action="append", choices=list(ROWS), help=f"may be repeated ({', '.join(DEFAULT_ROWS)})"
     )
+    parser.add_argument("--recovered-only", action="store_true", help="no rows without recovery")
     parser.add_argument("--text", action="append", required=True, help="calibration and training text; may be repeated")
     parser.add_argument("--tokens", type=count, default=100_000, help="training tokens of each recovery")
     parser.add_argument("--context", type=int, default=512, help="tokens of a calibration or training window")
@@ -70,7 +72,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """The comparison as a recipe."""
     names = arguments.row or DEFAULT_ROWS
     settings = {name: yaml.safe_load(value) for name, value in (one.split("=", 1) for one in arguments.set)}
-    return Recipe.from_dict(
+    recipe = Recipe.from_dict(
         {
             "model": arguments.model,
             "dtype": arguments.dtype,
@@ -101,6 +103,12 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
             "compare": {"rows": {name: ROWS[name] for name in names}, "budget_tolerance": 0.01},
         }
     )
+    if not arguments.recovered_only:
+        return recipe
+    # A row that says how it is recovered is not there without.
+    known = known_rows(recipe)
+    rows = {name: {"recover": {"settings": {}}, **(ROWS[name] or known[name])} for name in names}
+    return recipe.changed(compare={"rows": rows})
 
 
 def main() -> None:
