@@ -10,6 +10,7 @@ is kept, and a comparison that was killed goes on where it was.
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ ROWS: dict[str, dict[str, Any] | None] = {
     },
 }
 DEFAULT_ROWS = ("bi", "gates + compensation")
+_FOLDERS = re.compile(r"(?<!\w)/\S*/(?=[\w.])")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -56,9 +58,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512, help="tokens of a calibration or training window")
     parser.add_argument("--search-tokens", type=count, default=4096, help="calibration tokens of the search")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="settings of the recovery")
-    parser.add_argument("--perplexity", required=True, help="text to measure perplexity on")
+    parser.add_argument("--perplexity", action="append", required=True, help="text to measure on; may be repeated")
     parser.add_argument("--perplexity-context", type=int, default=1024)
-    parser.add_argument("--max-windows", type=int, default=32, help="windows of that text; 0 for all")
+    parser.add_argument("--max-windows", type=int, default=32, help="windows of each; 0 for all")
     parser.add_argument("--data-dir", help="folder of the tasks' JSON-lines files; without one they come from the hub")
     parser.add_argument("--limit", type=int, default=200, help="items of each task; 0 for all")
     parser.add_argument("--seed", type=int, default=0)
@@ -92,10 +94,11 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
                 "settings": settings,
             },
             "evaluate": {
-                "texts": [arguments.perplexity],
+                "texts": arguments.perplexity,
                 "context": arguments.perplexity_context,
                 "max_windows": arguments.max_windows or None,
                 "memory": False,
+                "generations": 0,
                 "tasks": list(TASKS),
                 "data_dir": arguments.data_dir,
                 "limit": arguments.limit or None,
@@ -111,6 +114,15 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     return recipe.changed(compare={"rows": rows})
 
 
+def without_folders(value: Any) -> Any:
+    """A result in which files go by their names, keys included."""
+    if isinstance(value, dict):
+        return {_FOLDERS.sub("", key): without_folders(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_folders(part) for part in value]
+    return _FOLDERS.sub("", value) if isinstance(value, str) else value
+
+
 def main() -> None:
     arguments = parse_arguments()
     keep_freed_memory()
@@ -118,7 +130,7 @@ def main() -> None:
     begun = time.monotonic()
     comparison = compare(recipe, arguments.runs / "comparison", overwrite=True)
     seconds = time.monotonic() - begun
-    write_json(arguments.out / f"{arguments.name}.json", comparison.to_dict())
+    write_json(arguments.out / f"{arguments.name}.json", without_folders(comparison.to_dict()))
     text = as_markdown(comparison)
     text += f"\n`{' '.join(command_line())}`: {seconds:.0f} seconds in this call.\n"
     write_text(arguments.out / f"{arguments.name}.md", text)

@@ -9,11 +9,12 @@ import argparse
 import re
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
+from matplotlib.ticker import NullFormatter, NullLocator
 
 from foldgpt.artifacts import write_text
-from foldgpt.comparison import Comparison, Method, title_of
+from foldgpt.comparison import Comparison, title_of
 from foldgpt.comparison.bootstrap import Interval
 
 _COLOURS = {"source": "#6b7280", "bi": "#d97706", "gates": "#2563eb"}
@@ -46,26 +47,26 @@ def heading(comparison: Comparison) -> str:
     return f"{model}, {removed(comparison)} blocks removed (−{1 - first / source:.0%} of the parameters in blocks)"
 
 
-def perplexity_of(method: Method) -> float:
-    return next(iter(method.perplexities.values()))
-
-
 def as_markdown(found: list[tuple[Path, Comparison]]) -> str:
     parts = ["# The paper's experiment: all comparisons\n"]
     for path, comparison in found:
+        texts = comparison.texts
+        heads = [part for text in texts for part in (f"perplexity, {text}", "less that of bi")]
         lines = [
             f"## {heading(comparison)}\n",
-            "| | blocks removed | perplexity | less that of bi | accuracy | above chance, retained | minutes |",
-            "|---|---|---|---|---|---|---|",
+            f"| | blocks removed | {' | '.join(heads)} | accuracy | less that of bi, points | minutes |",
+            "|---" * (5 + len(heads)) + "|",
         ]
         for method in comparison.methods:
-            accuracy, kept = method.figures.get("task_average"), method.retained
-            difference = next(iter(method.perplexity_differences.values()), None)
-            blocks = ", ".join(map(str, method.removed))
+            accuracy = method.figures.get("task_average")
+            values = [
+                part
+                for text in texts
+                for part in (f"{method.perplexities[text]:.1f}", interval(method.perplexity_differences.get(text)))
+            ]
             lines.append(
-                f"| {title_of(method)} | {blocks} | {perplexity_of(method):.1f} | {interval(difference)} | "
-                f"{'' if accuracy is None else f'{accuracy:.1%}'} | "
-                f"{'' if kept is None or kept.above_chance is None else f'{kept.above_chance:.0%}'} | "
+                f"| {title_of(method)} | {', '.join(map(str, method.removed))} | {' | '.join(values)} | "
+                f"{'' if accuracy is None else f'{accuracy:.1%}'} | {interval(method.accuracy_difference, 100)} | "
                 f"{'' if method.seconds is None else f'{method.seconds / 60:.1f}'} |"
             )
         details = f"Recovery on {comparison.recovery_tokens:,} tokens. In full: `{path.stem}.md`."
@@ -73,44 +74,50 @@ def as_markdown(found: list[tuple[Path, Comparison]]) -> str:
     return "\n".join(parts)
 
 
-def interval(difference: Interval | None) -> str:
+def interval(difference: Interval | None, unit: float = 1.0) -> str:
     if difference is None:
         return ""
-    return f"{difference.difference:+.1f} ({difference.low:+.1f} to {difference.high:+.1f})"
+    value, low, high = (unit * part for part in (difference.difference, difference.low, difference.high))
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def draw(comparisons: list[Comparison], path: Path) -> None:
-    """Perplexity of each row, one panel for each comparison: hollow as folded, filled once trained."""
-    figure = Figure(figsize=(7.5, 0.9 + 0.95 * len(comparisons)), layout="constrained")
-    for axes, comparison in zip(figure.subplots(len(comparisons), squeeze=False)[:, 0], comparisons, strict=True):
-        names = list(dict.fromkeys(method.name for method in comparison.methods if method.name != "source"))
-        source = perplexity_of(comparison.methods[0])
-        axes.axvline(source, color=_COLOURS["source"], linestyle=":", label=f"source {source:.1f}")
-        for row, name in enumerate(names):
-            colour = _COLOURS.get(re.split(r"\W", name)[0], "#059669")
-            ends = [method for method in comparison.methods if method.name == name]
-            values = [perplexity_of(method) for method in ends]
-            axes.plot(values, [row] * len(values), color=colour, linewidth=1.5, zorder=1)
-            for method, value in zip(ends, values, strict=True):
-                face = colour if method.recovered else "white"
-                axes.scatter(value, row, s=36, facecolor=face, edgecolor=colour, zorder=2)
-                axes.annotate(f"{value:.1f}", (value, row), (0, 6), textcoords="offset points", ha="center", fontsize=7)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.xaxis.set_minor_locator(NullLocator())
-        values = [perplexity_of(method) for method in comparison.methods]
-        axes.set_xlim(min(values) * 0.92, max(values) * 1.12)
-        axes.set_xticks([source])
-        axes.set_xticklabels([f"{source:.1f}"])
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.set_ylim(len(names) - 0.4, -0.7)
-        axes.set_title(heading(comparison), fontsize=9, loc="left")
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        axes.tick_params(labelsize=8, left=False)
+    """Perplexity of each row, a panel for each comparison and text: hollow as folded, filled once trained."""
+    texts = comparisons[0].texts
+    figure = Figure(figsize=(4.6 * len(texts), 0.9 + 0.95 * len(comparisons)), layout="constrained")
+    panels = figure.subplots(len(comparisons), len(texts), squeeze=False)
+    for line, comparison in zip(panels, comparisons, strict=True):
+        for axes, text in zip(line, texts, strict=True):
+            draw_panel(axes, comparison, text)
+            axes.set_title(f"{heading(comparison) if text == texts[0] else ''}\n{text}", fontsize=8, loc="left")
+            if text != texts[0]:
+                axes.set_yticklabels([])
     figure.supxlabel("perplexity, log scale; hollow: folded, filled: trained; dotted: source", fontsize=8)
     figure.savefig(path)
+
+
+def draw_panel(axes: Axes, comparison: Comparison, text: str) -> None:
+    names = list(dict.fromkeys(method.name for method in comparison.methods if method.name != "source"))
+    source = comparison.methods[0].perplexities[text]
+    axes.axvline(source, color=_COLOURS["source"], linestyle=":")
+    for row, name in enumerate(names):
+        colour = _COLOURS.get(re.split(r"\W", name)[0], "#059669")
+        ends = [(method.recovered, method.perplexities[text]) for method in comparison.methods if method.name == name]
+        axes.plot([value for _, value in ends], [row] * len(ends), color=colour, linewidth=1.5, zorder=1)
+        for recovered, value in ends:
+            axes.scatter(value, row, s=36, facecolor=colour if recovered else "white", edgecolor=colour, zorder=2)
+            axes.annotate(f"{value:.1f}", (value, row), (0, 6), textcoords="offset points", ha="center", fontsize=7)
+    values = [method.perplexities[text] for method in comparison.methods]
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(min(values) * 0.92, max(values) * 1.12)
+    axes.set_xticks([source], [f"{source:.1f}"])
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(len(names) - 0.4, -0.7)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(labelsize=8, left=False)
 
 
 if __name__ == "__main__":
