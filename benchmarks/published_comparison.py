@@ -61,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--perplexity", action="append", required=True, help="text to measure on; may be repeated")
     parser.add_argument("--perplexity-context", type=int, default=1024)
     parser.add_argument("--max-windows", type=int, default=32, help="windows of each; 0 for all")
+    parser.add_argument("--no-tasks", action="store_true", help="measure perplexity alone")
     parser.add_argument("--data-dir", help="folder of the tasks' JSON-lines files; without one they come from the hub")
     parser.add_argument("--limit", type=int, default=200, help="items of each task; 0 for all")
     parser.add_argument("--seed", type=int, default=0)
@@ -99,8 +100,8 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
                 "max_windows": arguments.max_windows or None,
                 "memory": False,
                 "generations": 0,
-                "tasks": list(TASKS),
-                "data_dir": arguments.data_dir,
+                "tasks": [] if arguments.no_tasks else list(TASKS),
+                "data_dir": None if arguments.no_tasks else arguments.data_dir,
                 "limit": arguments.limit or None,
             },
             "compare": {"rows": {name: ROWS[name] for name in names}, "budget_tolerance": 0.01},
