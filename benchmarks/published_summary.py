@@ -69,7 +69,12 @@ def as_markdown(found: list[tuple[Path, Comparison]]) -> str:
                 f"{'' if accuracy is None else f'{accuracy:.1%}'} | {interval(method.accuracy_difference, 100)} | "
                 f"{'' if method.seconds is None else f'{method.seconds / 60:.1f}'} |"
             )
-        details = f"Recovery on {comparison.recovery_tokens:,} tokens. In full: `{path.stem}.md`."
+        where = comparison.environment
+        details = (
+            f"Recovery on {comparison.recovery_tokens:,} tokens, seed {comparison.seed}. In full: `{path.stem}.md`. "
+            f"{where['cpu']}, {where['torch_threads']} threads, torch {where['torch']}, transformers "
+            f"{where['transformers']}, {where['date']}."
+        )
         parts.append("\n".join([*lines, "", details]) + "\n")
     return "\n".join(parts)
 
