@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from foldgpt.compensation.carriers import inner_module, norm_behind, output_matrices, output_module
 from foldgpt.compensation.correction import Correction, CutReport
-from foldgpt.compensation.least_squares import Sums, best_ridge, downhill, solve
+from foldgpt.compensation.least_squares import Sums, added, best_ridge, downhill, solve
 from foldgpt.compensation.through_norm import NormedFit, error_of, fit_through_norm, normed
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families.norms import effective_scale, epsilon_of
@@ -120,13 +119,12 @@ class Compensator:
         output_RH = output_WTH.flatten(0, -2).float()
         target_RH = target_WTH.flatten(0, -2).float()
         weight_R = self._weights(block, inputs_RH, target_RH - output_RH, target_RH)
-        parts = _split(target_WTH, self.parts) if self.parts > 1 else []
-        first_held = parts[-1].start if parts else _first_held_out(target_WTH)
+        parts = _split(target_WTH, self.parts) if self.parts > 1 else _fitted_and_held_out(target_WTH)
         norm = norm_behind(self.replay.decoder, block, sublayer)
         fit = self._fit_linear if norm is None else self._fit_normed
         features_RK = inputs_RH if inner_RI is None else inner_RI
         found_RH, correction = fit(
-            block, sublayer, inputs_RH, features_RK, output_RH, target_RH - output_RH, weight_R, first_held, parts
+            block, sublayer, inputs_RH, features_RK, output_RH, target_RH - output_RH, weight_R, parts
         )
         return found_RH.to(output_WTH.dtype).view(output_WTH.shape), correction
 
@@ -139,16 +137,14 @@ class Compensator:
         output_RH: Tensor,
         missing_RH: Tensor,
         weight_R: Tensor,
-        first_held: int,
         parts: Sequence[slice],
     ) -> tuple[Tensor, Correction]:
         decoder = self.replay.decoder
         matrices = output_matrices(decoder, block, sublayer, output_module(decoder, block, sublayer))
         bias = len(matrices) == 1 and matrices[0].bias is not None
         wanted_RH = missing_RH / self._multiplier
-        borders = parts or [slice(0, first_held), slice(first_held, len(weight_R))]
-        sums = [Sums.of(features_RK[rows], wanted_RH[rows], weight_R[rows]) for rows in borders]
-        fitted, held = functools.reduce(Sums.__add__, sums[:-1]), sums[-1]
+        sums = [Sums.of(features_RK[rows], wanted_RH[rows], weight_R[rows]) for rows in parts]
+        fitted, held = added(sums[:-1]), sums[-1]
         ridges = RIDGES if self.ridge == "auto" else (self.ridge,)
         ridge, part = best_ridge(fitted, held, ridges, bias=bias)
         map_KH, bias_H = solve(fitted + held, ridge, bias=bias)
@@ -172,9 +168,9 @@ class Compensator:
             report=report,
         )
         pieces = [(slice(None), map_KH, bias_H)]
-        if parts:
+        if self.parts > 1:
             # What was fitted to choose the ridge is the map of the last part.
-            others = [functools.reduce(Sums.__add__, [*sums[:i], *sums[i + 1 :]]) for i in range(len(parts) - 1)]
+            others = [added([*sums[:i], *sums[i + 1 :]]) for i in range(len(parts) - 1)]
             maps = [*(solve(other, ridge, bias=bias) for other in others), part]
             pieces = [(rows, *found) for rows, found in zip(parts, maps, strict=True)]
         found_RH = output_RH.clone()
@@ -195,7 +191,6 @@ class Compensator:
         output_RH: Tensor,
         missing_RH: Tensor,
         weight_R: Tensor,
-        first_held: int,
         parts: Sequence[slice],
     ) -> tuple[Tensor, Correction]:
         norm = norm_behind(self.replay.decoder, block, sublayer)
@@ -205,30 +200,25 @@ class Compensator:
         contribution_RH = scale_H * normed(inputs_RH.float(), epsilon)
         wanted_RH = missing_RH + contribution_RH
 
-        def fit(rows: slice, ridge: float) -> NormedFit:
-            inputs, features, wanted, weight = (x[rows] for x in (inputs_RH, features_RK, wanted_RH, weight_R))
+        def fit(left_out: slice, ridge: float) -> NormedFit:
+            kept_R = torch.ones_like(weight_R, dtype=torch.bool)
+            kept_R[left_out] = False
+            inputs, features, wanted, weight = (x[kept_R] for x in (inputs_RH, features_RK, wanted_RH, weight_R))
             return fit_through_norm(inputs, features, wanted, weight, scale_H, epsilon, ridge=ridge, rounds=self.rounds)
-
-        def without(rows: slice, ridge: float) -> NormedFit:
-            others_R = weight_R.clone()
-            others_R[rows] = 0
-            return fit_through_norm(
-                inputs_RH, features_RK, wanted_RH, others_R, scale_H, epsilon, ridge=ridge, rounds=self.rounds
-            )
 
         def error(found: NormedFit, rows: slice) -> float:
             inputs, features, wanted, weight = (x[rows] for x in (inputs_RH, features_RK, wanted_RH, weight_R))
             return error_of(found, inputs, features, wanted, weight, epsilon) / max(int((weight > 0).sum()), 1)
 
-        fitted, held = slice(0, first_held), slice(first_held, len(weight_R))
+        fitted, held = slice(0, parts[-1].start), parts[-1]
         ridges = RIDGES if self.ridge == "auto" else (self.ridge,)
 
         def tried(ridge: float) -> tuple[float, NormedFit]:
-            part = fit(fitted, ridge)
+            part = fit(held, ridge)
             return error(part, held), part
 
         ridge, after, part = downhill(ridges, tried)
-        found = fit(slice(None), ridge)
+        found = fit(slice(0), ridge)
         used = int((weight_R > 0).sum())
         report = CutReport(
             tokens=used,
@@ -240,11 +230,13 @@ class Compensator:
         )
         features: Literal["inner", "output"] = "output" if features_RK is inputs_RH else "inner"
         correction = Correction(block, sublayer, features, found.map_KH, None, found.scale_H, report)
+        pieces = [(slice(None), found)]
+        if self.parts > 1:
+            # What was fitted to choose the ridge is the map of the last part.
+            pieces = [*((rows, fit(rows, ridge)) for rows in parts[:-1]), (held, part)]
         found_RH = output_RH - contribution_RH
-        for rows in parts or [slice(None)]:
-            if parts:
-                found = part if rows == parts[-1] else without(rows, ridge)
-            found_RH[rows] += found.contribution(inputs_RH[rows], features_RK[rows], epsilon)
+        for rows, piece in pieces:
+            found_RH[rows] += piece.contribution(inputs_RH[rows], features_RK[rows], epsilon)
         return found_RH, correction
 
     def _weights(self, block: int, inputs_RH: Tensor, wanted_RH: Tensor, target_RH: Tensor) -> Tensor:
@@ -363,9 +355,11 @@ def _split(target_WTH: Tensor, parts: int) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(borders) if stop > start]
 
 
-def _first_held_out(target_WTH: Tensor) -> int:
-    """The row where the held-out part begins: a window's first row if there are windows enough."""
+def _fitted_and_held_out(target_WTH: Tensor) -> list[slice]:
+    """Rows that are fitted on and rows that are judged on, in whole windows if there are enough of them."""
     windows, tokens = target_WTH.shape[0], target_WTH.shape[:-1].numel()
     if windows >= 4:
-        return round(windows * (1 - _HELD_OUT)) * (tokens // windows)
-    return max(1, round(tokens * (1 - _HELD_OUT)))
+        first_held = round(windows * (1 - _HELD_OUT)) * (tokens // windows)
+    else:
+        first_held = max(1, round(tokens * (1 - _HELD_OUT)))
+    return [slice(0, first_held), slice(first_held, tokens)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,11 @@ class Sums:
             total += self.weight * float(bias_H.square().sum())
             total -= 2 * float(bias_H @ (self.mean_H - self.mean_K @ map_KH))
         return max(total, 0.0) / self.square
+
+
+def added(parts: Sequence[Sums]) -> Sums:
+    """The sums of all rows together; at least one part."""
+    return functools.reduce(Sums.__add__, parts)
 
 
 def solve(sums: Sums, ridge: float, *, bias: bool) -> tuple[Tensor, Tensor | None]:

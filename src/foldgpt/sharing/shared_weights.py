@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from foldgpt.compensation.least_squares import Sums, best_ridge, solve
+from foldgpt.compensation.least_squares import Sums, added, best_ridge, solve
 from foldgpt.folding.fitted import LowRank
 from foldgpt.plan import Group, Sublayer
 from foldgpt.replay import Replay
@@ -196,19 +196,12 @@ def _refitted(
         for number, rows in enumerate(batches):
             sums = _sums(replay, block, linear, before, rows)
             (fitted if number < first_held else held).append(sums)
-    total_fitted, total_held = _added(fitted), _added(held or fitted)
+    total_fitted, total_held = added(fitted), added(held or fitted)
     own = layers[linear.name]
     ridge, _ = best_ridge(total_fitted, total_held, RIDGES, bias=False)
-    change_KH, _ = solve(_added([*fitted, *held]), ridge, bias=False)
+    change_KH, _ = solve(added([*fitted, *held]), ridge, bias=False)
     bias = getattr(own, "bias", None)
     return linear_like(own, weight_of(own).double() + change_KH.T, None if bias is None else bias.data)
-
-
-def _added(parts: Sequence[Sums]) -> Sums:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 def _sums(replay: Replay, block: int, linear: Linear, layers: Mapping[str, nn.Module], rows: slice) -> Sums:
