@@ -10,17 +10,16 @@ is kept, and a comparison that was killed goes on where it was.
 from __future__ import annotations
 
 import argparse
-import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from command import command_line
 from foldgpt import Recipe, compare
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import write_json, write_text
+from foldgpt.assignments import assignments
 from foldgpt.comparison.rows import known_rows
 from foldgpt.counts import count
 from foldgpt.evaluation.tasks import TASKS
@@ -41,7 +40,6 @@ ROWS: dict[str, dict[str, Any] | None] = {
     },
 }
 DEFAULT_ROWS = ("bi", "gates + compensation")
-_FOLDERS = re.compile(r"(?<!\w)/\S*/(?=[\w.])")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -53,7 +51,12 @@ def parse_arguments() -> argparse.Namespace:
         "--row", action="append", choices=list(ROWS), help=f"may be repeated ({', '.join(DEFAULT_ROWS)})"
     )
     parser.add_argument("--recovered-only", action="store_true", help="no rows without recovery")
-    parser.add_argument("--text", action="append", required=True, help="calibration and training text; may be repeated")
+    parser.add_argument(
+        "--text",
+        action="append",
+        required=True,
+        help="to train on; the first two also to calibrate",
+    )
     parser.add_argument("--tokens", type=count, default=100_000, help="training tokens of each recovery")
     parser.add_argument("--context", type=int, default=512, help="tokens of a calibration or training window")
     parser.add_argument("--search-tokens", type=count, default=4096, help="calibration tokens of the search")
@@ -74,7 +77,6 @@ def parse_arguments() -> argparse.Namespace:
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """The comparison as a recipe."""
     names = arguments.row or DEFAULT_ROWS
-    settings = {name: yaml.safe_load(value) for name, value in (one.split("=", 1) for one in arguments.set)}
     recipe = Recipe.from_dict(
         {
             "model": arguments.model,
@@ -92,7 +94,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
                 "context": arguments.context,
                 "held_out_tokens": 8192,
                 "teacher_cache": str(arguments.runs / "teacher"),
-                "settings": settings,
+                "settings": assignments(arguments.set),
             },
             "evaluate": {
                 "texts": arguments.perplexity,
@@ -104,7 +106,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
                 "data_dir": None if arguments.no_tasks else arguments.data_dir,
                 "limit": arguments.limit or None,
             },
-            "compare": {"rows": {name: ROWS[name] for name in names}, "budget_tolerance": 0.01},
+            "compare": {"rows": {name: ROWS[name] for name in names}},
         }
     )
     if not arguments.recovered_only:
@@ -115,13 +117,12 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     return recipe.changed(compare={"rows": rows})
 
 
-def without_folders(value: Any) -> Any:
-    """A result in which files go by their names, keys included."""
-    if isinstance(value, dict):
-        return {_FOLDERS.sub("", key): without_folders(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [without_folders(part) for part in value]
-    return _FOLDERS.sub("", value) if isinstance(value, str) else value
+def with_names(result: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+    """A comparison in which the figures of texts go by the names of the files, not by their paths."""
+    names = {f"perplexity.{text}": f"perplexity.{Path(text).name}" for text in texts}
+    for method in result["methods"]:
+        method["figures"] = {names.get(key, key): value for key, value in method["figures"].items()}
+    return result
 
 
 def main() -> None:
@@ -131,7 +132,7 @@ def main() -> None:
     begun = time.monotonic()
     comparison = compare(recipe, arguments.runs / "comparison", overwrite=True)
     seconds = time.monotonic() - begun
-    write_json(arguments.out / f"{arguments.name}.json", without_folders(comparison.to_dict()))
+    write_json(arguments.out / f"{arguments.name}.json", with_names(comparison.to_dict(), arguments.perplexity))
     text = as_markdown(comparison)
     text += f"\n`{' '.join(command_line())}`: {seconds:.0f} seconds in this call.\n"
     write_text(arguments.out / f"{arguments.name}.md", text)

@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from block_lists import blocks_of
 from command import command_line
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import hash_of, read_json, write_json, write_text
+from foldgpt.assignments import assignments
 from foldgpt.compensation import compensate_
 from foldgpt.corpus import OwnText, calibration_windows, evaluation_windows
 from foldgpt.counts import count
@@ -279,8 +279,7 @@ class Bench:
 
     def recover(self, model: Any, plan: FoldPlan) -> dict[str, Any]:
         """Train a folded model, and measure it again."""
-        values = dict(one.split("=", 1) for one in self.arguments.set)
-        settings = RecoverySettings(**{name: yaml.safe_load(value) for name, value in values.items()})
+        settings = RecoverySettings(**assignments(self.arguments.set))
         with tempfile.TemporaryDirectory() as folder:
             train, held_out = self.training_windows(folder)
             result = recover(model, self.model, plan, train, held_out, settings, Path(folder) / "recovered")

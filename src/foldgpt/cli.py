@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from foldgpt.assignments import assignments
 from foldgpt.counts import count
 from foldgpt.options import (
     AsJson,
@@ -297,7 +298,7 @@ def recover(
                 "minutes": minutes,
                 "teacher_cache": teacher_cache,
                 "report_to": report_to,
-                "settings": _settings(setting or []),
+                "settings": assignments(setting or []),
             },
         )
         result = steps.make_recovered(Workbench(recipe), folder, out, replace=overwrite)
@@ -644,29 +645,6 @@ def _dry_run(recipe: Recipe, *, compare: bool, tflops: float, devices: int, as_j
     _print(expectation_table(found, teraflops=tflops, devices=devices))
     for line in expectation_lines(found, teraflops=tflops, devices=devices):
         typer.echo(line)
-
-
-def _settings(given: list[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs."""
-    from foldgpt.errors import UsageError
-
-    settings: dict[str, Any] = {}
-    for pair in given:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise UsageError(f"--set takes NAME=VALUE, not {pair!r}")
-        settings[name] = _value(value)
-    return settings
-
-
-def _value(text: str) -> Any:
-    """A number, a truth value, nothing, or the text itself."""
-    import contextlib
-
-    for read in (int, float):
-        with contextlib.suppress(ValueError):
-            return read(text)
-    return {"true": True, "false": False, "none": None, "null": None}.get(text.lower(), text)
 
 
 def _calibration(text: list[str] | None, context: int | None, tokens: int | None) -> dict[str, Any]:
