@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
 from foldgpt.artifacts import write_text
-from foldgpt.comparison import Comparison, title_of
-from foldgpt.comparison.bootstrap import Interval
+from foldgpt.comparison import Comparison, difference_text, title_of
+from foldgpt.figures import save_figure
 
 _COLOURS = {"source": "#6b7280", "bi": "#d97706", "gates": "#2563eb"}
 
@@ -29,9 +29,8 @@ def main() -> None:
     found = sorted(
         ((path, Comparison.load(path)) for path in arguments.results), key=lambda one: (one[1].model, removed(one[1]))
     )
-    arguments.out.mkdir(parents=True, exist_ok=True)
     write_text(arguments.out / f"{arguments.name}.md", as_markdown(found))
-    draw([comparison for _, comparison in found], arguments.out / f"{arguments.name}.svg")
+    draw([comparison for _, comparison in found], arguments.out / arguments.name)
     print(as_markdown(found))
 
 
@@ -51,10 +50,10 @@ def as_markdown(found: list[tuple[Path, Comparison]]) -> str:
     parts = ["# The paper's experiment: all comparisons\n"]
     for path, comparison in found:
         texts = comparison.texts
-        heads = [part for text in texts for part in (f"perplexity, {text}", "less that of bi")]
+        heads = [part for text in texts for part in (f"perplexity, {text}", "against bi")]
         lines = [
             f"## {heading(comparison)}\n",
-            f"| | blocks removed | {' | '.join(heads)} | accuracy | less that of bi, points | minutes |",
+            f"| | blocks removed | {' | '.join(heads)} | accuracy | against bi, points | minutes |",
             "|---" * (5 + len(heads)) + "|",
         ]
         for method in comparison.methods:
@@ -62,11 +61,15 @@ def as_markdown(found: list[tuple[Path, Comparison]]) -> str:
             values = [
                 part
                 for text in texts
-                for part in (f"{method.perplexities[text]:.1f}", interval(method.perplexity_differences.get(text)))
+                for part in (
+                    f"{method.perplexities[text]:.1f}",
+                    difference_text(method, method.perplexity_differences.get(text), 1.0, less_is_better=True),
+                )
             ]
+            points = difference_text(method, method.accuracy_difference, 100.0, less_is_better=False)
             lines.append(
                 f"| {title_of(method)} | {', '.join(map(str, method.removed))} | {' | '.join(values)} | "
-                f"{'' if accuracy is None else f'{accuracy:.1%}'} | {interval(method.accuracy_difference, 100)} | "
+                f"{'' if accuracy is None else f'{accuracy:.1%}'} | {points} | "
                 f"{'' if method.seconds is None else f'{method.seconds / 60:.1f}'} |"
             )
         where = comparison.environment
@@ -79,14 +82,7 @@ def as_markdown(found: list[tuple[Path, Comparison]]) -> str:
     return "\n".join(parts)
 
 
-def interval(difference: Interval | None, unit: float = 1.0) -> str:
-    if difference is None:
-        return ""
-    value, low, high = (unit * part for part in (difference.difference, difference.low, difference.high))
-    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
-
-
-def draw(comparisons: list[Comparison], path: Path) -> None:
+def draw(comparisons: list[Comparison], path_stem: Path) -> None:
     """Perplexity of each row, a panel for each comparison and text: hollow as folded, filled once trained."""
     texts = comparisons[0].texts
     figure = Figure(figsize=(4.6 * len(texts), 0.9 + 0.95 * len(comparisons)), layout="constrained")
@@ -98,7 +94,7 @@ def draw(comparisons: list[Comparison], path: Path) -> None:
             if text != texts[0]:
                 axes.set_yticklabels([])
     figure.supxlabel("perplexity, log scale; hollow: folded, filled: trained; dotted: source", fontsize=8)
-    figure.savefig(path)
+    save_figure(figure, path_stem)
 
 
 def draw_panel(axes: Axes, comparison: Comparison, text: str) -> None:

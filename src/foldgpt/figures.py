@@ -91,7 +91,7 @@ def draw_redundancy(analysis: Analysis, path_stem: str | Path) -> tuple[Path, Pa
             _block_ticks(axes, analysis.num_blocks)
         if len(curves) > 1:
             upper.legend(ncols=len(curves), loc="best")
-        return _save(figure, path_stem)
+        return save_figure(figure, path_stem)
 
 
 def draw_similarity(analysis: Analysis, path_stem: str | Path) -> tuple[Path, Path]:
@@ -125,7 +125,7 @@ def draw_similarity(analysis: Analysis, path_stem: str | Path) -> tuple[Path, Pa
         colours = figure.colorbar(image, ax=axes, pad=0.02)
         colours.set_label("mean cosine similarity")
         colours.outline.set_visible(False)
-        return _save(figure, path_stem)
+        return save_figure(figure, path_stem)
 
 
 def draw_plan(plan: FoldPlan, path_stem: str | Path, *, bi: Sequence[float] | None = None) -> tuple[Path, Path]:
@@ -163,7 +163,7 @@ def draw_plan(plan: FoldPlan, path_stem: str | Path, *, bi: Sequence[float] | No
         if bi is not None:
             _draw_influence(panels[0], plan, bi)
         figure.legend(handles=_plan_legend(plan, rows), loc="outside lower left", ncols=3)
-        return _save(figure, path_stem)
+        return save_figure(figure, path_stem)
 
 
 def draw_gates(trace: Sequence[Mapping[str, Any]], removed: Sequence[int], path_stem: str | Path) -> tuple[Path, Path]:
@@ -201,7 +201,7 @@ def draw_gates(trace: Sequence[Mapping[str, Any]], removed: Sequence[int], path_
         axes.plot([], [], color=_ORANGE, lw=1.8, label="removed in the end")
         axes.plot([], [], color=_PALE, lw=0.7, label="kept")
         figure.legend(loc="outside lower left", ncols=2)
-        return _save(figure, path_stem)
+        return save_figure(figure, path_stem)
 
 
 def _draw_influence(axes: Axes, plan: FoldPlan, bi: Sequence[float]) -> None:
@@ -267,7 +267,7 @@ def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _save(figure: Figure, path_stem: str | Path) -> tuple[Path, Path]:
+def save_figure(figure: Figure, path_stem: str | Path) -> tuple[Path, Path]:
     """Write PNG (150 dpi) and SVG, each atomically. The same picture gives the same bytes."""
     stem = Path(path_stem)
     png, svg = (stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg"))

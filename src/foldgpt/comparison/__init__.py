@@ -5,6 +5,7 @@ from foldgpt.comparison.result import COMPARISON, Comparison, Finished, Method
 from foldgpt.comparison.rows import Row, rows_of_recipe
 from foldgpt.comparison.tables import (
     difference_table,
+    difference_text,
     method_table,
     notes_of,
     rows_for_csv,
@@ -22,6 +23,7 @@ __all__ = [
     "Row",
     "accuracy_difference",
     "difference_table",
+    "difference_text",
     "method_table",
     "notes_of",
     "perplexity_difference",

@@ -87,11 +87,11 @@ def difference_table(comparison: Comparison) -> Table:
         if not (method.perplexity_differences or method.accuracy_difference):
             continue
         cells = [
-            _written(method, method.perplexity_differences.get(text), 1.0, less_is_better=True)
+            difference_text(method, method.perplexity_differences.get(text), 1.0, less_is_better=True)
             for text in comparison.texts
         ]
         if comparison.tasks:
-            cells.append(_written(method, method.accuracy_difference, 100.0, less_is_better=False))
+            cells.append(difference_text(method, method.accuracy_difference, 100.0, less_is_better=False))
         table.add_row(title_of(method), *cells)
     return table
 
@@ -105,7 +105,8 @@ def verdict(method: Method, interval: Interval, *, less_is_better: bool) -> str:
     return "better" if (interval.high < 0) == less_is_better else "worse"
 
 
-def _written(method: Method, interval: Interval | None, scale: float, *, less_is_better: bool) -> str:
+def difference_text(method: Method, interval: Interval | None, scale: float, *, less_is_better: bool) -> str:
+    """A difference with its interval and what may be said of it."""
     if interval is None:
         return _MISSING
     low, middle, high = (_signed(scale * value) for value in (interval.low, interval.difference, interval.high))
