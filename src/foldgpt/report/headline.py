@@ -103,13 +103,15 @@ def _cut(plan: FoldPlan) -> Headline:
         details.append(f"attention removed: {block_ranges(plan.removed_attention)}")
     if plan.removed_mlp:
         details.append(f"MLP removed: {block_ranges(plan.removed_mlp)}")
-    started = sorted({block for group in plan.groups for block in group.started_at_zero})
-    sharing = sorted({block for group in plan.groups if group.start != "zero" for block in group.blocks})
-    num_sets = sum(group.start != "zero" for group in plan.groups)
-    if sharing:
-        details.append(f"{len(sharing)} blocks share {num_sets} {'set' if num_sets == 1 else 'sets'} of weights")
-    if started:
-        lenders = block_ranges([group.holder for group in plan.groups if group.start == "zero"])
+    at_zero = [group for group in plan.groups if group.start == "zero"]
+    hard = [group for group in plan.groups if group.start != "zero"]
+    sharing = {block for group in hard for block in group.blocks}
+    started = [block for group in at_zero for block in group.started_at_zero]
+    if hard:
+        noun = "set" if len(hard) == 1 else "sets"
+        details.append(f"{len(sharing)} blocks share {len(hard)} {noun} of weights")
+    if at_zero:
+        lenders = block_ranges([group.holder for group in at_zero])
         details.append(f"only positions left, with the weights of {lenders}: {block_ranges(started)}")
     if "selector" in plan.origin:
         details.append(f"chosen by {plan.origin['selector']}")
