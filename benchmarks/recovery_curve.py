@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--last-error", type=float, default=0.0)
     parser.add_argument("--states", type=float, default=0.0)
     parser.add_argument("--train-blocks", default="all", choices=("all", "behind"))
-    parser.add_argument("--train-fully", default="none", choices=("none", "cuts"))
+    parser.add_argument("--train-fully", default="none", choices=("none", "cuts", "all"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="recovery_curve", help="stem of the result files")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")

@@ -11,7 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from foldgpt.errors import UsageError
-from foldgpt.folding import fold_, source_model_of
+from foldgpt.folding import fold_, private_modules, source_model_of
 from foldgpt.modeling.modeling_foldgpt import Borrowed
 from foldgpt.plan import FoldPlan, Group
 from foldgpt.recovery import RecoverySettings, make_trainable_, merge_trained_
@@ -39,13 +39,14 @@ def disturb_(model: nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
 
 
+@pytest.mark.parametrize("fully", ["cuts", "all"])
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox", "granite"])
-def test_the_merged_model_is_the_adapted_one(family: str) -> None:
+def test_the_merged_model_is_the_adapted_one(family: str, fully: Any) -> None:
     model, plan = folded(family)
     ids = token_ids(model)
     keys, size = set(model.state_dict()), sum(p.numel() for p in model.parameters())
     untouched = model(input_ids=ids).logits
-    trained = make_trainable_(model, plan, RecoverySettings(rank=4, train_fully="cuts"))
+    trained = make_trainable_(model, plan, RecoverySettings(rank=4, train_fully=fully))
     assert trained > 0
     torch.testing.assert_close(model(input_ids=ids).logits, untouched, rtol=1e-12, atol=1e-12)
     disturb_(model)
@@ -163,6 +164,28 @@ def test_fully_trained_blocks_hold_no_lora() -> None:
         assert not any(isinstance(module, LoraLinear) for module in block.modules())
         assert all(p.requires_grad for p in block.parameters())
     assert any(isinstance(module, LoraLinear) for module in model.model.layers[0].modules())
+
+
+def test_all_blocks_behind_the_first_cut_in_full() -> None:
+    model = tiny_model("llama")
+    plan = FoldPlan.create(source_model_of(model), removed=[2])
+    fold_(model, plan)
+    make_trainable_(model, plan, RecoverySettings(train_blocks="behind", train_fully="all"))
+    assert not any(isinstance(module, LoraLinear) for module in model.modules())
+    for position, block in enumerate(model.model.layers):
+        assert {p.requires_grad for p in block.parameters()} == {position >= 1}
+
+
+@pytest.mark.parametrize("fully", ["cuts", "all"])
+def test_private_low_rank_terms_are_no_part_of_full_blocks(fully: Any) -> None:
+    model = tiny_model("llama")
+    zero = Group(blocks=(1, 2), donor="first", start="zero", private=("norms", "scales"), ranks=2)
+    plan = FoldPlan.create(source_model_of(model), groups=[zero], removed=[3])
+    fold_(model, plan)
+    make_trainable_(model, plan, RecoverySettings(train_fully=fully, private_terms=False))
+    terms = [p for module in private_modules(model) for p in module.parameters()]
+    assert terms and not any(p.requires_grad for p in terms)
+    assert model.model.layers[3].mlp.up_proj.weight.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -12,7 +12,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "divergence": ("forward", "reverse", "skewed"),
     "states_at": ("cuts", "all"),
     "train_blocks": ("all", "behind"),
-    "train_fully": ("none", "cuts"),
+    "train_fully": ("none", "cuts", "all"),
 }
 
 
@@ -55,8 +55,8 @@ class RecoverySettings:
     train_blocks: Literal["all", "behind"] = "all"
     """Train all blocks, or only the first one that folding changed (as a rule the one before the first cut) and those
     behind it. The others are the teacher's own then, and are run once for both."""
-    train_fully: Literal["none", "cuts"] = "none"
-    """Train the blocks on both sides of each cut in full instead of by LoRA."""
+    train_fully: Literal["none", "cuts", "all"] = "none"
+    """Train the blocks on both sides of each cut in full instead of by LoRA, or all blocks of `train_blocks`."""
     learning_rate: float = 1e-3
     """Highest learning rate; it falls to 0 along a cosine over all tokens."""
     warmup_ratio: float = 0.05

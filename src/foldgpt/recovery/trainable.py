@@ -44,12 +44,14 @@ def make_trainable_(student: nn.Module, plan: FoldPlan, settings: RecoverySettin
     student.requires_grad_(False)
     first = first_changed(plan) if settings.train_blocks == "behind" else 0
     kept = {id(module) for block in decoder.blocks[:first] for module in block.modules()}
-    full: list[nn.Module] = []
-    if settings.train_fully == "cuts":
-        beside = blocks_beside_cuts(plan)
-        if not beside:
-            raise UsageError("train_fully is 'cuts', but the plan removes no block between two kept ones")
-        full = [module for position in beside for module in decoder.blocks[position].modules() if _matrices(module)]
+    terms = private_modules(student)
+    apart = kept.union(id(module) for module in terms)
+    full = [
+        module
+        for block in _trained_fully(decoder.blocks, plan, settings)
+        for module in block.modules()
+        if _matrices(module) and id(module) not in apart
+    ]
     if settings.rank:
         taken = {id(module) for module in full}
         names = [
@@ -60,12 +62,10 @@ def make_trainable_(student: nn.Module, plan: FoldPlan, settings: RecoverySettin
         if names:
             attach_lora_(student, names, rank=settings.rank, alpha=settings.alpha or settings.rank, seed=settings.seed)
     train_(full)
-    terms = private_modules(student)
     if not (terms or settings.rank or settings.norms or full):
         raise UsageError("nothing is trained: no position has private terms; set rank or norms")
     if settings.norms:
         body = student.get_submodule(decoder.blocks_path.rpartition(".")[0])
-        apart = kept.union(id(module) for module in terms)
         train_(module for module in _norms(body) if id(module) not in apart)
     if settings.private_terms:
         train_(terms)
@@ -114,6 +114,17 @@ def blocks_beside_cuts(plan: FoldPlan) -> list[int]:
         if after > before + 1:
             beside |= {position - 1, position}
     return sorted(beside & set(range(len(plan.kept))))
+
+
+def _trained_fully(blocks: nn.ModuleList, plan: FoldPlan, settings: RecoverySettings) -> list[nn.Module]:
+    if settings.train_fully == "none":
+        return []
+    if settings.train_fully == "all":
+        return list(blocks)
+    beside = blocks_beside_cuts(plan)
+    if not beside:
+        raise UsageError("train_fully is 'cuts', but the plan removes no block between two kept ones")
+    return [blocks[position] for position in beside]
 
 
 def _matrices(module: nn.Module) -> bool:
