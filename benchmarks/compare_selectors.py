@@ -22,13 +22,11 @@ from typing import Any
 
 from torch import Tensor
 
-from command import command_line
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.analysis import analyze
 from foldgpt.artifacts import hash_of, read_json, write_json, write_text
 from foldgpt.compensation import compensate, merge_
 from foldgpt.corpus import Windows, calibration_windows, evaluation_windows
-from foldgpt.environment import describe_environment
 from foldgpt.errors import ArtifactError
 from foldgpt.evaluation.perplexity import perplexity
 from foldgpt.families import decoder_of
@@ -39,6 +37,7 @@ from foldgpt.replay import Replay
 from foldgpt.selection import MEASURED, RemovalCost, Request, Selection, number_to_remove, select
 from foldgpt.selection.units import Units, units_of
 from foldgpt.sources import Source, load_source
+from provenance import measured_by, provenance_lines
 
 SELECTORS = ("gates", "greedy", "loo", "taylor", "bi", "angular", "last", "random")
 
@@ -221,7 +220,6 @@ def main() -> None:
     bench = Bench(arguments)
     header = {
         "benchmark": "selectors",
-        "command": command_line(),
         "config": {
             **{
                 name: value
@@ -236,6 +234,7 @@ def main() -> None:
         "calibration": {"protocol": bench.calibration.protocol, "fingerprint": bench.calibration.fingerprint},
         "num_blocks": bench.num_blocks,
     }
+    call = measured_by()
     # Rows of another model, text or setting are not taken over; other ratios and texts may be added.
     more_rows = ("ratio", "random_seeds", "search_seeds", "perplexity")
     settings = {name: value for name, value in header["config"].items() if name not in more_rows}
@@ -244,8 +243,7 @@ def main() -> None:
     rows, tests = resumed(place, identity, bench.tests)
 
     def save() -> None:
-        result = {**header, "identity": identity, "environment": describe_environment()}
-        result |= {"tests": tests, "rows": rows}
+        result = {**header, "identity": identity, "tests": tests, "rows": rows}
         write_json(place, result)
         write_text(place.with_suffix(".md"), as_markdown(result))
 
@@ -265,7 +263,7 @@ def main() -> None:
             for seed in range(arguments.seed, arguments.seed + draws):
                 if (selector, ratio, seed) in done:
                     continue
-                rows.append(bench.row(selector, ratio, seed))
+                rows.append({**bench.row(selector, ratio, seed), "call": call})
                 measure(rows[-1]["removed"])
                 print(rows[-1], flush=True)
                 save()
@@ -292,7 +290,7 @@ def key_of(removed: list[int]) -> str:
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    config, environment, tests = result["config"], result["environment"], result["tests"]
+    config, tests = result["config"], result["tests"]
     lines = []
     for ratio in sorted({row["ratio"] for row in result["rows"]}):
         for selector in SELECTORS:
@@ -317,9 +315,7 @@ Passes are forward passes over the calibration windows.
 |---|---|---|---|{"---|" * len(tests)}---|---|
 {table}
 
-`{" ".join(result["command"])}`, seed {result["seed"]}.
-{environment["cpu"]}, {environment["torch_threads"]} threads, {environment["ram_gb"]} GB RAM,
-torch {environment["torch"]}, transformers {environment["transformers"]}, {environment["date"]}.
+{provenance_lines((row["call"] for row in result["rows"]), result["seed"])}
 """
 
 

@@ -32,15 +32,13 @@ from typing import Any
 import torch
 
 from block_lists import blocks_of
-from command import command_line
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import hash_of, read_json, write_json, write_text
 from foldgpt.assignments import assignments
 from foldgpt.compensation import compensate_
 from foldgpt.corpus import OwnText, calibration_windows, evaluation_windows
 from foldgpt.counts import count
-from foldgpt.environment import describe_environment
-from foldgpt.errors import ArtifactError
+from foldgpt.errors import ArtifactError, FoldGPTError
 from foldgpt.evaluation.perplexity import perplexity
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, predicted_parameters, source_model_of
@@ -57,6 +55,7 @@ from foldgpt.sharing.ranks import output_ranks, ranks_for
 from foldgpt.sharing.solver import middle
 from foldgpt.sizes import Size
 from foldgpt.sources import load_source
+from provenance import measured_by, provenance_lines
 
 SCALES = ("norms", "scales")
 
@@ -85,6 +84,10 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.text = arguments.text or ["demo:wikipedia"]
     arguments.recover_text = arguments.recover_text or arguments.text
+    try:
+        arguments.settings = RecoverySettings(**{"seed": arguments.seed, **assignments(arguments.set)})
+    except (TypeError, FoldGPTError) as error:
+        parser.error(f"--set: {error}")
     return arguments
 
 
@@ -279,10 +282,11 @@ class Bench:
 
     def recover(self, model: Any, plan: FoldPlan) -> dict[str, Any]:
         """Train a folded model, and measure it again."""
-        settings = RecoverySettings(**assignments(self.arguments.set))
         with tempfile.TemporaryDirectory() as folder:
             train, held_out = self.training_windows(folder)
-            result = recover(model, self.model, plan, train, held_out, settings, Path(folder) / "recovered")
+            result = recover(
+                model, self.model, plan, train, held_out, self.arguments.settings, Path(folder) / "recovered"
+            )
         return {
             "perplexity": perplexity(model, self.test).value,
             "held_out_before": result.before["loss"],
@@ -346,10 +350,14 @@ def main() -> None:
     be_quiet()
     keep_freed_memory()
     bench = Bench(arguments)
+    rows = bench.rows()
+    unknown = [name for name in arguments.row or [] if name not in rows]
+    if unknown:
+        raise SystemExit(f"unknown row {unknown[0]!r}; there are: {', '.join(map(repr, rows))}")
     settings = {
         name: value
         for name, value in vars(arguments).items()
-        if name not in ("out", "name", "seed", "row", "text")
+        if name not in ("out", "name", "seed", "row", "text", "settings")
         # Results of untrained rows do not depend on how others are trained.
         and (arguments.recover or name not in ("recover", "recover_text", "recover_context", "set"))
     } | {
@@ -360,7 +368,6 @@ def main() -> None:
         settings["recover_text"] = [Path(text).name for text in arguments.recover_text]
     header = {
         "benchmark": "sharing",
-        "command": command_line(),
         "config": settings,
         "seed": arguments.seed,
         "source": {"spec": bench.source.spec, "fingerprint": bench.source.fingerprint},
@@ -370,6 +377,7 @@ def main() -> None:
         "num_saved": bench.number,
         "limit": bench.limit,
     }
+    call = measured_by()
     identity = hash_of([settings, header["seed"], header["source"], header["calibration"], header["test"]])
     place = arguments.out / f"{arguments.name}.json"
     result = resumed(place, identity) or {"rows": {}}
@@ -378,22 +386,21 @@ def main() -> None:
     def save() -> None:
         # Rows that another run of the same settings has measured meanwhile are kept.
         result["rows"] = {**(resumed(place, identity) or {"rows": {}})["rows"], **result["rows"]}
-        result["environment"] = describe_environment()
         write_json(place, result)
         write_text(place.with_suffix(".md"), as_markdown(result))
 
     if "source_perplexity" not in result:
         result["source_perplexity"] = perplexity(bench.model, bench.test).value
-    if "passes_without_head" not in result.get("covariance_pass", {}):  # earlier runs did not count the head
+    if "covariance_pass" not in result:
         result["covariance_pass"] = bench.covariance_pass()
         save()
-    for name, make in bench.rows().items():
+    for name, make in rows.items():
         if name in (resumed(place, identity) or result)["rows"] or (arguments.row and name not in arguments.row):
             continue
         row = make()
         for measured in filter(None, (row, row.get("recovered"))):
             measured["excess"] = math.log(measured["perplexity"] / result["source_perplexity"])
-        result["rows"][name] = row
+        result["rows"][name] = {**row, "call": call}
         print(name, {key: value for key, value in row.items() if key not in ("groups", "candidates")}, flush=True)
         save()
     save()
@@ -410,7 +417,7 @@ def resumed(place: Path, identity: str) -> dict[str, Any] | None:
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    config, environment, cost = result["config"], result["environment"], result["covariance_pass"]
+    config, cost = result["config"], result["covariance_pass"]
     baseline = result["rows"].get("fixed pairs, first", {}).get("excess")
     lines = []
     for name, row in result["rows"].items():
@@ -456,9 +463,7 @@ Second moments of the inputs of all linear layers: {cost["forward_passes"]:.2f} 
 {cost["passes_without_head"]:.2f} of the model without its head (medians of three turns),
 {held / 1e6:.1f} MB beside a model of {cost["model_bytes"] / 1e6:.1f} MB.
 
-`{" ".join(result["command"])}`, seed {result["seed"]}.
-{environment["cpu"]}, {environment["torch_threads"]} threads, {environment["ram_gb"]} GB RAM,
-torch {environment["torch"]}, transformers {environment["transformers"]}, {environment["date"]}.
+{provenance_lines((row["call"] for row in result["rows"].values()), result["seed"])}
 """
 
 
