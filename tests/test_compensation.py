@@ -278,6 +278,40 @@ def test_a_block_that_shares_its_mlp_carries_nothing_and_that_is_said(capsys: py
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("lost", ["block", "attention"])
+def test_behind_a_cut_that_nothing_makes_up_for_corrections_are_fitted_on_the_stream_that_is_there(
+    lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    ids = token_ids(model, (4, 20))
+    source, group = source_model_of(model), Group(blocks=(0, 1))
+    if lost == "block":
+        plan = FoldPlan.create(source, removed=[2, 5], groups=[group])
+    else:
+        group = group.model_copy(update={"sublayers": ("mlp",)})
+        plan = FoldPlan.create(source, removed=[5], removed_attention=[1], groups=[group])
+    given: dict[int, torch.Tensor] = {}
+    run = Compensator.run
+
+    def recorded(self: Compensator, index: int, stream_WTH: torch.Tensor, **kwargs: Any) -> Any:
+        given[index] = stream_WTH
+        return run(self, index, stream_WTH, **kwargs)
+
+    monkeypatch.setattr(Compensator, "run", recorded)
+    assert list(compensate(model, plan, ids)) == [4]
+    replay = Replay(model, ids)
+    with torch.no_grad():
+        expected = torch.cat(
+            [
+                replay.run(replay.run(replay.states[0][rows], [0, 1]), [3])
+                if lost == "block"
+                else replay.run(replay.block(1, replay.states[1][rows], without="attention"), [2, 3])
+                for rows in replay.batches()
+            ]
+        )
+    torch.testing.assert_close(given[4], expected)
+
+
 def test_a_correction_of_another_model_is_refused() -> None:
     model = tiny_model("llama")
     with pytest.raises(UsageError, match=r"\[16, 16\]"):

@@ -86,13 +86,17 @@ def compensate(
             carriers.discard(index)
     corrections: dict[int, Correction] = {}
     stream_WTH = replay.states[0]
+    is_own = kept[0] == 0  # whether the stream is still the source's
     for index in kept:
         if index > max(carriers, default=-1):
             break  # nothing more to fit
-        if not corrections and index not in carriers and kept[0] == 0:
-            stream_WTH = replay.states[index + 1]  # still the source's own
+        is_own = is_own and index not in carriers and index not in absent
+        if is_own:
+            stream_WTH = replay.states[index + 1]
         elif index not in carriers:
-            stream_WTH = torch.cat([replay.block(index, stream_WTH[rows]) for rows in replay.batches()])
+            without = absent.get(index)
+            runs = [replay.block(index, stream_WTH[rows], without=without) for rows in replay.batches()]
+            stream_WTH = torch.cat(runs)
         else:
             carrier = carrying[index]
             inner: list[Tensor] | None = [] if features == "inner" else None
@@ -107,6 +111,7 @@ def compensate(
                 sublayer=carrier,
                 inner_RI=torch.cat(inner) if inner else None,
             )
+        is_own = is_own and begins[index] == index + 1
     return corrections
 
 
