@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from foldgpt.plan import FoldPlan
 from foldgpt.replay import Replay
 from foldgpt.selection import RemovalCost, Request, Units, select
 from foldgpt.selection.gating import score_function
+from foldgpt.selection.gating.hard_concrete import HardConcrete
 from foldgpt.selection.gating.refine import neighbours
 from foldgpt.selection.gating.score_function import ScoreFunction, draw, log_probability
+from foldgpt.selection.gating.smoothed import SmoothedL0
 from foldgpt.selection.gating.surrogate import Measurement, Surrogate
 from foldgpt.selection.measured import leave_one_out
 from foldgpt.selection.units import units_of
@@ -104,13 +107,17 @@ def test_sets_are_judged_as_they_will_be_folded() -> None:
     assert compensated["cost"] < plain["cost"]
 
 
-def test_a_stopped_search_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = select("gates", _request(3))
+@pytest.mark.parametrize("kind", [ScoreFunction, HardConcrete, SmoothedL0])
+def test_a_stopped_search_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    names = {ScoreFunction: "score", HardConcrete: "concrete", SmoothedL0: "smoothed"}
+    # Enough to be stopped in; not so much that leaving out the recording, which is paid for again, changes the end.
+    options = {"estimator": names[kind], "effort": 4.0}
+    whole = select("gates", _request(3, options=options))
     checkpoint = tmp_path / "progress.json"
     steps = 0
-    step = ScoreFunction.step
+    step = kind.step
 
-    def stopped_at_four(self: ScoreFunction) -> float:
+    def stopped_at_four(self: Any) -> float:
         nonlocal steps
         steps += 1
         if steps == 4:
@@ -118,12 +125,12 @@ def test_a_stopped_search_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyte
         return step(self)
 
     monkeypatch.setattr("foldgpt.selection.gating.progress_file._SECONDS_BETWEEN", 0.0)
-    monkeypatch.setattr(ScoreFunction, "step", stopped_at_four)
+    monkeypatch.setattr(kind, "step", stopped_at_four)
     with pytest.raises(KeyboardInterrupt):
-        select("gates", _request(3, checkpoint=checkpoint))
+        select("gates", _request(3, checkpoint=checkpoint, options=options))
     assert len(json.loads(checkpoint.read_text())["progress"]["trace"]) == 3
-    monkeypatch.setattr(ScoreFunction, "step", step)
-    resumed = select("gates", _request(3, checkpoint=checkpoint))
+    monkeypatch.setattr(kind, "step", step)
+    resumed = select("gates", _request(3, checkpoint=checkpoint, options=options))
     # Recording the states once more takes its part of the allowance, so the end may come earlier.
     together = min(len(resumed.report["trace"]), len(whole.report["trace"]))
     assert together > 3
@@ -153,6 +160,23 @@ def test_an_unknown_estimator_or_option_is_refused_with_a_suggestion() -> None:
         select("gates", _request(2, options={"step": 3}))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": "100"}, "steps must be a whole number from 1 on, not '100'"),
+        ({"steps": 0}, "not 0"),
+        ({"effort": -1}, "effort must be a number above 0, not -1"),
+        ({"effort": float("nan")}, "not nan"),
+        ({"refine": "no"}, "true or false, not 'no'"),
+        ({"estimator": 3}, "unknown gate estimator 3"),
+    ],
+    ids=str,
+)
+def test_values_of_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        select("gates", _request(2, options=options))
+
+
 @pytest.mark.parametrize("estimator", ["concrete", "smoothed"])
 def test_relaxed_gates_of_sublayers_are_refused(estimator: str) -> None:
     with pytest.raises(UsageError, match="whole blocks"):
@@ -171,6 +195,12 @@ def test_a_budget_that_no_set_meets_is_refused() -> None:
     units = Units(2, 2, (10, 30, 10, 30), 75, ("attention",) * 2)
     with pytest.raises(UsageError, match="cannot be met"):
         units.fill([0, 1, 2, 3])
+
+
+def test_what_the_budget_does_not_need_is_put_back_from_the_end_of_the_order() -> None:
+    units = Units(4, 2, (30, 80, 30, 80, 30, 80, 30, 80), 110, ("attention",) * 4)
+    # Attentions of blocks 2 and 1, then the MLP of block 3: one of the attentions is enough, and 4 comes first.
+    assert units.fill([4, 2, 7]) == {4, 7}
 
 
 # ------------------------------------------------------------------------------------------- the estimator

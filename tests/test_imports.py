@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "foldgpt"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     # autoload reaches modeling by name, later
-    ("allocator", "artifacts", "assignments", "counts", "progress", "environment", "autoload"),
+    ("allocator", "artifacts", "assignments", "counts", "fingerprints", "progress", "environment", "autoload"),
     ("",),  # the package itself: it imports nothing but `autoload` until a name is asked for
     ("plan", "sizes"),
     ("recipe", "architectures"),

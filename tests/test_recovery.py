@@ -258,6 +258,25 @@ def test_micro_batches_do_not_change_the_step_even_where_masks_differ(tmp_path: 
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_a_step_with_nothing_to_score_changes_nothing(tmp_path: Path) -> None:
+    """Chats whose replies lie beyond the context: no gradient, no NaN in the history, and it can be saved."""
+    scored = torch.ones(12, 16, dtype=torch.bool)
+    scored[4:8] = False
+    student, teacher, plan = tiny_pair()
+    result = recover(
+        student,
+        teacher,
+        plan,
+        TrainingWindows(tiny_windows(12, seed=1), scored),
+        TrainingWindows(tiny_windows(4, seed=2)),
+        RecoverySettings(batch_size=4, rank=2),
+        tmp_path / "out",
+    )
+    losses = list(step_losses(result.history).values())
+    assert losses[1] == 0 and losses[0] > 0 and losses[2] > 0
+    assert (tmp_path / "out" / "recovery.json").is_file()
+
+
 def test_an_unfinished_recovery_is_not_taken_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -342,6 +361,27 @@ def test_the_time_ends_it_and_what_was_reached_is_saved(tmp_path: Path) -> None:
     result = tiny_recovery(tmp_path, minutes=1e-6)
     assert result.ended == "time" and result.num_steps == 1
     assert (tmp_path / "recovered" / "config.json").is_file()
+
+
+def test_how_long_it_may_take_is_said_by_the_call_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopped(Exception):
+        pass
+
+    step = RecoveryTrainer.training_step
+    steps = 0
+
+    def stopped(self: Any, *arguments: Any, **named: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 9:  # two micro-batches in each step; the last measurement was after the third
+            raise Stopped
+        return step(self, *arguments, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(RecoveryTrainer, "training_step", stopped)
+        tiny_recovery(tmp_path, minutes=60)
+    result = tiny_recovery(tmp_path, minutes=1e-6)
+    assert result.ended == "time" and result.num_steps == 4
 
 
 def test_the_teacher_may_be_read_from_a_file(tmp_path: Path) -> None:

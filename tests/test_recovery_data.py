@@ -135,6 +135,66 @@ def test_the_loss_is_on_replies_alone() -> None:
     assert int((labels != -100).sum()) == len("reply") + 1
 
 
+#: The ways of the stock templates of Llama 3.1, Gemma 3 and Qwen 3, none of which marks what the assistant says: a
+#: preamble of the template's own and trimmed turns; the assistant called otherwise and turns joined by line ends;
+#: reasoning that is dropped once another question follows.
+STOCK_WAYS = {
+    "llama": (
+        "{{ '<eos>' }}{% if messages[0].role != 'system' %}{{ 'preamble|' }}{% endif %}"
+        "{% for m in messages %}{{ m.role + '|' + m.content | trim + '<eos>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant|' }}{% endif %}"
+    ),
+    "gemma": (
+        "{% for m in messages %}{{ 'start ' + ('model' if m.role == 'assistant' else m.role) + '\n' }}"
+        "{{ m.content | trim }}{{ ' end\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'start model\n' }}{% endif %}"
+    ),
+    "qwen": (
+        "{% set last = namespace(user=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for m in messages %}{{ m.role + '|' }}{% if m.role == 'assistant' and loop.index0 < last.user %}"
+        "{{ m.content.split('/think')[-1] }}{% else %}{{ m.content }}{% endif %}{{ '<eos>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant|' }}{% endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("way", STOCK_WAYS)
+def test_c2_replies_are_found_in_templates_that_do_not_mark_them(way: str) -> None:
+    tokenizer = tiny_tokenizer(300)
+    tokenizer.chat_template = STOCK_WAYS[way]
+    chat = [
+        {"role": "user", "content": "ask"},
+        {"role": "assistant", "content": " first "},
+        {"role": "user", "content": "more"},
+        {"role": "assistant", "content": "second"},
+    ]
+    windows = chat_windows([chat], tokenizer, context=96, num_windows=1)
+    assert windows.scored_WT is not None
+    said = tokenizer.decode(windows.ids_WT[0][windows.scored_WT[0]])
+    assert (
+        said
+        == {
+            "llama": "first<eos>second<eos>",
+            "gemma": "first end\nsecond end\n",
+            "qwen": " first <eos>second<eos>",
+        }[way]
+    )
+
+
+def test_c2_reasoning_that_a_template_drops_later_is_refused() -> None:
+    tokenizer = tiny_tokenizer(300)
+    tokenizer.chat_template = STOCK_WAYS["qwen"]
+    chat = [
+        {"role": "user", "content": "ask"},
+        {"role": "assistant", "content": "because/thinkfirst"},
+        {"role": "user", "content": "more"},
+        {"role": "assistant", "content": "second"},
+    ]
+    with pytest.raises(UsageError, match="differently when others follow"):
+        chat_windows([chat], tokenizer, context=96, num_windows=1)
+
+
 def test_chats_without_replies_and_templates_that_look_ahead_are_refused() -> None:
     tokenizer = tiny_tokenizer(300)
     tokenizer.chat_template = TEMPLATE

@@ -42,6 +42,21 @@ BI = [0.9, 0.2, 0.4, 0.1, 0.3, 0.8]
 # ------------------------------------------------------------------------------------------------------ BI
 
 
+@pytest.mark.parametrize("method", ["bi", "angular", "last", "random"])
+def test_what_a_simple_selector_cannot_do_is_refused(method: str) -> None:
+    analysis = analysis_of(BI)
+    with pytest.raises(UsageError, match=f"selector '{method}' has no option 'anything'"):
+        select(method, Request(num_blocks=6, num_remove=2, analysis=analysis, options={"anything": 1}))
+    with pytest.raises(UsageError, match=f"selector '{method}' removes whole blocks.*gates"):
+        select(method, Request(num_blocks=6, num_remove=2, analysis=analysis, sublayers=True))
+
+
+@pytest.mark.parametrize("seed", [-1, "one", 1.5, True])
+def test_a_seed_must_be_a_whole_number(seed: Any) -> None:
+    with pytest.raises(UsageError, match="whole number from 0 on"):
+        select("random", Request(num_blocks=6, num_remove=2, options={"seed": seed}))
+
+
 def test_bi_removes_the_least_influential_blocks() -> None:
     selection = select("bi", Request(num_blocks=6, num_remove=3, analysis=analysis_of(BI)))
     assert selection.removed == (1, 3, 4)

@@ -48,6 +48,8 @@ class Workbench:
         donors = ("best", *(name for name in (*READY, *DONORS) if name != "owner"))
         if recipe.share.donor not in donors:
             raise UsageError(f"unknown donor {recipe.share.donor!r}.{did_you_mean(recipe.share.donor, donors)}")
+        if recipe.dtype == "float16" and recipe.recover.num_tokens:
+            raise UsageError("recovery cannot train in float16, where small gradients round to nothing; use bfloat16")
         self.recipe = recipe
         self.common = common
         self.recovery_settings = _recovery_settings(recipe)

@@ -18,6 +18,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 from foldgpt.artifacts import check_free
 from foldgpt.attention import attention_in_tiles
 from foldgpt.errors import UsageError
+from foldgpt.fingerprints import weights_fingerprint
 from foldgpt.folding import save_folded
 from foldgpt.objectives import Head
 from foldgpt.plan import FoldPlan
@@ -28,7 +29,7 @@ from foldgpt.recovery.distillation import Distillation
 from foldgpt.recovery.result import Ended, RecoveryResult
 from foldgpt.recovery.settings import RecoverySettings
 from foldgpt.recovery.states import aligned_blocks
-from foldgpt.recovery.teacher import CachedStates, Teacher, cache_states, weights_fingerprint
+from foldgpt.recovery.teacher import CachedStates, Teacher, cache_states
 from foldgpt.recovery.trainable import make_trainable_, merge_trained_, trained_scales
 from foldgpt.recovery.trainer import RecoveryTrainer
 from foldgpt.recovery.windows import TrainingWindows, places_in_documents
@@ -308,9 +309,7 @@ def _checkpointing_(student: Any, on: bool) -> None:
 def _ended(trainer: RecoveryTrainer, state: Any) -> Ended:
     if state.global_step >= state.max_steps:
         return "tokens"
-    # Callbacks are made anew when a training is resumed.
-    budgets = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TimeBudget)]
-    return "time" if any(budget.is_over for budget in budgets) else "patience"
+    return "time" if trainer.time_is_over else "patience"
 
 
 def _wait() -> None:

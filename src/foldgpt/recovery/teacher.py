@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from foldgpt.artifacts import hash_of
 from foldgpt.errors import ArtifactError
+from foldgpt.fingerprints import ids_fingerprint, weights_fingerprint
 from foldgpt.objectives import Head
 from foldgpt.progress import bar
 from foldgpt.recovery.states import Body, States
@@ -132,23 +132,3 @@ def _write(
 def _with_entry(last_BTH: Tensor, between: Sequence[Tensor]) -> States:
     entry_BTH, *rest = between
     return States(last_BTH, tuple(rest), entry_BTH)
-
-
-def ids_fingerprint(ids_WT: Tensor) -> str:
-    """SHA-256 (hex) of windows, by their ids and shape."""
-    digest = hashlib.sha256(str(tuple(ids_WT.shape)).encode())
-    for rows in ids_WT.split(4096):
-        digest.update(rows.long().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-@torch.no_grad()
-def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 (hex) of what tells a model's weights apart: name, shape, format and some values of each."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        some = flat[:: max(1, len(flat) // 1024)].double().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(some.numpy().tobytes())
-    return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -36,11 +37,16 @@ def make_trainable_(student: nn.Module, plan: FoldPlan, settings: RecoverySettin
     Raises:
         UsageError: blocks at the cuts are to be trained, and there is no cut; or private terms alone, and there are
             none.
-        UnsupportedModelError: the weights are quantised, or nothing in the blocks can be trained.
+        UnsupportedModelError: the weights are quantised or in float16, or nothing in the blocks can be trained.
     """
     decoder = decoder_of(student)
     if any(not parameter.is_floating_point() for parameter in student.parameters()):
         raise UnsupportedModelError("the model is quantised; recover the plain model, and quantise the result")
+    if any(parameter.dtype == torch.float16 for parameter in student.parameters()):
+        raise UnsupportedModelError(
+            "the model is in float16, in which the gradient of a mean over many tokens rounds to nothing; recover it "
+            "in bfloat16 or float32"
+        )
     student.requires_grad_(False)
     first = first_changed(plan) if settings.train_blocks == "behind" else 0
     kept = {id(module) for block in decoder.blocks[:first] for module in block.modules()}

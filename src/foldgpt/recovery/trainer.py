@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from foldgpt.artifacts import write_json
 from foldgpt.errors import VerificationError
-from foldgpt.recovery.callbacks import MeasureAtEnd, Narrator
+from foldgpt.recovery.callbacks import MeasureAtEnd, Narrator, TimeBudget
 from foldgpt.recovery.distillation import IGNORED, Distillation
 from foldgpt.recovery.errors import DivergenceError
 from foldgpt.recovery.states import States
@@ -107,7 +107,8 @@ class RecoveryTrainer(Trainer):
         """This process's part of the step's mean loss, times the number of processes, as DDP averages gradients."""
         num_scored = (inputs["labels"][:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         sums = model(**self._arguments(inputs, self._teacher_states(inputs)))
-        loss = sums["loss"] * self.accelerator.num_processes / num_scored
+        # A step may have nothing to score (chats whose replies lie beyond the context): then its loss is 0, not NaN.
+        loss = sums["loss"] * self.accelerator.num_processes / torch.as_tensor(num_scored).clamp(min=1)
         return (loss, sums) if return_outputs else loss
 
     def _teacher_states(self, inputs: dict[str, Tensor]) -> States | None:
@@ -125,6 +126,22 @@ class RecoveryTrainer(Trainer):
             arguments |= {"teacher_last": theirs.last_BTH, "teacher_between": theirs.between}
             arguments |= {} if theirs.entry_BTH is None else {"teacher_entry": theirs.entry_BTH}
         return arguments
+
+    def _load_callback_state(self) -> None:
+        """As in transformers; but how long it may take is said by the call that goes on, not by the stopped one."""
+        given = [callback.minutes for callback in self._time_budgets]
+        super()._load_callback_state()
+        for budget, minutes in zip(self._time_budgets, given, strict=True):
+            budget.minutes = minutes
+
+    @property
+    def _time_budgets(self) -> list[TimeBudget]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, TimeBudget)]
+
+    @property
+    def time_is_over(self) -> bool:
+        """Whether the training was ended by its time. Callbacks are made anew when a training is resumed."""
+        return any(budget.is_over for budget in self._time_budgets)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)

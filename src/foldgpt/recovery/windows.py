@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from foldgpt.errors import UsageError
+from foldgpt.fingerprints import ids_fingerprint
 from foldgpt.recovery.distillation import IGNORED
 
 
@@ -54,8 +55,6 @@ class TrainingWindows(Dataset[dict[str, Tensor]]):
 
     def identity(self) -> dict[str, Any]:
         """What tells these windows from others, as plain values."""
-        from foldgpt.recovery.teacher import ids_fingerprint
-
         scored = None if self.scored_WT is None else ids_fingerprint(self.scored_WT)
         return {"ids": ids_fingerprint(self.ids_WT), "scored": scored, "document_end": self.document_end}
 

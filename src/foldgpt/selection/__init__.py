@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from foldgpt.errors import UsageError
 from foldgpt.selection.angular import angular
 from foldgpt.selection.bi import bi
 from foldgpt.selection.budget import flops_of, number_for_target, number_to_remove, parameters_of, seconds_of
@@ -41,10 +42,15 @@ def select(method: str, request: Request) -> Selection:
         request: what is asked.
 
     Raises:
-        UsageError: an unknown method or option, a number that cannot be removed, or an analysis, a model or
-            windows that are missing or do not fit.
+        UsageError: an unknown method or option, a number that cannot be removed, sublayers for a method that
+            rates blocks, or an analysis, a model or windows that are missing or do not fit.
         FoldGPTError: a search that cannot give an answer; the message says why.
     """
+    if request.sublayers and method in SELECTORS and method not in MEASURED:
+        raise UsageError(
+            f"the selector {method!r} removes whole blocks; attention and MLP apart can be selected by "
+            f"{', '.join(sorted(MEASURED))}"
+        )
     return _select(SELECTORS, method, request)
 
 

@@ -111,7 +111,8 @@ class Units:
                 f"the budget cannot be met: {self.target:,} of {sum(self.sizes):,} are to be removed, but one block of "
                 "each kind of attention must stay"
             )
-        for unit in list(taken):
+        # The last in the order first: they are the ones worth keeping most.
+        for unit in taken[::-1]:
             rest = [other for other in taken if other != unit]
             if self.missing([*start, *rest]) <= 0 and self.is_allowed([*start, *rest]):
                 taken = rest

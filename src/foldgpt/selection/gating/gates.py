@@ -56,8 +56,14 @@ def gates(request: Request) -> Selection:
     options = request.check_options("gates", _OPTIONS)
     if options["estimator"] not in _ESTIMATORS:
         raise UsageError(
-            f"unknown gate estimator {options['estimator']!r}.{did_you_mean(options['estimator'], _ESTIMATORS)}"
+            f"unknown gate estimator {options['estimator']!r}.{did_you_mean(str(options['estimator']), _ESTIMATORS)}"
         )
+    if type(options["steps"]) is not int or options["steps"] < 1:
+        raise UsageError(f"the gates' steps must be a whole number from 1 on, not {options['steps']!r}")
+    if type(options["effort"]) not in (int, float) or not 0 < options["effort"] < math.inf:
+        raise UsageError(f"the gates' effort must be a number above 0, not {options['effort']!r}")
+    if type(options["refine"]) is not bool:
+        raise UsageError(f"the gates' refine must be true or false, not {options['refine']!r}")
     cost = request.need_cost("gates")
     if cost.units.target == 0:
         return selection_of("gates", cost, frozenset(), scores=None, order=(), report={"cost": 0.0})
@@ -154,9 +160,12 @@ class _Search:
     def _estimator(self, scores: Sequence[float], samples: Sequence[Sample]) -> Estimator:
         if self._options["estimator"] == "score":
             return ScoreFunction(self._cost, samples, scores, seed=self._seed)
-        # A step with gradients counts as three passes over its sample.
-        share = (_LEARNING_UNTIL * self._allowance - self._spent()) * len(samples) / 3
-        num_steps = max(1, min(self._options["steps"], int(share)))
+        if "num_steps" not in self._progress:
+            # A step with gradients counts as three passes over its sample.
+            share = (_LEARNING_UNTIL * self._allowance - self._spent()) * len(samples) / 3
+            # Kept: schedules run over all steps, those before an interruption included.
+            self._progress["num_steps"] = max(1, min(self._options["steps"], int(share)))
+        num_steps: int = self._progress["num_steps"]
         if self._options["estimator"] == "concrete":
             return HardConcrete(self._cost, samples, scores, num_steps=num_steps, seed=self._seed)
         return SmoothedL0(self._cost, samples, scores, num_steps=num_steps)

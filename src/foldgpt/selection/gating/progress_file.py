@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+import foldgpt
 from foldgpt.artifacts import hash_of, read_json, write_json
 from foldgpt.errors import ArtifactError
+from foldgpt.fingerprints import ids_fingerprint, weights_fingerprint
 from foldgpt.selection.selection import Request
 
 _FORMAT = "foldgpt.gates-checkpoint"
@@ -65,8 +64,9 @@ def _fingerprint(request: Request) -> str:
     assert request.model is not None and request.ids_WT is not None
     return hash_of(
         {
-            "model": _weights_identity(request.model),
-            "ids": hashlib.sha256(request.ids_WT.cpu().contiguous().numpy().tobytes()).hexdigest(),
+            "foldgpt": foldgpt.__version__,
+            "model": weights_fingerprint(request.model),
+            "ids": ids_fingerprint(request.ids_WT),
             "num_remove": request.num_remove,
             "seed": request.seed,
             "objective": request.objective,
@@ -75,12 +75,3 @@ def _fingerprint(request: Request) -> str:
             "options": dict(request.options),
         }
     )
-
-
-def _weights_identity(model: nn.Module) -> str:
-    """Hash of the names, shapes and first values of all parameters."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        first = parameter.detach().flatten()[:8].float().cpu().tolist()
-        digest.update(f"{name} {tuple(parameter.shape)} {first}".encode())
-    return digest.hexdigest()

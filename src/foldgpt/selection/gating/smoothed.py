@@ -45,7 +45,7 @@ class SmoothedL0:
         self._cost = cost
         self._samples = samples
         self._num_steps = num_steps
-        rank_N = torch.tensor(scores, dtype=torch.float64).argsort().argsort() / max(1, len(scores) - 1)
+        rank_N = torch.tensor(scores, dtype=torch.float64).argsort().argsort().double() / max(1, len(scores) - 1)
         self._a_N = (0.6 + 0.4 * rank_N).requires_grad_()
         self._optimizer = torch.optim.Adam([self._a_N], lr=learning_rate)
         self._multiplier = 0.0
