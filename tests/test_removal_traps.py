@@ -87,7 +87,9 @@ def test_r4_llama4_moe_layers_are_remapped() -> None:
 
 @pytest.mark.parametrize(("kept", "dense"), [((0, 1, 2, 3, 4, 5), 2), ((1, 2, 3), 1), ((2, 3), 0), ((0, 1, 5), 2)])
 def test_r4_first_dense_blocks_of_deepseek_are_counted(kept: tuple[int, ...], dense: int) -> None:
-    config = AutoConfig.for_model("deepseek_v3", num_hidden_layers=6, first_k_dense_replace=2)
+    # As in DeepSeek's own checkpoints, whose configs say a frequency too.
+    config = AutoConfig.for_model("deepseek_v3", num_hidden_layers=6, first_k_dense_replace=2, moe_layer_freq=1)
+    check_config(config)
     remap_config_(config, kept)
     assert config.first_k_dense_replace == dense
 

@@ -13,6 +13,7 @@ from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan, Group
 from foldgpt.sharing.fit import SharingFit, fit_sharing, sharing_replay
+from foldgpt.sharing.output_fit import first_that_chooses
 from models import tiny_model, token_ids
 
 SCALES = ("norms", "scales")
@@ -26,6 +27,7 @@ GROUPS = {
     "least squares": Group(blocks=(0, 1), donor="least_squares", private=SCALES, ranks=4),
     "zero": Group(blocks=(0, 1), donor="first", start="zero", norms="owner", private=SCALES, ranks=4),
     "attention": Group(blocks=(0, 1), sublayers=("attention",), donor="least_squares", private=SCALES),
+    "zero attention": Group(blocks=(0, 1), sublayers=("attention",), start="zero", private=SCALES, ranks=4),
     "zero MLP": Group(blocks=(0, 1), sublayers=("mlp",), start="zero", private=SCALES, ranks=4),
 }
 
@@ -85,6 +87,25 @@ def test_a_member_that_is_the_owner_over_again_costs_next_to_nothing(family: str
     fit = fit_sharing(model, plan, ids)
     new = token_ids(model, (16, 24), seed=7)
     assert kl_to(model, folded(model, plan, fit), new) < left * kl_to(model, folded(model, plan, None), new)
+
+
+def test_an_attention_that_starts_at_zero_before_its_own_mlp_aims_at_what_it_put_out() -> None:
+    """The MLP behind it adds its share by itself; the attention is not to take that over as well."""
+    model = tiny_model("llama")
+    blocks = decoder_of(model).blocks
+    with torch.no_grad():
+        for name in ("self_attn", "input_layernorm"):
+            blocks[1].get_submodule(name).load_state_dict(blocks[0].get_submodule(name).state_dict())
+    ids = token_ids(model, (64, 24))
+    plan = plan_of(model, Group(blocks=(0, 1), sublayers=("attention",), start="zero", private=SCALES))
+    fit = fit_sharing(model, plan, ids)
+    new = token_ids(model, (16, 24), seed=7)
+    assert kl_to(model, folded(model, plan, fit), new) < 0.05 * kl_to(model, folded(model, plan, None), new)
+
+
+@pytest.mark.parametrize(("batches", "first"), [(1, 1), (2, 1), (3, 2), (4, 3), (8, 6)])
+def test_some_windows_choose_the_ridge(batches: int, first: int) -> None:
+    assert first_that_chooses(batches) == first
 
 
 def test_alignment_undoes_a_shuffle() -> None:

@@ -105,8 +105,9 @@ def test_sharing_wins_where_blocks_are_alike() -> None:
     assert found.best.kl < 0.01
 
 
+@pytest.mark.parametrize("settings", [{}, {"features": "output", "ridge": 3.0}], ids=str)
 @torch.no_grad()
-def test_candidates_are_compensated_as_they_will_be_folded() -> None:
+def test_candidates_are_compensated_as_they_will_be_folded(settings: dict[str, Any]) -> None:
     """On held-out windows, and the source is as it was afterwards."""
     model = tiny_model("llama")
     ids = token_ids(model, (64, 24))
@@ -115,14 +116,37 @@ def test_candidates_are_compensated_as_they_will_be_folded() -> None:
     limit = limit_of(model, Size("ratio", 0.83))
     plain = solve(model, source_model_of(model), ids, limit, lambda number: ORDER[:number])
     found = solve(
-        model, source_model_of(model), ids, limit, lambda number: ORDER[:number], compensation=Compensation(**text)
+        model,
+        source_model_of(model),
+        ids,
+        limit,
+        lambda number: ORDER[:number],
+        compensation=Compensation(**text, **settings),
     )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     removal, compensated = plain.candidates[0], found.candidates[0]
-    assert removal.plan.removed == compensated.plan.removed and compensated.kl < 0.95 * removal.kl
+    assert removal.plan.removed == compensated.plan.removed and compensated.kl < 0.99 * removal.kl
     folded = copy.deepcopy(model)
-    report = compensate_(folded, compensated.plan, ids)
+    report = compensate_(folded, compensated.plan, ids, **settings)
     assert report.kl_after == pytest.approx(compensated.kl, rel=1e-3)
+
+
+@torch.no_grad()
+def test_a_candidate_that_compensation_does_not_help_goes_without() -> None:
+    model = tiny_model("llama")
+    ids = token_ids(model, (8, 4))  # too few tokens to fit anything on
+    text = {"texts": ("a",), "context": 4, "num_tokens": ids.numel(), "fingerprint": "0"}
+    limit = limit_of(model, Size("ratio", 0.83))
+    kls = [
+        solve(model, source_model_of(model), ids, limit, lambda number: ORDER[:number], compensation=how)
+        .candidates[0]
+        .kl
+        for how in (None, Compensation(**text, ridge=1e-6))
+    ]
+    assert not compensate_(
+        copy.deepcopy(model), FoldPlan.create(source_model_of(model), removed=ORDER[:1]), ids, ridge=1e-6
+    ).kept
+    assert kls[0] == pytest.approx(kls[1], rel=1e-6)
 
 
 def test_a_size_that_cannot_be_met_is_refused() -> None:

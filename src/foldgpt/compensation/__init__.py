@@ -3,7 +3,7 @@
 from foldgpt.compensation.compensate import compensate, why_not
 from foldgpt.compensation.compensator import RIDGES, Compensator
 from foldgpt.compensation.correction import Correction, CutReport
-from foldgpt.compensation.judge import Compensated, compensate_
+from foldgpt.compensation.judge import Compensated, compensate_, compensate_and_judge_
 from foldgpt.compensation.merge import merge_
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "CutReport",
     "compensate",
     "compensate_",
+    "compensate_and_judge_",
     "merge_",
     "why_not",
 ]

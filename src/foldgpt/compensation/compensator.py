@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from foldgpt.compensation.carriers import inner_module, norm_behind, output_matrices, output_module
 from foldgpt.compensation.correction import Correction, CutReport
 from foldgpt.compensation.least_squares import Sums, added, best_ridge, downhill, solve
-from foldgpt.compensation.through_norm import NormedFit, error_of, fit_through_norm, normed
+from foldgpt.compensation.through_norm import NormedFit, error_of, fit_through_norm
 from foldgpt.errors import UnsupportedModelError, UsageError
-from foldgpt.families.norms import effective_scale, epsilon_of
+from foldgpt.families.norms import effective_scale, epsilon_of, rms_normed
 from foldgpt.plan import Sublayer
 from foldgpt.replay import Replay
 
@@ -197,7 +197,7 @@ class Compensator:
         assert norm is not None
         scale_H, epsilon = effective_scale(norm), epsilon_of(norm)
         own = NormedFit(torch.zeros(features_RK.shape[1], len(scale_H)).to(scale_H), scale_H)
-        contribution_RH = scale_H * normed(inputs_RH.float(), epsilon)
+        contribution_RH = scale_H * rms_normed(inputs_RH.float(), epsilon)
         wanted_RH = missing_RH + contribution_RH
 
         def fit(left_out: slice, ridge: float) -> NormedFit:

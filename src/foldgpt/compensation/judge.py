@@ -87,20 +87,49 @@ def compensate_(
     if len(ids_WT) < 2:
         raise UsageError(f"compensation needs at least 2 calibration windows, got {len(ids_WT)}; give more tokens")
     num_held = max(1, round(len(ids_WT) * _HELD_OUT))
-    fitted_WT, held_WT = ids_WT[:-num_held], ids_WT[-num_held:]
-    corrections = compensate(model, plan, fitted_WT, features=features, ridge=ridge, rounds=rounds)
-    replay, head = Replay(model, held_WT), Head(model)
-    before = _kl(replay, head, plan)
-    own = {name: parameter.clone() for name, parameter in _carriers(model, replay, corrections).items()}
+    fitted, held = Replay(model, ids_WT[:-num_held]), Replay(model, ids_WT[-num_held:])
+    return compensate_and_judge_(model, plan, fitted, held, features=features, ridge=ridge, rounds=rounds)[0]
+
+
+@torch.no_grad()
+def compensate_and_judge_(
+    model: nn.Module,
+    plan: FoldPlan,
+    fitted: Replay,
+    held: Replay,
+    *,
+    features: Literal["inner", "output"] = "inner",
+    ridge: float | Literal["auto"] = "auto",
+    rounds: int = 3,
+) -> tuple[Compensated, dict[str, Tensor]]:
+    """`compensate_` on recordings of the model that are there already.
+
+    Args:
+        model: the source, not folded, as it was recorded.
+        plan: what will be removed.
+        fitted: the model on the windows that are fitted on.
+        held: likewise on those by which it is judged.
+        features: see `compensate`.
+        ridge: see `Compensator`.
+        rounds: see `Compensator`.
+
+    Returns:
+        What came of it, and of each parameter that is another one now its former value.
+    """
+    corrections = compensate(model, plan, fitted.ids_WT, features=features, ridge=ridge, rounds=rounds, replay=fitted)
+    head = Head(model)
+    before = _kl(held, head, plan)
+    own = {name: parameter.clone() for name, parameter in _carriers(model, held, corrections).items()}
     merge_(model, corrections)
-    after = _kl(replay, head, plan)
+    after = _kl(held, head, plan)
     kept = after < before
     if not kept:
-        for name, parameter in _carriers(model, replay, corrections).items():
-            parameter.copy_(own[name])
+        for name, value in own.items():
+            model.get_parameter(name).copy_(value)
+        own = {}
         if corrections:
             note(f"compensation would raise the KL from {before:.3f} to {after:.3f} nats per token; left out")
-    return Compensated(kept, before, after, fitted_WT.numel(), held_WT.numel(), corrections)
+    return Compensated(kept, before, after, fitted.ids_WT.numel(), held.ids_WT.numel(), corrections), own
 
 
 def _carriers(model: nn.Module, replay: Replay, corrections: Mapping[int, Correction]) -> dict[str, nn.Parameter]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from foldgpt.compensation.least_squares import Sums, solve
+from foldgpt.families.norms import rms_normed
 
 #: Scales smaller than this, relative to their root mean square, are not divided by.
 _LEAST_SCALE = 0.05
@@ -32,16 +33,11 @@ class NormedFit:
 
     def contribution(self, inputs_RH: Tensor, features_RK: Tensor, epsilon: float) -> Tensor:
         """c' for rows u and X, fp32 [R, H]."""
-        return self.scale_H * normed(self.mapped(inputs_RH, features_RK), epsilon)
+        return self.scale_H * rms_normed(self.mapped(inputs_RH, features_RK), epsilon)
 
     def mapped(self, inputs_RH: Tensor, features_RK: Tensor) -> Tensor:
         """u + X D, fp32 [R, H]."""
         return inputs_RH.float() + (features_RK @ self.map_KH.to(features_RK.dtype)).float()
-
-
-def normed(rows_RH: Tensor, epsilon: float) -> Tensor:
-    """Rows divided by their root mean square."""
-    return rows_RH * torch.rsqrt(rows_RH.square().mean(-1, keepdim=True) + epsilon)
 
 
 def fit_through_norm(
@@ -70,7 +66,7 @@ def fit_through_norm(
     used = weight_R.nonzero()[:, 0]
     rows, features, wanted, weight = inputs_RH[used].float(), features_RK[used], wanted_RH[used], weight_R[used]
     fit = NormedFit(torch.zeros(features.shape[1], rows.shape[1]).to(rows), scale_H)
-    best, best_error = fit, _error(fit.scale_H * normed(rows, epsilon), wanted, weight)
+    best, best_error = fit, _error(fit.scale_H * rms_normed(rows, epsilon), wanted, weight)
     mapped = rows
     for number in range(rounds + 1):
         if number:
@@ -81,7 +77,7 @@ def fit_through_norm(
             change, _ = solve(Sums.of(divided, wanted - scale * rows * inverse_R1, weight), ridge, bias=False)
             fit = NormedFit(change.to(rows) / scale, fit.scale_H)
             mapped = fit.mapped(rows, features)
-        unscaled = normed(mapped, epsilon)
+        unscaled = rms_normed(mapped, epsilon)
         fit = NormedFit(fit.map_KH, _best_scales(unscaled, wanted, weight, ridge, scale_H))
         error = _error(fit.scale_H * unscaled, wanted, weight)
         if error < best_error:

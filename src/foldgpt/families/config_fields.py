@@ -90,6 +90,8 @@ GENERATORS: dict[str, str] = {
 
 #: Field → the value under which it does not depend on the index. Any other value is refused.
 NEUTRAL: dict[str, Any] = {
+    # Every k-th block is sparse (DeepSeek); transformers' own code for these families takes every one.
+    "moe_layer_freq": 1,
     "num_kv_shared_layers": 0,
     "per_layer_config": {},
     "scale_attn_by_inverse_layer_idx": False,

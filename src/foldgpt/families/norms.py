@@ -27,7 +27,7 @@ def effective_scale(norm: nn.Module) -> Tensor:
     assert isinstance(weight, nn.Parameter)
     generator = torch.Generator().manual_seed(0)
     probe_RH = torch.randn((4, len(weight)), generator=generator).to(weight.device)
-    normed_RH = _rms_normed(probe_RH, epsilon_of(norm))
+    normed_RH = rms_normed(probe_RH, epsilon_of(norm))
     output_RH = norm(probe_RH).float()
     for scale_H in (weight.float(), 1 + weight.float()):
         if torch.allclose(output_RH, normed_RH * scale_H, rtol=1e-3, atol=1e-3):
@@ -44,5 +44,6 @@ def weight_for(norm: nn.Module, scale_H: Tensor) -> Tensor:
     return (scale_H.to(weight.device) - offset_H).to(weight.dtype)
 
 
-def _rms_normed(rows_RH: Tensor, epsilon: float) -> Tensor:
+def rms_normed(rows_RH: Tensor, epsilon: float) -> Tensor:
+    """Rows divided by their root mean square."""
     return rows_RH * torch.rsqrt(rows_RH.square().mean(-1, keepdim=True) + epsilon)

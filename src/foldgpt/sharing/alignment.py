@@ -203,9 +203,12 @@ def _assign(similarity_RM: Tensor) -> Tensor:
 
 
 def _within_heads(similarity_OO: Tensor, head_dim: int) -> Tensor:
-    """Similarity of whole heads: dimension d of one against dimension d of the other, summed, [heads, heads]."""
+    """Similarity of whole heads: dimension d of one against dimension d of the other, summed, [heads, heads].
+
+    It is on the CPU, where heads are assigned.
+    """
     num_heads = len(similarity_OO) // head_dim
-    return similarity_OO.view(num_heads, head_dim, num_heads, head_dim).diagonal(dim1=1, dim2=3).sum(-1)
+    return similarity_OO.view(num_heads, head_dim, num_heads, head_dim).diagonal(dim1=1, dim2=3).sum(-1).cpu()
 
 
 def _whole_heads(heads_H: Tensor, head_dim: int) -> Tensor:

@@ -28,14 +28,12 @@ from foldgpt.progress import bar, note
 from foldgpt.replay import Replay
 from foldgpt.sharing.fit_result import MemberReport, SharingFit, SublayerReport
 from foldgpt.sharing.linears import linears_of, weight_of
-from foldgpt.sharing.output_fit import OutputFit, Wanted, fit_output
+from foldgpt.sharing.output_fit import OutputFit, Wanted, first_that_chooses, fit_output
 from foldgpt.sharing.shared_weights import Shared, shared_weights
 from foldgpt.sharing.student import Position, Student, with_terms
 
 #: The share of the windows, from the end, on which fits are judged and nothing is fitted.
 _HELD_OUT = 0.125
-#: The share of the windows fitted on, from the end, on which ridges are chosen.
-_RIDGE_SHARE = 0.25
 #: Micro-batches at least, if the windows suffice: fits and judgements are on whole ones.
 _LEAST_BATCHES = 8
 _BATCH_TOKENS = 2048
@@ -326,7 +324,7 @@ class _Place:
             start_H=self._start(sublayer),
         )
         batches = len(self.fitting.fitted)
-        first_held = max(1, round(batches * (1 - _RIDGE_SHARE)))
+        first_held = first_that_chooses(batches)
         rows = sum(len(part[0]) for part in parts[:first_held]) if batches > 1 else len(parts[0][0]) // 2
         return fit_output(
             wanted,
@@ -364,13 +362,19 @@ class _Place:
 
     def _aim(self, sublayer: Sublayer, rows: slice) -> Tensor:
         """The source's stream to come near to behind the sublayer, [B, T, H] or [B T, H]."""
-        group = self.roles[sublayer][1]
-        if sublayer == "mlp" or group.start == "zero" or self.sublayers.between is None:
+        if sublayer == "mlp" or self.sublayers.between is None or not self._mlp_contributes():
             return self.replay.states[self._end()][rows]
         with _watched(None, self.block, self.sublayers.between) as seen:
             self.replay.block(self.index, self.replay.states[self.index][rows])
         assert seen.between is not None
         return seen.between
+
+    def _mlp_contributes(self) -> bool:
+        """Whether an MLP behind this block's attention adds its own share from the start."""
+        if self.fitting.student.absent.get(self.index) == "mlp":
+            return False
+        role = self.roles.get("mlp")
+        return role is None or self.index not in role[1].started_at_zero
 
     def _end(self) -> int:
         """The boundary to aim at: where the next block begins that contributes from the start."""

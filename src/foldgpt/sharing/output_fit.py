@@ -19,13 +19,22 @@ import torch
 from torch import Tensor
 
 from foldgpt.compensation.least_squares import Sums, solve
+from foldgpt.families.norms import rms_normed
 from foldgpt.folding.fitted import LowRank
 
 #: Ridges that are tried, as multiples of the mean diagonal of the Gram matrix.
 RIDGES = (1e-2, 1e-1, 1.0, 10.0)
 
+#: Share of the micro-batches that the ridge is chosen on.
+_CHOOSING = 0.25
+
 #: Scales smaller than this, relative to their root mean square, are not divided by.
 _LEAST_SCALE = 0.05
+
+
+def first_that_chooses(num_batches: int) -> int:
+    """Number of the first micro-batch that is not fitted on but chooses the ridge; of two or more one at least does."""
+    return max(1, min(num_batches - 1, round(num_batches * (1 - _CHOOSING))))
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ class OutputFit:
         term = 0.0 if self.low_rank is None else _product(wanted.inputs_RK, self.low_rank)
         if wanted.epsilon is None:
             return wanted.multiplier * (self.scale_H * wanted.shared_RH + term)
-        return self.scale_H * _normed(wanted.shared_RH + term, wanted.epsilon)
+        return self.scale_H * rms_normed(wanted.shared_RH + term, wanted.epsilon)
 
 
 @torch.no_grad()
@@ -135,7 +144,7 @@ def _best_scale(wanted: Wanted, low_rank: LowRank | None, ridge: float) -> Tenso
     if wanted.epsilon is None:
         unscaled, aim = wanted.shared_RH, wanted.contribution_RH / wanted.multiplier - term
     else:
-        unscaled, aim = _normed(wanted.shared_RH + term, wanted.epsilon), wanted.contribution_RH
+        unscaled, aim = rms_normed(wanted.shared_RH + term, wanted.epsilon), wanted.contribution_RH
     weighted = unscaled * wanted.weight_R[:, None]
     square_H, cross_H = (weighted * unscaled).sum(0), (weighted * aim).sum(0)
     penalty = ridge * square_H.mean()
@@ -181,7 +190,3 @@ def _product(inputs_RK: Tensor, low_rank: LowRank) -> Tensor:
     """U D d in the dtype of the inputs, as the folded model computes it; fp32 [R, H]."""
     down, up = low_rank.down_RI.to(inputs_RK.dtype), low_rank.up_OR.to(inputs_RK.dtype)
     return (inputs_RK @ down.T @ up.T).to(torch.promote_types(inputs_RK.dtype, torch.float32))
-
-
-def _normed(rows_RH: Tensor, epsilon: float) -> Tensor:
-    return rows_RH * torch.rsqrt(rows_RH.square().mean(-1, keepdim=True) + epsilon)

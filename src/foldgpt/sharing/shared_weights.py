@@ -17,11 +17,8 @@ from foldgpt.sharing.covariance import BlockMoments, block_moments
 from foldgpt.sharing.donors import least_squares
 from foldgpt.sharing.linears import Linear, linears_of, weight_of
 from foldgpt.sharing.low_rank import spectrum
-from foldgpt.sharing.output_fit import RIDGES
+from foldgpt.sharing.output_fit import RIDGES, first_that_chooses
 from foldgpt.sharing.student import Position, Student, linear_like
-
-#: The share of the rows, from the end, on which the ridge is chosen.
-_HELD_OUT = 0.25
 
 
 @dataclass(frozen=True)
@@ -189,7 +186,7 @@ def _refitted(
 ) -> nn.Module:
     """The layer that makes a sublayer's output, fitted to all members' own outputs at once."""
     before = {other.name: layers[other.name] for other in linears if other.sublayer == linear.sublayer}
-    first_held = max(1, round(len(batches) * (1 - _HELD_OUT))) if len(batches) > 1 else 1
+    first_held = first_that_chooses(len(batches))
     fitted: list[Sums] = []
     held: list[Sums] = []
     for block in group.blocks:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foldgpt.compensation import compensate, merge_
+from foldgpt.compensation import compensate_and_judge_
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import Decoder, decoder_of
 from foldgpt.folding import predicted_parameters
@@ -271,10 +271,11 @@ class _Solver:
         return cost.pairs(range(len(self.decoder.blocks)), reach=_REACH)
 
     @cached_property
-    def _for_compensation(self) -> Replay:
-        """The source on the windows that nothing is judged on."""
-        windows = self.replay.ids_WT[: self.fitted[-1].stop]
-        return Replay(self.model, windows, batch_size=self.replay.batch_size)
+    def _for_compensation(self) -> tuple[Replay, Replay]:
+        """The source on the windows that nothing is judged on, and on the others."""
+        first_held, size = self.fitted[-1].stop, self.replay.batch_size
+        fitted_WT, held_WT = self.replay.ids_WT[:first_held], self.replay.ids_WT[first_held:]
+        return Replay(self.model, fitted_WT, batch_size=size), Replay(self.model, held_WT, batch_size=size)
 
     # ------------------------------------------------------------------------------------------- measuring
 
@@ -305,21 +306,27 @@ class _Solver:
 
     @contextmanager
     def _compensated(self, plan: FoldPlan) -> Iterator[None]:
-        """The model with what is removed compensated, fitted on the windows that nothing is judged on."""
-        start = plan.at_start
-        if plan.compensation is None:
+        """The model with what is removed compensated, as folding does it: left out where it does not help.
+
+        It is fitted on the windows that nothing is judged on.
+        """
+        settings = plan.compensation
+        if settings is None:
             yield
             return
-        corrections = compensate(self.model, start, self._for_compensation.ids_WT, replay=self._for_compensation)
-        prefixes = tuple(f"{self.decoder.blocks_path}.{index}." for index in corrections)
-        changed = {name: p for name, p in self.model.named_parameters() if prefixes and name.startswith(prefixes)}
-        own = {name: parameter.clone() for name, parameter in changed.items()}
+        _, own = compensate_and_judge_(
+            self.model,
+            plan.at_start,
+            *self._for_compensation,
+            features=settings.features,
+            ridge=settings.ridge,
+            rounds=settings.rounds,
+        )
         try:
-            merge_(self.model, corrections)
             yield
         finally:
-            for name, parameter in changed.items():
-                parameter.copy_(own[name])
+            for name, value in own.items():
+                self.model.get_parameter(name).copy_(value)
 
 
 def middle(groups: Sequence[Group], kept: Sequence[int], number: int) -> tuple[Group, ...]:
