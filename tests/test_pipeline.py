@@ -20,6 +20,7 @@ from foldgpt.evaluation import perplexity
 from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Recipe
 from foldgpt.run_folder import open_run
+from foldgpt.selection import Selection
 from foldgpt.workbench import Workbench
 from models import token_ids
 from run_inputs import tiny_recipe, tiny_source, tiny_text
@@ -327,6 +328,32 @@ def test_what_starts_at_zero_is_compensated_and_measured_as_removed(
     assert one.perplexity is not None and other.perplexity is not None
     assert other.perplexity.value == one.perplexity.value
     assert one.size.unique_parameters < other.size.unique_parameters < 1.1 * one.size.unique_parameters
+
+
+def test_a_block_that_must_attend_stays_removed(
+    inputs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Block 0 would be the first one, and transformers reads the length of the KV cache from its attention."""
+    select = {"method": "random", "remove": 3, "options": {"seed": 6}}
+    share = {"method": "adjacent", "start": "zero", "sublayers": ["mlp"]}
+    bench = Workbench(Recipe.from_dict(tiny_recipe(*inputs, select=select, share=share)))
+    plan = steps.make_plan(bench, steps.make_analysis(bench))
+    assert plan.at_start.removed[0] == 0 and len(plan.at_start.removed) == 3
+    assert plan.removed == (0,) and len(plan.removed_attention) == 2
+    assert "block 0 stays removed" in capsys.readouterr().err
+    steps.make_folded(bench, plan, tmp_path / "folded")
+
+
+def test_neighbours_that_lack_the_sublayer_do_not_share_it(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "select", lambda *_: Selection("loo", None, (), (), removed_mlp=(2, 3)))
+    select = {"method": "loo", "remove": 1, "sublayers": True}
+    bench = Workbench(Recipe.from_dict(tiny_recipe(*inputs, select=select, share={"method": "adjacent"})))
+    plan = steps.make_plan(bench, steps.make_analysis(bench))
+    assert plan.removed_mlp == (2, 3)
+    assert [group.blocks for group in plan.groups] == [(0, 1), (4, 5)]
+    steps.make_folded(bench, plan, tmp_path / "folded")
 
 
 @pytest.mark.parametrize("donor", ["best", "least_squares"])

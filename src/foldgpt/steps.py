@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,10 +172,17 @@ def _groups(bench: Workbench, decoder: Decoder, selection: Selection) -> tuple[G
     if section.method == "none":
         return ()
     sublayers = tuple(section.sublayers)
-    kept = [index for index in range(len(decoder.blocks)) if index not in selection.removed]
+    lacking = {
+        *(selection.removed_attention if "attention" in sublayers else ()),
+        *(selection.removed_mlp if "mlp" in sublayers else ()),
+    }
+    kept = [index for index in range(len(decoder.blocks)) if index not in {*selection.removed, *lacking}]
     if section.start == "zero":
         whole = [index for index in kept if index not in {*selection.removed_attention, *selection.removed_mlp}]
-        return zero_started_groups(decoder, whole, selection.removed, sublayers=sublayers, rank=section.rank)
+        returning = selection.removed
+        if "attention" not in sublayers:
+            returning = _may_lose_attention(decoder, selection.removed)
+        return zero_started_groups(decoder, whole, returning, sublayers=sublayers, rank=section.rank)
     best = section.donor == "best"
     groups = adjacent_groups(
         decoder,
@@ -187,6 +194,23 @@ def _groups(bench: Workbench, decoder: Decoder, selection: Selection) -> tuple[G
         scales=section.scales,
     )
     return with_best_donors(Replay(bench.source.model, bench.selection_ids()), groups) if best else groups
+
+
+def _may_lose_attention(decoder: Decoder, removed: Collection[int]) -> tuple[int, ...]:
+    """Of removed blocks those that may come back without their attention.
+
+    A block that would then be the first one with its kind of attention may not: the KV cache's length is read there.
+    """
+    num_blocks = len(decoder.blocks)
+    types = getattr(decoder.config, "layer_types", None) or ["attention"] * num_blocks
+    first: dict[str, int] = {}
+    for index in range(num_blocks):
+        if index not in removed:
+            first.setdefault(types[index], index)
+    returning = tuple(index for index in removed if index > first.get(types[index], num_blocks))
+    for index in sorted(set(removed) - set(returning)):
+        note(f"block {index} stays removed: without attention it cannot be the first kept block with {types[index]}")
+    return returning
 
 
 def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool = False) -> Verification:
