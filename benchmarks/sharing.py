@@ -391,7 +391,7 @@ def main() -> None:
 
     if "source_perplexity" not in result:
         result["source_perplexity"] = perplexity(bench.model, bench.test).value
-    if "covariance_pass" not in result:
+    if "covariance_pass" not in result and not arguments.recover:
         result["covariance_pass"] = bench.covariance_pass()
         save()
     for name, make in rows.items():
@@ -417,7 +417,7 @@ def resumed(place: Path, identity: str) -> dict[str, Any] | None:
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    config, cost = result["config"], result["covariance_pass"]
+    config = result["config"]
     baseline = result["rows"].get("fixed pairs, first", {}).get("excess")
     lines = []
     for name, row in result["rows"].items():
@@ -443,7 +443,14 @@ def as_markdown(result: dict[str, Any]) -> str:
             f"\nTrained on {config['recover']:,} tokens of {' + '.join(config['recover_text'])} in windows of "
             f"{config['recover_context']}, {', '.join(config['set'])}; the last columns are of the trained rows.\n"
         )
-    held = cost["moments_bytes"] + cost["stream_bytes"]
+    moments = ""
+    if cost := result.get("covariance_pass"):
+        moments = (
+            f"Second moments of the inputs of all linear layers: {cost['forward_passes']:.2f} forward passes, or\n"
+            f"{cost['passes_without_head']:.2f} of the model without its head (medians of three turns),\n"
+            f"{(cost['moments_bytes'] + cost['stream_bytes']) / 1e6:.1f} MB beside a model of "
+            f"{cost['model_bytes'] / 1e6:.1f} MB.\n\n"
+        )
     return f"""# Sharing at equal bytes, {"before and after" if trained else "before"} training
 
 {config["model"]} ({result["num_blocks"]} blocks, {config["dtype"]}), {config["ratio"]:.0%} of the parameters in blocks
@@ -459,11 +466,7 @@ windows that nothing was fitted on. Seconds: fit and fold (for the solver, its s
 |---|---|---|---|---|---|---|{"---|" * heads.count("|")}
 {table}
 
-Second moments of the inputs of all linear layers: {cost["forward_passes"]:.2f} forward passes, or
-{cost["passes_without_head"]:.2f} of the model without its head (medians of three turns),
-{held / 1e6:.1f} MB beside a model of {cost["model_bytes"] / 1e6:.1f} MB.
-
-{provenance_lines((row["call"] for row in result["rows"].values()), result["seed"])}
+{moments}{provenance_lines((row["call"] for row in result["rows"].values()), result["seed"])}
 """
 
 

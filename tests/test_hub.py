@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -103,6 +104,14 @@ def test_refusals_are_one_message(
 ) -> None:
     hub.error = error
     with pytest.raises(kind, match=message):
+        push(run, "me/small")
+
+
+def test_without_a_network_it_is_one_message(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+    """The hub's own client, at an address where nobody answers."""
+    real = functools.partial(huggingface_hub.HfApi, endpoint="http://127.0.0.1:9", token="hf_none")
+    monkeypatch.setattr(huggingface_hub, "HfApi", real)
+    with pytest.raises(FoldGPTError, match="cannot reach the hub: "):
         push(run, "me/small")
 
 

@@ -34,6 +34,14 @@ def first(own: OwnText, count: int, **sampling: Any) -> list[str]:
     return list(itertools.islice(own.documents(Sampling(**sampling)), count))
 
 
+def test_line_separators_within_a_document_are_no_line_ends_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = ["a\u2028b", "c\u2029d\u0085e", "f\ng"]
+    monkeypatch.setattr(OwnText, "_sample", lambda *_: written)
+    assert first(own_text(tmp_path), 3) == written
+
+
 def no_model() -> Any:
     raise AssertionError("the model is not needed")
 

@@ -199,6 +199,24 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
         Recipe.load(path)
 
 
+def test_a_key_that_is_no_word_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("seed: 1\nmodel: {{ MODEL }}\n")
+    with pytest.raises(UsageError, match=r"cannot be a key; put text with braces in quotes at line 2"):
+        Recipe.load(path)
+
+
+def test_yaml_merge_keys_work(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: a\ncompare:\n  rows:\n"
+        "    one: {select: &cut {method: bi, remove: 3}}\n    two: {select: {<<: *cut, method: last}}\n"
+    )
+    rows = Recipe.load(path).compare.rows
+    assert rows is not None
+    assert rows["two"] == {"select": {"method": "last", "remove": 3}}
+
+
 def test_a_change_of_what_does_not_exist_is_refused() -> None:
     recipe = Recipe(model="m")
     with pytest.raises(UsageError, match="nonsense"):

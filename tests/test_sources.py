@@ -19,6 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from foldgpt import sources
 from foldgpt.demo import demo_text
 from foldgpt.errors import SourceError, UnsupportedModelError, UsageError
+from foldgpt.evaluation.memory import peak_memory
+from foldgpt.folding import fold_, save_folded, source_model_of
+from foldgpt.plan import FoldPlan
 from foldgpt.sources import load_gguf, load_source, load_tokenizer, model_fingerprint, resolve, save_tokenizer
 from tiny import tiny_tokenizer
 
@@ -204,6 +207,34 @@ def test_a_checkpoint_with_its_own_code_is_refused_unless_trusted(folder: Path) 
     _edit_config(folder, model_type="my_own", auto_map={"AutoConfig": "own.Config"})
     with pytest.raises(UnsupportedModelError, match="--trust-remote-code"):
         load_source(str(folder))
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "llama"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_checkpoint_with_its_own_code_is_folded_saved_and_measured(folder: Path, tmp_path: Path) -> None:
+    (folder / "own.py").write_text(OWN_CODE)
+    _edit_config(folder, auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"})
+    source = load_source(str(folder), trust_remote_code=True)
+    assert type(source.model).__name__ == "OwnForCausalLM"
+    plan = FoldPlan.create(source_model_of(source.model), removed=[2])
+    fold_(source.model, plan)
+    out = tmp_path / "folded"
+    save_folded(source.model, plan, out, tokenizer=source.tokenizer)
+    assert (out / "own.py").is_file()
+    folded = load_source(str(out), trust_remote_code=True)
+    assert type(folded.model).__name__ == "OwnForCausalLM" and folded.model.config.num_hidden_layers == 3
+    assert peak_memory(out, trust_remote_code=True).peak_rss > 0
 
 
 def test_a_corrupt_config_is_named(folder: Path) -> None:

@@ -5,7 +5,7 @@ Remove redundant blocks, let the rest share weights, and get an ordinary Hugging
     import foldgpt
 
     source = foldgpt.load_source("demo:smollm2-135m")
-    plan = foldgpt.FoldPlan.create(foldgpt.source_model_of(source), removed=[12, 13])
+    plan = foldgpt.FoldPlan.create(foldgpt.source_model_of(source.model), removed=[12, 13])
     foldgpt.fold_(source.model, plan)
 
 Names are imported on first use, so that `import foldgpt` costs nothing.

@@ -187,6 +187,14 @@ def check_free(path: str | Path, *, replace: bool = False) -> None:
         raise ArtifactError(f"{path} already exists. Choose another place, or pass --overwrite to replace it.")
 
 
+def check_free_file(path: str | Path, *, replace: bool = False) -> None:
+    """`check_free` for an output that is a file: a folder there is in the way, be it empty or to be replaced."""
+    path = Path(path)
+    if path.is_dir():
+        raise ArtifactError(f"{path} is a folder, and a file is to be written there. Choose another place.")
+    check_free(path, replace=replace)
+
+
 def remove_leftovers(path: str | Path) -> None:
     """Remove what a killed process left beside `path` while it was writing it, and nothing else."""
     path = Path(path)

@@ -83,13 +83,13 @@ def analyze(
     """Measure how redundant each block is: similarity, block influence, angular distance."""
     with _session(quiet):
         from foldgpt import steps
-        from foldgpt.artifacts import check_free, write_json
+        from foldgpt.artifacts import check_free_file, write_json
         from foldgpt.run_folder import ANALYSIS, FIGURES
         from foldgpt.tables import analysis_lines, analysis_table
         from foldgpt.workbench import Workbench
 
         path = out / ANALYSIS
-        check_free(path, replace=overwrite)
+        check_free_file(path, replace=overwrite)
         recipe = _recipe(
             model=model,
             revision=revision,
@@ -149,12 +149,12 @@ def plan(
     """Decide which blocks are removed and which share weights."""
     with _session(quiet):
         from foldgpt import steps
-        from foldgpt.artifacts import check_free
+        from foldgpt.artifacts import check_free_file
         from foldgpt.selection import ANALYSIS_FREE
         from foldgpt.tables import candidates_table, plan_strip
         from foldgpt.workbench import Workbench
 
-        check_free(out, replace=overwrite)
+        check_free_file(out, replace=overwrite)
         recipe = _recipe(
             model=model,
             revision=revision,
@@ -348,12 +348,12 @@ def evaluate(
     """Measure size, perplexity, speed and memory, beside a baseline."""
     with _session(quiet):
         from foldgpt import steps
-        from foldgpt.artifacts import check_free, write_json
+        from foldgpt.artifacts import check_free_file, write_json
         from foldgpt.tables import comparison_table, protocol_lines, task_table
         from foldgpt.workbench import Workbench
 
         if out is not None:
-            check_free(out, replace=overwrite)
+            check_free_file(out, replace=overwrite)
         recipe = _recipe(
             model=folder if baseline is None else baseline,
             dtype=dtype,

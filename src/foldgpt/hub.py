@@ -58,7 +58,7 @@ def push(folder: str | Path, repo: str, *, private: bool | None = None, revision
         raise FoldGPTError("no token for the hub: run `hf auth login`, or set HF_TOKEN") from error
     except HfHubHTTPError as error:
         raise FoldGPTError(f"the hub refuses {repo}: {_first_line(error)}") from error
-    except OSError as error:
+    except Exception as error:  # which library raises when there is no network depends on the client's version
         raise FoldGPTError(f"cannot reach the hub: {_first_line(error)}") from error
     return str(address)
 

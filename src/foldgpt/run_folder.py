@@ -183,8 +183,8 @@ def _check_same(path: Path, there: Recipe, asked: Recipe, *, overwrite: bool) ->
     if there == asked or overwrite:
         return
     before, after = _flat(there.model_dump(mode="json")), _flat(asked.model_dump(mode="json"))
-    changed = [key for key in after if before.get(key) != after[key]]
-    shown = "; ".join(f"{key} was {before.get(key)!r} and is now {after[key]!r}" for key in changed[:3])
+    changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    shown = "; ".join(f"{key} was {before.get(key)!r} and is now {after.get(key)!r}" for key in changed[:3])
     more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
     raise ArtifactError(
         f"{path} holds a run of another recipe: {shown}{more}. Choose another folder, or pass --overwrite."

@@ -58,7 +58,8 @@ _CONFIG_NOISE = frozenset(("_name_or_path", "_model_name_or_path", "transformers
 #: Share of the free memory that a model may take before its blocks stay on disk.
 _MEMORY_SHARE = 0.8
 
-_HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
+#: What is fetched of a hub model. The card names licence and languages; code is for those who trust it.
+_HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "README.md", "*.py"]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 

@@ -40,7 +40,7 @@ class Compensator:
 
     Args:
         replay: the source, recorded on the windows that are fitted on.
-        ridge: multiple of the Gram matrix's mean diagonal; "auto" takes the best of `RIDGES` on held-out tokens.
+        ridge: multiple of the Gram matrix's mean diagonal; "auto" goes downhill over `RIDGES` on held-out tokens.
         outliers: tokens are left out whose ‖M‖, ‖L − o‖ or ‖L‖ is more than this many times the median;
             by default none.
         rounds: rounds of alternating least squares where a norm stands behind the sublayer (Gemma 2 and 3, OLMo 2).

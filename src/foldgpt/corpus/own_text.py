@@ -133,7 +133,8 @@ class OwnText:
                     write_text(path, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in found))
         except OSError as error:
             raise SourceError(f"cannot write {path}: {error.strerror or error}") from error
-        return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+        # Not `splitlines`: it also breaks at U+2028 and others, which JSON leaves in strings as they are.
+        return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").split("\n") if line]
 
     @torch.no_grad()
     def _sample(self, shard: int, sampling: Sampling) -> list[str]:

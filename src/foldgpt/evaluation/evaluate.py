@@ -19,6 +19,7 @@ from foldgpt.evaluation.perplexity import Perplexity, perplexity
 from foldgpt.evaluation.size import ModelSize, folder_bytes, size_of
 from foldgpt.evaluation.tasks import Retained, Suite, TaskScore, retained, retained_on_average
 from foldgpt.evaluation.tasks.score import average
+from foldgpt.families import brings_own_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -255,7 +256,12 @@ def _peak_memory(subject: Subject) -> PeakMemory | None:
     if subject.folder is None or not subject.folder.is_dir():
         return None
     dtype = str(subject.model.dtype).removeprefix("torch.")
-    return peak_memory(subject.folder, dtype=dtype, device=str(subject.model.device))
+    return peak_memory(
+        subject.folder,
+        dtype=dtype,
+        device=str(subject.model.device),
+        trust_remote_code=brings_own_code(subject.model),
+    )
 
 
 def _ratios(folded: Measured, baseline: Measured) -> dict[str, float | None]:

@@ -40,13 +40,16 @@ class PeakMemory:
     dtype: str
 
 
-def peak_memory(model_folder: str | Path, *, dtype: str = "auto", device: str = "cpu") -> PeakMemory:
+def peak_memory(
+    model_folder: str | Path, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
+) -> PeakMemory:
     """Measure the peak memory of a saved model in a subprocess.
 
     Args:
         model_folder: a Hugging Face folder that `AutoModelForCausalLM` can load.
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
         device: "cpu", "cuda" or "cuda:0" and the like.
+        trust_remote_code: run modelling code that comes with the model.
 
     Raises:
         ArtifactError: there is no such folder.
@@ -57,6 +60,7 @@ def peak_memory(model_folder: str | Path, *, dtype: str = "auto", device: str = 
     # `-P`: a file in the current folder must not shadow a module of the child.
     command = [sys.executable, "-P", "-c", "from foldgpt.evaluation.memory import main; main()"]
     command += [str(model_folder), "--dtype", dtype, "--device", device]
+    command += ["--trust-remote-code"] if trust_remote_code else []
     process = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if process.returncode == -getattr(signal, "SIGKILL", 9):
         raise MeasurementError(
@@ -106,7 +110,7 @@ def _peak_bytes() -> int:
     return peak if system == "Darwin" else peak * 1024
 
 
-def _measure(model_folder: str, dtype: str, device: str) -> PeakMemory:
+def _measure(model_folder: str, dtype: str, device: str, trust_remote_code: bool) -> PeakMemory:
     """Load and run the model in this process, which should be a fresh one."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -116,7 +120,9 @@ def _measure(model_folder: str, dtype: str, device: str) -> PeakMemory:
     gc.collect()
     _forget_peak()
     baseline_rss = _resident_bytes()
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, local_files_only=True).to(device)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folder, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code
+    ).to(device)
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     decode_tokens = _DECODE_TOKENS
     prompt_tokens = min(_PROMPT_TOKENS, (positions or sys.maxsize) - decode_tokens)
@@ -137,6 +143,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--trust-remote-code", action="store_true")
     arguments = parser.parse_args()
-    measured = _measure(arguments.folder, arguments.dtype, arguments.device)
+    measured = _measure(arguments.folder, arguments.dtype, arguments.device, arguments.trust_remote_code)
     sys.stdout.write(json.dumps(asdict(measured)) + "\n")

@@ -1,5 +1,6 @@
 """Model families as data: where blocks and sublayers live, and which config fields depend on the block index."""
 
+from foldgpt.families.code import brings_own_code
 from foldgpt.families.config_fields import check_config, remap_config_
 from foldgpt.families.decoder import Decoder, decoder_of
 from foldgpt.families.decoding import decode
@@ -11,6 +12,7 @@ __all__ = [
     "Decoder",
     "Family",
     "Sublayers",
+    "brings_own_code",
     "check_config",
     "decode",
     "decoder_of",

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from foldgpt.artifacts import staged_folder, write_json
 from foldgpt.errors import ArtifactError, VerificationError
-from foldgpt.families import decode
+from foldgpt.families import brings_own_code, decode
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import quiet_libraries
 
@@ -148,7 +148,7 @@ def _reload(folder: Path, model: nn.Module) -> Any:
     try:
         with quiet_libraries():
             reloaded, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=parameter.dtype, output_loading_info=True
+                folder, dtype=parameter.dtype, output_loading_info=True, trust_remote_code=brings_own_code(model)
             )
     except Exception as error:  # from_pretrained passes on errors of half a dozen libraries
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -157,7 +157,11 @@ def _reload(folder: Path, model: nn.Module) -> Any:
         if info[problem]:
             shown = ", ".join(sorted(str(key) for key in info[problem])[:5])
             raise VerificationError(f"the saved model has {problem.replace('_', ' ')} on loading: {shown}")
-    if type(reloaded) is not type(model):
+    # A class that comes with the checkpoint is made anew from each folder.
+    is_same = type(reloaded) is type(model) or (
+        brings_own_code(reloaded) and brings_own_code(model) and type(reloaded).__name__ == type(model).__name__
+    )
+    if not is_same:
         raise VerificationError(f"saved a {type(model).__name__}, but it loads as {type(reloaded).__name__}")
     return reloaded.to(parameter.device).eval()
 
