@@ -17,7 +17,9 @@ from foldgpt import progress
 from foldgpt.cli import app
 from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Recipe
+from models import tiny_model
 from run_inputs import tiny_recipe, tiny_source, tiny_text
+from tiny import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,21 @@ def test_eval_of_one_model_alone(model: Path, text: Path) -> None:
     value = json.loads(made.stdout)
     assert value["baseline"] is None
     assert value["folded"]["perplexity"]["protocol"]["text_complete"] is True
+
+
+def test_eval_beside_a_model_that_numbers_words_differently_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    tiny_model("llama").save_pretrained(other)
+    tiny_tokenizer(100).save_pretrained(other)
+    made = foldgpt("eval", other, "--baseline", model, "--perplexity", text, "--context", 32, "--no-speed", "-q")
+    assert made.exit_code == 2 and "another tokenizer" in made.stderr
+
+
+@pytest.mark.parametrize("verb", ["plan", "eval"])
+def test_a_folder_in_place_of_a_file_is_refused_before_anything_runs(model: Path, tmp_path: Path, verb: str) -> None:
+    (tmp_path / "taken").mkdir()
+    made = foldgpt(verb, model, "--overwrite", "--out", tmp_path / "taken", "-q")
+    assert made.exit_code == 1 and "is a folder, and a file is to be written there" in made.stderr
 
 
 def test_plan_measures_by_itself_and_knows_its_groups(model: Path, text: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from foldgpt.analysis import Analysis, SourceIdentity, analyze
 from foldgpt.artifacts import read_json
 from foldgpt.compensation import Compensated, compensate_, why_not
 from foldgpt.corpus import OwnText, Windows, calibration_windows
-from foldgpt.errors import ArtifactError, PlanError
+from foldgpt.errors import ArtifactError, PlanError, UsageError
 from foldgpt.evaluation import Evaluation, Measured, Subject, evaluate
 from foldgpt.families import Decoder, decoder_of
 from foldgpt.folding import GroupFit, Verification, fold_, predicted_parameters, save_folded, source_model_of
@@ -43,6 +43,9 @@ from foldgpt.sharing import (
 from foldgpt.sizes import size
 from foldgpt.sources import load_source, resolve
 from foldgpt.workbench import Workbench
+
+#: Text of several kinds, by which tokenizers are told apart.
+_PROBE = "The 2nd fold (of 30) costs $1.50; naïve café, 東京, Привет!\n\n    x = a[0] ** 2  # it's — “so”"
 
 
 def make_analysis(bench: Workbench, checkpoint: Path | None = None) -> Analysis:
@@ -356,6 +359,8 @@ def make_evaluation(
     measured = load_source(
         str(place), dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
     )
+    if windows is not None:
+        _check_same_ids(bench.tokenizer, measured.tokenizer, bench.recipe.model, str(folded))
     baseline = None
     if compare and (source is None or section.speed):
         baseline = Subject("source", bench.source.model, bench.place, bench.source.tokenizer)
@@ -371,6 +376,20 @@ def make_evaluation(
         seed=recipe.seed,
         known=source,
     )
+
+
+def _check_same_ids(tokenizer: Any, other: Any, name: str, other_name: str) -> None:
+    """Refuse models whose tokenizers number words differently: one's windows mean nothing to the other.
+
+    Raises:
+        UsageError: they do; perplexities per token could not be compared either.
+    """
+    ids, others = (each(_PROBE, add_special_tokens=False)["input_ids"] for each in (tokenizer, other))
+    if ids != others:
+        raise UsageError(
+            f"{other_name} has another tokenizer than {name}, so perplexities and generations on the same tokens "
+            "cannot be compared. Measure each by itself, without a baseline."
+        )
 
 
 def read_analysis(path: Path, bench: Workbench) -> Analysis:
