@@ -79,8 +79,8 @@ def main() -> None:
     selectors = read_json(arguments.selectors)
     config = selectors["config"]
     rows = [row for row in selectors["rows"] if row["ratio"] == arguments.ratio]
-    if not rows or config["compensate"]:
-        raise UsageError(f"{arguments.selectors} has no uncompensated rows of ratio {arguments.ratio}")
+    if not rows or config["compensate"] or config["sublayers"]:
+        raise UsageError(f"{arguments.selectors} has no uncompensated rows of whole blocks of ratio {arguments.ratio}")
     source = load_source(config["model"], dtype=config["dtype"])
     windows = calibration_windows(
         [str(arguments.text_folder / name) if not name.startswith("demo:") else name for name in config["text"]],
@@ -99,7 +99,7 @@ def main() -> None:
 
     draw = random.Random(arguments.seed)
     starts = {
-        row["selector"]: frozenset(row["removed"])
+        row["selector"] + (f", seed {row['seed']}" if row["seed"] else ""): frozenset(row["removed"])
         for row in sorted(rows, key=lambda row: row["kl"])
         if row["selector"] != "random"
     }

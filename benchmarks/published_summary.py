@@ -1,6 +1,7 @@
 """One table and one picture of all results of published_comparison.py.
 
-python benchmarks/published_summary.py benchmarks/results/published_*.json
+    cd benchmarks/results && python ../published_summary.py published_smollm2-135m_20.json \\
+        published_smollm2-135m_36.json published_gemma3-270m_20.json
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def main() -> None:
     found = sorted(
         ((path, Comparison.load(path)) for path in arguments.results), key=lambda one: (one[1].model, removed(one[1]))
     )
-    write_text(arguments.out / f"{arguments.name}.md", as_markdown(found))
     draw([comparison for _, comparison in found], arguments.out / arguments.name)
+    write_text(arguments.out / f"{arguments.name}.md", as_markdown(found))
     print(as_markdown(found))
 
 
@@ -84,14 +85,16 @@ def as_markdown(found: list[tuple[Path, Comparison]]) -> str:
 
 def draw(comparisons: list[Comparison], path_stem: Path) -> None:
     """Perplexity of each row, a panel for each comparison and text: hollow as folded, filled once trained."""
-    texts = comparisons[0].texts
-    figure = Figure(figsize=(4.6 * len(texts), 0.9 + 0.95 * len(comparisons)), layout="constrained")
-    panels = figure.subplots(len(comparisons), len(texts), squeeze=False)
+    columns = max(len(comparison.texts) for comparison in comparisons)
+    figure = Figure(figsize=(4.6 * columns, 0.9 + 0.95 * len(comparisons)), layout="constrained")
+    panels = figure.subplots(len(comparisons), columns, squeeze=False)
     for line, comparison in zip(panels, comparisons, strict=True):
-        for axes, text in zip(line, texts, strict=True):
+        for axes in line[len(comparison.texts) :]:
+            axes.set_axis_off()
+        for number, (axes, text) in enumerate(zip(line, comparison.texts, strict=False)):
             draw_panel(axes, comparison, text)
-            axes.set_title(f"{heading(comparison) if text == texts[0] else ''}\n{text}", fontsize=8, loc="left")
-            if text != texts[0]:
+            axes.set_title(f"{'' if number else heading(comparison)}\n{text}", fontsize=8, loc="left")
+            if number:
                 axes.set_yticklabels([])
     figure.supxlabel("perplexity, log scale; hollow: folded, filled: trained; dotted: source", fontsize=8)
     save_figure(figure, path_stem)
