@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,10 +130,16 @@ def test_rows_that_all_say_what_they_change_need_no_budget_for_known_names() -> 
     ]
 
 
-def test_a_known_row_that_changes_the_recovery_is_left_out_without_one() -> None:
+def test_a_row_that_changes_the_recovery_is_left_out_without_one_and_that_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     section = {"rows": {"bi": None, "bi + plain LoRA": None}, "recovered": ["bi + plain LoRA"]}
     assert [row.title for row in rows_of_recipe(recipe_of(compare=section))] == ["bi"]
+    assert "'bi + plain LoRA' is only run with a recovery, and nothing is recovered" in capsys.readouterr().err
     with_recovery = rows_of_recipe(recipe_of(compare=section, recover={"num_tokens": 64}))
+    assert not capsys.readouterr().err
+    rows_of_recipe(recipe_of(compare={**section, "recovered": ["bi"]}, recover={"num_tokens": 64}))
+    assert "compare.recovered does not name it" in capsys.readouterr().err
     assert [row.title for row in with_recovery] == ["bi", "bi + plain LoRA + recovery"]
 
 
@@ -366,6 +373,20 @@ def test_a_comparison_makes_nothing_twice_and_says_what_is_certain(
     again = side_by_side.compare(wanted, tmp_path / "c")
     assert made == []
     assert again.methods == result.methods
+
+
+def test_rows_that_were_measured_elsewhere_are_named(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side_by_side.compare(recipe, tmp_path / "c")
+    here = json.loads((tmp_path / "c" / "rows" / "bi" / "environment.json").read_text())
+    shutil.rmtree(tmp_path / "c" / "rows" / "bi-recovered")
+    elsewhere = {**here, "cpu": "another", "date": "2040-01-01"}
+    monkeypatch.setattr(pipeline, "describe_environment", lambda: elsewhere)
+    result = side_by_side.compare(recipe, tmp_path / "c")
+    assert result.environment == elsewhere
+    [line] = [line for line in result.protocol if line.startswith("Measured elsewhere")]
+    assert f"bi ({here['cpu']}" in line and "bi + recovery (" not in line
 
 
 def test_files_say_the_same(recipe: Recipe, tmp_path: Path) -> None:

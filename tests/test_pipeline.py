@@ -116,6 +116,65 @@ def test_only_stages_with_other_inputs_run_again(recipe: Recipe, tmp_path: Path,
     assert stages_run == ["plan", "fold", "evaluation", "figures", "report"]
 
 
+def test_what_another_recipe_does_not_ask_for_is_gone(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """A recovered model that is no longer asked for would be pushed and shown as this run's."""
+    recover = {"num_tokens": 128, "context": 16, "held_out_tokens": 32, "settings": {"batch_size": 2, "rank": 2}}
+    recipe = Recipe.from_dict(tiny_recipe(*inputs, recover=recover))
+    pipeline.run(recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "recovered").is_dir()
+    plain = recipe.changed(recover={"num_tokens": 0})
+    result = pipeline.run(plain, tmp_path / "run", overwrite=True)
+    assert result.model == tmp_path / "run" / "folded" and (result.model / "README.md").is_file()
+    assert not (tmp_path / "run" / "recovered").exists()
+    assert "recovery" not in json.loads((tmp_path / "run" / "run.json").read_text())["stages"]
+
+
+def test_measurements_of_another_plan_are_gone_when_a_run_stops(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.run(recipe, tmp_path / "run")
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise FoldGPTError("stopped")
+
+    monkeypatch.setattr(pipeline, "make_folded", stopped)
+    with pytest.raises(FoldGPTError, match="stopped"):
+        pipeline.run(recipe.changed(select={"remove": 3}), tmp_path / "run", overwrite=True)
+    names = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
+    assert names == {"analysis.json", "plan.json", "recipe.yaml", "run.json", "source.json"}
+
+
+def test_measurements_keep_the_machine_and_day_they_were_made_on(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.run(recipe, tmp_path / "run")
+    before = (tmp_path / "run" / "environment.json").read_text()
+    monkeypatch.setattr(pipeline, "describe_environment", lambda: {"cpu": "another", "date": "2030-01-01"})
+    pipeline.run(recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "environment.json").read_text() == before
+    pipeline.run(recipe.changed(evaluate={"max_windows": 2}), tmp_path / "run", overwrite=True)
+    assert "another" in (tmp_path / "run" / "environment.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        ({"tasks": ["pica"]}, "unknown task 'pica'.*'piqa'"),
+        ({"texts": ["nowhere.txt"]}, "nowhere.txt"),
+        ({"tasks": ["piqa"], "data_dir": "nowhere"}, "nowhere"),
+        ({"context": 512}, "evaluate.context is 512 .* 128 positions"),
+        ({"texts": ["self:"]}, "self:"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_what_is_measured_show_before_anything_runs(
+    recipe: Recipe, tmp_path: Path, stages_run: list[str], evaluate: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FoldGPTError, match=message):
+        pipeline.run(recipe.changed(evaluate=evaluate), tmp_path / "run")
+    assert stages_run == []
+
+
 def test_a_changed_model_is_noticed(tmp_path: Path, stages_run: list[str]) -> None:
     model, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
     recipe = Recipe.from_dict(tiny_recipe(model, text))

@@ -229,3 +229,14 @@ def test_a_new_count_takes_the_place_of_a_ratio() -> None:
     by_ratio = Recipe.from_dict({"model": "m", "select": {"remove_ratio": 0.2}})
     assert by_ratio.changed(select={"remove": 3, "remove_ratio": None}).select.remove_ratio is None
     assert by_ratio.changed(select={"remove": None}).select.remove_ratio == 0.2
+
+
+def test_what_a_change_replaces_goes_with_it() -> None:
+    shared = Recipe.from_dict(
+        {"model": "m", "select": {"remove": 3}, "share": {"method": "adjacent", "rank": 4, "start": "zero"}}
+    )
+    assert shared.changed(share={"method": "none"}).share == Recipe(model="m").share
+    by_size = shared.changed(share={"method": "auto", "size": "0.7"})
+    assert by_size.select.remove is None and by_size.share.rank == 0
+    with pytest.raises(UsageError, match=r"select\.remove"):
+        shared.changed(share={"method": "auto", "size": "0.7"}, select={"remove": 2})

@@ -384,6 +384,30 @@ def test_how_long_it_may_take_is_said_by_the_call_that_goes_on(tmp_path: Path, m
     assert result.ended == "time" and result.num_steps == 4
 
 
+def test_another_unfinished_recovery_is_dropped_where_the_output_is_to_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RecoveryTrainer, "training_step", stop)
+        tiny_recovery(tmp_path)
+    student, teacher, plan = tiny_pair()
+    result = recover(
+        student,
+        teacher,
+        plan,
+        TrainingWindows(tiny_windows(8, seed=1)),
+        TrainingWindows(tiny_windows(4, seed=2)),
+        RecoverySettings(batch_size=4, rank=2),
+        tmp_path / "recovered",
+        replace=True,
+    )
+    assert result.num_steps == 2
+    assert "dropping an unfinished recovery with other inputs" in capsys.readouterr().err
+
+
 def test_the_teacher_may_be_read_from_a_file(tmp_path: Path) -> None:
     results = []
     for name in ("fresh", "first", "second"):

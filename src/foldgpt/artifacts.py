@@ -195,6 +195,17 @@ def check_free_file(path: str | Path, *, replace: bool = False) -> None:
     check_free(path, replace=replace)
 
 
+def remove(path: str | Path) -> None:
+    """Remove a file or a folder, if it is there; a folder is gone all at once, whenever the process is killed."""
+    path = Path(path)
+    if path.is_dir():
+        retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_STAGING_MARK}{path.name}-"))
+        path.rename(retired / "old")
+        shutil.rmtree(retired, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def remove_leftovers(path: str | Path) -> None:
     """Remove what a killed process left beside `path` while it was writing it, and nothing else."""
     path = Path(path)

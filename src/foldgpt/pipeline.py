@@ -82,7 +82,7 @@ def run(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Result:
 
 def carry_out(folder: RunFolder, bench: Workbench) -> Result:
     """Run the recipe of a workbench in an open run folder; see `run`."""
-    write_json(folder.path / ENVIRONMENT, describe_environment())
+    bench.check()
     analysis, plan = make_up_plan(folder, bench)
     _fold_stage(folder, bench, plan)
     final = _recovery_stage(folder, bench)
@@ -147,6 +147,7 @@ def _recovery_stage(folder: RunFolder, bench: Workbench) -> str:
     """Train the folded model if the recipe asks for it; returns the name of the folder of the final model."""
     recipe = bench.recipe
     if not recipe.recover.num_tokens:
+        folder.drop("recovery")
         return FOLDED
     inputs = {
         "model": bench.fingerprint,
@@ -182,6 +183,12 @@ def _source_stage(folder: RunFolder, bench: Workbench) -> Evaluation:
 
 def _evaluation_stage(folder: RunFolder, bench: Workbench, final: str, source: Evaluation) -> Evaluation:
     path = folder.path / EVALUATION
+
+    def make() -> None:
+        write_json(path, make_evaluation(bench, folder.path / final, source=source.folded).to_dict())
+        # With the measurements: a later call on another machine does not make them its own.
+        write_json(folder.path / ENVIRONMENT, describe_environment())
+
     inputs = {
         **_measuring(bench),
         "source": folder.key_of("source"),
@@ -190,8 +197,8 @@ def _evaluation_stage(folder: RunFolder, bench: Workbench, final: str, source: E
     return folder.stage(
         "evaluation",
         inputs,
-        [EVALUATION],
-        lambda: write_json(path, make_evaluation(bench, folder.path / final, source=source.folded).to_dict()),
+        [EVALUATION, ENVIRONMENT],
+        make,
         lambda: Evaluation.load(path),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -314,16 +315,34 @@ class Recipe(_Section):
             UsageError: a value is wrong, or there is no such section or key.
         """
         value = self.model_dump(mode="json")
+        parts = {}
         for name, change in sections.items():
             if isinstance(change, dict) and isinstance(value.get(name), dict):
-                change = {key: part for key, part in change.items() if part is not None}
-                # A count and a ratio are one wish: the new one takes the place of the old.
-                if name == "select" and change.keys() & {"remove", "remove_ratio"}:
-                    value[name].update(remove=None, remove_ratio=None)
-                value[name].update(change)
+                parts[name] = {key: part for key, part in change.items() if part is not None}
             elif change is not None:
                 value[name] = change
+        merge_sections_(value, parts)
         return type(self).from_dict(value)
+
+
+def merge_sections_(value: dict[str, Any], changes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Change parts of a recipe's sections, given as plain values, in place; what they replace goes with it.
+
+    Args:
+        value: the recipe.
+        changes: section → keys and values.
+    """
+    budget = {"remove", "remove_ratio"}
+    asked = changes.get("select", {}).keys() & budget
+    share = changes.get("share", {})
+    # A count, a ratio and a size are one wish: the new one takes the place of the old.
+    if asked or share.get("size") is not None:
+        value["select"].update(remove=None, remove_ratio=None)
+    # What the section says beside its method belongs to that method.
+    if share.get("method", value["share"].get("method")) != value["share"].get("method"):
+        value["share"] = {}
+    for name, parts in changes.items():
+        value[name].update(parts)
 
 
 def _hint(model: type[BaseModel], place: tuple[int | str, ...]) -> str:

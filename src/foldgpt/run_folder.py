@@ -16,6 +16,7 @@ from foldgpt.artifacts import (
     hash_of,
     hash_of_file,
     read_json,
+    remove,
     remove_all_leftovers,
     take_over,
     write_json,
@@ -29,6 +30,15 @@ ANALYSIS, PLAN, EVALUATION = "analysis.json", "plan.json", "evaluation.json"
 SOURCE = "source.json"
 FOLDED, RECOVERED, FIGURES = "folded", "recovered", "figures"
 _FORMAT = "foldgpt.run"
+#: Stage → those that are made of its outputs; what is left of them is out of date once it made others.
+_DEPENDENTS = {
+    "analysis": ("figures", "report"),
+    "plan": ("fold", "recovery", "evaluation", "figures", "report"),
+    "fold": ("recovery", "evaluation", "report"),
+    "recovery": ("evaluation", "report"),
+    "source": ("evaluation", "report"),
+    "evaluation": ("report",),
+}
 #: Files that a later stage puts into what an earlier one made: the model card, which tells the measurements.
 _WRITTEN_LATER = frozenset({"README.md"})
 
@@ -85,16 +95,32 @@ class RunFolder:
             return read()
         taken = self._take(name, key, outputs)
         if taken is not None:
-            self._enter(name, taken)
+            self._enter(name, taken, outputs)
             return read()
         started = time.perf_counter()
         make()
         seconds = round(time.perf_counter() - started, 1)
-        self._enter(name, {"inputs": key, "outputs": self._contents(outputs), "seconds": seconds})
+        self._enter(name, {"inputs": key, "outputs": self._contents(outputs), "seconds": seconds}, outputs)
         return read()
 
-    def _enter(self, name: str, entry: dict[str, Any]) -> None:
-        self._stages[name] = entry
+    def drop(self, *names: str) -> None:
+        """Remove what stages made, if it is there: it belongs to another recipe, or to inputs of before."""
+        for name in names:
+            entry = self._stages.pop(name, None)
+            if entry is None:
+                continue
+            self._save()
+            for place in entry.get("places", ()):
+                remove(self.path / place)
+
+    def _enter(self, name: str, entry: dict[str, Any], outputs: Sequence[str]) -> None:
+        if entry["outputs"] != self._stages.get(name, {}).get("outputs"):
+            # Before the entry: a process that is killed here makes the stage again, and then drops the rest.
+            self.drop(*_DEPENDENTS.get(name, ()))
+        self._stages[name] = {**entry, "places": list(outputs)}
+        self._save()
+
+    def _save(self) -> None:
         write_json(self.path / LEDGER, {"format": _FORMAT, "version": 1, "stages": self._stages})
 
     def _take(self, name: str, key: str, outputs: Sequence[str]) -> dict[str, Any] | None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
+from foldgpt.artifacts import read_json
 from foldgpt.comparison import Comparison, Finished, Row, rows_of_recipe
-from foldgpt.environment import describe_environment
 from foldgpt.errors import FoldGPTError, UsageError
 from foldgpt.evaluation import Evaluation
 from foldgpt.families import decoder_of
@@ -20,7 +21,7 @@ from foldgpt.plan import FoldPlan
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 from foldgpt.report import write_comparison
-from foldgpt.run_folder import RunFolder, open_run
+from foldgpt.run_folder import ENVIRONMENT, RunFolder, open_run
 from foldgpt.selection import ANALYSIS_FREE
 from foldgpt.tables import millions, protocol_lines
 from foldgpt.workbench import Workbench
@@ -58,6 +59,7 @@ def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comp
         with _named(row):
             Workbench(row.recipe)
     with open_run(out, recipe, overwrite=overwrite) as folder:
+        bench.check()
         bench = _check_budgets(rows, folder.path, bench, recipe)
         finished = []
         for number, row in enumerate(rows, 1):
@@ -68,14 +70,16 @@ def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comp
                 seconds = _seconds(run, row.recipe)
             place = f"{ROWS}/{row.folder}"
             finished.append(Finished(row.name, row.recovered, place, result.plan, result.evaluation, seconds))
+        environments = {row.title: read_json(folder.path / ROWS / row.folder / ENVIRONMENT) for row in rows}
+        environment = max(environments.values(), key=lambda each: str(each["date"]))
         comparison = Comparison.of(
             finished,
             recipe.compare,
             model=recipe.model,
             seed=recipe.seed,
             recovery_tokens=recipe.recover.num_tokens,
-            protocol=_protocol(finished[0].evaluation),
-            environment=describe_environment(),
+            protocol=[*_protocol(finished[0].evaluation), *_elsewhere(environments, environment)],
+            environment=environment,
         )
         write_comparison(comparison, folder.path)
         shutil.rmtree(folder.path / _COMMON, ignore_errors=True)
@@ -86,6 +90,17 @@ def _protocol(evaluation: Evaluation) -> list[str]:
     """How the rows were measured, with the source's values."""
     assert evaluation.baseline is not None
     return protocol_lines(Evaluation(evaluation.baseline, None, None)).plain.splitlines()
+
+
+def _elsewhere(environments: Mapping[str, Mapping[str, Any]], shown: Mapping[str, Any]) -> list[str]:
+    """What to say where some rows were measured on another machine or with other versions than is shown."""
+    alike = ("cpu", "gpu", "torch_threads", "torch", "transformers")
+    others = [
+        f"{name} ({each['cpu']}, {each['torch_threads']} threads, torch {each['torch']})"
+        for name, each in environments.items()
+        if any(each.get(key) != shown.get(key) for key in alike)
+    ]
+    return [f"Measured elsewhere, so that speeds do not compare: {', '.join(others)}."] if others else []
 
 
 def _check_budgets(rows: Sequence[Row], folder: Path, bench: Workbench, recipe: Recipe) -> Workbench:

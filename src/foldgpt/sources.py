@@ -149,7 +149,7 @@ def load_source(
         model, tokenizer = load_gguf(place, dtype=torch_dtype or torch.bfloat16)
         return Source(model.to(torch_device), tokenizer, spec, commit, model_fingerprint(place))
 
-    config = _checked_config(place, trust_remote_code=trust_remote_code)
+    config = load_config(place, trust_remote_code=trust_remote_code)
     headers = _weight_headers(place)
     placement, offload_folder = _placement(headers, torch_dtype, torch_device, max_memory_gb)
     with quiet_libraries(), _as_source_errors(place):
@@ -277,7 +277,14 @@ def _read_config(place: Path) -> dict[str, Any]:
     return values
 
 
-def _checked_config(place: Path, *, trust_remote_code: bool) -> Any:
+def load_config(place: Path, *, trust_remote_code: bool = False) -> Any:
+    """The config of a model in a Hugging Face folder.
+
+    Raises:
+        SourceError: it cannot be read.
+        UnsupportedModelError: the model is not a decoder-only language model, is quantised, or needs code that is
+            not trusted.
+    """
     values = _read_config(place)
     if "quantization_config" in values:
         method = (values["quantization_config"] or {}).get("quant_method", "unknown method")

@@ -20,7 +20,7 @@ from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings
 from foldgpt.selection import SELECTORS
-from foldgpt.sources import Source, load_source, load_tokenizer, model_fingerprint, resolve
+from foldgpt.sources import Source, load_config, load_source, load_tokenizer, model_fingerprint, resolve
 
 #: What depends on model, texts and measurements alone.
 _SAME_FOR_ALL_METHODS = ("place", "fingerprint", "tokenizer", "calibration", "tests", "tasks")
@@ -53,6 +53,29 @@ class Workbench:
         self.recipe = recipe
         self.common = common
         self.recovery_settings = _recovery_settings(recipe)
+
+    def check(self) -> None:
+        """Make what is measured on: mistakes in it show now, not after hours of search and training.
+
+        Raises:
+            FoldGPTError: a text or a task that is not there, too long windows, a harness that is not installed.
+        """
+        positions = self._positions
+        for text, windows in self.tests.items():
+            if positions is not None and windows.ids.shape[1] > positions:
+                raise UsageError(
+                    f"evaluate.context is {windows.ids.shape[1]} for {text}, and {self.recipe.model} has {positions} "
+                    "positions"
+                )
+        _ = self.tasks
+
+    @property
+    def _positions(self) -> int | None:
+        """How many positions the model has; None where its config does not say, or is inside a GGUF file."""
+        if self.place.is_file():
+            return None
+        config = load_config(self.place, trust_remote_code=self.recipe.trust_remote_code)
+        return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     def for_method(self, recipe: Recipe) -> Workbench:
         """A workbench for another method on the same model, texts and measurements; they are not made again.

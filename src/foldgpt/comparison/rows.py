@@ -9,7 +9,8 @@ from typing import Any
 
 from foldgpt.comparison.result import SOURCE
 from foldgpt.errors import UsageError, did_you_mean
-from foldgpt.recipe import Recipe
+from foldgpt.progress import note
+from foldgpt.recipe import Recipe, merge_sections_
 from foldgpt.sizes import size
 
 #: The model, the texts and the measurements are the same for all rows: that makes it a comparison.
@@ -91,6 +92,10 @@ def rows_of_recipe(recipe: Recipe) -> list[Row]:
     if recipe.recover.num_tokens:
         wanted = changes if section.recovered is None else section.recovered
         rows += [Row(name, True, one) for name, one in made.items() if name in wanted]
+    missing = {*(section.rows or {}), *(section.recovered or [])} - {row.name for row in rows}
+    for name in sorted(missing):
+        why = "compare.recovered does not name it" if recipe.recover.num_tokens else "nothing is recovered"
+        note(f"left out: the row {name!r} is only run with a recovery, and {why}")
     if not any(row.name == section.reference for row in rows):
         raise UsageError(f"compare.reference: {section.reference!r} changes the recovery, and nothing is recovered")
     _check_apart(rows)
@@ -168,6 +173,7 @@ def _changed(recipe: Recipe, name: str, change: Change) -> Recipe:
     place = f"compare.rows.{name}"
     value = recipe.model_dump(mode="json")
     del value["compare"]
+    merged: dict[str, Mapping[str, Any]] = {}
     for section, parts in change.items():
         if section not in _CHANGEABLE:
             hint = did_you_mean(section, _CHANGEABLE)
@@ -176,17 +182,9 @@ def _changed(recipe: Recipe, name: str, change: Change) -> Recipe:
             raise UsageError(f"{place}.{section}: must be a mapping of keys to values (got {parts!r})")
         if section == "recover":
             value[section]["settings"] |= _recovery_change(place, parts)
-            continue
-        if section == "share" and parts.get("method", value[section]["method"]) != value[section]["method"]:
-            # What the section says beside its method belongs to that method.
-            value[section] = {}
-        if section == "share" and parts.get("size") is not None:
-            # A size says itself how much is removed.
-            value["select"].update(remove=None, remove_ratio=None)
-        # A count and a ratio are one wish: the new one takes the place of the old.
-        if section == "select" and parts.keys() & {"remove", "remove_ratio"}:
-            value[section].update(remove=None, remove_ratio=None)
-        value[section].update(parts)
+        else:
+            merged[section] = parts
+    merge_sections_(value, merged)
     return Recipe.from_dict(value, place)
 
 

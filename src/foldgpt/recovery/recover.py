@@ -93,7 +93,7 @@ def recover(
     args, train = _arguments(settings, train, work, cpu=device_is_cpu, report_to=report_to)
     is_main = args.process_index == 0
     if is_main:
-        prepare(work, _identity(student, teacher, plan, train, held_out, settings))
+        prepare(work, _identity(student, teacher, plan, train, held_out, settings), replace=replace)
     _wait()
 
     num_parameters = sum(parameter.numel() for parameter in student.parameters())

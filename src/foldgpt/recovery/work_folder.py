@@ -6,17 +6,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from foldgpt.artifacts import read_json, write_json
+from foldgpt.artifacts import read_json, remove, write_json
 from foldgpt.errors import ArtifactError
+from foldgpt.progress import note
 from foldgpt.recovery.trainer import COMPLETE
 
 _IDENTITY = "identity.json"
 
 
-def prepare(folder: Path, identity: dict[str, Any]) -> None:
+def prepare(folder: Path, identity: dict[str, Any], *, replace: bool = False) -> None:
     """Take a folder for a recovery, or take up the one that was stopped there.
 
     Checkpoints that a killed process left half-written are removed.
+
+    Args:
+        folder: the folder; made if it does not exist.
+        identity: all that decides the result.
+        replace: drop another recovery that was stopped there.
 
     Raises:
         ArtifactError: it holds another recovery, or cannot be written.
@@ -24,12 +30,15 @@ def prepare(folder: Path, identity: dict[str, Any]) -> None:
     if (folder / _IDENTITY).is_file():
         there = read_json(folder / _IDENTITY, "identity of the recovery")
         if there != identity:
-            changed = [name for name in identity if there.get(name) != identity[name]]
-            raise ArtifactError(
-                f"{folder} holds an unfinished recovery with other inputs ({', '.join(changed)}). "
-                "Remove the folder to begin anew, or use the inputs it was begun with."
-            )
-    else:
+            changed = ", ".join(name for name in identity if there.get(name) != identity[name])
+            if not replace:
+                raise ArtifactError(
+                    f"{folder} holds an unfinished recovery with other inputs ({changed}). Pass --overwrite, or remove "
+                    "the folder, to begin anew; or use the inputs it was begun with."
+                )
+            note(f"dropping an unfinished recovery with other inputs ({changed})")
+            remove(folder)
+    if not (folder / _IDENTITY).is_file():
         write_json(folder / _IDENTITY, identity)
     for checkpoint in folder.glob("checkpoint-*"):
         if not (checkpoint / COMPLETE).is_file():
