@@ -33,10 +33,10 @@ _FORMAT = "foldgpt.run"
 #: Stage → those that are made of its outputs; what is left of them is out of date once it made others.
 _DEPENDENTS = {
     "analysis": ("figures", "report"),
-    "plan": ("fold", "recovery", "evaluation", "figures", "report"),
-    "fold": ("recovery", "evaluation", "report"),
-    "recovery": ("evaluation", "report"),
-    "source": ("evaluation", "report"),
+    "plan": ("fold", "figures", "report"),
+    "fold": ("recovery", "evaluation"),
+    "recovery": ("evaluation",),
+    "source": ("evaluation",),
     "evaluation": ("report",),
 }
 #: Files that a later stage puts into what an earlier one made: the model card, which tells the measurements.
@@ -104,14 +104,15 @@ class RunFolder:
         return read()
 
     def drop(self, *names: str) -> None:
-        """Remove what stages made, if it is there: it belongs to another recipe, or to inputs of before."""
+        """Remove what stages made and what was made of it, if it is there: it belongs to inputs of before."""
         for name in names:
-            entry = self._stages.pop(name, None)
-            if entry is None:
-                continue
-            self._save()
-            for place in entry.get("places", ()):
-                remove(self.path / place)
+            self.drop(*_DEPENDENTS.get(name, ()))
+            if name in self._stages:
+                for place in self._stages[name].get("places", ()):
+                    remove(self.path / place)
+                # Last: what is in the ledger is found again, whenever the process is killed.
+                del self._stages[name]
+                self._save()
 
     def _enter(self, name: str, entry: dict[str, Any], outputs: Sequence[str]) -> None:
         if entry["outputs"] != self._stages.get(name, {}).get("outputs"):
