@@ -103,21 +103,26 @@ class RunFolder:
         self._enter(name, {"inputs": key, "outputs": self._contents(outputs), "seconds": seconds}, outputs)
         return read()
 
-    def drop(self, *names: str) -> None:
-        """Remove what stages made and what was made of it, if it is there: it belongs to inputs of before."""
-        for name in names:
-            self.drop(*_DEPENDENTS.get(name, ()))
-            if name in self._stages:
-                for place in self._stages[name].get("places", ()):
-                    remove(self.path / place)
-                # Last: what is in the ledger is found again, whenever the process is killed.
-                del self._stages[name]
-                self._save()
+    def drop(self, name: str) -> None:
+        """Remove what a stage made, if it did, and what was made of it: it belongs to inputs of before."""
+        if name not in self._stages:
+            return
+        self._drop_dependents(name)
+        for place in self._stages[name].get("places", ()):
+            remove(self.path / place)
+        # Last: what is in the ledger is found again, whenever the process is killed.
+        del self._stages[name]
+        self._save()
+
+    def _drop_dependents(self, name: str) -> None:
+        for dependent in _DEPENDENTS.get(name, ()):
+            self._drop_dependents(dependent)
+            self.drop(dependent)
 
     def _enter(self, name: str, entry: dict[str, Any], outputs: Sequence[str]) -> None:
         if entry["outputs"] != self._stages.get(name, {}).get("outputs"):
             # Before the entry: a process that is killed here makes the stage again, and then drops the rest.
-            self.drop(*_DEPENDENTS.get(name, ()))
+            self._drop_dependents(name)
         self._stages[name] = {**entry, "places": list(outputs)}
         self._save()
 
