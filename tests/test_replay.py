@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from foldgpt.errors import UsageError
+from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import decoder_of
 from foldgpt.objectives import Head
 from foldgpt.replay import Replay
@@ -57,6 +59,32 @@ def test_gradients_flow_through_a_block() -> None:
     before = replay.states[2]
     replay.finish(before + gate * (replay.block(2, before) - before)).square().sum().backward()
     assert gate.grad is not None and gate.grad.abs() > 0
+
+
+@pytest.mark.parametrize("boundaries", ["all", "first"])
+def test_blocks_that_read_more_of_the_text_than_the_stream_are_refused(boundaries: Any) -> None:
+    """Their arguments differ from micro-batch to micro-batch, and a replay would use those of another one."""
+    model = tiny_model("llama")
+    body = model.model
+    forward = body.forward
+
+    def with_ids(input_ids: torch.Tensor, **options: Any) -> Any:
+        hooks = [
+            block.register_forward_pre_hook(
+                lambda _, args, kwargs: (args, {**kwargs, "input_ids": input_ids}), with_kwargs=True, prepend=True
+            )
+            for block in body.layers
+        ]
+        try:
+            return forward(input_ids=input_ids, **options)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    body.forward = with_ids
+    Replay(model, token_ids(model, (2, 8)), batch_size=2)
+    with pytest.raises(UnsupportedModelError, match="more of the text than the hidden states"):
+        Replay(model, token_ids(model, (4, 8)), batch_size=2, boundaries=boundaries)
 
 
 def test_windows_of_another_vocabulary_are_refused() -> None:

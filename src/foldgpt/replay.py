@@ -179,11 +179,19 @@ class Replay:
                 kwargs: dict[str, Any],
                 seen: list[Any] = seen,
                 only_first: bool = only_first,
+                size: int = size,
             ) -> None:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 # Copied: some families update their tensors in place.
                 states[len(seen)].append(hidden.clone())
                 rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+                known = self._arguments.get(size)
+                if known is not None and not _same(known[len(seen)], (args[1:], rest)):
+                    raise UnsupportedModelError(
+                        f"the blocks of {type(self.model).__name__} are called with more of the text than the hidden "
+                        "states, so they cannot be replayed; searches that measure removed blocks are not possible for "
+                        "it. BI, angular and last still are."
+                    )
                 seen.append((args[1:], rest))
                 if only_first:
                     raise _Stop
@@ -248,3 +256,14 @@ def _tensor_of(output: Any) -> Tensor:
     """A block's or sublayer's hidden states; some return them alone, some first in a tuple."""
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether tensors that blocks were called with are the same, in whatever they are packed."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return isinstance(other, (list, tuple)) and len(one) == len(other) and all(map(_same, one, other))
+    return True
