@@ -337,9 +337,19 @@ def test_a_half_precision_checkpoint_is_held_to_its_own_precision(tmp_path: Path
     model.to(torch.bfloat16)
     verification = save_folded(model, plan, tmp_path / "folded")
     assert verification.weight_bytes == 2 * verification.num_parameters
-    edit_weights(tmp_path / "folded", lambda tensors: tensors["model.layers.2.mlp.up_proj.weight"].mul_(1.5))
+    # Far less than 16 bits would take for rounding, but not rounding: in fp32 it shows.
+    edit_weights(tmp_path / "folded", lambda tensors: tensors["model.layers.2.mlp.up_proj.weight"].mul_(1.02))
     with pytest.raises(VerificationError, match="computes something else"):
         verify_checkpoint(tmp_path / "folded", model)
+
+
+def test_buffers_that_a_change_of_format_rounded_are_no_other_model(tmp_path: Path) -> None:
+    """S8: `.to(bfloat16)` rounds the rotary frequencies in memory; those of the reloaded model are made anew."""
+    model, plan = folded(shared=False)
+    model.to(torch.bfloat16)
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq * 1.01
+    verification = save_folded(model, plan, tmp_path / "folded")
+    assert not verification.logits_identical and verification.reload_error < 1e-4
 
 
 # ------------------------------------------------------------------------------- plans that do not fit

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import huggingface_hub
 import pytest
 import torch
@@ -21,7 +22,7 @@ from foldgpt.demo import demo_text
 from foldgpt.errors import SourceError, UnsupportedModelError, UsageError
 from foldgpt.evaluation.memory import peak_memory
 from foldgpt.folding import fold_, save_folded, source_model_of
-from foldgpt.plan import FoldPlan
+from foldgpt.plan import FoldPlan, Group
 from foldgpt.sources import load_gguf, load_source, load_tokenizer, model_fingerprint, resolve, save_tokenizer
 from tiny import tiny_tokenizer
 
@@ -95,6 +96,19 @@ def test_the_tokenizer_is_saved_with_its_chat_template(folder: Path, tmp_path: P
     assert (
         again(text)["input_ids"] == source.tokenizer(text)["input_ids"] == tiny_tokenizer(bos=True)(text)["input_ids"]
     )
+
+
+def test_what_is_kept_beside_the_device_counts_as_offloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an accelerator is the main device, accelerate calls what does not fit there "cpu"."""
+    from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
+
+    def apart(*args: Any, **kwargs: Any) -> Any:
+        model, report = from_pretrained(*args, **kwargs)
+        accelerate.cpu_offload(model.model.layers[1], torch.device("cpu"))
+        return model, report
+
+    monkeypatch.setattr(sources.AutoModelForCausalLM, "from_pretrained", apart)
+    assert load_source(str(folder), device="cpu").offloaded
 
 
 def test_a_model_larger_than_the_memory_stays_on_disk_and_computes_the_same(folder: Path) -> None:
@@ -235,6 +249,11 @@ def test_a_checkpoint_with_its_own_code_is_folded_saved_and_measured(folder: Pat
     folded = load_source(str(out), trust_remote_code=True)
     assert type(folded.model).__name__ == "OwnForCausalLM" and folded.model.config.num_hidden_layers == 3
     assert peak_memory(out, trust_remote_code=True).peak_rss > 0
+    again = load_source(str(folder), trust_remote_code=True).model
+    shared = FoldPlan.create(source_model_of(again), groups=[Group(blocks=(0, 1))])
+    with pytest.raises(UnsupportedModelError, match="code of its own"):
+        fold_(again, shared)
+    assert len({id(block.mlp.up_proj.weight) for block in again.model.layers}) == 4
 
 
 def test_a_corrupt_config_is_named(folder: Path) -> None:

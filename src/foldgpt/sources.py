@@ -77,7 +77,7 @@ class Source:
     fingerprint: str
     """Identity of the weights and the config; see `model_fingerprint`."""
     offloaded: bool = False
-    """True when some blocks stay on disk and are read each time they run."""
+    """True when some blocks stay on disk, or beside the accelerator, and are brought each time they run."""
     _offload_folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False, compare=False)
 
 
@@ -164,7 +164,7 @@ def load_source(
         )
     _check_complete(report, place)
     tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code)
-    offloaded = "disk" in getattr(model, "hf_device_map", {}).values()
+    offloaded = any(parameter.is_meta for parameter in model.parameters())
     return Source(model.eval(), tokenizer, spec, commit, model_fingerprint(place), offloaded, offload_folder)
 
 

@@ -112,6 +112,8 @@ HARMLESS = frozenset(
         "layer_norm_epsilon",
         "layerdrop",
         "layernorm_embedding",
+        # Of blocks for multi-token prediction, which transformers does not load.
+        "mtp_layers_block_type",
         "n_layer",
         "n_layers",
         "num_hidden_layers",

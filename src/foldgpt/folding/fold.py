@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from foldgpt.errors import PlanError, UnsupportedModelError, did_you_mean
-from foldgpt.families import Decoder, check_config, decoder_of, remap_config_
+from foldgpt.families import Decoder, brings_own_code, check_config, decoder_of, remap_config_
 from foldgpt.folding.donors import DONORS, READY
 from foldgpt.folding.fits import check_fits, check_start, write_fit_
 from foldgpt.folding.fitted import GroupFit, MemberFit
@@ -158,6 +158,11 @@ def _check_plan(decoder: Decoder, plan: FoldPlan) -> None:
             f"this one is {decoder.model_type!r}"
         )
     check_config(decoder.config)
+    if not plan.is_removal_only and brings_own_code(decoder.model):
+        raise UnsupportedModelError(
+            f"{type(decoder.model).__name__} comes with code of its own: whole blocks can be removed, but sharing and "
+            "removing sublayers build on transformers' own classes"
+        )
     for group in plan.groups:
         if group.donor not in (donors := (*READY, *DONORS)):
             raise PlanError(

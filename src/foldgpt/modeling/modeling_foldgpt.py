@@ -268,6 +268,10 @@ def folded_model_class(source_class: Any) -> Any:
     return folded
 
 
+#: Arguments of `from_pretrained` that say where files come from.
+_WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
 class _Front:
     """Loads a folded checkpoint into the class that fits its architecture."""
 
@@ -284,7 +288,8 @@ class _Front:
         """Load a folded checkpoint; arguments as in transformers."""
         config = kwargs.pop("config", None)
         if config is None:
-            config = FoldedConfig.from_pretrained(pretrained_model_name_or_path)
+            where = {name: kwargs[name] for name in _WHERE if name in kwargs}
+            config = FoldedConfig.from_pretrained(pretrained_model_name_or_path, **where)
         return cls.class_for(config).from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     @classmethod
