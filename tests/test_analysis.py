@@ -345,7 +345,7 @@ def test_interrupted_sweep_goes_on_where_it_was(tmp_path: Any, monkeypatch: pyte
     assert not checkpoint.exists()
 
 
-@pytest.mark.parametrize("change", ["windows", "source", "mask", "damaged"])
+@pytest.mark.parametrize("change", ["windows", "weights", "source", "mask", "damaged"])
 def test_checkpoint_of_another_request_is_not_used(change: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "_CHECKPOINT_SECONDS", 0.0)
     model = tiny_model("llama")
@@ -358,6 +358,9 @@ def test_checkpoint_of_another_request_is_not_used(change: str, tmp_path: Any, m
     request: dict[str, Any] = {}
     if change == "windows":
         ids = token_ids(model, (4, 16), seed=1)
+    elif change == "weights":
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
     elif change == "source":
         request["source"] = SourceIdentity(spec="other", fingerprint="0")
     elif change == "mask":

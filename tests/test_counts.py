@@ -27,7 +27,9 @@ def test_counts(written: str | int, value: int) -> None:
     assert count(written) == value
 
 
-@pytest.mark.parametrize("written", ["", "k", "two", "2 MB", "-5", "1.5", "1.0005k", "1e-3", "0x10", "2G"])
+@pytest.mark.parametrize(
+    "written", ["", "k", "two", "2 MB", "-5", "1.5", "1.0005k", "1e-3", "0x10", "2G", "1,5M", "1,,2", "1_", "12,34"]
+)
 def test_what_is_no_count_is_refused(written: str) -> None:
     with pytest.raises(ValueError, match="is not a"):
         count(written)

@@ -65,6 +65,15 @@ def test_accuracy_needs_every_token_of_the_word() -> None:
     assert len(ids) > 8
 
 
+def test_a_perplexity_beyond_floats_is_one_clear_error() -> None:
+    tokenizer = tiny_tokenizer(VOCABULARY)
+    model = tiny_model("llama", vocab_size=VOCABULARY)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    with pytest.raises(MeasurementError, match="its perplexity is no float"):
+        last_word(model, tokenizer, windows(tokenizer, ["some words before the end, then"]))
+
+
 def test_text_without_words_is_refused() -> None:
     tokenizer = tiny_tokenizer(VOCABULARY)
     with pytest.raises(MeasurementError, match="none of 1 windows holds a word"):

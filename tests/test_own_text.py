@@ -49,7 +49,8 @@ def no_model() -> Any:
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.6)])
 def test_the_first_token_follows_the_models_distribution(tmp_path: Path, temperature: float, top_p: float) -> None:
     writer = model()
-    writer.generation_config.top_k = 1  # a model's own wishes for chats are not for this
+    # A model's own wishes for chats are not for this.
+    writer.generation_config.update(top_k=1, min_p=0.9, suppress_tokens=[5, 6], min_new_tokens=3)
     with torch.no_grad():
         logits = writer(input_ids=torch.tensor([[BOS_ID]])).logits[0, -1]
     probability = (logits / temperature).softmax(-1)

@@ -164,6 +164,8 @@ def test_measurements_keep_the_machine_and_day_they_were_made_on(
         ({"tasks": ["piqa"], "data_dir": "nowhere"}, "nowhere"),
         ({"context": 512}, "evaluate.context is 512 .* 128 positions"),
         ({"texts": ["self:"]}, "self:"),
+        # M6: never multiple choice alone.
+        ({"tasks": ["piqa"], "texts": []}, "tasks need a text as well"),
     ],
     ids=str,
 )

@@ -6,7 +6,9 @@ import re
 from decimal import Decimal
 
 _MULTIPLES = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
-_WRITTEN = re.compile(r"\s*([0-9][0-9_,]*(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)\s*([kmb]?)\s*", re.IGNORECASE)
+_WRITTEN = re.compile(
+    r"\s*((?:[0-9]{1,3}(?:[,_][0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)\s*([kmb]?)\s*", re.IGNORECASE
+)
 
 
 def count(written: str | int) -> int:

@@ -12,7 +12,7 @@ from foldgpt.analysis import Analysis, SourceIdentity, analyze
 from foldgpt.artifacts import read_json
 from foldgpt.compensation import Compensated, compensate_, why_not
 from foldgpt.corpus import OwnText, Windows, calibration_windows
-from foldgpt.errors import ArtifactError, PlanError, UsageError
+from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, UsageError
 from foldgpt.evaluation import Evaluation, Measured, Subject, evaluate
 from foldgpt.families import Decoder, decoder_of
 from foldgpt.folding import GroupFit, Verification, fold_, predicted_parameters, save_folded, source_model_of
@@ -295,6 +295,8 @@ def make_recovered(bench: Workbench, folded: Path, out: Path, *, replace: bool =
     student = load_source(
         str(folded), dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
     )
+    if student.offloaded:
+        raise FoldGPTError(f"{folded} does not fit in the memory that is free; it cannot be trained from elsewhere")
     common = bench.common
     windows = out.parent / f".{out.name}.windows" if common is None else common / "windows"
     train, held_out = packed_windows(
@@ -361,15 +363,19 @@ def make_evaluation(
     )
     if windows is not None:
         _check_same_ids(bench.tokenizer, measured.tokenizer, bench.recipe.model, str(folded))
+    speed = section.speed
+    if speed and (measured.offloaded or (compare and bench.source.offloaded)):
+        note("without speed: there is not enough memory for both models, and bringing weights would be timed as well")
+        speed = False
     baseline = None
-    if compare and (source is None or section.speed):
+    if compare and (source is None or speed):
         baseline = Subject("source", bench.source.model, bench.place, bench.source.tokenizer)
     return evaluate(
         Subject("folded" if compare else "model", measured.model, place, measured.tokenizer),
         baseline,
         windows=windows,
         further_windows=bench.further_tests,
-        speed=section.speed,
+        speed=speed,
         memory=section.memory,
         tasks=tasks,
         num_generations=section.generations if windows is not None else 0,

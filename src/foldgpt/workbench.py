@@ -184,6 +184,11 @@ class Workbench:
         section = self.recipe.evaluate
         if not section.tasks:
             return None
+        if not section.texts:
+            raise UsageError(
+                "tasks need a text as well (evaluate.texts, --perplexity): multiple choice alone can hide that a model "
+                "no longer writes, so perplexity and last words stand beside it"
+            )
         return load_suite(section.tasks, data_dir=section.data_dir, limit=section.limit)
 
     @cached_property

@@ -17,6 +17,7 @@ from foldgpt.analysis.result import Analysis, CalibrationIdentity, SourceIdentit
 from foldgpt.artifacts import hash_of, read_json, write_json
 from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
 from foldgpt.families import Decoder, decoder_of
+from foldgpt.fingerprints import weights_fingerprint
 from foldgpt.progress import bar
 
 _CHECKPOINT_FORMAT = "foldgpt.analysis-checkpoint"
@@ -285,7 +286,7 @@ class _Checkpoint:
         windows.update(lengths.numpy().tobytes())
         self._fingerprint = hash_of(
             {
-                "source": None if source is None else source.model_dump(mode="json"),
+                "source": (weights_fingerprint(decoder.model) if source is None else source.model_dump(mode="json")),
                 "config": str(decoder.config.to_json_string()),
                 "dtype": str(next(decoder.model.parameters()).dtype),
                 "windows": windows.hexdigest(),

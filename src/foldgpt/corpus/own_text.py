@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ SELF = "self:"
 #: Documents that are sampled at once; a file holds as many.
 _BATCH = 32
 #: Raise it when the code that samples changes, so that old files are not used.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,6 @@ class OwnText:
         ends = _ends(model, tokenizer)
         device = model.get_input_embeddings().weight.device
         start_BT = torch.full((_BATCH, 1), start, device=device)
-        # Each setting by name: what is left out here, the model's own generation config would fill in.
         config = GenerationConfig(
             do_sample=True,
             temperature=sampling.temperature,
@@ -163,6 +163,7 @@ class OwnText:
             bar(f"the model writes documents {shard * _BATCH + 1}-{(shard + 1) * _BATCH}", sampling.length) as progress,
             torch.random.fork_rng(devices),
             quiet_libraries(),
+            _without_own_wishes(model),
         ):
             torch.manual_seed(int(hash_of([sampling.seed, shard])[:12], 16))
             written_BT = model.generate(
@@ -180,6 +181,16 @@ class OwnText:
         length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
         text: str = self._tokenizer.decode(ids[:length], skip_special_tokens=True)
         return text if text.strip() else ""
+
+
+@contextmanager
+def _without_own_wishes(model: Any) -> Iterator[None]:
+    """Leave the model's own generation config out: it would fill in all that is not asked for, meant for chats."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class _Progress:

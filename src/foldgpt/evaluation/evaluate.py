@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError, UsageError
 from foldgpt.evaluation.generations import Generation, generations
-from foldgpt.evaluation.last_word import LastWord, last_word
+from foldgpt.evaluation.last_word import LastWord, last_word, passages_of
 from foldgpt.evaluation.memory import PeakMemory, peak_memory
 from foldgpt.evaluation.performance import Speed, measure_speed
 from foldgpt.evaluation.perplexity import Perplexity, perplexity
@@ -206,6 +206,9 @@ def evaluate(
     for subject in subjects:
         if subject.tokenizer is None and (tasks is not None or num_generations):
             raise UsageError(f"tasks and generations of {subject.name} need its tokenizer.")
+        if subject.tokenizer is not None and tasks is not None and windows is not None:
+            # They cost little; without any, the error comes before tasks are scored and not after.
+            passages_of(subject.tokenizer, windows)
     speeds = measure_speed({subject.name: subject.model for subject in subjects}, seed=seed) if speed else {}
     further = further_windows or {}
     measured = [

@@ -27,6 +27,7 @@ from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings
 from foldgpt.recovery.trainable import make_trainable_
 from foldgpt.selection import number_for_target, number_to_remove, parameters_of
+from foldgpt.selection.cost import num_positions
 from foldgpt.sharing import limit_of
 from foldgpt.sizes import size
 from foldgpt.sources import DTYPES
@@ -116,13 +117,15 @@ def expect(
     passes = search_passes(
         recipe.select.method, plan.source.num_blocks, _num_removed(recipe, source), recipe.select.options
     )
+    # Of each row of logits.
+    head = 2.0 * config.vocab_size * _hidden_size(source)
     if passes:
-        flops["search"] = passes * forward * recipe.select.num_tokens
+        flops["search"] = passes * (forward * recipe.select.num_tokens + head * num_positions(recipe.select.num_tokens))
     measured = recipe.evaluate
     tokens = len(measured.texts) * (measured.max_windows or 0) * measured.context
     if tokens:
         both = _forward_flops(source, measured.context) + _forward_flops(student, measured.context)
-        flops["perplexity"] = tokens * both
+        flops["perplexity"] = tokens * (both + 2 * head)
     weights = _bytes(source)
     states = recipe.select.num_tokens * _hidden_size(source) * (len(decoder_of(source).blocks) + 1) * dtype.itemsize
     memory = {
@@ -143,7 +146,6 @@ def expect(
             kept = rows * section.context * _hidden_size(student) * dtype.itemsize * num_blocks + kept / num_blocks
             per_token += there
         teacher = _forward_flops(source, section.context) if settings.needs_teacher else 0.0
-        head = 2.0 * config.vocab_size * _hidden_size(source)
         # Logits of both models, and the gradient of the student's with respect to its last states.
         steps = section.num_tokens // (settings.batch_size * section.context)
         rounds = 2 + steps // settings.evaluate_every

@@ -65,6 +65,11 @@ class Sample:
         return self.windows.start, self.windows.stop
 
 
+def num_positions(num_tokens: int, share: float = _POSITION_SHARE, most: int = _MOST_POSITIONS) -> int:
+    """At how many positions of a text predictions are compared."""
+    return max(1, min(int(share * num_tokens), most))
+
+
 class RemovalCost:
     """Costs of sets of removed units.
 
@@ -146,7 +151,7 @@ class RemovalCost:
         ids_WT = self.replay.ids_WT[windows]
         # The last position of a window has no next token to score; KL leaves it out as well.
         num_windows, num_tokens = ids_WT.shape[0], max(1, ids_WT.shape[1] - 1)
-        wanted = max(1, min(int(self._position_share * num_windows * num_tokens), self._most_positions))
+        wanted = num_positions(num_windows * num_tokens, self._position_share, self._most_positions)
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + windows.start)
         chosen = torch.randperm(num_windows * num_tokens, generator=generator)[:wanted].sort().values
         rows_R = chosen // num_tokens * ids_WT.shape[1] + chosen % num_tokens
