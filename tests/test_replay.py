@@ -19,7 +19,7 @@ from reference import skipping
 @torch.no_grad()
 def test_a_removed_set_replayed_equals_skipping_its_blocks(family: str) -> None:
     model = tiny_model(family)
-    ids = token_ids(model, (3, 20))
+    ids = token_ids(model, (5, 20))
     replay, head = Replay(model, ids, batch_size=2), Head(model)
     expected = skipping(model, [1, 3])(input_ids=ids, use_cache=False).logits
     kept = [2, 4, 5]
