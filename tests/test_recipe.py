@@ -210,11 +210,13 @@ def test_yaml_merge_keys_work(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(
         "model: a\ncompare:\n  rows:\n"
-        "    one: {select: &cut {method: bi, remove: 3}}\n    two: {select: {<<: *cut, method: last}}\n"
+        "    one: {select: &cut {method: bi, remove: 3}}\n    two: {select: &late {<<: *cut, method: last}}\n"
+        "    three: {select: {<<: *late, remove: 4}}\n"
     )
     rows = Recipe.load(path).compare.rows
     assert rows is not None
     assert rows["two"] == {"select": {"method": "last", "remove": 3}}
+    assert rows["three"] == {"select": {"method": "last", "remove": 4}}
 
 
 def test_a_change_of_what_does_not_exist_is_refused() -> None:
