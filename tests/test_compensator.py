@@ -10,8 +10,8 @@ import torch
 from compensation_case import NORMED, correction
 from foldgpt.compensation import Compensator, merge_
 from foldgpt.compensation.least_squares import Sums, solve
-from foldgpt.compensation.through_norm import error_of, fit_through_norm, normed
-from foldgpt.families.norms import effective_scale
+from foldgpt.compensation.through_norm import error_of, fit_through_norm
+from foldgpt.families.norms import effective_scale, rms_normed
 from foldgpt.replay import Replay
 from models import tiny_model, token_ids
 from reference import blocks_of
@@ -156,7 +156,7 @@ def test_alternating_rounds_pay_and_never_end_worse() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(400, 16, generator=generator)
     scale = torch.linspace(0.5, 3, 16)
-    wanted = 2 * scale * normed(rows @ torch.randn(16, 16, generator=generator), 1e-6)
+    wanted = 2 * scale * rms_normed(rows @ torch.randn(16, 16, generator=generator), 1e-6)
     weight = torch.ones(400)
     errors = []
     for rounds in (0, 1, 4, 8):
@@ -172,7 +172,7 @@ def test_a_round_that_makes_it_worse_is_not_kept() -> None:
     rows = torch.randn(60, 16, generator=generator)
     scale = torch.linspace(0.5, 3, 16)
     # Contributions of very different size, which no norm can give.
-    wanted = scale * normed(rows, 1e-6) * torch.rand(60, 1, generator=generator) ** 4 * 20
+    wanted = scale * rms_normed(rows, 1e-6) * torch.rand(60, 1, generator=generator) ** 4 * 20
     weight = torch.ones(60)
     errors = []
     for rounds in (0, 3, 6):

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from foldgpt.compensation.least_squares import Sums, solve
+from foldgpt.compensation.scales import away_from_zero, best_scales
 from foldgpt.families.norms import rms_normed
-
-#: Scales smaller than this, relative to their root mean square, are not divided by.
-_LEAST_SCALE = 0.05
 
 
 @dataclass(frozen=True)
@@ -71,14 +69,13 @@ def fit_through_norm(
     for number in range(rounds + 1):
         if number:
             inverse_R1 = torch.rsqrt(mapped.square().mean(-1, keepdim=True) + epsilon)
-            least = _LEAST_SCALE * fit.scale_H.square().mean().sqrt()
-            scale = torch.where(fit.scale_H.abs() < least, least.copysign(fit.scale_H), fit.scale_H)
+            scale = away_from_zero(fit.scale_H)
             divided = (features * inverse_R1).to(features.dtype)
             change, _ = solve(Sums.of(divided, wanted - scale * rows * inverse_R1, weight), ridge, bias=False)
             fit = NormedFit(change.to(rows) / scale, fit.scale_H)
             mapped = fit.mapped(rows, features)
         unscaled = rms_normed(mapped, epsilon)
-        fit = NormedFit(fit.map_KH, _best_scales(unscaled, wanted, weight, ridge, scale_H))
+        fit = NormedFit(fit.map_KH, best_scales(unscaled, wanted, weight, ridge, scale_H))
         error = _error(fit.scale_H * unscaled, wanted, weight)
         if error < best_error:
             best, best_error = fit, error
@@ -95,11 +92,3 @@ def error_of(
 ) -> float:
     """Σ w ‖wanted − c'‖² of a fit on any rows."""
     return _error(fit.contribution(inputs_RH, features_RK, epsilon), wanted_RH, weight_R)
-
-
-def _best_scales(unscaled: Tensor, wanted: Tensor, weight: Tensor, ridge: float, own_H: Tensor) -> Tensor:
-    """Each channel's scale by least squares, drawn to the norm's own one by the ridge."""
-    weighted = unscaled * weight[:, None]
-    square_H, cross_H = (weighted * unscaled).sum(0), (weighted * wanted).sum(0)
-    penalty = ridge * square_H.mean()
-    return (cross_H + penalty * own_H) / (square_H + penalty)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from foldgpt.compensation.least_squares import Sums, solve
+from foldgpt.compensation.scales import away_from_zero, best_scales
 from foldgpt.families.norms import rms_normed
 from foldgpt.folding.fitted import LowRank
 
@@ -27,9 +28,6 @@ RIDGES = (1e-2, 1e-1, 1.0, 10.0)
 
 #: Share of the micro-batches that the ridge is chosen on.
 _CHOOSING = 0.25
-
-#: Scales smaller than this, relative to their root mean square, are not divided by.
-_LEAST_SCALE = 0.05
 
 
 def first_that_chooses(num_batches: int) -> int:
@@ -145,10 +143,7 @@ def _best_scale(wanted: Wanted, low_rank: LowRank | None, ridge: float) -> Tenso
         unscaled, aim = wanted.shared_RH, wanted.contribution_RH / wanted.multiplier - term
     else:
         unscaled, aim = rms_normed(wanted.shared_RH + term, wanted.epsilon), wanted.contribution_RH
-    weighted = unscaled * wanted.weight_R[:, None]
-    square_H, cross_H = (weighted * unscaled).sum(0), (weighted * aim).sum(0)
-    penalty = ridge * square_H.mean()
-    return (cross_H + penalty * wanted.start_H) / (square_H + penalty).clamp_min(1e-30)
+    return best_scales(unscaled, aim, wanted.weight_R, ridge, wanted.start_H)
 
 
 class _Regression:
@@ -160,7 +155,7 @@ class _Regression:
             inputs, left = wanted.inputs_RK, wanted.contribution_RH - wanted.multiplier * scale_H * wanted.shared_RH
         else:
             inverse_R1 = torch.rsqrt(wanted.shared_RH.square().mean(-1, keepdim=True) + wanted.epsilon)
-            self.outer_H = _away_from_zero(scale_H)
+            self.outer_H = away_from_zero(scale_H)
             inputs = (wanted.inputs_RK * inverse_R1).to(wanted.inputs_RK.dtype)
             left = wanted.contribution_RH - self.outer_H * wanted.shared_RH * inverse_R1
         self.sums = Sums.of(inputs, left, wanted.weight_R)
@@ -173,11 +168,6 @@ class _Regression:
         down_RK = (full_KH @ leading_HR).T.float().contiguous()
         up_HR = (leading_HR / self.outer_H[:, None].double().cpu()).float()
         return LowRank(up_HR.to(self.outer_H.device), down_RK.to(self.outer_H.device))
-
-
-def _away_from_zero(scale_H: Tensor) -> Tensor:
-    least = (_LEAST_SCALE * scale_H.square().mean().sqrt()).clamp_min(1e-6)
-    return torch.where(scale_H.abs() < least, least.copysign(scale_H), scale_H)
 
 
 def _relative_error(fit: OutputFit, wanted: Wanted) -> float:
