@@ -70,7 +70,7 @@ def test_a_perplexity_beyond_floats_is_one_clear_error() -> None:
     model = tiny_model("llama", vocab_size=VOCABULARY)
     with torch.no_grad():
         model.lm_head.weight.mul_(1e5)
-    with pytest.raises(MeasurementError, match="its perplexity is no float"):
+    with pytest.raises(MeasurementError, match="nats per word: its perplexity is too large for a float"):
         last_word(model, tokenizer, windows(tokenizer, ["some words before the end, then"]))
 
 

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError, UsageError
 from foldgpt.evaluation.generations import Generation, generations
-from foldgpt.evaluation.last_word import LastWord, last_word, passages_of
+from foldgpt.evaluation.last_word import LastWord, last_word
 from foldgpt.evaluation.memory import PeakMemory, peak_memory
 from foldgpt.evaluation.performance import Speed, measure_speed
 from foldgpt.evaluation.perplexity import Perplexity, perplexity
@@ -206,9 +206,6 @@ def evaluate(
     for subject in subjects:
         if subject.tokenizer is None and (tasks is not None or num_generations):
             raise UsageError(f"tasks and generations of {subject.name} need its tokenizer.")
-        if subject.tokenizer is not None and tasks is not None and windows is not None:
-            # They cost little; without any, the error comes before tasks are scored and not after.
-            passages_of(subject.tokenizer, windows)
     speeds = measure_speed({subject.name: subject.model for subject in subjects}, seed=seed) if speed else {}
     further = further_windows or {}
     measured = [
@@ -238,10 +235,11 @@ def _written(subject: Subject, windows: Windows | None, tasks: Suite | None, num
     if tokenizer is None:
         return {}
     fields: dict[str, Any] = {}
+    if windows is not None and tasks is not None:
+        # First: it takes little time, and a text without words is an error, which should not cost scored tasks.
+        fields["last_word"] = last_word(subject.model, tokenizer, windows)
     if tasks is not None:
         fields["tasks"] = tasks.measure(subject.model, tokenizer)
-    if windows is not None and tasks is not None:
-        fields["last_word"] = last_word(subject.model, tokenizer, windows)
     if windows is not None and num_generations:
         fields["generations"] = generations(subject.model, tokenizer, windows, num=num_generations)
     return fields

@@ -17,6 +17,7 @@ import torch
 
 from foldgpt.artifacts import hash_of
 from foldgpt.evaluation.errors import MeasurementError
+from foldgpt.evaluation.perplexity import exp_of_mean
 from foldgpt.progress import bar
 
 if TYPE_CHECKING:
@@ -70,7 +71,12 @@ def last_word(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, window
     Raises:
         MeasurementError: no window holds a word, or the model's output is not finite.
     """
-    passages = passages_of(tokenizer, windows)
+    prefix = windows.ids[0, :1].tolist() if windows.protocol.get("bos") else []
+    passages = [
+        passage for ids_T in windows.ids if (passage := _passage(tokenizer, ids_T.tolist(), prefix)) is not None
+    ]
+    if not passages:
+        raise MeasurementError(f"none of {len(windows.ids)} windows holds a word that could be predicted.")
     keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
     nlls: list[float] = []
     hits: list[bool] = []
@@ -92,16 +98,10 @@ def last_word(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, window
     if not math.isfinite(mean_nll):
         raise MeasurementError("the log-likelihoods of last words are not finite; they would mean nothing.")
     several = len(nlls) > 1
-    try:
-        perplexity = math.exp(mean_nll)
-    except OverflowError:
-        raise MeasurementError(
-            f"the mean negative log-likelihood is {mean_nll:.4g} nats per word: its perplexity is no float."
-        ) from None
     return LastWord(
         accuracy=fmean(hits),
         accuracy_error=stdev(map(float, hits)) / math.sqrt(len(hits)) if several else None,
-        perplexity=perplexity,
+        perplexity=exp_of_mean(mean_nll, "word"),
         mean_nll=mean_nll,
         nll_error=stdev(nlls) / math.sqrt(len(nlls)) if several else None,
         num_passages=len(nlls),
@@ -111,23 +111,10 @@ def last_word(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, window
             "texts": windows.protocol.get("texts"),
             "windows": len(windows.ids),
             "context": windows.ids.shape[1],
-            "bos": bool(windows.protocol.get("bos")),
+            "bos": bool(prefix),
             "word": "the last run of letters between white space and something else",
         },
     )
-
-
-def passages_of(tokenizer: PreTrainedTokenizerBase, windows: Windows) -> list[tuple[list[int], list[int]]]:
-    """Token ids of what stands before the last word of each window, and of the word.
-
-    Raises:
-        MeasurementError: no window holds a word.
-    """
-    prefix = windows.ids[0, :1].tolist() if windows.protocol.get("bos") else []
-    found = [passage for ids_T in windows.ids if (passage := _passage(tokenizer, ids_T.tolist(), prefix)) is not None]
-    if not found:
-        raise MeasurementError(f"none of {len(windows.ids)} windows holds a word that could be predicted.")
-    return found
 
 
 def _passage(

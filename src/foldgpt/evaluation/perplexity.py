@@ -102,6 +102,21 @@ def perplexity(model: PreTrainedModel, windows: Windows, *, batch_size: int | Li
     return _summary(nll_N, first_targets, context, model, windows)
 
 
+def exp_of_mean(mean_nll: float, unit: str) -> float:
+    """The perplexity to a mean negative log-likelihood in nats per unit.
+
+    Raises:
+        MeasurementError: it is larger than a float can be.
+    """
+    try:
+        return math.exp(mean_nll)
+    except OverflowError:
+        raise MeasurementError(
+            f"the mean negative log-likelihood is {mean_nll:.4g} nats per {unit}: its perplexity is too "
+            "large for a float."
+        ) from None
+
+
 def _check_fits(ids: Tensor, config: Any) -> None:
     """Refuse windows that would make an embedding raise an index error, or mean nothing."""
     context = ids.shape[1]
@@ -159,15 +174,8 @@ def _summary(
         residuals_N = nll_N - mean_nll * counts_N
         variance = num_windows / (num_windows - 1) * residuals_N.square().sum().item()
         standard_error = math.sqrt(variance) / num_tokens
-    try:
-        value = math.exp(mean_nll)
-    except OverflowError:
-        raise MeasurementError(
-            f"the mean negative log-likelihood is {mean_nll:.4g} nats per token: its perplexity is too "
-            "large for a float."
-        ) from None
     return Perplexity(
-        value=value,
+        value=exp_of_mean(mean_nll, "token"),
         mean_nll=mean_nll,
         standard_error=standard_error,
         num_tokens_scored=num_tokens,
