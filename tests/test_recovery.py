@@ -204,6 +204,13 @@ def test_a_student_that_lost_nothing_has_no_loss(tmp_path: Path) -> None:
     assert abs(float(module(ids, ids, None, theirs.last_BTH, theirs.between)["loss"].detach())) < 1e-5
 
 
+def recovered_on(train: TrainingWindows, out: Path, settings: dict[str, Any] | None = None, **options: Any) -> Any:
+    """A recovery of the tiny pair on some windows, four in a step."""
+    student, teacher, plan = tiny_pair()
+    given = RecoverySettings(**{"batch_size": 4, "rank": 2, **(settings or {})})
+    return recover(student, teacher, plan, train, TrainingWindows(tiny_windows(4, seed=2)), given, out, **options)
+
+
 def test_killed_at_any_moment_it_ends_in_the_same_result(tmp_path: Path, one_thread: None) -> None:
     """SIGKILL; losses and saved weights equal those of an undisturbed run bit by bit."""
     changes = {"windows": 120, "evaluate_every": 4, "patience": 50}
@@ -244,16 +251,8 @@ def test_micro_batches_do_not_change_the_step_even_where_masks_differ(tmp_path: 
     scored[3, 8:] = False
     losses = []
     for size in (1, 4):
-        student, teacher, plan = tiny_pair()
-        result = recover(
-            student,
-            teacher,
-            plan,
-            TrainingWindows(tiny_windows(8, seed=1), scored),
-            TrainingWindows(tiny_windows(4, seed=2)),
-            RecoverySettings(batch_size=4, micro_batch_size=size, rank=2),
-            tmp_path / str(size),
-        )
+        windows = TrainingWindows(tiny_windows(8, seed=1), scored)
+        result = recovered_on(windows, tmp_path / str(size), {"micro_batch_size": size})
         losses.append(list(step_losses(result.history).values()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -262,16 +261,7 @@ def test_a_step_with_nothing_to_score_changes_nothing(tmp_path: Path) -> None:
     """Chats whose replies lie beyond the context: no gradient, no NaN in the history, and it can be saved."""
     scored = torch.ones(12, 16, dtype=torch.bool)
     scored[4:8] = False
-    student, teacher, plan = tiny_pair()
-    result = recover(
-        student,
-        teacher,
-        plan,
-        TrainingWindows(tiny_windows(12, seed=1), scored),
-        TrainingWindows(tiny_windows(4, seed=2)),
-        RecoverySettings(batch_size=4, rank=2),
-        tmp_path / "out",
-    )
+    result = recovered_on(TrainingWindows(tiny_windows(12, seed=1), scored), tmp_path / "out")
     losses = list(step_losses(result.history).values())
     assert losses[1] == 0 and losses[0] > 0 and losses[2] > 0
     assert (tmp_path / "out" / "recovery.json").is_file()
@@ -393,17 +383,7 @@ def test_another_unfinished_recovery_is_dropped_where_the_output_is_to_be_replac
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RecoveryTrainer, "training_step", stop)
         tiny_recovery(tmp_path)
-    student, teacher, plan = tiny_pair()
-    result = recover(
-        student,
-        teacher,
-        plan,
-        TrainingWindows(tiny_windows(8, seed=1)),
-        TrainingWindows(tiny_windows(4, seed=2)),
-        RecoverySettings(batch_size=4, rank=2),
-        tmp_path / "recovered",
-        replace=True,
-    )
+    result = recovered_on(TrainingWindows(tiny_windows(8, seed=1)), tmp_path / "recovered", replace=True)
     assert result.num_steps == 2
     assert "dropping an unfinished recovery with other inputs" in capsys.readouterr().err
 
@@ -411,20 +391,9 @@ def test_another_unfinished_recovery_is_dropped_where_the_output_is_to_be_replac
 def test_the_teacher_may_be_read_from_a_file(tmp_path: Path) -> None:
     results = []
     for name in ("fresh", "first", "second"):
-        student, teacher, plan = tiny_pair()
         cache = None if name == "fresh" else tmp_path / "cache"
-        results.append(
-            recover(
-                student,
-                teacher,
-                plan,
-                TrainingWindows(tiny_windows(8, seed=1)),
-                TrainingWindows(tiny_windows(4, seed=2)),
-                RecoverySettings(batch_size=4, rank=2, states=1.0),
-                tmp_path / name,
-                teacher_cache=cache,
-            )
-        )
+        windows = TrainingWindows(tiny_windows(8, seed=1))
+        results.append(recovered_on(windows, tmp_path / name, {"states": 1.0}, teacher_cache=cache))
     fresh, first, second = (list(step_losses(result.history).values()) for result in results)
     assert first == second
     assert first == pytest.approx(fresh, rel=2e-2)  # bf16
