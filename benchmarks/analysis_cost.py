@@ -25,6 +25,7 @@ from foldgpt.environment import describe_environment
 from foldgpt.families import decoder_of
 from foldgpt.progress import be_quiet
 from foldgpt.sources import load_source
+from provenance import provenance_of
 
 LABELS = {"body": "plain forward, body only", "full": "plain forward with logits", "sweep": "analysis sweep"}
 
@@ -105,7 +106,7 @@ def timed(run: Callable[[], object], device: str) -> float:
 
 
 def as_markdown(result: dict) -> str:
-    config, environment = result["config"], result["environment"]
+    config = result["config"]
     rows = "\n".join(
         f"| {label} | {result['median_seconds'][name]:.3f} | "
         f"{result['num_tokens'] / result['median_seconds'][name]:,.0f} | {result['ratio_to_body'][name]:.3f} |"
@@ -121,9 +122,7 @@ def as_markdown(result: dict) -> str:
 |---|---|---|---|
 {rows}
 
-`{" ".join(result["command"])}`, seed {result["seed"]}.
-{environment["cpu"]}, {environment["torch_threads"]} threads, {environment["ram_gb"]} GB RAM,
-torch {environment["torch"]}, transformers {environment["transformers"]}, {environment["date"]}.
+{provenance_of(result)}
 """
 
 

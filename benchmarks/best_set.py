@@ -27,6 +27,7 @@ from foldgpt.progress import be_quiet
 from foldgpt.selection import RemovalCost, Request
 from foldgpt.selection.units import Removed
 from foldgpt.sources import load_source
+from provenance import provenance_of
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -150,7 +151,6 @@ def earlier(place: Path, identity: list[Any]) -> dict[Removed, float]:
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    environment = result["environment"]
     best = min(result["rows"], key=lambda row: row["found_kl"])
     lines = [
         f"| {row['start']} | {' '.join(map(str, row['removed']))} | {row['kl']:.4f} | "
@@ -170,9 +170,7 @@ exchanged one by one while that lowers the KL to the source on the calibration w
 |---|---|---|---|---|---|---|
 {table}
 
-`{" ".join(result["command"])}`.
-{environment["cpu"]}, {environment["torch_threads"]} threads, {environment["ram_gb"]} GB RAM,
-torch {environment["torch"]}, transformers {environment["transformers"]}, {environment["date"]}.
+{provenance_of(result)}
 """
 
 

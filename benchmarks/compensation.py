@@ -32,6 +32,7 @@ from foldgpt.objectives import Head, cross_entropy, forward_kl
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import be_quiet
 from foldgpt.sources import load_source
+from provenance import provenance_of
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -150,7 +151,7 @@ def measured(head: Head, teacher_WTH: Tensor, student_WTH: Tensor, judged_on: Wi
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    config, environment = result["config"], result["environment"]
+    config = result["config"]
     rows = "\n".join(
         f"| {', '.join(map(str, row['removed']))} | {row['without']['perplexity']:.2f} | "
         f"{row['with']['perplexity']:.2f} | {row['without']['kl']:.3f} | {row['with']['kl']:.3f} | "
@@ -167,9 +168,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 |---|---|---|---|---|---|---|
 {rows}
 
-`{" ".join(result["command"])}`, seed {result["seed"]}.
-{environment["cpu"]}, {environment["torch_threads"]} threads, {environment["ram_gb"]} GB RAM,
-torch {environment["torch"]}, transformers {environment["transformers"]}, {environment["date"]}.
+{provenance_of(result)}
 """
 
 

@@ -28,6 +28,7 @@ from foldgpt.plan import FoldPlan
 from foldgpt.progress import be_quiet, quiet_libraries
 from foldgpt.sharing import adjacent_groups
 from foldgpt.sources import load_source, resolve
+from provenance import provenance_of
 
 KINDS = {"removal": "removed", "sharing": "shared in pairs"}
 
@@ -101,7 +102,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    config, environment = result["config"], result["environment"]
+    config = result["config"]
     rows = "\n".join(
         f"| {KINDS[kind]} | {case['fold_seconds']:.3f} | {case['save_and_verify_seconds']:.1f} | "
         f"{statistics.median(case['load_seconds']['source']):.2f} | "
@@ -118,9 +119,7 @@ Medians of {config["repeats"]} interleaved rounds of `AutoModelForCausalLM.from_
 |---|---|---|---|---|---|---|---|
 {rows}
 
-`{" ".join(result["command"])}`.
-{environment["cpu"]}, {environment["torch_threads"]} threads, {environment["ram_gb"]} GB RAM,
-torch {environment["torch"]}, transformers {environment["transformers"]}, {environment["date"]}.
+{provenance_of(result)}
 """
 
 

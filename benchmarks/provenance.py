@@ -24,15 +24,15 @@ def provenance_lines(calls: Iterable[Mapping[str, Any]], seed: int) -> str:
         calls: what `measured_by` returned, of every row.
         seed: that all were called with.
     """
-    paragraphs = []
-    for call in calls:
-        environment = call["environment"]
-        paragraph = (
-            f"`{' '.join(call['command'])}`, seed {seed}.\n"
-            f"{environment['cpu']}, {environment['torch_threads']} threads, {environment['ram_gb']} GB RAM,\n"
-            f"foldgpt {environment['foldgpt']}, torch {environment['torch']}, transformers "
-            f"{environment['transformers']}, {environment['date'].partition('T')[0]}."
-        )
-        if paragraph not in paragraphs:
-            paragraphs.append(paragraph)
-    return "\n\n".join(paragraphs)
+    return "\n\n".join(dict.fromkeys(provenance_of({**call, "seed": seed}) for call in calls))
+
+
+def provenance_of(result: Mapping[str, Any]) -> str:
+    """The command, the seed if there is one, and the machine of a result that one call has measured."""
+    environment, seed = result["environment"], result.get("seed")
+    return (
+        f"`{' '.join(result['command'])}`{'' if seed is None else f', seed {seed}'}.\n"
+        f"{environment['cpu']}, {environment['torch_threads']} threads, {environment['ram_gb']} GB RAM,\n"
+        f"foldgpt {environment['foldgpt']}, torch {environment['torch']}, transformers "
+        f"{environment['transformers']}, {environment['date'].partition('T')[0]}."
+    )

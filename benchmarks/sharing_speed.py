@@ -27,6 +27,7 @@ from foldgpt.progress import be_quiet
 from foldgpt.sharing import adjacent_groups
 from foldgpt.sharing.solver import middle
 from foldgpt.sources import load_source
+from provenance import provenance_of
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -114,7 +115,7 @@ def extra_operations(model: Any, plan: FoldPlan, prompt_tokens: int) -> dict[str
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    config, environment = result["config"], result["environment"]
+    config = result["config"]
     table = "\n".join(
         f"| {row['private']} | {row['batch_size']} | {row['extra_operations']['prefill']:.1%} | "
         f"{row['prefill_time']:.3f} | {row['extra_operations']['decode']:.1%} | {row['decode_time']:.3f} |"
@@ -131,9 +132,7 @@ low-rank terms add to the operations.
 |---|---|---|---|---|---|
 {table}
 
-`{" ".join(result["command"])}`.
-{environment["cpu"]}, {environment["torch_threads"]} threads, {environment["ram_gb"]} GB RAM,
-torch {environment["torch"]}, transformers {environment["transformers"]}, {environment["date"]}.
+{provenance_of(result)}
 """
 
 
