@@ -2,7 +2,7 @@
 
 Each number of tokens is a recovery of its own, from the same folded model, with its own learning-rate cosine. The
 model is measured on another text than it was trained or judged on. `won_back` is the share of the log-perplexity lost
-by folding that recovery won back.
+by the removal alone that was won back, by compensation (if asked for) and recovery together.
 
     python benchmarks/recovery_curve.py --model demo:smollm2-135m --remove 13-18 --text C4.jsonl \
         --text WIKIPEDIA.jsonl --evaluate wiki.test.raw --tokens 100000 --tokens 300000 --tokens 1000000
@@ -11,9 +11,12 @@ by folding that recovery won back.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import dataclasses
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +26,24 @@ from torch import Tensor
 from block_lists import blocks_of
 from command import command_line
 from foldgpt.allocator import keep_freed_memory
-from foldgpt.artifacts import write_json, write_text
+from foldgpt.artifacts import read_json, write_json, write_text
 from foldgpt.compensation import compensate, merge_
-from foldgpt.corpus import OwnText, Windows, calibration_windows, evaluation_windows
+from foldgpt.corpus import OwnText, calibration_windows, evaluation_windows
 from foldgpt.counts import count
 from foldgpt.environment import describe_environment
+from foldgpt.errors import UsageError
+from foldgpt.evaluation import TASKS, load_suite
+from foldgpt.evaluation.tasks.score import average
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.objectives import Head, cross_entropy, forward_kl
 from foldgpt.plan import FoldPlan
-from foldgpt.recovery import RecoverySettings, packed_windows, recover
+from foldgpt.recovery import RECOVERY, RecoverySettings, TrainingWindows, packed_windows, recover
 from foldgpt.recovery.states import Body
-from foldgpt.sources import load_source
+from foldgpt.sources import Source, load_source
+from provenance import provenance_of
+
+#: What is trained in full beside the adapters.
+FULLY = {"none": "", "cuts": ", the blocks beside a cut in full", "all": ", all of them in full in place of it"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,7 +56,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=count, action="append", help="training tokens; may be repeated (100000)")
     parser.add_argument("--held-out", type=int, default=16_384, help="tokens by which the best state is chosen")
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=40, help="windows to measure on")
+    parser.add_argument("--windows", type=int, default=40, help="windows to measure on; 0 for all")
+    parser.add_argument("--data-dir", help="folder of the seven tasks' JSON-lines files, to measure accuracy as well")
+    parser.add_argument("--limit", type=int, default=200, help="items of each task; 0 for all")
+    parser.add_argument("--work", type=Path, help="keep recovered models here; the same command then goes on")
     parser.add_argument(
         "--compensate", action="store_true", help="fit the linear compensation before, on 32,768 tokens"
     )
@@ -70,26 +83,72 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+class Bench:
+    """The source, the text and the tasks that every model is measured on."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.source = load_source(arguments.model, dtype=arguments.dtype)
+        self.judged_on = evaluation_windows(
+            [arguments.evaluate],
+            self.source.tokenizer,
+            context=arguments.context,
+            max_windows=arguments.windows or None,
+        )
+        self.suite = None
+        if arguments.data_dir:
+            self.suite = load_suite(list(TASKS), data_dir=arguments.data_dir, limit=arguments.limit or None)
+        self._head = Head(self.source.model)
+        self._theirs_WTH = last_hidden(self.source.model, self.judged_on.ids)
+
+    def measured(self, model: Any) -> dict[str, float]:
+        """Perplexity, KL to the source of windows that do not overlap, and the average accuracy of the tasks."""
+        states_WTH = last_hidden(model, self.judged_on.ids)
+        # A few windows at a time: the text may be long.
+        losses, divergences = [], []
+        for ids_BT, theirs_BTH, own_BTH in zip(
+            *(part.split(16) for part in (self.judged_on.ids, self._theirs_WTH, states_WTH)), strict=True
+        ):
+            rows = [states[:, :-1].flatten(0, 1) for states in (theirs_BTH, own_BTH)]
+            losses.append(cross_entropy(self._head, rows[1], ids_BT[:, 1:].flatten()))
+            divergences.append(forward_kl(self._head, *rows))
+        found = {"perplexity": float(torch.cat(losses).mean().exp()), "kl": float(torch.cat(divergences).mean())}
+        if self.suite is not None:
+            scores = self.suite.measure(model, self.source.tokenizer)
+            found["accuracy"] = average(scores)
+            found |= {f"accuracy.{task}": score.accuracy.value for task, score in scores.items()}
+        return found
+
+
 def main() -> None:
     arguments = parse_arguments()
     keep_freed_memory()
-    source = load_source(arguments.model, dtype=arguments.dtype)
+    bench = Bench(arguments)
+    source = bench.source
     own = OwnText(lambda: source.model, source.tokenizer, source.fingerprint)
-    judged_on = evaluation_windows(
-        [arguments.evaluate], source.tokenizer, context=arguments.context, max_windows=arguments.windows
-    )
-    head = Head(source.model)
-    theirs = last_hidden(source.model, judged_on.ids)
     plan = FoldPlan.create(source_model_of(source.model, source.spec), removed=blocks_of(arguments.remove))
     folded = copy.deepcopy(source.model)
+    fold_(folded, plan)
+    result: dict[str, Any] = {
+        "benchmark": "recovery_curve",
+        "command": command_line(),
+        "config": {
+            name: plain(value) for name, value in vars(arguments).items() if name not in ("out", "name", "work")
+        },
+        "seed": arguments.seed,
+        "source": {"spec": source.spec, "revision": source.revision, "fingerprint": source.fingerprint},
+        "evaluation": {"protocol": bench.judged_on.protocol, "fingerprint": bench.judged_on.fingerprint},
+        "original": bench.measured(source.model),
+        "removed": bench.measured(folded),
+        "curve": [],
+    }
     if arguments.compensate:
         windows = calibration_windows(
             arguments.text, source.tokenizer, context=arguments.context, num_tokens=32_768, seed=arguments.seed, own=own
         )
+        folded = copy.deepcopy(source.model)
         merge_(folded, compensate(folded, plan, windows.ids))
-    fold_(folded, plan)
-    original = measured(head, theirs, theirs, judged_on)
-    start = measured(head, theirs, last_hidden(folded, judged_on.ids), judged_on)
+        fold_(folded, plan)
+        result["compensated"] = bench.measured(folded)
     settings = RecoverySettings(
         kl=arguments.kl,
         lm=arguments.lm,
@@ -104,41 +163,45 @@ def main() -> None:
         minutes=arguments.minutes,
         seed=arguments.seed,
     )
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        work = arguments.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        work.mkdir(parents=True, exist_ok=True)
         for tokens in arguments.tokens:
             train, held_out = packed_windows(
                 arguments.text,
                 source.tokenizer,
-                folder,
+                work,
                 context=arguments.context,
                 num_tokens=tokens,
                 num_held_out=arguments.held_out,
                 seed=arguments.seed,
                 own=own,
             )
-            student = copy.deepcopy(folded)
-            result = recover(student, source.model, plan, train, held_out, settings, Path(folder) / str(tokens))
-            found = measured(head, theirs, last_hidden(student, judged_on.ids), judged_on)
-            lost = math.log(start["perplexity"] / original["perplexity"])
-            won = math.log(start["perplexity"] / found["perplexity"])
-            rows.append({"tokens": tokens, **found, "won_back": won / lost, "recovery": result.to_json_dict()})
-            print({name: value for name, value in rows[-1].items() if name != "recovery"}, flush=True)
-    result_of_all = {
-        "benchmark": "recovery_curve",
-        "command": command_line(),
-        "config": {name: plain(value) for name, value in vars(arguments).items() if name not in ("out", "name")},
-        "seed": arguments.seed,
-        "environment": describe_environment(),
-        "source": {"spec": source.spec, "revision": source.revision, "fingerprint": source.fingerprint},
-        "evaluation": {"protocol": judged_on.protocol, "fingerprint": judged_on.fingerprint},
-        "original": original,
-        "folded": start,
-        "curve": rows,
-    }
-    write_json(arguments.out / f"{arguments.name}.json", result_of_all)
-    write_text(arguments.out / f"{arguments.name}.md", as_markdown(result_of_all))
-    print(as_markdown(result_of_all))
+            student, recovery = recovered(work / str(tokens), folded, source, plan, train, held_out, settings)
+            result["curve"].append({"tokens": tokens, **bench.measured(student), "recovery": recovery})
+            result["environment"] = describe_environment()
+            write_json(arguments.out / f"{arguments.name}.json", result)
+            write_text(arguments.out / f"{arguments.name}.md", as_markdown(result))
+    print(as_markdown(result))
+
+
+def recovered(
+    place: Path,
+    folded: Any,
+    source: Source,
+    plan: FoldPlan,
+    train: TrainingWindows,
+    held_out: TrainingWindows,
+    settings: RecoverySettings,
+) -> tuple[Any, dict[str, Any]]:
+    """A recovered model, and how that went; one that an earlier call of the same settings left is taken over."""
+    if place.exists():
+        found: dict[str, Any] = read_json(place / RECOVERY)
+        if found["settings"] != dataclasses.asdict(settings):
+            raise UsageError(f"{place} was recovered with other settings; name another --work")
+        return load_source(str(place)).model, found
+    student = copy.deepcopy(folded)
+    return student, recover(student, source.model, plan, train, held_out, settings, place).to_json_dict()
 
 
 def plain(value: Any) -> Any:
@@ -155,43 +218,50 @@ def last_hidden(model: Any, ids_WT: Tensor) -> Tensor:
     return torch.cat([body(ids_BT).last_BTH for ids_BT in ids_WT.split(4)])
 
 
-def measured(head: Head, teacher: Tensor, student: Tensor, judged_on: Windows) -> dict[str, float]:
-    """Perplexity, and KL to the source, of windows that do not overlap."""
-    rows = [states[:, :-1].flatten(0, 1) for states in (teacher, student)]
-    loss = cross_entropy(head, rows[1], judged_on.ids[:, 1:].flatten()).mean()
-    return {"perplexity": float(loss.exp()), "kl": float(forward_kl(head, *rows).mean())}
+def won_back(result: dict[str, Any], row: dict[str, Any], of: Callable[[dict[str, Any]], float]) -> str:
+    """The share of what the removal alone lost that a model has again."""
+    original, removed = of(result["original"]), of(result["removed"])
+    return f"{(removed - of(row)) / (removed - original):.0%}"
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    config, environment = result["config"], result["environment"]
+    config, curve = result["config"], result["curve"]
+    with_tasks = "accuracy" in result["original"]
+    items = f" and on {config['limit'] or 'all'} items of each of seven tasks"
+    rows = [("source", result["original"]), ("removed", result["removed"])]
+    rows += [("compensated", result["compensated"])] if "compensated" in result else []
+    rows += [(f"{row['recovery']['num_tokens']:,} tokens", row) for row in curve]
     lines = [
         "# Recovery against tokens",
         "",
-        f"`{' '.join(result['command'])}`",
-        "",
         f"{config['model']}, {config['dtype']}, blocks {config['remove']} removed"
         f"{', compensated' if config['compensate'] else ''}; LoRA of rank {config['rank']} in "
-        f"{'all blocks' if config['train_blocks'] == 'all' else 'the blocks behind the first cut'}, learning rate "
-        f"{config['learning_rate']}; trained on {', '.join(config['text'])}, measured on {config['windows']} windows "
-        f"of {config['context']} tokens of {config['evaluate']}.",
+        f"{'all blocks' if config['train_blocks'] == 'all' else 'the blocks behind the first cut'}"
+        f"{FULLY[config['train_fully']]}, learning rate {config['learning_rate']}, steps of "
+        f"{config['batch_size'] * config['context']:,} tokens; trained on {', '.join(config['text'])}, measured on "
+        f"{config['windows'] or 'all'} windows of {config['context']} tokens of {config['evaluate']}"
+        f"{items if with_tasks else ''}. "
+        "Won back: of the log-perplexity and of the average accuracy that the removal alone lost.",
         "",
-        "| tokens | perplexity | KL | log-perplexity won back | held-out loss | seconds |",
-        "|---|---|---|---|---|---|",
-        f"| source | {result['original']['perplexity']:.2f} | 0 | | | |",
-        f"| 0 | {result['folded']['perplexity']:.2f} | {result['folded']['kl']:.3f} | 0 % | | |",
+        "| | perplexity | KL | won back | " + "accuracy | won back | " * with_tasks + "held-out loss | seconds |",
+        "|---|---|---|---|" + "---|---|" * with_tasks + "---|---|",
     ]
-    for row in result["curve"]:
-        recovery = row["recovery"]
-        lines.append(
-            f"| {recovery['num_tokens']:,} | {row['perplexity']:.2f} | {row['kl']:.3f} | {row['won_back']:.0%} | "
-            f"{recovery['before']['loss']:.3f} → {recovery['after']['loss']:.3f} | {recovery['seconds']:.0f} |"
+    for name, row in rows:
+        cells = [name, f"{row['perplexity']:.2f}", f"{row['kl']:.3f}"]
+        cells.append(won_back(result, row, lambda row: math.log(row["perplexity"])))
+        if with_tasks:
+            cells += [f"{row['accuracy']:.1%}", won_back(result, row, lambda row: -row["accuracy"])]
+        recovery = row.get("recovery")
+        cells += (
+            ["", ""]
+            if recovery is None
+            else [
+                f"{recovery['before']['loss']:.3f} → {recovery['after']['loss']:.3f}",
+                f"{recovery['seconds']:.0f}",
+            ]
         )
-    lines += [
-        "",
-        f"{environment['cpu']}, {environment['torch_threads']} threads, torch {environment['torch']}, transformers "
-        f"{environment['transformers']}, {environment['date']}.",
-    ]
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", provenance_of(result)]) + "\n"
 
 
 if __name__ == "__main__":
