@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from foldgpt.replay import Replay
 from foldgpt.selection import RemovalCost, Request, Units, select
 from foldgpt.selection.gating import score_function
 from foldgpt.selection.gating.hard_concrete import HardConcrete
-from foldgpt.selection.gating.refine import neighbours
+from foldgpt.selection.gating.refine import double_swaps, refine, swaps
 from foldgpt.selection.gating.score_function import ScoreFunction, draw, log_probability
 from foldgpt.selection.gating.smoothed import SmoothedL0
 from foldgpt.selection.gating.surrogate import Measurement, Surrogate
@@ -257,11 +259,79 @@ def test_the_surrogate_learns_that_blocks_depend_on_each_other() -> None:
     assert float(after.std()) < 0.4 * float(before.std())
 
 
-def test_neighbours_keep_the_budget() -> None:
+def test_the_surrogate_is_sure_of_what_was_measured_and_of_what_is_like_it() -> None:
+    surrogate = Surrogate([0.3] * 12, per_block=1)
+    measured, like, unlike = frozenset({2, 3, 4}), frozenset({2, 3, 5}), frozenset({9, 10, 11})
+    before = surrogate.uncertainty([measured, like, unlike], 0)
+    surrogate.fit([Measurement(measured, 0, -1.0, 0.01)])
+    after = surrogate.uncertainty([measured, like, unlike], 0)
+    assert after.shape == (3,) and after.dtype == torch.float64
+    assert float(after[0]) < 0.02 < float(after[1]) < float(after[2])
+    assert float(after[1]) < 0.7 * float(before[1])
+    # On another sample its offset is not known either.
+    assert float(surrogate.uncertainty([measured], 1)[0]) > 0.1
+
+
+def test_the_surrogate_is_as_wrong_as_it_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = (0.2 + torch.rand(12, generator=generator)).tolist()
+    sets = [frozenset(removed) for removed in itertools.combinations(range(12), 4)]
+    surrogate = Surrogate(scores, per_block=1)
+    features = surrogate._features(sets)
+    surrogate.fit([Measurement(sets[0], 0, 0.0, 0.01)])
+    covariance = surrogate._kernel(features, features) + 1e-8 * torch.eye(len(sets), dtype=torch.float64)
+    errors = []
+    for _ in range(8):
+        # Costs drawn from what the surrogate assumes: a function of sets, and an offset for each sample.
+        drawn = torch.randn(len(sets) + 2, generator=generator, dtype=torch.float64)
+        truth = torch.linalg.cholesky(covariance) @ drawn[2:] + surrogate._expected(features)
+        offsets = 0.3 * drawn[:2]
+        chosen = torch.randperm(len(sets), generator=generator).tolist()
+        surrogate.fit([Measurement(sets[k], k % 2, float(truth[k] + offsets[k % 2]), 0.01) for k in chosen[:60]])
+        unseen, actual = [sets[k] for k in chosen[60:]], truth[chosen[60:]]
+        for sample, offset in enumerate(offsets):
+            errors.append((surrogate.predict(unseen, sample) - actual - offset) / surrogate.uncertainty(unseen, sample))
+    assert 0.8 < float(torch.cat(errors).square().mean().sqrt()) < 1.25
+
+
+def test_swaps_keep_the_budget() -> None:
     units = Units.blocks(8, 3)
-    found = neighbours(frozenset({2, 3, 4}), units, torch.full((8,), 0.5, dtype=torch.float64))
-    assert all(len(removed) == 3 for removed in found)
-    assert len([removed for removed in found if len(removed & {2, 3, 4}) == 2]) == 15
+    removed = frozenset({2, 3, 4})
+    found = swaps(removed, units)
+    assert len(found) == 15 and all(len(swapped) == 3 and len(swapped & removed) == 2 for swapped in found)
+    twice = double_swaps(removed, units, torch.full((8,), 0.5, dtype=torch.float64))
+    assert len(twice) == 30 and all(len(swapped) == 3 and len(swapped & removed) == 1 for swapped in twice)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_refinement_goes_on_while_a_swap_may_well_be_better(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    units = Units.blocks(12, 4)
+    scores = (0.2 + torch.rand(12, generator=generator)).tolist()
+    coupled = torch.rand(12, 12, generator=generator, dtype=torch.float64)
+
+    def truth(removed: frozenset[int], sample: object = None) -> float:
+        pairs = itertools.combinations(sorted(removed), 2)
+        return sum(scores[block] for block in removed) * float(torch.tensor([coupled[pair] for pair in pairs]).prod())
+
+    surrogate = Surrogate(scores, per_block=1)
+    known: dict[frozenset[int], float] = {}
+    refine(
+        SimpleNamespace(units=units, cost=truth),  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        [frozenset(units.fill(range(12)))],
+        keep_probabilities_U=torch.full((12,), 0.5, dtype=torch.float64),
+        surrogate=surrogate,
+        measurements=[],
+        known=known,
+        is_spent=lambda: len(known) >= 400,
+        after_round=lambda: None,
+    )
+    best = min(known, key=lambda removed: known[removed])
+    unmeasured = sorted(swaps(best, units) - known.keys(), key=sorted)
+    assert len(known) < 400 and unmeasured
+    bounds = surrogate.predict(unmeasured, -1) - surrogate.uncertainty(unmeasured, -1)
+    assert float(bounds.min()) >= math.log(known[best])
 
 
 def test_leave_one_out_is_the_cost_of_each_block_alone() -> None:

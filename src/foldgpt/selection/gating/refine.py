@@ -2,8 +2,10 @@
 
 The regression ranks what has not been measured: the sets that were drawn while the gates were learned, and all that
 differ from the best one by a swap of a removed for a kept unit, or by two swaps of units whose gates were in doubt.
-The best few are measured, the regression learns from them, and so on. What it gets wrong costs a measurement, not
-the result: the answer is the best *measured* set.
+It ranks them by the least cost that they may well have: what it expects, less its own uncertainty (the confidence bound
+of Srinivas et al. 2010, arXiv 0912.3995). The best few are measured, the regression learns from them, and so on, until
+no single swap of the best set may well be better than it. What the regression gets wrong costs a measurement, not the
+result: the answer is the best *measured* set.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from foldgpt.selection.units import Removed, Units
 
 #: Sets measured between two fits of the regression.
 _ROUND = 4
-#: Rounds without a better set after which the search ends.
+#: Rounds without a better set after which the search ends, if no swap of the best set may well be better.
 _PATIENCE = 6
+#: Standard deviations below what is expected that a cost may well be.
+_DOUBT = 1.0
 #: Units in doubt that two swaps at once are tried for, of the removed and of the kept ones.
 _DOUBTFUL = 6
 
@@ -53,15 +57,22 @@ def refine(
     """
     pool = set(start)
     waited = 0
-    while waited < _PATIENCE:
+    while True:
+        near: set[Removed] = set()
         if known:
             best = min(known, key=lambda removed: known[removed])
-            pool |= neighbours(best, cost.units, keep_probabilities_U)
+            near = swaps(best, cost.units)
+            pool |= near | double_swaps(best, cost.units, keep_probabilities_U)
         open_sets = sorted(pool - known.keys(), key=sorted)
         if not open_sets:
             return
-        predicted = surrogate.predict(open_sets).tolist()
-        ranked = sorted(range(len(open_sets)), key=lambda index: predicted[index])
+        expected_S, uncertain_S = (f(open_sets, _REFINEMENT) for f in (surrogate.predict, surrogate.uncertainty))
+        bounds = (expected_S - _DOUBT * uncertain_S).tolist()
+        if waited >= _PATIENCE:
+            least = _log(known[best])
+            if not any(bound < least for removed, bound in zip(open_sets, bounds, strict=True) if removed in near):
+                return
+        ranked = sorted(range(len(open_sets)), key=lambda index: bounds[index])
         before = min(known.values(), default=math.inf)
         # Sets that begin alike, one after another: they share states.
         for removed in sorted((open_sets[index] for index in ranked[:_ROUND]), key=sorted):
@@ -76,18 +87,32 @@ def refine(
 
 def measured_in_refinement(known: dict[Removed, float]) -> list[Measurement]:
     """Costs that refinement measured, as the regression reads them."""
-    return [Measurement(removed, _REFINEMENT, math.log(max(c, 1e-12)), _NOISE) for removed, c in known.items()]
+    return [Measurement(removed, _REFINEMENT, _log(cost), _NOISE) for removed, cost in known.items()]
 
 
-def neighbours(removed: Removed, units: Units, keep_probabilities_U: Tensor) -> set[Removed]:
-    """Sets that meet the budget and differ by one swap, or by two of units whose gates are in doubt."""
+def _log(cost: float) -> float:
+    return math.log(max(cost, 1e-12))
+
+
+def swaps(removed: Removed, units: Units) -> set[Removed]:
+    """Sets that meet the budget and differ by one swap of a removed for a kept unit."""
+    kept = [unit for unit in range(len(units)) if unit not in removed]
+    return _all_swapped(removed, (((out,), (into,)) for out in removed for into in kept), units)
+
+
+def double_swaps(removed: Removed, units: Units, keep_probabilities_U: Tensor) -> set[Removed]:
+    """Sets that meet the budget and differ by two swaps of units whose gates are in doubt."""
     doubt = (keep_probabilities_U - 0.5).abs().tolist()
-    out = sorted(removed, key=lambda unit: doubt[unit])
-    into = sorted((unit for unit in range(len(units)) if unit not in removed), key=lambda unit: doubt[unit])
-    swaps: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((a,), (b,)) for a in out for b in into]
-    for pair in itertools.combinations(out[:_DOUBTFUL], 2):
-        swaps += [(pair, other) for other in itertools.combinations(into[:_DOUBTFUL], 2)]
-    found = (_swapped(removed, *swap, units) for swap in swaps)
+    out = sorted(removed, key=lambda unit: doubt[unit])[:_DOUBTFUL]
+    into = sorted((unit for unit in range(len(units)) if unit not in removed), key=lambda unit: doubt[unit])[:_DOUBTFUL]
+    pairs = itertools.product(itertools.combinations(out, 2), itertools.combinations(into, 2))
+    return _all_swapped(removed, pairs, units)
+
+
+def _all_swapped(
+    removed: Removed, pairs: Iterable[tuple[tuple[int, ...], tuple[int, ...]]], units: Units
+) -> set[Removed]:
+    found = (_swapped(removed, out, into, units) for out, into in pairs)
     return {swapped for swapped in found if swapped is not None and swapped != removed}
 
 

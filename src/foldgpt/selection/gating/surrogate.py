@@ -54,25 +54,48 @@ class Surrogate:
         )
         self._known = torch.zeros(0, len(scores_U), dtype=torch.float64)
         self._weights = torch.zeros(0, dtype=torch.float64)
+        self._samples_M = torch.zeros(0, dtype=torch.int64)
+        self._factor = torch.zeros(0, 0, dtype=torch.float64)
         self._level = 0.0
 
     def fit(self, measurements: Sequence[Measurement]) -> None:
         """Fit to all measurements so far."""
         self._known = self._features([m.removed for m in measurements])
+        self._samples_M = torch.tensor([m.sample for m in measurements])
         target_M = torch.tensor([m.log_cost for m in measurements], dtype=torch.float64) - self._expected(self._known)
-        sample_M = torch.tensor([m.sample for m in measurements])
         noise_M = torch.tensor([m.noise for m in measurements], dtype=torch.float64)
         self._level = float(target_M.mean())
         covariance = self._kernel(self._known, self._known)
-        covariance += _OFFSET**2 * (sample_M[:, None] == sample_M[None])
+        covariance += _OFFSET**2 * (self._samples_M[:, None] == self._samples_M[None])
         covariance += torch.diag(noise_M.square() + 1e-6)
-        self._weights = torch.linalg.solve(covariance, target_M - self._level)
+        self._factor = torch.linalg.cholesky(covariance)
+        self._weights = torch.cholesky_solve((target_M - self._level)[:, None], self._factor)[:, 0]
 
-    def predict(self, sets: Sequence[Removed]) -> Tensor:
-        """Expected log cost of each set, fp64 [S]."""
+    def predict(self, sets: Sequence[Removed], sample: int | None = None) -> Tensor:
+        """Expected log cost of each set, fp64 [S].
+
+        Args:
+            sets: any sets.
+            sample: as it would be measured on this sample; by default as it is on average over samples.
+        """
         features = self._features(sets)
         expected = self._expected(features) + self._level
-        return expected + self._kernel(features, self._known) @ self._weights if len(self._known) else expected
+        return expected + self._related(features, sample) @ self._weights if len(self._known) else expected
+
+    def uncertainty(self, sets: Sequence[Removed], sample: int) -> Tensor:
+        """Standard deviation of what `predict` says, fp64 [S].
+
+        Args:
+            sets: any sets.
+            sample: as in `predict`.
+        """
+        features = self._features(sets)
+        alike_S = ((features @ self._near_UU) * features).sum(-1) / self._size
+        variance_S = _UNITS**2 * alike_S + _PAIRS**2 * alike_S.square() + _OFFSET**2
+        if len(self._known):
+            known_MS = self._related(features, sample).T
+            variance_S -= torch.linalg.solve_triangular(self._factor, known_MS, upper=False).square().sum(0)
+        return variance_S.clamp_min(0).sqrt()
 
     def _features(self, sets: Sequence[Removed]) -> Tensor:
         features = torch.zeros(len(sets), len(self._scores_U), dtype=torch.float64)
@@ -85,9 +108,16 @@ class Surrogate:
 
     def _kernel(self, one: Tensor, other: Tensor) -> Tensor:
         """Covariance of two lists of sets: units (linear) and pairs (quadratic), for sets of one size of order 1."""
-        size = max(1.0, float(self._known.sum(-1).mean()))
-        alike = one @ self._near_UU @ other.T / size
+        alike = one @ self._near_UU @ other.T / self._size
         return _UNITS**2 * alike + _PAIRS**2 * alike.square()
+
+    def _related(self, features: Tensor, sample: int | None) -> Tensor:
+        """Covariance [S, M] of sets, on a sample, with what was measured."""
+        return self._kernel(features, self._known) + _OFFSET**2 * (self._samples_M == sample)
+
+    @property
+    def _size(self) -> float:
+        return max(1.0, float(self._known.sum(-1).mean())) if len(self._known) else 1.0
 
 
 #: Blocks this far apart are alike to 1/e.
