@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from foldgpt.compensation import compensate_
+from foldgpt.compensation import compensate_, compensate_and_judge_
 from foldgpt.errors import UsageError
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, predicted_parameters, source_model_of
 from foldgpt.plan import Compensation, FoldPlan
+from foldgpt.sharing import solver
 from foldgpt.sharing.adjacent import adjacent_groups
 from foldgpt.sharing.fit import fit_sharing
 from foldgpt.sharing.solver import Solution, limit_of, middle, solve
@@ -129,6 +130,34 @@ def test_candidates_are_compensated_as_they_will_be_folded(settings: dict[str, A
     folded = copy.deepcopy(model)
     report = compensate_(folded, compensated.plan, ids, **settings)
     assert report.kl_after == pytest.approx(compensated.kl, rel=1e-3)
+
+
+@torch.no_grad()
+def test_what_candidates_remove_is_compensated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    ids = token_ids(model, (16, 16))
+    text = Compensation(texts=("a",), context=16, num_tokens=ids.numel(), fingerprint="0")
+    starts: list[tuple[int, ...]] = []
+
+    def counted(model: Any, plan: FoldPlan, *rest: Any, **settings: Any) -> Any:
+        starts.append(plan.removed)
+        return compensate_and_judge_(model, plan, *rest, **settings)
+
+    class Forgetful(dict[Any, Any]):
+        """Never has what it is asked for."""
+
+        def __contains__(self, key: object) -> bool:
+            return False
+
+    monkeypatch.setattr(solver, "compensate_and_judge_", counted)
+    arguments = source_model_of(model), ids, limit_of(model, Size("ratio", 0.6)), lambda number: ORDER[:number]
+    once = solve(model, *arguments, compensation=text)
+    compensated = [c.plan.at_start.removed for c in once.candidates if c.plan.compensation is not None]
+    assert set(starts) == set(compensated) and len(starts) < len(compensated)
+    searched = solver._Solver(model, *arguments, text, None)
+    searched._compensations = Forgetful()
+    again = searched.run()
+    assert [c.kl for c in again.candidates] == [c.kl for c in once.candidates]
 
 
 @torch.no_grad()

@@ -105,11 +105,18 @@ class _Fitting:
     # ------------------------------------------------------------------------------------------ the walk
 
     def run(self) -> SharingFit:
-        stream_WTH = self.replay.states[0].clone()
         began = self.replay.num_block_calls
-        last = max((block for group in self.plan.groups for block in group.blocks), default=-1)
+        members = {block for group in self.plan.groups for block in group.blocks}
+        last = max(members, default=-1)
+        # The first block that may be another one than the source's is the one that makes up for the first cut.
+        missing = (*self.start.removed, *self.start.removed_attention, *self.start.removed_mlp)
+        first = max(0, min((*members, *missing), default=0) - 1)
+        stream_WTH = self.replay.states[first].clone()
         with bar("fitting", len(self.plan.kept)) as progress:
             for index in self.plan.kept:
+                if index < first:
+                    progress.advance()
+                    continue
                 if index > last:
                     break
                 self._settle(index)
@@ -117,12 +124,12 @@ class _Fitting:
                 stream_WTH = self._member(index, roles, stream_WTH) if roles else self._passed(index, stream_WTH)
                 del self.student.positions[index]
                 progress.advance()
-        rest = [index for index in self.plan.kept if index > last]
+        rest = [index for index in self.plan.kept if index >= first and index > last]
         kl = self._kl(rest, [stream_WTH[rows] for rows in self.held])
         fits = {
-            number: GroupFit(weights=self._weights(number), members=members)
-            for number, members in self.members.items()
-            if members or self._weights(number)
+            number: GroupFit(weights=self._weights(number), members=fitted)
+            for number, fitted in self.members.items()
+            if fitted or self._weights(number)
         }
         tokens = self.replay.ids_WT.shape[1]
         return SharingFit(

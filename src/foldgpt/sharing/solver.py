@@ -172,6 +172,7 @@ class _Solver:
         self.decoder: Decoder = self.replay.decoder
         self.fitted, self.held = split(self.replay)
         self.candidates: list[Candidate] = []
+        self._compensations: dict[tuple[tuple[int, ...], frozenset[int]], dict[str, Tensor]] = {}
 
     def run(self) -> Solution:
         fewest = self._fewest()
@@ -306,27 +307,43 @@ class _Solver:
 
     @contextmanager
     def _compensated(self, plan: FoldPlan) -> Iterator[None]:
-        """The model with what is removed compensated, as folding does it: left out where it does not help.
-
-        It is fitted on the windows that nothing is judged on.
-        """
-        settings = plan.compensation
-        if settings is None:
-            yield
-            return
-        _, own = compensate_and_judge_(
-            self.model,
-            plan.at_start,
-            *self._for_compensation,
-            features=settings.features,
-            ridge=settings.ridge,
-            rounds=settings.rounds,
-        )
+        """The model with what is removed compensated."""
+        merged = {} if plan.compensation is None else self._compensation(plan, plan.compensation)
+        own = {name: self.model.get_parameter(name).clone() for name in merged}
         try:
+            for name, value in merged.items():
+                self.model.get_parameter(name).copy_(value)
             yield
         finally:
             for name, value in own.items():
                 self.model.get_parameter(name).copy_(value)
+
+    def _compensation(self, plan: FoldPlan, settings: Compensation) -> dict[str, Tensor]:
+        """Parameters that compensation changes, by name; none where folding would leave it out.
+
+        It is fitted on the windows that nothing is judged on, and once for all plans that begin without the same blocks
+        and have the same blocks make up for them: what is shared carries no correction.
+        """
+        start = plan.at_start
+        sharing = {block for group in start.groups if "mlp" in group.sublayers for block in group.blocks}
+        key = start.removed, frozenset(block for block in sharing if block + 1 in start.removed)
+        if key not in self._compensations:
+            _, own = compensate_and_judge_(
+                self.model,
+                start,
+                *self._for_compensation,
+                features=settings.features,
+                ridge=settings.ridge,
+                rounds=settings.rounds,
+            )
+            merged = {}
+            for name, value in own.items():
+                parameter = self.model.get_parameter(name)
+                if not torch.equal(parameter, value):
+                    merged[name] = parameter.clone()
+                parameter.copy_(value)
+            self._compensations[key] = merged
+        return self._compensations[key]
 
 
 def middle(groups: Sequence[Group], kept: Sequence[int], number: int) -> tuple[Group, ...]:
