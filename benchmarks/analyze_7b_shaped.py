@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.environment import describe_environment
+from provenance import provenance_of
 
 SHARD_BYTES = 512 * 2**20
 
@@ -213,7 +214,7 @@ def main() -> None:
 
 
 def as_markdown(result: dict) -> str:
-    config, environment = result["config"], result["environment"]
+    config = result["config"]
     verdict = f"{'within' if result['within_limit'] else 'OVER'} the limit of {config['limit_gb']:.2f} GB"
     return f"""# Analysis of a model larger than memory
 
@@ -231,10 +232,7 @@ intermediate {config["intermediate"]}, vocabulary {config["vocabulary"]}.
 | load | {result["load_seconds"]:.1f} s |
 | sweep | {result["sweep_seconds"]:.1f} s |
 
-`{" ".join(result["command"])}`, seed {result["seed"]}.
-{environment["cpu"]}, {environment["num_cores"]} cores,
-{environment["ram_gb"]} GB RAM, torch {environment["torch"]}, transformers {environment["transformers"]},
-accelerate {environment["accelerate"]}, {environment["date"]}.
+{provenance_of(result)}
 """
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from command import command_line
 from foldgpt.environment import describe_environment
 
-_KEPT = ("foldgpt", "python", "torch", "transformers", "cpu", "torch_threads", "ram_gb", "date")
+_KEPT = ("foldgpt", "python", "torch", "transformers", "cpu", "torch_threads", "ram_gb", "gpu", "date")
 
 
 def measured_by() -> dict[str, Any]:
@@ -30,9 +30,10 @@ def provenance_lines(calls: Iterable[Mapping[str, Any]], seed: int) -> str:
 def provenance_of(result: Mapping[str, Any]) -> str:
     """The command, the seed if there is one, and the machine of a result that one call has measured."""
     environment, seed = result["environment"], result.get("seed")
+    machine = ", ".join(filter(None, (environment["cpu"], environment.get("gpu"))))
     return (
         f"`{' '.join(result['command'])}`{'' if seed is None else f', seed {seed}'}.\n"
-        f"{environment['cpu']}, {environment['torch_threads']} threads, {environment['ram_gb']} GB RAM,\n"
+        f"{machine}, {environment['torch_threads']} threads, {environment['ram_gb']} GB RAM,\n"
         f"foldgpt {environment['foldgpt']}, torch {environment['torch']}, transformers "
         f"{environment['transformers']}, {environment['date'].partition('T')[0]}."
     )

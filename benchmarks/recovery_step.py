@@ -52,6 +52,7 @@ from foldgpt.recovery.distillation import IGNORED, Distillation
 from foldgpt.recovery.teacher import Teacher, cache_states
 from foldgpt.recovery.trainer import RecoveryTrainer
 from foldgpt.sources import DTYPES, load_source
+from provenance import provenance_of
 
 SIDES = ("recovery", "torch_attention", "half", "behind", "cached", "plain", "forward")
 
@@ -243,11 +244,9 @@ def _measure_memory(arguments: argparse.Namespace) -> None:
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    config, environment = result["config"], result["environment"]
+    config = result["config"]
     lines = [
         "# One recovery step",
-        "",
-        f"`{' '.join(result['command'])}`",
         "",
         f"{config['model'] or 'random weights of SmolLM2-135M in shape'}, {config['dtype']}, blocks {config['remove']} "
         f"removed, LoRA of rank {config['rank']}, {result['tokens']:,} tokens; medians of {config['repeats']}.",
@@ -263,8 +262,7 @@ def as_markdown(result: dict[str, Any]) -> str:
             for side in SIDES
         ),
         "",
-        f"{environment['gpu'] if config['device'] != 'cpu' else environment['cpu']}, {environment['torch_threads']} "
-        f"threads, torch {environment['torch']}, transformers {environment['transformers']}, {environment['date']}.",
+        provenance_of(result),
     ]
     return "\n".join(lines) + "\n"
 

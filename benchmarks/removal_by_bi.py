@@ -20,6 +20,7 @@ from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan
 from foldgpt.selection import Request, select
 from foldgpt.sources import Source, load_source
+from provenance import provenance_of
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -97,7 +98,7 @@ def row(source: Source, removed: list[int], arguments: argparse.Namespace) -> di
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    config, environment, protocol = result["config"], result["environment"], result["rows"][0]["protocol"]
+    config, protocol = result["config"], result["rows"][0]["protocol"]
     rows = "\n".join(
         f"| {len(row['removed'])} | {', '.join(map(str, row['removed'])) or '–'} | "
         f"{row['unique_parameters'] / 1e6:,.1f} M | {row['perplexity']:,.2f} | {row['perplexity_first_windows']:,.2f} |"
@@ -114,9 +115,7 @@ windows alone. BI over {config["tokens"]:,} tokens of {" + ".join(config["text"]
 |---|---|---|---|---|
 {rows}
 
-`{" ".join(result["command"])}`, seed {result["seed"]}.
-{environment["cpu"]}, {environment["torch_threads"]} threads, torch {environment["torch"]},
-transformers {environment["transformers"]}, {environment["date"]}.
+{provenance_of(result)}
 """
 
 

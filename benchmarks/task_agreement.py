@@ -22,6 +22,7 @@ from foldgpt.evaluation import TASKS, load_suite
 from foldgpt.evaluation.tasks.rows import find_file
 from foldgpt.progress import be_quiet
 from foldgpt.sources import Source, load_source
+from provenance import provenance_of
 
 # The plain scorer is the reference of the tests as well; there is one of it.
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -86,7 +87,6 @@ def main() -> None:
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    environment = result["environment"]
     lines = [
         f"| {row['task']} ({row['metric']}) | {row['items']:,} | {row['harness']:.2%} | {row['plain']:.2%} | "
         f"{100 * (row['harness'] - row['plain']):+.2f} | {row['num_different']} |"
@@ -101,9 +101,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 |---|---:|---:|---:|---:|---:|
 {table}
 
-`{" ".join(result["command"])}`.
-{environment["cpu"]}, {environment["torch_threads"]} threads, torch {environment["torch"]}, \
-transformers {environment["transformers"]}, {environment["date"]}.
+{provenance_of(result)}
 """
 
 

@@ -25,6 +25,7 @@ from foldgpt.evaluation import TASKS, load_suite
 from foldgpt.evaluation.tasks.harness_model import LoadedModel
 from foldgpt.progress import be_quiet
 from foldgpt.sources import Source, load_source
+from provenance import provenance_of
 
 
 @dataclass
@@ -145,7 +146,6 @@ def main() -> None:
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    environment = result["environment"]
     lines = []
     for row in result["rows"]:
         seconds = statistics.median(row["seconds"])
@@ -163,9 +163,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 |---|---:|---:|---:|---:|---:|---:|---:|
 {table}
 
-`{" ".join(result["command"])}`.
-{environment["cpu"]}, {environment["torch_threads"]} threads, torch {environment["torch"]}, \
-transformers {environment["transformers"]}, {environment["date"]}.
+{provenance_of(result)}
 """
 
 
