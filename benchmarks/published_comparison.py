@@ -132,7 +132,8 @@ def main() -> None:
     begun = time.monotonic()
     comparison = compare(recipe, arguments.runs / "comparison", overwrite=True)
     seconds = time.monotonic() - begun
-    write_json(arguments.out / f"{arguments.name}.json", with_names(comparison.to_dict(), arguments.perplexity))
+    result = {"command": command_line(), **with_names(comparison.to_dict(), arguments.perplexity)}
+    write_json(arguments.out / f"{arguments.name}.json", result)
     text = as_markdown(comparison)
     text += f"\n`{' '.join(command_line())}`: {seconds:.0f} seconds in this call.\n"
     write_text(arguments.out / f"{arguments.name}.md", text)

@@ -33,7 +33,8 @@ from foldgpt.folding import (
     verify_checkpoint,
 )
 from foldgpt.plan import FoldPlan, Group, SourceModel
-from foldgpt.sources import load_source
+from foldgpt.rehearsal.tiny import config_of, shrunk
+from foldgpt.sources import load_config, load_source
 from models import tiny_model, token_ids
 from tiny import tiny_tokenizer
 
@@ -496,6 +497,8 @@ def tiny_gguf(path: Path) -> None:
 def test_c1_a_gguf_source_is_dequantised_and_no_trace_of_it_is_saved(tmp_path: Path, shared: bool) -> None:
     """Field note C1: cut full-precision weights; a stale quantization_config would make the save fail."""
     tiny_gguf(tmp_path / "tiny.gguf")
+    assert load_config(tmp_path / "tiny.gguf").model_type == "llama"
+    assert shrunk(config_of(str(tmp_path / "tiny.gguf"))).model_type == "llama"  # of a dry run
     source = load_source(str(tmp_path / "tiny.gguf"), device="cpu")
     assert {p.dtype for p in source.model.parameters()} == {torch.bfloat16}
     groups = [Group(blocks=(1, 2), donor="mean")] if shared else []

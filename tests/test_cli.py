@@ -13,10 +13,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from foldgpt import progress
+from foldgpt import hub, progress
 from foldgpt.cli import app
 from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Recipe
+from foldgpt.selection.gating.score_function import ScoreFunction
 from models import tiny_model
 from run_inputs import tiny_recipe, tiny_source, tiny_text
 from tiny import tiny_tokenizer
@@ -51,6 +52,7 @@ def test_the_verbs_one_after_another(model: Path, text: Path, tmp_path: Path) ->
     assert "rank" in made.stdout
     assert (tmp_path / "run" / "figures" / "similarity.svg").is_file()
 
+    (model / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     plan = tmp_path / "plan.json"
     made = foldgpt("plan", model, "--analysis", tmp_path / "run", "--select", "bi", "--remove", 2, "--out", plan)
     assert made.exit_code == 0, made.output
@@ -70,6 +72,9 @@ def test_the_verbs_one_after_another(model: Path, text: Path, tmp_path: Path) ->
 
     made = foldgpt("show", tmp_path / "folded")
     assert made.exit_code == 0 and "6 → 4 blocks" in made.stdout
+    # As `push` needs it.
+    hub.check_card(tmp_path / "folded" / "README.md")
+    assert "license: mit" in (tmp_path / "folded" / "README.md").read_text()
 
 
 def test_recover_trains_a_folded_model(model: Path, text: Path, tmp_path: Path) -> None:
@@ -86,6 +91,7 @@ def test_recover_trains_a_folded_model(model: Path, text: Path, tmp_path: Path) 
     done = json.loads((tmp_path / "recovered" / "recovery.json").read_text())
     assert done["num_tokens"] == 512 and done["settings"]["minutes"] == 60
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folded", "plan.json", "recovered"]
+    hub.check_card(tmp_path / "recovered" / "README.md")
     wrong = foldgpt(*arguments, "--set", "rank", "--out", tmp_path / "other", "-q")
     assert wrong.exit_code == 2 and "--set takes NAME=VALUE, not 'rank'" in wrong.stderr
     wrong = foldgpt("recover", folded, "--teacher", model, "--tokens", "2Q", "--out", tmp_path / "other")
@@ -125,6 +131,20 @@ def test_plan_measures_by_itself_and_knows_its_groups(model: Path, text: Path, t
     first, last = plan.removed
     assert last == first + 1
     assert [group.donor for group in plan.groups] == ["last", "last"]
+
+
+def test_a_stopped_plan_goes_on_beside_the_file(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("plan", model, "--text", text, *CALIBRATION, "--select", "gates", "--remove", 2, "-q")
+    arguments += ("--compensate", "none", "--out", tmp_path / "plan.json")
+    with monkeypatch.context() as patched:
+        patched.setattr(ScoreFunction, "step", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert foldgpt(*arguments).exit_code == 130
+    assert [path.name for path in tmp_path.iterdir()] == [".plan.json.search"]
+    made = foldgpt(*arguments)
+    assert made.exit_code == 0, made.output
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
 def test_plan_keeps_positions_that_start_at_zero(model: Path, text: Path, tmp_path: Path) -> None:

@@ -164,6 +164,15 @@ def test_draws_of_random_differ_in_the_blocks_alone() -> None:
     assert (first.select.options, second.select.options) == ({"seed": 5}, {"seed": 6})
 
 
+def test_random_stands_for_all_its_draws_where_rows_are_named() -> None:
+    section = {"rows": {"bi": None, "random": None}, "random_seeds": 3, "recovered": ["random"]}
+    rows = [row.title for row in rows_of_recipe(recipe_of(recover={"num_tokens": 64}, compare=section))]
+    draws = ["random", "random, seed 1", "random, seed 2"]
+    assert rows == ["bi", *draws, *(f"{draw} + recovery" for draw in draws)]
+    own = {"rows": {"bi": None, "random": {"select": {"method": "random"}}}, "random_seeds": 3}
+    assert [row.name for row in rows_of_recipe(recipe_of(compare=own))] == ["bi", "random"]
+
+
 def test_options_belong_to_the_selector_they_were_given_for() -> None:
     rows = {
         row.name: row.recipe

@@ -177,6 +177,19 @@ def test_mistakes_in_what_is_measured_show_before_anything_runs(
     assert stages_run == []
 
 
+@pytest.mark.parametrize(
+    ("recover", "message"),
+    [({"texts": ["nowhere.txt"]}, "nowhere.txt"), ({"context": 512}, "recover.context is 512.* 128 positions")],
+    ids=str,
+)
+def test_mistakes_in_what_is_trained_on_show_before_anything_runs(
+    recipe: Recipe, tmp_path: Path, stages_run: list[str], recover: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FoldGPTError, match=message):
+        pipeline.run(recipe.changed(recover={"num_tokens": 4096, **recover}), tmp_path / "run")
+    assert stages_run == []
+
+
 def test_a_changed_model_is_noticed(tmp_path: Path, stages_run: list[str]) -> None:
     model, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
     recipe = Recipe.from_dict(tiny_recipe(model, text))

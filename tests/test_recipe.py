@@ -242,3 +242,6 @@ def test_what_a_change_replaces_goes_with_it() -> None:
     assert by_size.select.remove is None and by_size.share.rank == 0
     with pytest.raises(UsageError, match=r"select\.remove"):
         shared.changed(share={"method": "auto", "size": "0.7"}, select={"remove": 2})
+    by_count = by_size.changed(select={"remove": 2})
+    assert by_count.select.remove == 2 and by_count.share == Recipe(model="m").share
+    assert by_size.changed(select={"remove": None}).share.size == by_size.share.size

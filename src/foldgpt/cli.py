@@ -174,7 +174,7 @@ def plan(
             measured = steps.read_analysis(analysis, bench)
         elif recipe.select.method not in ANALYSIS_FREE:
             measured = steps.make_analysis(bench)
-        made = steps.make_plan(bench, measured)
+        made = steps.make_plan(bench, measured, out.with_name(f".{out.name}.search"))
         made.save(out)
         if as_json:
             _print_json(made.to_json_dict())
@@ -208,6 +208,7 @@ def fold(
         from foldgpt import steps
         from foldgpt.artifacts import check_free
         from foldgpt.plan import FoldPlan
+        from foldgpt.report import write_model_card
         from foldgpt.tables import plan_strip, verification_lines
         from foldgpt.workbench import Workbench
 
@@ -221,7 +222,9 @@ def fold(
             max_memory_gb=max_memory_gb,
             trust_remote_code=trust_remote_code,
         )
-        verification = steps.make_folded(Workbench(recipe), made, out, replace=overwrite)
+        bench = Workbench(recipe)
+        verification = steps.make_folded(bench, made, out, replace=overwrite)
+        write_model_card(out, source=bench.place)
         if as_json:
             _print_json(asdict(verification))
         else:
@@ -279,6 +282,7 @@ def recover(
     with _session(quiet):
         from foldgpt import steps
         from foldgpt.artifacts import check_free
+        from foldgpt.report import write_model_card
         from foldgpt.tables import recovery_lines
         from foldgpt.workbench import Workbench
 
@@ -301,7 +305,9 @@ def recover(
                 "settings": assignments(setting or []),
             },
         )
-        result = steps.make_recovered(Workbench(recipe), folder, out, replace=overwrite)
+        bench = Workbench(recipe)
+        result = steps.make_recovered(bench, folder, out, replace=overwrite)
+        write_model_card(out, source=bench.place)
         if as_json:
             _print_json(result.to_json_dict())
         else:

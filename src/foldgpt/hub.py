@@ -76,7 +76,9 @@ def check_card(path: Path) -> None:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ArtifactError(f"the hub could not read the model card {path}: {_first_line(error)}") from error
     if not data.get("library_name"):
-        raise ArtifactError(f"the model card {path} has no metadata; `foldgpt report` of its run writes a whole one")
+        raise ArtifactError(
+            f"the model card {path} has no metadata; foldgpt.report.write_model_card writes a whole one"
+        )
     if not data.get("license"):
         note(f"{path} names no licence; the hub shows none until you add one")
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from foldgpt.analysis import Analysis
 from foldgpt.artifacts import hash_of, read_json, write_json
-from foldgpt.corpus import identity_of
 from foldgpt.environment import describe_environment
 from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan
@@ -152,7 +151,7 @@ def _recovery_stage(folder: RunFolder, bench: Workbench) -> str:
     inputs = {
         "model": bench.fingerprint,
         "folded": folder.key_of("fold"),
-        "texts": identity_of(recipe.recover.texts or recipe.calibration.texts, own=bench.own_text),
+        "texts": bench.recovery_texts,
         # What is kept beside and who is told changes nothing in the result.
         "recover": recipe.recover.model_dump(mode="json", exclude={"teacher_cache", "report_to"}),
         "seed": recipe.seed,
@@ -219,8 +218,7 @@ def _report_stage(folder: RunFolder, bench: Workbench, final: str, evaluation: E
     """The page of the run, and the card of the model."""
 
     def make() -> None:
-        source = bench.place if bench.place.is_dir() else None
-        write_model_card(folder.path / final, evaluation=evaluation, source=source)
+        write_model_card(folder.path / final, evaluation=evaluation, source=bench.place)
         build_report(folder.path)
 
     inputs = {"plan": folder.key_of("plan"), "evaluation": folder.key_of("evaluation")}

@@ -343,11 +343,13 @@ def merge_sections_(value: dict[str, Any], changes: Mapping[str, Mapping[str, An
         changes: section → keys and values.
     """
     budget = {"remove", "remove_ratio"}
-    asked = changes.get("select", {}).keys() & budget
+    asked = any(changes.get("select", {}).get(name) is not None for name in budget)
     share = changes.get("share", {})
     # A count, a ratio and a size are one wish: the new one takes the place of the old.
     if asked or share.get("size") is not None:
         value["select"].update(remove=None, remove_ratio=None)
+    if asked and value["share"].get("method") == "auto" and "size" not in share:
+        value["share"] = {}
     # What the section says beside its method belongs to that method.
     if share.get("method", value["share"].get("method")) != value["share"].get("method"):
         value["share"] = {}

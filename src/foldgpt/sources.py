@@ -278,13 +278,15 @@ def _read_config(place: Path) -> dict[str, Any]:
 
 
 def load_config(place: Path, *, trust_remote_code: bool = False) -> Any:
-    """The config of a model in a Hugging Face folder.
+    """The config of a model in a Hugging Face folder, or in a GGUF file.
 
     Raises:
         SourceError: it cannot be read.
         UnsupportedModelError: the model is not a decoder-only language model, is quantised, or needs code that is
             not trusted.
     """
+    if place.is_file():
+        return _gguf_config(place)
     values = _read_config(place)
     if "quantization_config" in values:
         method = (values["quantization_config"] or {}).get("quant_method", "unknown method")
@@ -299,6 +301,13 @@ def load_config(place: Path, *, trust_remote_code: bool = False) -> Any:
             ) from error
         raise SourceError(f"cannot read {place / 'config.json'}: {_first_line(error)}") from error
     _check_decoder_only(config, place)
+    return config
+
+
+def _gguf_config(path: Path) -> Any:
+    with quiet_libraries(), _as_source_errors(path):
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    _check_decoder_only(config, path)
     return config
 
 
@@ -473,9 +482,7 @@ def load_gguf(path: Path, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTr
         UnsupportedModelError: it does not hold a decoder-only language model.
     """
     metadata = _gguf_metadata(path)
-    with quiet_libraries(), _as_source_errors(path):
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    _check_decoder_only(config, path)
+    _gguf_config(path)  # refuses what is no decoder before its weights are unpacked
     with quiet_libraries(), _as_source_errors(path):
         model, report = AutoModelForCausalLM.from_pretrained(
             path.parent,

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from foldgpt.analysis import CalibrationIdentity
-from foldgpt.corpus import OwnText, Windows, calibration_windows, evaluation_windows
+from foldgpt.corpus import OwnText, Windows, calibration_windows, evaluation_windows, identity_of
 from foldgpt.errors import FoldGPTError, UsageError, did_you_mean
 from foldgpt.evaluation import Suite, load_suite
 from foldgpt.folding.donors import DONORS, READY
@@ -55,25 +55,32 @@ class Workbench:
         self.recovery_settings = _recovery_settings(recipe)
 
     def check(self) -> None:
-        """Make what is measured on: mistakes in it show now, not after hours of search and training.
+        """Make what is measured on, and look for what is trained on: mistakes show now, not after hours of work.
 
         Raises:
             FoldGPTError: a text or a task that is not there, too long windows, a harness that is not installed.
         """
-        positions = self._positions
         for text, windows in self.tests.items():
-            if positions is not None and windows.ids.shape[1] > positions:
-                raise UsageError(
-                    f"evaluate.context is {windows.ids.shape[1]} for {text}, and {self.recipe.model} has {positions} "
-                    "positions"
-                )
+            self._check_context(f"evaluate.context is {windows.ids.shape[1]} for {text}", windows.ids.shape[1])
         _ = self.tasks
+        recover = self.recipe.recover
+        if recover.num_tokens:
+            _ = self.recovery_texts
+            self._check_context(f"recover.context is {recover.context}", recover.context)
 
-    @property
+    def _check_context(self, words: str, context: int) -> None:
+        positions = self._positions
+        if positions is not None and context > positions:
+            raise UsageError(f"{words}, and {self.recipe.model} has {positions} positions")
+
+    @cached_property
+    def recovery_texts(self) -> str:
+        """Identity of the texts that recovery trains on."""
+        return identity_of(self.recipe.recover.texts or self.recipe.calibration.texts, own=self.own_text)
+
+    @cached_property
     def _positions(self) -> int | None:
-        """How many positions the model has; None where its config does not say, or is inside a GGUF file."""
-        if self.place.is_file():
-            return None
+        """How many positions the model has; None where its config does not say."""
         config = load_config(self.place, trust_remote_code=self.recipe.trust_remote_code)
         return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 

@@ -71,12 +71,16 @@ def rows_of_recipe(recipe: Recipe) -> list[Row]:
     is_own = section.rows is not None and None not in section.rows.values()
     known = {} if is_own else known_rows(recipe)
     changes: dict[str, Change] = {}
+    draws: dict[str, Change] = {}
     for name, change in (section.rows or dict.fromkeys(known)).items():
         if change is None and name not in known:
             raise UsageError(
                 f"compare.rows: {name!r} is not a known row, and says not what it changes.{did_you_mean(name, known)}"
             )
         changes[name] = known[name] if change is None else change
+        if change is None and name == "random":
+            draws = {draw: drawn for draw, drawn in known.items() if draw.startswith("random, seed ")}
+            changes |= draws
     for name in changes:
         if not _slug(name):
             raise UsageError(f"compare.rows: the name {name!r} has neither a letter nor a digit")
@@ -90,7 +94,9 @@ def rows_of_recipe(recipe: Recipe) -> list[Row]:
         if "recover" not in changes[name]
     ]
     if recipe.recover.num_tokens:
-        wanted = changes if section.recovered is None else section.recovered
+        wanted = changes if section.recovered is None else [*section.recovered]
+        if "random" in wanted:
+            wanted = [*wanted, *draws]
         rows += [Row(name, True, one) for name, one in made.items() if name in wanted]
     missing = {*(section.rows or {}), *(section.recovered or [])} - {row.name for row in rows}
     for name in sorted(missing):

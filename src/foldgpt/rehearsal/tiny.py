@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from foldgpt.architectures import known_architectures
 from foldgpt.errors import SourceError, UnsupportedModelError
-from foldgpt.sources import resolve
+from foldgpt.sources import load_config, resolve
 
 #: One head's channels, most heads, tokens of the vocabulary, most experts.
 _HEAD_DIM, _MOST_HEADS, _VOCABULARY, _MOST_EXPERTS = 8, 4, 320, 4
@@ -33,9 +33,10 @@ def config_of(model: str, *, revision: str | None = None) -> Any:
     if model in known and not Path(model).exists():
         values = dict(known[model].config)
         return AutoConfig.for_model(values.pop("model_type"), **values)
-    is_here = Path(model).expanduser().exists() or model.startswith("demo:")
+    if Path(model).expanduser().exists() or model.startswith("demo:"):
+        return load_config(resolve(model))
     try:
-        return AutoConfig.from_pretrained(str(resolve(model)) if is_here else model, revision=revision)
+        return AutoConfig.from_pretrained(model, revision=revision)
     except (OSError, ValueError) as error:
         raise SourceError(
             f"cannot read the config of {model}: {str(error).splitlines()[0]}. Known by shape, without a network: "

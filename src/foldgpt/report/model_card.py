@@ -34,7 +34,8 @@ def write_model_card(
     Args:
         folder: the checkpoint; it holds plan.json.
         evaluation: what was measured of it; without one the card has no numbers, and says so.
-        source: the source's folder. Licence and languages are taken over from its card, if it has one.
+        source: the source's folder, or its one file. Licence and languages are taken over from its card, if the folder
+            has one.
 
     Returns:
         The path of the card.

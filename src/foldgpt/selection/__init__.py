@@ -49,7 +49,7 @@ def select(method: str, request: Request) -> Selection:
     if request.sublayers and method in SELECTORS and method not in MEASURED:
         raise UsageError(
             f"the selector {method!r} removes whole blocks; attention and MLP apart can be selected by "
-            f"{', '.join(sorted(MEASURED))}"
+            f"{', '.join(sorted(name for name in MEASURED if name != 'taylor'))}"
         )
     return _select(SELECTORS, method, request)
 
