@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,20 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Measured:
-    """Costs of sets, each measured once."""
+    """Costs of sets, each measured once; all are saved once a minute."""
 
-    def __init__(self, cost: RemovalCost, known: dict[Removed, float]) -> None:
+    def __init__(self, cost: RemovalCost, known: dict[Removed, float], save: Callable[[], None]) -> None:
         self.known = known
         self._cost = cost
+        self._save = save
+        self._saved = time.monotonic()
 
     def __call__(self, removed: Removed) -> float:
         if removed not in self.known:
             self.known[removed] = self._cost.cost(removed)
+            if time.monotonic() - self._saved > 60:
+                self._save()
+                self._saved = time.monotonic()
         return self.known[removed]
 
 
@@ -95,8 +101,7 @@ def main() -> None:
     num_blocks, num_remove = selectors["num_blocks"], rows[0]["num_remove"]
     request = Request(num_blocks, num_remove, model=source.model, ids_WT=windows.ids, seed=selectors["seed"])
     place = arguments.out / f"{arguments.name}.json"
-    identity = [windows.fingerprint, source.fingerprint, num_remove]
-    cost = Measured(request.need_cost("best_set"), earlier(place, identity))
+    identity = [windows.fingerprint, source.fingerprint, config["dtype"], num_remove]
 
     draw = random.Random(arguments.seed)
     starts = {
@@ -115,8 +120,15 @@ def main() -> None:
         "num_blocks": num_blocks,
         "num_remove": num_remove,
         "calibration": selectors["calibration"],
+        "environment": describe_environment(),
         "rows": [],
     }
+
+    def save() -> None:
+        result["known"] = [[sorted(removed), value] for removed, value in cost.known.items()]
+        write_json(place, result)
+
+    cost = Measured(request.need_cost("best_set"), earlier(place, identity), save)
     for name, start in starts.items():
         began, before = time.perf_counter(), len(cost.known)
         found = local_optimum(start, num_blocks, cost)
@@ -132,9 +144,7 @@ def main() -> None:
             }
         )
         print(result["rows"][-1], flush=True)
-        result["known"] = [[sorted(removed), value] for removed, value in cost.known.items()]
-        result["environment"] = describe_environment()
-        write_json(place, result)
+        save()
         write_text(place.with_suffix(".md"), as_markdown(result))
     print(place.with_suffix(".md").read_text())
 

@@ -329,7 +329,7 @@ def line_of(found: list[dict[str, Any]], sublayers: bool, tests: dict[str, Any])
         row["selector"],
         name_of(row["removed"], sublayers) if same else f"{len(found)} draws",
         spread([r["kl"] for r in found], 3),
-        *(spread([test["perplexities"][key_of(r["removed"])] for r in found], 1) for test in tests.values()),
+        *(spread([test["perplexities"].get(key_of(r["removed"])) for r in found], 1) for test in tests.values()),
         f"{statistics.mean(r['seconds'] for r in found):.0f}",
         passes,
     ]
@@ -348,7 +348,10 @@ def name_of(removed: list[int], sublayers: bool) -> str:
     return " ".join(names)
 
 
-def spread(values: list[float], digits: int) -> str:
+def spread(values: list[float | None], digits: int) -> str:
+    """Mean and standard deviation; a dash for what another call of the benchmark left out."""
+    if None in values:
+        return "—"
     if len(values) == 1:
         return f"{values[0]:,.{digits}f}"
     return f"{statistics.mean(values):,.{digits}f} ± {statistics.stdev(values):,.{digits}f}"

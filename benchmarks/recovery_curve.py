@@ -26,14 +26,14 @@ from torch import Tensor
 from block_lists import blocks_of
 from command import command_line
 from foldgpt.allocator import keep_freed_memory
-from foldgpt.artifacts import read_json, write_json, write_text
+from foldgpt.artifacts import hash_of, read_json, write_json, write_text
 from foldgpt.compensation import compensate, merge_
 from foldgpt.corpus import OwnText, calibration_windows, evaluation_windows
 from foldgpt.counts import count
 from foldgpt.environment import describe_environment
-from foldgpt.errors import UsageError
 from foldgpt.evaluation import TASKS, load_suite
 from foldgpt.evaluation.tasks.score import average
+from foldgpt.fingerprints import weights_fingerprint
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.objectives import Head, cross_entropy, forward_kl
 from foldgpt.plan import FoldPlan
@@ -109,7 +109,7 @@ class Bench:
             *(part.split(16) for part in (self.judged_on.ids, self._theirs_WTH, states_WTH)), strict=True
         ):
             rows = [states[:, :-1].flatten(0, 1) for states in (theirs_BTH, own_BTH)]
-            losses.append(cross_entropy(self._head, rows[1], ids_BT[:, 1:].flatten()))
+            losses.append(cross_entropy(self._head, rows[1], ids_BT[:, 1:].flatten().to(own_BTH.device)))
             divergences.append(forward_kl(self._head, *rows))
         found = {"perplexity": float(torch.cat(losses).mean().exp()), "kl": float(torch.cat(divergences).mean())}
         if self.suite is not None:
@@ -177,7 +177,10 @@ def main() -> None:
                 seed=arguments.seed,
                 own=own,
             )
-            student, recovery = recovered(work / str(tokens), folded, source, plan, train, held_out, settings)
+            texts = [windows.identity() for windows in (train, held_out)]
+            identity = [source.fingerprint, weights_fingerprint(folded), *texts, dataclasses.asdict(settings)]
+            place = work / f"{tokens}-{hash_of(identity)[:12]}"
+            student, recovery = recovered(place, folded, source, plan, train, held_out, settings)
             result["curve"].append({"tokens": tokens, **bench.measured(student), "recovery": recovery})
             result["environment"] = describe_environment()
             write_json(arguments.out / f"{arguments.name}.json", result)
@@ -194,12 +197,10 @@ def recovered(
     held_out: TrainingWindows,
     settings: RecoverySettings,
 ) -> tuple[Any, dict[str, Any]]:
-    """A recovered model, and how that went; one that an earlier call of the same settings left is taken over."""
+    """A recovered model, and how that went; one that an earlier call left there is taken over."""
     if place.exists():
         found: dict[str, Any] = read_json(place / RECOVERY)
-        if found["settings"] != dataclasses.asdict(settings):
-            raise UsageError(f"{place} was recovered with other settings; name another --work")
-        return load_source(str(place)).model, found
+        return load_source(str(place), device=str(source.model.device)).model, found
     student = copy.deepcopy(folded)
     return student, recover(student, source.model, plan, train, held_out, settings, place).to_json_dict()
 
@@ -215,13 +216,13 @@ def plain(value: Any) -> Any:
 def last_hidden(model: Any, ids_WT: Tensor) -> Tensor:
     """What the head would get, [W, T, H]."""
     body = Body(model)
-    return torch.cat([body(ids_BT).last_BTH for ids_BT in ids_WT.split(4)])
+    return torch.cat([body(ids_BT.to(model.device)).last_BTH for ids_BT in ids_WT.split(4)])
 
 
 def won_back(result: dict[str, Any], row: dict[str, Any], of: Callable[[dict[str, Any]], float]) -> str:
     """The share of what the removal alone lost that a model has again."""
     original, removed = of(result["original"]), of(result["removed"])
-    return f"{(removed - of(row)) / (removed - original):.0%}"
+    return f"{(removed - of(row)) / (removed - original):.0%}" if removed != original else "—"
 
 
 def as_markdown(result: dict[str, Any]) -> str:

@@ -138,7 +138,11 @@ def test_a_stopped_search_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyte
     assert together > 3
     assert resumed.report["trace"][:together] == whole.report["trace"][:together]
     assert resumed.removed == whole.removed
-    assert not checkpoint.exists()
+    # What comes after the search may fail: until its result is saved, it need not be done again.
+    monkeypatch.setattr(kind, "step", lambda self: pytest.fail("a finished search goes on"))
+    again = select("gates", _request(3, checkpoint=checkpoint, options=options))
+    assert again.removed == resumed.removed and again.report["cost"] == resumed.report["cost"]
+    assert again.report["refined"] == resumed.report["refined"]
 
 
 @pytest.mark.parametrize("content", ["{", '{"format": "other"}', "[]"])
@@ -191,6 +195,12 @@ def test_a_model_whose_predictions_are_not_finite_is_refused() -> None:
         request.model.lm_head.weight[3] = float("nan")
     with pytest.raises(FoldGPTError, match="not finite"):
         select("gates", request)
+
+
+def test_greedy_ends_where_nothing_more_can_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Units, "is_allowed", lambda self, removed: len(set(removed)) < 3)
+    with pytest.raises(UsageError, match="cannot be met"):
+        select("greedy", _request(3))
 
 
 def test_a_budget_that_no_set_meets_is_refused() -> None:
@@ -301,6 +311,24 @@ def test_swaps_keep_the_budget() -> None:
     assert len(found) == 15 and all(len(swapped) == 3 and len(swapped & removed) == 2 for swapped in found)
     twice = double_swaps(removed, units, torch.full((8,), 0.5, dtype=torch.float64))
     assert len(twice) == 30 and all(len(swapped) == 3 and len(swapped & removed) == 1 for swapped in twice)
+
+
+def test_what_is_expected_to_be_best_is_measured_first() -> None:
+    """It may be all that the allowance pays for; for one estimator nothing else is known before."""
+    scores = [0.5, 0.4, 0.3, 0.2, 0.1, 0.6]
+    known: dict[frozenset[int], float] = {}
+    refine(
+        SimpleNamespace(units=Units.blocks(6, 1), cost=lambda removed, sample: 1.0),  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        [frozenset([unit]) for unit in range(6)],
+        keep_probabilities_U=torch.full((6,), 0.5, dtype=torch.float64),
+        surrogate=Surrogate(scores, per_block=1),
+        measurements=[],
+        known=known,
+        is_spent=lambda: True,
+        after_round=lambda: None,
+    )
+    assert list(known) == [frozenset([4])]
 
 
 @pytest.mark.parametrize("seed", range(4))

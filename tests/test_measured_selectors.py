@@ -176,3 +176,14 @@ def test_counts_and_ratios() -> None:
     assert number_to_remove(30, remove=None, ratio=0.2) == 6
     assert number_to_remove(18, remove=None, ratio=0.1) == 2
     assert number_to_remove(18, remove=None, ratio=None) == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_flops_of_attention_do_not_depend_on_the_kernel(family: str) -> None:
+    """torch's own count leaves out the fused kernel of CPUs."""
+    found = []
+    for kernel in ("sdpa", "eager"):
+        model = tiny_model(family)
+        model.set_attn_implementation(kernel)
+        found.append(flops_of(model, token_ids(model, (2, 64))))
+    assert found[0] == found[1]

@@ -178,15 +178,19 @@ def test_mistakes_in_what_is_measured_show_before_anything_runs(
 
 
 @pytest.mark.parametrize(
-    ("recover", "message"),
-    [({"texts": ["nowhere.txt"]}, "nowhere.txt"), ({"context": 512}, "recover.context is 512.* 128 positions")],
+    ("changes", "message"),
+    [
+        ({"recover": {"num_tokens": 4096, "texts": ["nowhere.txt"]}}, "nowhere.txt"),
+        ({"recover": {"num_tokens": 4096, "context": 512}}, "recover.context is 512.* 128 positions"),
+        ({"calibration": {"context": 512}}, "calibration.context is 512.* 128 positions"),
+    ],
     ids=str,
 )
 def test_mistakes_in_what_is_trained_on_show_before_anything_runs(
-    recipe: Recipe, tmp_path: Path, stages_run: list[str], recover: dict[str, Any], message: str
+    recipe: Recipe, tmp_path: Path, stages_run: list[str], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(FoldGPTError, match=message):
-        pipeline.run(recipe.changed(recover={"num_tokens": 4096, **recover}), tmp_path / "run")
+        pipeline.run(recipe.changed(**changes), tmp_path / "run")
     assert stages_run == []
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from foldgpt.compensation import compensate_, compensate_and_judge_
-from foldgpt.errors import UsageError
+from foldgpt.errors import FoldGPTError, UsageError
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, predicted_parameters, source_model_of
 from foldgpt.plan import Compensation, FoldPlan
@@ -176,6 +179,31 @@ def test_a_candidate_that_compensation_does_not_help_goes_without() -> None:
         copy.deepcopy(model), FoldPlan.create(source_model_of(model), removed=ORDER[:1]), ids, ridge=1e-6
     ).kept
     assert kls[0] == pytest.approx(kls[1], rel=1e-6)
+
+
+@torch.no_grad()
+def test_a_family_whose_sublayers_are_not_known_is_met_by_removal() -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "cohere", vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert decoder_of(model).sublayers is None
+    found = solved(model, 0.6, token_ids(model, (16, 16)))
+    assert found.candidates[0].plan.is_removal_only
+    assert all(math.isfinite(candidate.kl) for candidate in found.candidates)
+
+
+def test_predictions_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    ids = token_ids(model, (16, 16))
+    with monkeypatch.context() as patched:
+        patched.setattr(solver, "fit_sharing", lambda *_, **__: SimpleNamespace(kl=math.nan))
+        with pytest.raises(FoldGPTError, match=r"remove 2: .*not finite.*--dtype"):
+            solved(model, 0.83, ids)
+    decoder_of(model).blocks[5].mlp.down_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(FoldGPTError, match=r"own predictions are not finite.*--dtype"):
+        solved(model, 0.83, ids)
 
 
 def test_a_size_that_cannot_be_met_is_refused() -> None:

@@ -174,8 +174,10 @@ def plan(
             measured = steps.read_analysis(analysis, bench)
         elif recipe.select.method not in ANALYSIS_FREE:
             measured = steps.make_analysis(bench)
-        made = steps.make_plan(bench, measured, out.with_name(f".{out.name}.search"))
+        search = out.with_name(f".{out.name}.search")
+        made = steps.make_plan(bench, measured, search)
         made.save(out)
+        search.unlink(missing_ok=True)
         if as_json:
             _print_json(made.to_json_dict())
         else:

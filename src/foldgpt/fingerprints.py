@@ -24,5 +24,5 @@ def weights_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if not parameter.is_meta:  # offloaded: what is there is known by its name alone
             flat = parameter.detach().flatten()
-            digest.update(flat[:: max(1, len(flat) // 1024)].double().cpu().numpy().tobytes())
+            digest.update(flat[:: max(1, len(flat) // 1024)].cpu().double().numpy().tobytes())
     return digest.hexdigest()

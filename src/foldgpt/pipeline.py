@@ -112,6 +112,11 @@ def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis) -> Fold
     path = folder.path / PLAN
     recipe = bench.recipe
     checkpoint = folder.path / ".search-checkpoint.json"
+
+    def make() -> None:
+        make_plan(bench, analysis, checkpoint).save(path)
+        checkpoint.unlink(missing_ok=True)
+
     inputs = {
         "analysis": _measures(analysis),
         "fingerprint": bench.fingerprint,
@@ -126,7 +131,7 @@ def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis) -> Fold
         "plan",
         inputs,
         [PLAN],
-        lambda: make_plan(bench, analysis, checkpoint).save(path),
+        make,
         lambda: FoldPlan.load(path),
     )
 

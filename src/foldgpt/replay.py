@@ -12,6 +12,7 @@ observed, and the replay of the untouched model must give its own hidden states 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from foldgpt.errors import UnsupportedModelError, UsageError
+from foldgpt.errors import FoldGPTError, UnsupportedModelError, UsageError
 from foldgpt.families import Decoder, Sublayers, decoder_of
 from foldgpt.modeling.modeling_foldgpt import Absent
 from foldgpt.plan import Sublayer
@@ -228,6 +229,8 @@ class Replay:
         replayed = self.finish(self.run(states[0][0], range(self.num_blocks)))
         self.num_block_calls = 0.0
         largest = float(last_BTH.abs().max())
+        if not math.isfinite(largest):
+            raise FoldGPTError("the model's own predictions are not finite; load it in float32 or bfloat16 (--dtype)")
         if not torch.allclose(replayed.float(), last_BTH.float(), rtol=1e-3, atol=1e-3 * largest):
             raise UnsupportedModelError(
                 f"what {type(self.model).__name__} does between its blocks cannot be replayed block by block; "

@@ -120,6 +120,7 @@ class Workbench:
     def calibration(self) -> Windows:
         """Windows on which redundancy is measured."""
         section = self.recipe.calibration
+        self._check_context(f"calibration.context is {section.context}", section.context)
         return calibration_windows(
             section.texts,
             self.tokenizer,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +80,9 @@ def flops_of(model: nn.Module, ids_BT: Tensor) -> Share:
         ids_BT: token ids, int64 [B, T].
     """
     decoder = decoder_of(model)
-    counter = FlopCounterMode(display=False)
+    # torch counts the fused kernels of GPUs only.
+    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=on_cpu)
     with counter:
         model(input_ids=ids_BT, use_cache=False)
     counts: dict[str, Any] = counter.get_flop_counts()
@@ -89,6 +92,12 @@ def flops_of(model: nn.Module, ids_BT: Tensor) -> Share:
         for index in range(len(decoder.blocks))
     )
     return Share("FLOPs", float(counter.get_total_flops()), per_block)
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of Q Kᵀ and of the product with V, [B, heads, T, channels] each; the mask saves nothing, as torch counts."""
+    batch, heads, length, channels = query
+    return 2 * batch * heads * length * key[-2] * (channels + value[-1])
 
 
 @torch.no_grad()

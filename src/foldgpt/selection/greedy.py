@@ -29,6 +29,8 @@ def greedy(request: Request) -> Selection:
             costs = _next_costs(cost, removed)
             first = first or costs
             best = ranked(costs)[0]
+            if costs[best] == float("inf"):
+                units.fill(range(len(units)), removed)  # raises: nothing more can go
             removed |= {best}
             order.append(best)
             spent = {

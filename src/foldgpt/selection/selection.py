@@ -34,7 +34,8 @@ class Request:
         objective: what is measured: "kl" to the source or "lm", the language-modelling loss.
         compensate: judge a set by what it costs after closed-form compensation.
         sublayers: remove attention and MLP apart, as many parameters as `num_remove` blocks have.
-        checkpoint: a file to keep the progress of a long search in, and to go on from.
+        checkpoint: a file to keep the progress of a long search in, and to go on from. It stays: whoever has saved the
+            result drops it.
         options: what one selector alone understands; unknown ones are refused.
     """
 

@@ -198,7 +198,8 @@ def _refitted(
     ridge, _ = best_ridge(total_fitted, total_held, RIDGES, bias=False)
     change_KH, _ = solve(added([*fitted, *held]), ridge, bias=False)
     bias = getattr(own, "bias", None)
-    return linear_like(own, weight_of(own).double() + change_KH.T, None if bias is None else bias.data)
+    weight_OI = weight_of(own).double()
+    return linear_like(own, weight_OI + change_KH.T.to(weight_OI), None if bias is None else bias.data)
 
 
 def _sums(replay: Replay, block: int, linear: Linear, layers: Mapping[str, nn.Module], rows: slice) -> Sums:

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foldgpt.compensation import compensate_and_judge_
-from foldgpt.errors import UnsupportedModelError, UsageError
+from foldgpt.errors import FoldGPTError, UnsupportedModelError, UsageError
 from foldgpt.families import Decoder, decoder_of
 from foldgpt.folding import predicted_parameters
 from foldgpt.plan import Compensation, Fitting, FoldPlan, Group, SourceModel
@@ -177,12 +177,14 @@ class _Solver:
     def run(self) -> Solution:
         fewest = self._fewest()
         self._measure(f"remove {fewest}", removed=self.removal(fewest))
-        self._at_zero(fewest)
-        self._at_zero(fewest + 1)
+        ways = [partial(self._at_zero, number) for number in (fewest, fewest + 1)]
         for shared in dict.fromkeys((1, (fewest + 1) // 2, fewest) if fewest else ()):
-            self._fixed_pairs(fewest, shared)
-            self._measured_pairs(fewest, shared)
-            self._measured_pairs(fewest + 1, shared)
+            ways.append(partial(self._fixed_pairs, fewest, shared))
+            ways += [partial(self._measured_pairs, number, shared) for number in (fewest, fewest + 1)]
+        for way in ways:
+            # Families whose sublayers are not known, or hold what nothing can be fitted for, such as experts.
+            with suppress(UnsupportedModelError):
+                way()
         best = min(self.candidates, key=lambda candidate: candidate.kl)
         tokens = sum(rows.stop - rows.start for rows in self.held) * self.replay.ids_WT.shape[1]
         return Solution(best, tuple(self.candidates), tokens)
@@ -209,10 +211,7 @@ class _Solver:
             left = self.limit - self._parameters(self._plan(rest, groups))
             if not groups or left < 0:
                 return
-            try:
-                groups = output_ranks(self.replay, groups, left)
-            except UnsupportedModelError:  # sublayers that nothing can be fitted for, such as experts
-                return
+            groups = output_ranks(self.replay, groups, left)
             self._measure(f"remove {number}, keep their positions with {norms} norms", rest, groups)
 
     def _fixed_pairs(self, number: int, shared: int) -> None:
@@ -233,36 +232,32 @@ class _Solver:
             return
         removed = self.removal(number - shared)
         kept = [index for index in range(len(self.decoder.blocks)) if index not in removed]
-        try:
-            found = self._partition(kept, shared)
-            if found.cost > _HOPELESS * min(candidate.kl for candidate in self.candidates):
-                note(f"remove {number - shared}, share {shared}: not tried, the pairs alone cost {found.cost:.2f}")
-                return
-            for private in (("norms", "scales"), ("norms",)):
-                groups = tuple(
-                    Group.model_validate({"blocks": blocks, "donor": "least_squares", "private": private})
-                    for blocks in found.groups
-                )
-                left = self.limit - self._parameters(self._plan(removed, groups))
-                if left >= 0:
-                    groups = ranks_for(self.replay, groups, left, self.fitted)
-                    name = f"remove {number - shared}, share {shared} in measured groups, fitted"
-                    self._measure(name, removed, groups)
-                    return
-        except (UsageError, UnsupportedModelError):  # too few of one kind, or nothing that can be fitted
+        found = self._partition(kept, shared)
+        if found is None:
             return
+        if found.cost > _HOPELESS * min(candidate.kl for candidate in self.candidates):
+            note(f"remove {number - shared}, share {shared}: not tried, the pairs alone cost {found.cost:.2f}")
+            return
+        for private in (("norms", "scales"), ("norms",)):
+            groups = tuple(
+                Group.model_validate({"blocks": blocks, "donor": "least_squares", "private": private})
+                for blocks in found.groups
+            )
+            left = self.limit - self._parameters(self._plan(removed, groups))
+            if left >= 0:
+                groups = ranks_for(self.replay, groups, left, self.fitted)
+                self._measure(f"remove {number - shared}, share {shared} in measured groups, fitted", removed, groups)
+                return
 
-    def _partition(self, kept: Sequence[int], shared: int) -> Partition:
-        """The cheapest groups, found either way, in which so many blocks give up their own weights."""
+    def _partition(self, kept: Sequence[int], shared: int) -> Partition | None:
+        """The cheapest groups, found either way, in which so many blocks give up their own weights; None for none."""
         found = []
         for search in (contiguous, merged):
             try:
                 found.append(search(kept, self._pair_costs, [1] * len(self.decoder.blocks), shared))
             except UsageError:
                 continue
-        if not found:
-            raise UsageError(f"no groups of these blocks let {shared} of them share")
-        return min(found, key=lambda partition: partition.cost)
+        return min(found, key=lambda partition: partition.cost, default=None)
 
     @cached_property
     def _pair_costs(self) -> Tensor:
@@ -300,6 +295,10 @@ class _Solver:
             plan = plan.model_copy(update={"fitting": None})
         with self._compensated(plan):
             kl = fit_sharing(self.model, plan, self.replay.ids_WT, replay=self.replay).kl
+        if not math.isfinite(kl):
+            raise FoldGPTError(
+                f"{name}: the model's predictions are not finite; load it in float32 or bfloat16 (--dtype)"
+            )
         at_zero = sum(len(group.started_at_zero) for group in groups)
         shared = sum(len(group.blocks) - 1 for group in groups if group.start == "hard")
         self.candidates.append(Candidate(name, len(plan.removed), at_zero, shared, self._parameters(plan), kl, plan))

@@ -95,7 +95,6 @@ class _Search:
             known = self._refine(scores, estimator)
             removed = min(known, key=lambda found: known[found])
         value = known[removed] if known else self._cost.cost(removed)
-        self._file.remove()
         order = sorted(removed, key=by_gate.index) + [unit for unit in by_gate if unit not in removed]
         selection = selection_of(
             "gates",
@@ -189,21 +188,24 @@ class _Search:
 
         one = self._cost.predicted_equivalents(1, sample)
 
-        def after_round() -> None:
+        def keep(*, now: bool = False) -> None:
             self._progress["known"] = [[sorted(found), value] for found, value in known.items()]
-            self._save()
+            self._save(now=now)
 
-        refine(
-            self._cost,
-            sample,
-            start,
-            keep_probabilities_U=probabilities_U,
-            surrogate=surrogate,
-            measurements=measurements,
-            known=known,
-            is_spent=lambda: self._spent() + one > self._allowance - reserve,
-            after_round=after_round,
-        )
+        if not self._progress.get("refined"):
+            refine(
+                self._cost,
+                sample,
+                start,
+                keep_probabilities_U=probabilities_U,
+                surrogate=surrogate,
+                measurements=measurements,
+                known=known,
+                is_spent=lambda: self._spent() + one > self._allowance - reserve,
+                after_round=keep,
+            )
+            self._progress["refined"] = True
+            keep(now=True)
         if self._judges_everything:
             return known
         finalists = sorted(known, key=lambda found: known[found])[:_FINALISTS]

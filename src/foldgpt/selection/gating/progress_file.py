@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import foldgpt
@@ -52,11 +51,6 @@ class ProgressFile:
             return
         write_json(self._path, {"format": _FORMAT, "fingerprint": self._fingerprint, "progress": progress})
         self._saved = time.monotonic()
-
-    def remove(self) -> None:
-        """Drop the file: the search is complete."""
-        if self._path is not None:
-            Path(self._path).unlink(missing_ok=True)
 
 
 def _fingerprint(request: Request) -> str:

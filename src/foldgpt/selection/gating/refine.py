@@ -67,15 +67,18 @@ def refine(
         if not open_sets:
             return
         expected_S, uncertain_S = (f(open_sets, _REFINEMENT) for f in (surrogate.predict, surrogate.uncertainty))
-        bounds = (expected_S - _DOUBT * uncertain_S).tolist()
+        # Before anything is known, what is most likely good comes first.
+        bounds = (expected_S - (_DOUBT if known else 0.0) * uncertain_S).tolist()
         if waited >= _PATIENCE:
             least = _log(known[best])
             if not any(bound < least for removed, bound in zip(open_sets, bounds, strict=True) if removed in near):
                 return
         ranked = sorted(range(len(open_sets)), key=lambda index: bounds[index])
         before = min(known.values(), default=math.inf)
-        # Sets that begin alike, one after another: they share states.
-        for removed in sorted((open_sets[index] for index in ranked[:_ROUND]), key=sorted):
+        # The first of all may be all that is paid for. Others are sorted: what begins alike shares states.
+        first = 0 if known else 1
+        chosen = [open_sets[index] for index in ranked[:_ROUND]]
+        for removed in [*chosen[:first], *sorted(chosen[first:], key=sorted)]:
             if known and is_spent():
                 return
             known[removed] = cost.cost(removed, sample)

@@ -90,7 +90,8 @@ class Surrogate:
             sample: as in `predict`.
         """
         features = self._features(sets)
-        alike_S = ((features @ self._near_UU) * features).sum(-1) / self._size
+        size = self._size if len(self._known) else max(1.0, float(features.sum(-1).mean()))
+        alike_S = ((features @ self._near_UU) * features).sum(-1) / size
         variance_S = _UNITS**2 * alike_S + _PAIRS**2 * alike_S.square() + _OFFSET**2
         if len(self._known):
             known_MS = self._related(features, sample).T
@@ -117,7 +118,7 @@ class Surrogate:
 
     @property
     def _size(self) -> float:
-        return max(1.0, float(self._known.sum(-1).mean())) if len(self._known) else 1.0
+        return max(1.0, float(self._known.sum(-1).mean()))
 
 
 #: Blocks this far apart are alike to 1/e.
