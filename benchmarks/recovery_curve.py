@@ -202,7 +202,8 @@ def recovered(
         found: dict[str, Any] = read_json(place / RECOVERY)
         return load_source(str(place), device=str(source.model.device)).model, found
     student = copy.deepcopy(folded)
-    return student, recover(student, source.model, plan, train, held_out, settings, place).to_json_dict()
+    result = recover(student, source.model, plan, train, held_out, settings, place, tokenizer=source.tokenizer)
+    return student, result.to_json_dict()
 
 
 def plain(value: Any) -> Any:
