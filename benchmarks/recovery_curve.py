@@ -229,6 +229,8 @@ def won_back(result: dict[str, Any], row: dict[str, Any], of: Callable[[dict[str
 def as_markdown(result: dict[str, Any]) -> str:
     config, curve = result["config"], result["curve"]
     with_tasks = "accuracy" in result["original"]
+    names = ("kl", "lm", "last_error", "states")
+    losses = " + ".join(f"{config[name]:g} {name}" for name in names if config[name])
     items = f" and on {config['limit'] or 'all'} items of each of seven tasks"
     rows = [("source", result["original"]), ("removed", result["removed"])]
     rows += [("compensated", result["compensated"])] if "compensated" in result else []
@@ -239,11 +241,12 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"{config['model']}, {config['dtype']}, blocks {config['remove']} removed"
         f"{', compensated' if config['compensate'] else ''}; LoRA of rank {config['rank']} in "
         f"{'all blocks' if config['train_blocks'] == 'all' else 'the blocks behind the first cut'}"
-        f"{FULLY[config['train_fully']]}, learning rate {config['learning_rate']}, steps of "
+        f"{FULLY[config['train_fully']]}, loss {losses}, learning rate {config['learning_rate']}, steps of "
         f"{config['batch_size'] * config['context']:,} tokens; trained on {', '.join(config['text'])}, measured on "
         f"{config['windows'] or 'all'} windows of {config['context']} tokens of {config['evaluate']}"
         f"{items if with_tasks else ''}. "
-        "Won back: of the log-perplexity and of the average accuracy that the removal alone lost.",
+        "Won back: of the log-perplexity and of the average accuracy that the removal alone lost. Seconds are those "
+        "of the last part of a training that was interrupted.",
         "",
         "| | perplexity | KL | won back | " + "accuracy | won back | " * with_tasks + "held-out loss | seconds |",
         "|---|---|---|---|" + "---|---|" * with_tasks + "---|---|",
