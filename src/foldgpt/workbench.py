@@ -60,6 +60,8 @@ class Workbench:
         Raises:
             FoldGPTError: a text or a task that is not there, too long windows, a harness that is not installed.
         """
+        calibrated = self.recipe.calibration.context
+        self._check_context(f"calibration.context is {calibrated}", calibrated)
         for text, windows in self.tests.items():
             self._check_context(f"evaluate.context is {windows.ids.shape[1]} for {text}", windows.ids.shape[1])
         _ = self.tasks
@@ -120,7 +122,6 @@ class Workbench:
     def calibration(self) -> Windows:
         """Windows on which redundancy is measured."""
         section = self.recipe.calibration
-        self._check_context(f"calibration.context is {section.context}", section.context)
         return calibration_windows(
             section.texts,
             self.tokenizer,
