@@ -34,7 +34,7 @@ from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import be_quiet
 from foldgpt.replay import Replay
-from foldgpt.selection import MEASURED, RemovalCost, Request, Selection, number_to_remove, select
+from foldgpt.selection import BY_SUBLAYER, MEASURED, RemovalCost, Request, Selection, number_to_remove, select
 from foldgpt.selection.units import Units, units_of
 from foldgpt.sources import Source, load_source
 from provenance import measured_by, provenance_lines
@@ -67,10 +67,10 @@ def parse_arguments() -> argparse.Namespace:
     arguments.perplexity = arguments.perplexity or []
     arguments.ratio = arguments.ratio or [0.2]
     arguments.selector = arguments.selector or [
-        name for name in SELECTORS if name in MEASURED or not arguments.sublayers
+        name for name in SELECTORS if name in BY_SUBLAYER or not arguments.sublayers
     ]
-    if arguments.sublayers and set(arguments.selector) - set(MEASURED):
-        parser.error(f"with --sublayers only {', '.join(MEASURED)} can select")
+    if arguments.sublayers and set(arguments.selector) - BY_SUBLAYER:
+        parser.error(f"with --sublayers only {', '.join(sorted(BY_SUBLAYER))} can select")
     return arguments
 
 

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from block_lists import blocks_of
@@ -26,12 +25,12 @@ from foldgpt.artifacts import write_json, write_text
 from foldgpt.compensation import compensate, merge_
 from foldgpt.corpus import Windows, calibration_windows, evaluation_windows
 from foldgpt.environment import describe_environment
-from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
-from foldgpt.objectives import Head, cross_entropy, forward_kl
+from foldgpt.objectives import Head
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import be_quiet
 from foldgpt.sources import load_source
+from judging import last_hidden, perplexity_and_kl
 from provenance import provenance_of
 
 
@@ -135,19 +134,10 @@ def judge(model: Any, plan: FoldPlan, corrections: Any, head: Head, teacher: Ten
     return measured(head, teacher, last_hidden(model, judged_on.ids), judged_on)
 
 
-@torch.inference_mode()
-def last_hidden(model: Any, ids_WT: Tensor) -> Tensor:
-    """What the head would get, [W, T, H]."""
-    body = model.get_submodule(decoder_of(model).blocks_path.rpartition(".")[0])
-    return torch.cat([body(input_ids=ids_BT, use_cache=False).last_hidden_state for ids_BT in ids_WT.split(4)])
-
-
 def measured(head: Head, teacher_WTH: Tensor, student_WTH: Tensor, judged_on: Windows) -> Measured:
     """Perplexity of the student, and its mean KL from the teacher, over all tokens but each window's first."""
-    student_RH = student_WTH[:, :-1].flatten(0, 1)
-    loss = cross_entropy(head, student_RH, judged_on.ids[:, 1:].flatten()).double().mean()
-    kl = forward_kl(head, teacher_WTH[:, :-1].flatten(0, 1), student_RH).double().mean()
-    return Measured(perplexity=round(float(loss.exp()), 3), kl=round(float(kl), 4))
+    perplexity, kl = perplexity_and_kl(head, teacher_WTH, student_WTH, judged_on.ids)
+    return Measured(perplexity=round(perplexity, 3), kl=round(kl, 4))
 
 
 def as_markdown(result: dict[str, Any]) -> str:

@@ -20,9 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from block_lists import blocks_of
 from command import command_line
 from foldgpt.allocator import keep_freed_memory
@@ -35,11 +32,11 @@ from foldgpt.evaluation import TASKS, load_suite
 from foldgpt.evaluation.tasks.score import average
 from foldgpt.fingerprints import weights_fingerprint
 from foldgpt.folding import fold_, source_model_of
-from foldgpt.objectives import Head, cross_entropy, forward_kl
+from foldgpt.objectives import Head
 from foldgpt.plan import FoldPlan
 from foldgpt.recovery import RECOVERY, RecoverySettings, TrainingWindows, packed_windows, recover
-from foldgpt.recovery.states import Body
 from foldgpt.sources import Source, load_source
+from judging import last_hidden, perplexity_and_kl
 from provenance import provenance_of
 
 #: What is trained in full beside the adapters.
@@ -102,16 +99,9 @@ class Bench:
 
     def measured(self, model: Any) -> dict[str, float]:
         """Perplexity, KL to the source of windows that do not overlap, and the average accuracy of the tasks."""
-        states_WTH = last_hidden(model, self.judged_on.ids)
-        # A few windows at a time: the text may be long.
-        losses, divergences = [], []
-        for ids_BT, theirs_BTH, own_BTH in zip(
-            *(part.split(16) for part in (self.judged_on.ids, self._theirs_WTH, states_WTH)), strict=True
-        ):
-            rows = [states[:, :-1].flatten(0, 1) for states in (theirs_BTH, own_BTH)]
-            losses.append(cross_entropy(self._head, rows[1], ids_BT[:, 1:].flatten().to(own_BTH.device)))
-            divergences.append(forward_kl(self._head, *rows))
-        found = {"perplexity": float(torch.cat(losses).mean().exp()), "kl": float(torch.cat(divergences).mean())}
+        own_WTH = last_hidden(model, self.judged_on.ids)
+        perplexity, kl = perplexity_and_kl(self._head, self._theirs_WTH, own_WTH, self.judged_on.ids)
+        found = {"perplexity": perplexity, "kl": kl}
         if self.suite is not None:
             scores = self.suite.measure(model, self.source.tokenizer)
             found["accuracy"] = average(scores)
@@ -211,13 +201,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list):
         return [plain(item) for item in value]
     return Path(value).name if isinstance(value, str) and "/" in value else value
-
-
-@torch.inference_mode()
-def last_hidden(model: Any, ids_WT: Tensor) -> Tensor:
-    """What the head would get, [W, T, H]."""
-    body = Body(model)
-    return torch.cat([body(ids_BT.to(model.device)).last_BTH for ids_BT in ids_WT.split(4)])
 
 
 def won_back(result: dict[str, Any], row: dict[str, Any], of: Callable[[dict[str, Any]], float]) -> str:

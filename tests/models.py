@@ -91,6 +91,20 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     return model.eval()
 
 
+def model_of_an_unknown_family(num_blocks: int) -> PreTrainedModel:
+    """A tiny random model whose family has no entry: what its sublayers are is not known."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "cohere",
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=num_blocks,
+        num_attention_heads=4,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
 def token_ids(model: Any, shape: tuple[int, int] = (2, 20), seed: int = 0) -> torch.Tensor:
     """Random token ids of a shape."""
     generator = torch.Generator().manual_seed(seed)

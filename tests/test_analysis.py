@@ -11,13 +11,12 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from foldgpt.analysis import Analysis, CalibrationIdentity, SourceIdentity, analyze, sweep
 from foldgpt.analysis.moments import Moments
 from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
 from foldgpt.families import decoder_of
-from models import tiny_model, token_ids
+from models import model_of_an_unknown_family, tiny_model, token_ids
 
 # One of each kind: pre-norm, tuple outputs and parallel sublayers, flattened MLP, post-norm, sandwich norms.
 FAMILIES = ["llama", "gemma3", "falcon", "falcon-parallel", "opt", "gpt2", "olmo2", "granite", "gpt_neox"]
@@ -233,11 +232,7 @@ def test_nearly_parallel_states_keep_their_digits(angle: float, massive: bool) -
 
 
 def test_family_without_an_entry_has_no_sublayer_measures() -> None:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "cohere", vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = model_of_an_unknown_family(4)
     assert decoder_of(model).sublayers is None
     ids = token_ids(model)
     analysis = analyze(model, ids)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from foldgpt.compensation import compensate_, compensate_and_judge_
 from foldgpt.errors import FoldGPTError, UsageError
@@ -21,7 +20,7 @@ from foldgpt.sharing.adjacent import adjacent_groups
 from foldgpt.sharing.fit import fit_sharing
 from foldgpt.sharing.solver import Solution, limit_of, middle, solve
 from foldgpt.sizes import Size
-from models import tiny_model, token_ids
+from models import model_of_an_unknown_family, tiny_model, token_ids
 
 ORDER = [4, 3, 2, 1, 5, 0]
 
@@ -183,11 +182,7 @@ def test_a_candidate_that_compensation_does_not_help_goes_without() -> None:
 
 @torch.no_grad()
 def test_a_family_whose_sublayers_are_not_known_is_met_by_removal() -> None:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "cohere", vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = model_of_an_unknown_family(6)
     assert decoder_of(model).sublayers is None
     found = solved(model, 0.6, token_ids(model, (16, 16)))
     assert found.candidates[0].plan.is_removal_only

@@ -94,7 +94,7 @@ def rows_of_recipe(recipe: Recipe) -> list[Row]:
         if "recover" not in changes[name]
     ]
     if recipe.recover.num_tokens:
-        wanted = changes if section.recovered is None else [*section.recovered]
+        wanted = changes if section.recovered is None else section.recovered
         if "random" in wanted:
             wanted = [*wanted, *draws]
         rows += [Row(name, True, one) for name, one in made.items() if name in wanted]

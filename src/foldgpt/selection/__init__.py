@@ -33,6 +33,10 @@ ANALYSIS_FREE = frozenset(SELECTORS) - {"bi", "angular"}
 #: Selectors that measure the model on the calibration windows.
 MEASURED = ANALYSIS_FREE - {"last", "random"}
 
+#: Selectors that can remove the attention and the MLP of a block apart. A norm behind a sublayer would undo its gate,
+#: so the gradient that taylor takes is for whole blocks.
+BY_SUBLAYER = MEASURED - {"taylor"}
+
 
 def select(method: str, request: Request) -> Selection:
     """Select blocks by a method.
@@ -46,16 +50,17 @@ def select(method: str, request: Request) -> Selection:
             rates blocks, or an analysis, a model or windows that are missing or do not fit.
         FoldGPTError: a search that cannot give an answer; the message says why.
     """
-    if request.sublayers and method in SELECTORS and method not in MEASURED:
+    if request.sublayers and method in SELECTORS and method not in BY_SUBLAYER:
         raise UsageError(
             f"the selector {method!r} removes whole blocks; attention and MLP apart can be selected by "
-            f"{', '.join(sorted(name for name in MEASURED if name != 'taylor'))}"
+            f"{', '.join(sorted(BY_SUBLAYER))}"
         )
     return _select(SELECTORS, method, request)
 
 
 __all__ = [
     "ANALYSIS_FREE",
+    "BY_SUBLAYER",
     "MEASURED",
     "SELECTORS",
     "Objective",

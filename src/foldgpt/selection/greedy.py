@@ -30,7 +30,7 @@ def greedy(request: Request) -> Selection:
             first = first or costs
             best = ranked(costs)[0]
             if costs[best] == float("inf"):
-                units.fill(range(len(units)), removed)  # raises: nothing more can go
+                raise units.unreachable()
             removed |= {best}
             order.append(best)
             spent = {

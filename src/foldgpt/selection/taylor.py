@@ -12,20 +12,15 @@ from dataclasses import replace
 import torch
 
 from foldgpt.progress import bar
-from foldgpt.selection.gated_pass import check_blocks, gradient_of_gates
+from foldgpt.selection.gated_pass import gradient_of_gates
 from foldgpt.selection.measured import ranked, selection_of
 from foldgpt.selection.selection import Request, Selection
 
 
 def taylor(request: Request) -> Selection:
-    """Score each block by the mean over micro-batches of |∂ loss / ∂ gate|, and remove the lowest ones.
-
-    Raises:
-        UsageError: attention and MLP are to be removed apart.
-    """
+    """Score each block by the mean over micro-batches of |∂ loss / ∂ gate|, and remove the lowest ones."""
     request.check_options("taylor", {})
     cost = replace(request, objective="lm").need_cost("taylor")
-    check_blocks(cost, "the selector 'taylor'")
     open_N = torch.ones(request.num_blocks, dtype=torch.float64)
     total_N = torch.zeros_like(open_N)
     with bar("gradients", cost.num_batches) as progress:

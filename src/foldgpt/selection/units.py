@@ -94,6 +94,13 @@ class Units:
             first_of.setdefault(self.attention_kinds[block], block)
         return bool(kept) and all(lacking.get(block) != "attention" for block in first_of.values())
 
+    def unreachable(self) -> UsageError:
+        """The error where nothing more can go and the target is not met."""
+        return UsageError(
+            f"the budget cannot be met: {self.target:,} of {sum(self.sizes):,} are to be removed, but one block of "
+            "each kind of attention must stay"
+        )
+
     def fill(self, order: Sequence[int], start: Removed = frozenset()) -> Removed:
         """Remove units in the given order until the target is met, then put back what it does not need.
 
@@ -107,10 +114,7 @@ class Units:
             if unit not in start and self.is_allowed([*start, *taken, unit]):
                 taken.append(unit)
         if self.missing([*start, *taken]) > 0:
-            raise UsageError(
-                f"the budget cannot be met: {self.target:,} of {sum(self.sizes):,} are to be removed, but one block of "
-                "each kind of attention must stay"
-            )
+            raise self.unreachable()
         # The last in the order first: they are the ones worth keeping most.
         for unit in taken[::-1]:
             rest = [other for other in taken if other != unit]
