@@ -104,6 +104,12 @@ class Bench:
     def ids(self) -> Tensor:
         return self.calibration.ids
 
+    @property
+    def units(self) -> Units:
+        """What rows number, whatever is to go of it."""
+        decoder = decoder_of(self.model)
+        return Units.sublayers(decoder, 0) if self.arguments.sublayers else Units.blocks(self.num_blocks, 0)
+
     def row(self, selector: str, ratio: float, seed: int) -> dict[str, Any]:
         num_remove = number_to_remove(self.num_blocks, remove=None, ratio=ratio)
         if selector == "greedy" and not self.arguments.sublayers:
@@ -182,7 +188,7 @@ class Bench:
             ids = self.tests[text].ids
             self._test_costs[text] = RemovalCost(
                 Replay(self.model, ids),
-                units=Units.sublayers(decoder_of(self.model), 0) if self.arguments.sublayers else None,
+                units=self.units,
                 objective="lm",
                 position_share=1.0,
                 most_positions=ids.numel(),
@@ -195,7 +201,14 @@ class Bench:
         if self._fitted_on is None:
             windows = self.calibration if tokens is None else self.windows(tokens)
             self._fitted_on = Replay(self.model, windows.ids)
-        plan = FoldPlan.create(source_model_of(self.model), removed=removed)
+        units = self.units
+        absent = units.lacking(removed)
+        plan = FoldPlan.create(
+            source_model_of(self.model),
+            removed=units.whole_blocks(removed),
+            removed_attention=[block for block, lost in absent.items() if lost == "attention"],
+            removed_mlp=[block for block, lost in absent.items() if lost == "mlp"],
+        )
         corrections = compensate(self.model, plan, self._fitted_on.ids_WT, replay=self._fitted_on)
         folded = copy.deepcopy(self.model)
         merge_(folded, corrections)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -146,7 +147,7 @@ def test_a_cut_at_the_first_block_has_nothing_to_carry_it() -> None:
     stream = torch.cat([replay.run(replay.states[0][rows], [1, 2]) for rows in replay.batches()])
     compensator = Compensator(replay)
     inner: list[torch.Tensor] = []
-    output, mlp = compensator.run(3, stream, inner=inner)
+    output, mlp = compensator.run(3, replay.split(stream), inner=inner)
     expected = compensator.correct(3, output, mlp, replay.states[5], inner_RI=torch.cat(inner))[1]
     torch.testing.assert_close(corrections[3].map_KH, expected.map_KH)
 
@@ -158,7 +159,7 @@ def test_a_cut_at_the_end_aims_at_what_leaves_the_last_block() -> None:
     replay = Replay(model, ids)
     corrections = compensate(model, [4, 5], ids, replay=replay, ridge=0.1, features="output")
     compensator = Compensator(replay, ridge=0.1)
-    output, mlp = compensator.run(3, replay.states[3])
+    output, mlp = compensator.run(3, replay.split(replay.states[3]))
     _, expected = compensator.correct(3, output, mlp, replay.states[6])
     assert list(corrections) == [3]
     torch.testing.assert_close(corrections[3].map_KH, expected.map_KH)
@@ -293,9 +294,9 @@ def test_behind_a_cut_that_nothing_makes_up_for_corrections_are_fitted_on_the_st
     given: dict[int, torch.Tensor] = {}
     run = Compensator.run
 
-    def recorded(self: Compensator, index: int, stream_WTH: torch.Tensor, **kwargs: Any) -> Any:
-        given[index] = stream_WTH
-        return run(self, index, stream_WTH, **kwargs)
+    def recorded(self: Compensator, index: int, stream: Sequence[torch.Tensor], **kwargs: Any) -> Any:
+        given[index] = torch.cat(list(stream))
+        return run(self, index, stream, **kwargs)
 
     monkeypatch.setattr(Compensator, "run", recorded)
     assert list(compensate(model, plan, ids)) == [4]
@@ -340,7 +341,7 @@ def test_numbers_that_make_no_sense_are_refused() -> None:
     with pytest.raises(UsageError, match="1 part or more, not 0"):
         Compensator(replay, parts=0)
     compensator = Compensator(replay)
-    output, mlp = compensator.run(1, replay.states[1])
+    output, mlp = compensator.run(1, replay.split(replay.states[1]))
     with pytest.raises(UsageError, match=r"\[2, 19, 32\]"):
         compensator.correct(1, output, mlp, replay.states[3][:, 1:])
     output[0, 0, 0] = float("nan")

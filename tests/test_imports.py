@@ -41,7 +41,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("side_by_side",),
     ("rehearsal",),
-    ("options",),
     ("cli",),
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}

@@ -339,9 +339,11 @@ def test_a_failing_stage_keeps_the_finished_ones(recipe: Recipe, tmp_path: Path,
     assert stages_run == STAGES[1:]
 
 
-def test_a_search_with_compensation(recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sublayers", [False, True], ids=["blocks", "sublayers"])
+def test_a_search_with_compensation(recipe: Recipe, tmp_path: Path, sublayers: bool) -> None:
     searched = recipe.changed(
-        select={"method": "greedy", "num_tokens": 128, "remove": 2}, compensate={"method": "linear"}
+        select={"method": "greedy", "num_tokens": 128, "remove": 2, "sublayers": sublayers},
+        compensate={"method": "linear"},
     )
     result = pipeline.run(searched, tmp_path / "run")
     assert result.plan.compensation is not None
@@ -353,8 +355,10 @@ def test_a_search_with_compensation(recipe: Recipe, tmp_path: Path) -> None:
     both = [tmp_path / name / "folded" for name in ("run", "plain")]
     weights = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in both]
     changed = [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]
-    if result.plan.kept == plain.plan.kept:
-        assert changed and all(name.endswith("down_proj.weight") for name in changed)
+    one, other = ((p.removed, p.removed_attention, p.removed_mlp) for p in (result.plan, plain.plan))
+    if one == other:
+        carriers = ("down_proj.weight", "o_proj.weight")[: 1 + sublayers]
+        assert changed and all(name.endswith(carriers) for name in changed)
 
 
 def test_compensation_on_another_text_than_the_plans_is_refused(inputs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from foldgpt.errors import UsageError
+from foldgpt.compensation import compensate, merge_
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan
 from foldgpt.replay import Replay
+from foldgpt.selection import cost as cost_module
 from foldgpt.selection.cost import RemovalCost
 from foldgpt.selection.units import Units
 from models import CONFIGS, tiny_model, token_ids
@@ -21,10 +22,14 @@ from models import CONFIGS, tiny_model, token_ids
 FAMILIES_WITH_SUBLAYERS = [family for family in CONFIGS if decoder_of(tiny_model(family)).sublayers is not None]
 
 
-@torch.no_grad()
 def _plain_kl(model: Any, ids: torch.Tensor, rows: torch.Tensor, **removed: Any) -> float:
     folded = copy.deepcopy(model)
     fold_(folded, FoldPlan.create(source_model_of(model), **removed))
+    return _kl(model, folded, ids, rows)
+
+
+@torch.no_grad()
+def _kl(model: Any, folded: Any, ids: torch.Tensor, rows: torch.Tensor) -> float:
     target, own = (
         functional.log_softmax(m(input_ids=ids, use_cache=False).logits.float(), -1).flatten(0, 1)[rows]
         for m in (model, folded)
@@ -109,8 +114,26 @@ def test_the_seed_alone_decides_the_positions() -> None:
     assert len(first) == 50 and not torch.equal(first, other)
 
 
-def test_compensation_of_sublayers_is_refused() -> None:
-    model = tiny_model("llama")
-    replay = Replay(model, token_ids(model))
-    with pytest.raises(UsageError, match="whole blocks"):
-        RemovalCost(replay, units=Units.sublayers(replay.decoder, 1), compensate=True)
+@pytest.mark.parametrize("family", FAMILIES_WITH_SUBLAYERS)
+def test_a_compensated_set_costs_what_it_costs_merged_and_folded(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole blocks, and blocks that lose one sublayer; fitted and measured on the same tokens, so as to compare."""
+    monkeypatch.setattr(cost_module, "_PARTS", 1)
+    model = tiny_model(family)
+    ids = token_ids(model, (6, 20))
+    replay = Replay(model, ids, batch_size=2)
+    cost = RemovalCost(replay, units=Units.sublayers(replay.decoder, 1), compensate=True)
+    # Block 2 loses its MLP, block 3 goes whole, block 5 loses its attention.
+    got = cost.cost(frozenset({5, 6, 7, 10}))
+    assert cost.cost(frozenset({5, 6, 7, 10})) == pytest.approx(got, rel=1e-5), "with states kept from before"
+    plan = FoldPlan.create(source_model_of(model), removed=[3], removed_mlp=[2], removed_attention=[5])
+    corrections = compensate(model, plan, ids, features="output")
+    assert {block: found.sublayer for block, found in corrections.items()} == {2: "attention", 5: "mlp"}
+    compensated = copy.deepcopy(model)
+    merge_(compensated, corrections)
+    fold_(compensated, plan)
+    expected = _kl(model, compensated, ids, cost.everything.rows_R)
+    assert got == pytest.approx(expected, rel=2e-3, abs=1e-4)
+    plain = RemovalCost(replay, units=Units.sublayers(replay.decoder, 1)).cost(frozenset({5, 6, 7, 10}))
+    assert abs(got - plain) > 0.01 * plain

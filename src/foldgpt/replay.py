@@ -90,6 +90,10 @@ class Replay:
         for start in range(0, self.num_windows, self.batch_size):
             yield slice(start, min(start + self.batch_size, self.num_windows))
 
+    def split(self, stream_WTH: Tensor) -> list[Tensor]:
+        """A stream of all windows as its micro-batches."""
+        return [stream_WTH[rows] for rows in self.batches()]
+
     def block(self, index: int, hidden_BTH: Tensor, *, without: Sublayer | None = None) -> Tensor:
         """What block `index` makes of a residual stream [B, T, H]; gradients flow if they are enabled.
 
@@ -120,22 +124,6 @@ class Replay:
         for module in self._tail:
             hidden_BTH = module(hidden_BTH)
         return hidden_BTH
-
-    @contextmanager
-    def mlp_output(self, index: int) -> Iterator[list[Tensor]]:
-        """Collect what the last module of a block's MLP puts out while the context is open.
-
-        Raises:
-            UnsupportedModelError: the family's sublayers are not known.
-        """
-        module = self.decoder.blocks[index].get_submodule(self._sublayers.mlp[-1])
-        collected: list[Tensor] = []
-        # Copied: a block may add to it in place (Falcon).
-        handle = module.register_forward_hook(lambda _, _args, output: collected.append(_tensor_of(output).clone()))
-        try:
-            yield collected
-        finally:
-            handle.remove()
 
     @contextmanager
     def _without(self, index: int, sublayer: Sublayer) -> Iterator[nn.Module]:

@@ -82,7 +82,7 @@ def make_plan(bench: Workbench, analysis: Analysis | None, checkpoint: Path | No
         seed=recipe.seed,
         objective=section.objective,
         # A set is judged by what it costs as it will be folded.
-        compensate=compensation is not None and not section.sublayers,
+        compensate=compensation is not None,
         sublayers=section.sublayers,
         checkpoint=checkpoint,
         options=section.options,

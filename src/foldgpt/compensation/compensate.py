@@ -23,7 +23,7 @@ def why_not(model: nn.Module) -> str | None:
     try:
         replay = Replay(model, torch.ones((1, 4), dtype=torch.int64))
         compensator = Compensator(replay)
-        output_WTH, carried_WTH = compensator.run(0, replay.states[0])
+        output_WTH, carried_WTH = compensator.run(0, replay.split(replay.states[0]))
         compensator.correct(0, output_WTH, carried_WTH, replay.states[1])
     except UnsupportedModelError as error:
         return str(error)
@@ -95,13 +95,12 @@ def compensate(
             stream_WTH = replay.states[index + 1]
         elif index not in carriers:
             without = absent.get(index)
-            runs = [replay.block(index, stream_WTH[rows], without=without) for rows in replay.batches()]
-            stream_WTH = torch.cat(runs)
+            stream_WTH = torch.cat([replay.block(index, part, without=without) for part in replay.split(stream_WTH)])
         else:
             carrier = carrying[index]
             inner: list[Tensor] | None = [] if features == "inner" else None
             output_WTH, carried_WTH = compensator.run(
-                index, stream_WTH, sublayer=carrier, absent=absent.get(index), inner=inner
+                index, replay.split(stream_WTH), sublayer=carrier, absent=absent.get(index), inner=inner
             )
             stream_WTH, corrections[index] = compensator.correct(
                 index,

@@ -293,7 +293,7 @@ class Compensator:
     def run(
         self,
         block: int,
-        stream_WTH: Tensor,
+        stream: Sequence[Tensor],
         *,
         sublayer: Sublayer = "mlp",
         absent: Sublayer | None = None,
@@ -303,7 +303,7 @@ class Compensator:
 
         Args:
             block: source index of the block.
-            stream_WTH: what goes in, for all recorded windows.
+            stream: what goes in, in recorded micro-batches [B, T, H] (see `Replay.split`).
             sublayer: whose output is wanted.
             absent: a sublayer that is removed and adds nothing.
             inner: a list to which what the sublayer's output matrix is given is appended, [tokens, I] a micro-batch;
@@ -327,16 +327,13 @@ class Compensator:
                 handles.append(
                     holder.register_forward_pre_hook(lambda _module, args: inner.append(args[0].flatten(0, -2).clone()))
                 )
-        if absent is not None:
-            gone = output_module(decoder, block, absent)
-            nothing = torch.zeros((), dtype=stream_WTH.dtype, device=stream_WTH.device)
-            handles.append(gone.register_forward_hook(lambda _module, _args, output: _replaced(output, nothing)))
         try:
-            outputs = [self.replay.block(block, stream_WTH[rows]) for rows in self.replay.batches()]
+            output_WTH = torch.cat([self.replay.block(block, hidden_BTH, without=absent) for hidden_BTH in stream])
         finally:
             for handle in handles:
                 handle.remove()
-        return torch.cat(outputs), torch.cat([part.reshape(-1) for part in collected]).view(stream_WTH.shape)
+        # Some MLPs work on flattened tokens.
+        return output_WTH, torch.cat([part.reshape(-1) for part in collected]).view(output_WTH.shape)
 
 
 def _replaced(output: Any, put: Tensor) -> Any:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from foldgpt.compensation import Compensator
-from foldgpt.errors import FoldGPTError, UsageError
+from foldgpt.errors import FoldGPTError
 from foldgpt.objectives import Head, SourcePredictions, cross_entropy
+from foldgpt.plan import Sublayer
 from foldgpt.replay import Replay
 from foldgpt.selection.units import Removed, Units
 
@@ -77,8 +78,9 @@ class RemovalCost:
         replay: the source on the calibration windows.
         units: what may be removed; by default whole blocks.
         objective: "kl" to the source, or "lm", the language-modelling loss.
-        compensate: correct the block before each cut in closed form, as `foldgpt.compensation` does when folding;
-            the fit is made on the windows that are measured on, for each part of them on the others.
+        compensate: correct the block before each cut, and what is left of a block that loses a sublayer, in closed
+            form, as `foldgpt.compensation` does when folding; the fit is made on the windows that are measured on, for
+            each part of them on the others.
         seed: seed of the positions.
         position_share: the share of the positions at which predictions are compared, at most `most_positions`.
         most_positions: see there.
@@ -86,9 +88,6 @@ class RemovalCost:
 
     Attributes:
         seconds: time spent so far, the recording not included.
-
-    Raises:
-        UsageError: compensation of sublayers.
     """
 
     def __init__(
@@ -108,8 +107,6 @@ class RemovalCost:
         self.objective = objective
         self.compensate = compensate
         self.seconds = 0.0
-        if compensate and self.units.per_block > 1:
-            raise UsageError("compensation is for whole blocks; switch it off to remove attention and MLP apart")
         self.head = Head(replay.model)
         self._head_rows = 0.0
         self._seed = seed
@@ -231,8 +228,8 @@ class RemovalCost:
             after = block + 1
             while self.compensate and after in whole:
                 after += 1
-            if after > block + 1:
-                stream = self._compensated(block, after, stream, sample)
+            if self.compensate and (after > block + 1 or block in lacking):
+                stream = self._compensated(block, after, stream, sample, lacking.get(block))
             else:
                 stream = [self.replay.block(block, hidden, without=lacking.get(block)) for hidden in stream]
             block = after
@@ -255,17 +252,16 @@ class RemovalCost:
                 return block, self._cache[key]
         raise AssertionError("nothing is removed below block 0")
 
-    def _compensated(self, block: int, after: int, stream: list[Tensor], sample: Sample) -> list[Tensor]:
-        """Pass a block whose MLP makes up for the removed blocks between it and block `after`."""
+    def _compensated(
+        self, block: int, after: int, stream: list[Tensor], sample: Sample, absent: Sublayer | None
+    ) -> list[Tensor]:
+        """Pass a block that makes up for what is removed of it, and for the removed blocks up to block `after`."""
         assert self._compensator is not None
-        with self.replay.mlp_output(block) as mlp_outputs:
-            outputs = [self.replay.block(block, hidden) for hidden in stream]
-        output_WTH = torch.cat(outputs)
-        # Some MLPs work on flattened tokens.
-        mlp_output_WTH = torch.cat([part.reshape(-1) for part in mlp_outputs]).view(output_WTH.shape)
+        carrier: Sublayer = "attention" if absent == "mlp" else "mlp"
+        output_WTH, carried_WTH = self._compensator.run(block, stream, sublayer=carrier, absent=absent)
         target_WTH = self.replay.states[after][sample.windows]
-        corrected_WTH, _ = self._compensator.correct(block, output_WTH, mlp_output_WTH, target_WTH)
-        return list(corrected_WTH.split([len(output) for output in outputs]))
+        corrected_WTH, _ = self._compensator.correct(block, output_WTH, carried_WTH, target_WTH, sublayer=carrier)
+        return list(corrected_WTH.split([len(hidden) for hidden in stream]))
 
     def _remember(self, key: StateKey, stream: list[Tensor]) -> None:
         if key in self._cache:

@@ -195,7 +195,7 @@ class _Fitting:
         return found
 
     def _passed(self, index: int, stream_WTH: Tensor) -> Tensor:
-        return torch.cat([self.student.block(index, stream_WTH[rows]) for rows in self.replay.batches()])
+        return torch.cat([self.student.block(index, part) for part in self.replay.split(stream_WTH)])
 
     def _kl(self, blocks: list[int], streams: list[Tensor]) -> float:
         """Mean KL(source ‖ student) on the held-out windows, the student passing these blocks from here on."""

@@ -1,0 +1,47 @@
+"""The command line: one verb for each step, and `run` for all of them.
+
+Only typer is imported at the top of these files: everything heavy waits until a verb really runs, so that `--help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from foldgpt.cli.recipes import compare, run, schema
+from foldgpt.cli.results import push, report, show
+from foldgpt.cli.stages import analyze, evaluate, fold, plan, recover
+
+#: In the order in which `--help` lists them: the stages as they follow each other, whole recipes, what there is.
+_VERBS: dict[str, Callable[..., Any]] = {
+    "analyze": analyze,
+    "plan": plan,
+    "fold": fold,
+    "recover": recover,
+    "eval": evaluate,
+    "run": run,
+    "compare": compare,
+    "show": show,
+    "report": report,
+    "push": push,
+    "schema": schema,
+}
+
+app = typer.Typer(
+    name="foldgpt",
+    help="Make large language models smaller in depth: find redundant blocks, remove them, let the rest share weights.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for name, verb in _VERBS.items():
+    app.command(name)(verb)
+
+
+def main() -> None:
+    """Entry point of the `foldgpt` command."""
+    app()

@@ -1,0 +1,187 @@
+"""Verbs for whole recipes: run, compare, schema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from foldgpt.cli.options import (
+    AsJson,
+    Compensate,
+    Context,
+    Device,
+    Devices,
+    Donor,
+    DryRun,
+    DType,
+    Fit,
+    GroupSize,
+    Quiet,
+    Rank,
+    RecoverTokens,
+    Remove,
+    RemoveRatio,
+    Scales,
+    Seed,
+    Select,
+    ShareMethod,
+    Size,
+    Start,
+    Teraflops,
+    Texts,
+    Tokens,
+)
+from foldgpt.cli.printing import print_comparison, print_json, print_paths, print_shown
+from foldgpt.cli.requests import calibration_of, recipe_of, share_of
+from foldgpt.cli.session import session
+
+if TYPE_CHECKING:
+    from foldgpt.recipe import Recipe
+
+
+def run(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(
+            help="recipe.yaml; without one, the flags and their defaults are the recipe.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/latest"),
+    model: Annotated[str | None, typer.Option(help="Model, in place of the recipe's.", show_default=False)] = None,
+    text: Texts = None,
+    context: Context = None,
+    tokens: Tokens = None,
+    select: Select = None,
+    remove: Remove = None,
+    remove_ratio: RemoveRatio = None,
+    compensate: Compensate = None,
+    share: ShareMethod = None,
+    size: Size = None,
+    group_size: GroupSize = None,
+    donor: Donor = None,
+    fit: Fit = None,
+    rank: Rank = None,
+    scales: Scales = None,
+    start: Start = None,
+    recover_tokens: RecoverTokens = None,
+    dtype: DType = None,
+    device: Device = None,
+    seed: Seed = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Take over the folder of another recipe; what still fits is kept.")
+    ] = False,
+    dry_run: DryRun = False,
+    tflops: Teraflops = 100,
+    devices: Devices = 1,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a whole recipe: analyse, plan, fold, verify, measure, draw."""
+    with session(quiet):
+        from foldgpt.errors import UsageError
+        from foldgpt.recipe import Recipe
+
+        if recipe is None and model is None:
+            raise UsageError("name a recipe file, or a model with --model")
+        changes: dict[str, Any] = {
+            "model": model,
+            "dtype": dtype,
+            "device": device,
+            "seed": seed,
+            "calibration": calibration_of(text, context, tokens),
+            "select": {"method": select, "remove": remove, "remove_ratio": remove_ratio},
+            "compensate": {"method": compensate},
+            "share": share_of(share, size, group_size, donor, fit, rank, scales, start),
+            "recover": {"num_tokens": recover_tokens},
+        }
+        whole = recipe_of(**changes) if recipe is None else Recipe.load(recipe).changed(**changes)
+
+        if dry_run:
+            _dry_run(whole, compare=False, tflops=tflops, devices=devices, as_json=as_json)
+            return
+
+        from foldgpt import pipeline
+        from foldgpt.tables import candidates_table, comparison_table, plan_strip, protocol_lines, task_table
+
+        result = pipeline.run(whole, out, overwrite=overwrite)
+        if as_json:
+            print_json(result.evaluation.to_dict())
+        else:
+            print_shown(plan_strip(result.plan))
+            if "candidates" in result.plan.origin:
+                print_shown(candidates_table(result.plan))
+            print_shown(comparison_table(result.evaluation))
+            if result.evaluation.folded.tasks:
+                print_shown(task_table(result.evaluation))
+            print_shown(protocol_lines(result.evaluation))
+            print_paths([result.model, *result.figures, result.report])
+
+
+def compare(
+    recipe: Annotated[
+        Path, typer.Argument(help="recipe.yaml; its compare section says which rows.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The folder of the comparison.")] = Path("runs/comparison"),
+    model: Annotated[str | None, typer.Option(help="Model, in place of the recipe's.", show_default=False)] = None,
+    remove: Remove = None,
+    remove_ratio: RemoveRatio = None,
+    recover_tokens: RecoverTokens = None,
+    dtype: DType = None,
+    device: Device = None,
+    seed: Seed = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Take over the folder of another comparison; what still fits is kept.")
+    ] = False,
+    dry_run: DryRun = False,
+    tflops: Teraflops = 100,
+    devices: Devices = 1,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put methods side by side on one model: a run for each, one table with intervals."""
+    with session(quiet):
+        from foldgpt.recipe import Recipe
+
+        whole = Recipe.load(recipe).changed(
+            model=model,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            select={"remove": remove, "remove_ratio": remove_ratio},
+            recover={"num_tokens": recover_tokens},
+        )
+
+        if dry_run:
+            _dry_run(whole, compare=True, tflops=tflops, devices=devices, as_json=as_json)
+            return
+
+        from foldgpt import side_by_side
+
+        result = side_by_side.compare(whole, out, overwrite=overwrite)
+        print_comparison(result, as_json=as_json)
+        if not as_json:
+            print_paths(sorted(out.glob("comparison.*")))
+
+
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from foldgpt.recipe import Recipe
+
+    print_json(Recipe.model_json_schema())
+
+
+def _dry_run(recipe: Recipe, *, compare: bool, tflops: float, devices: int, as_json: bool) -> None:
+    """Rehearse a recipe and say what the real one takes."""
+    from dataclasses import asdict
+
+    from foldgpt.rehearsal import expectation_lines, expectation_table, rehearse
+
+    found = rehearse(recipe, compare=compare)
+    if as_json:
+        print_json({**asdict(found), "flops": found.flops, "seconds": found.flops / (tflops * 1e12 * devices)})
+        return
+    print_shown(expectation_table(found, teraflops=tflops, devices=devices))
+    for line in expectation_lines(found, teraflops=tflops, devices=devices):
+        typer.echo(line)

@@ -1,0 +1,49 @@
+"""Flags as parts of a recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foldgpt.recipe import Recipe
+
+
+def recipe_of(**values: Any) -> Recipe:
+    """A recipe from flags; None stands for the default."""
+    from foldgpt.recipe import Recipe
+
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = {key: part for key, part in value.items() if part is not None}
+        if value is not None:
+            given[name] = value
+    return Recipe.from_dict(given, "options")
+
+
+def calibration_of(text: list[str] | None, context: int | None, tokens: int | None) -> dict[str, Any]:
+    """The section `calibration` of a recipe."""
+    return {"texts": text or None, "context": context, "num_tokens": tokens}
+
+
+def share_of(
+    method: str | None,
+    size: str | None,
+    group_size: int | None,
+    donor: str | None,
+    fit: bool | None,
+    rank: int | None,
+    scales: bool | None,
+    start: str | None,
+) -> dict[str, Any]:
+    """The section `share` of a recipe."""
+    return {
+        "method": method,
+        "size": size,
+        "group_size": group_size,
+        "donor": donor,
+        "fit": fit,
+        "rank": rank,
+        "scales": scales,
+        "start": start,
+    }

@@ -1,0 +1,367 @@
+"""Verbs for one stage each: analyze, plan, fold, recover, eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from foldgpt.assignments import assignments
+from foldgpt.cli.options import (
+    AsJson,
+    Compensate,
+    Context,
+    Device,
+    Donor,
+    DType,
+    Fit,
+    GroupSize,
+    MaxMemory,
+    Model,
+    Overwrite,
+    Quiet,
+    Rank,
+    Remove,
+    RemoveRatio,
+    Revision,
+    Scales,
+    Seed,
+    Select,
+    ShareMethod,
+    Size,
+    Start,
+    Texts,
+    Tokens,
+    TrustRemoteCode,
+)
+from foldgpt.cli.printing import print_json, print_paths, print_shown
+from foldgpt.cli.requests import calibration_of, recipe_of, share_of
+from foldgpt.cli.session import session
+from foldgpt.counts import count
+
+
+def analyze(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Run folder; analysis.json and figures are written there.")],
+    text: Texts = None,
+    context: Context = None,
+    tokens: Tokens = None,
+    revision: Revision = None,
+    dtype: DType = None,
+    device: Device = None,
+    seed: Seed = None,
+    max_memory_gb: MaxMemory = None,
+    trust_remote_code: TrustRemoteCode = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how redundant each block is: similarity, block influence, angular distance."""
+    with session(quiet):
+        from foldgpt import steps
+        from foldgpt.artifacts import check_free_file, write_json
+        from foldgpt.run_folder import ANALYSIS, FIGURES
+        from foldgpt.tables import analysis_lines, analysis_table
+        from foldgpt.workbench import Workbench
+
+        path = out / ANALYSIS
+        check_free_file(path, replace=overwrite)
+        recipe = recipe_of(
+            model=model,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            max_memory_gb=max_memory_gb,
+            trust_remote_code=trust_remote_code,
+            calibration=calibration_of(text, context, tokens),
+        )
+        analysis = steps.make_analysis(Workbench(recipe), out / ".analysis-checkpoint.json")
+        write_json(path, analysis.to_json_dict())
+        figures = steps.draw(analysis, None, out / FIGURES)
+        if as_json:
+            print_json(analysis.to_json_dict())
+        else:
+            print_shown(analysis_table(analysis))
+            print_shown(analysis_lines(analysis))
+            print_paths([path, *figures])
+
+
+def plan(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The plan, a JSON file that may be edited.")] = Path("plan.json"),
+    text: Texts = None,
+    analysis: Annotated[
+        Path | None,
+        typer.Option(
+            help="An analysis made before (file or run folder), instead of measuring anew.", show_default=False
+        ),
+    ] = None,
+    select: Select = None,
+    remove: Remove = None,
+    remove_ratio: RemoveRatio = None,
+    compensate: Compensate = None,
+    share: ShareMethod = None,
+    size: Size = None,
+    group_size: GroupSize = None,
+    donor: Donor = None,
+    fit: Fit = None,
+    rank: Rank = None,
+    scales: Scales = None,
+    start: Start = None,
+    context: Context = None,
+    tokens: Tokens = None,
+    revision: Revision = None,
+    dtype: DType = None,
+    device: Device = None,
+    seed: Seed = None,
+    max_memory_gb: MaxMemory = None,
+    trust_remote_code: TrustRemoteCode = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Decide which blocks are removed and which share weights."""
+    with session(quiet):
+        from foldgpt import steps
+        from foldgpt.artifacts import check_free_file
+        from foldgpt.selection import ANALYSIS_FREE
+        from foldgpt.tables import candidates_table, plan_strip
+        from foldgpt.workbench import Workbench
+
+        check_free_file(out, replace=overwrite)
+        recipe = recipe_of(
+            model=model,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            max_memory_gb=max_memory_gb,
+            trust_remote_code=trust_remote_code,
+            calibration=calibration_of(text, context, tokens),
+            select={"method": select, "remove": remove, "remove_ratio": remove_ratio},
+            compensate={"method": compensate},
+            share=share_of(share, size, group_size, donor, fit, rank, scales, start),
+        )
+        bench = Workbench(recipe)
+        measured = None
+        if analysis is not None:
+            measured = steps.read_analysis(analysis, bench)
+        elif recipe.select.method not in ANALYSIS_FREE:
+            measured = steps.make_analysis(bench)
+        search = out.with_name(f".{out.name}.search")
+        made = steps.make_plan(bench, measured, search)
+        made.save(out)
+        search.unlink(missing_ok=True)
+        if as_json:
+            print_json(made.to_json_dict())
+        else:
+            print_shown(plan_strip(made))
+            if "candidates" in made.origin:
+                print_shown(candidates_table(made))
+            print_paths([out])
+
+
+def fold(
+    model: Model,
+    plan: Annotated[
+        Path, typer.Option(help="The plan: a JSON file, or a folder that holds plan.json.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Where the folded model is saved.", show_default=False)],
+    revision: Revision = None,
+    dtype: DType = None,
+    device: Device = None,
+    max_memory_gb: MaxMemory = None,
+    trust_remote_code: TrustRemoteCode = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Do what a plan says, and save the result once it is verified."""
+    with session(quiet):
+        from dataclasses import asdict
+
+        from foldgpt import steps
+        from foldgpt.artifacts import check_free
+        from foldgpt.plan import FoldPlan
+        from foldgpt.report import write_model_card
+        from foldgpt.tables import plan_strip, verification_lines
+        from foldgpt.workbench import Workbench
+
+        made = FoldPlan.load(plan)
+        check_free(out, replace=overwrite)
+        recipe = recipe_of(
+            model=model,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            max_memory_gb=max_memory_gb,
+            trust_remote_code=trust_remote_code,
+        )
+        bench = Workbench(recipe)
+        verification = steps.make_folded(bench, made, out, replace=overwrite)
+        write_model_card(out, source=bench.place)
+        if as_json:
+            print_json(asdict(verification))
+        else:
+            print_shown(plan_strip(made))
+            print_shown(verification_lines(verification))
+            print_paths([out])
+
+
+def recover(
+    folder: Annotated[Path, typer.Argument(help="The folded model.", show_default=False)],
+    teacher: Annotated[str, typer.Option(help="Its source: any MODEL.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where the recovered model is saved.", show_default=False)],
+    tokens: Annotated[int, typer.Option(help="Tokens to train on, such as 2M.", parser=count, show_default=False)],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            help="Text to train on; self: is what the teacher writes. May be repeated.",
+            show_default="demo:wikipedia",
+        ),
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens in one window.", show_default="512")] = None,
+    held_out_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens on which the best state is chosen.", parser=count, show_default="16384"),
+    ] = None,
+    separate_documents: Annotated[
+        bool, typer.Option("--separate-documents", help="Let a token see its own document alone.")
+    ] = False,
+    minutes: Annotated[float | None, typer.Option(help="Stop after this time.", show_default=False)] = None,
+    teacher_cache: Annotated[
+        str | None,
+        typer.Option(help="Folder for the teacher's states, for later runs on the same text.", show_default=False),
+    ] = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(help="Logger: tensorboard, wandb or trackio. May be repeated.", show_default=False),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="NAME=VALUE, such as rank=32 or learning_rate=5e-4. May be repeated.", show_default=False
+        ),
+    ] = None,
+    dtype: DType = None,
+    device: Device = None,
+    seed: Seed = None,
+    trust_remote_code: TrustRemoteCode = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a folded model, briefly, to predict what its source predicts."""
+    with session(quiet):
+        from foldgpt import steps
+        from foldgpt.artifacts import check_free
+        from foldgpt.report import write_model_card
+        from foldgpt.tables import recovery_lines
+        from foldgpt.workbench import Workbench
+
+        check_free(out, replace=overwrite)
+        recipe = recipe_of(
+            model=teacher,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            recover={
+                "num_tokens": tokens,
+                "texts": text or ["demo:wikipedia"],
+                "context": context,
+                "held_out_tokens": held_out_tokens,
+                "separate_documents": separate_documents,
+                "minutes": minutes,
+                "teacher_cache": teacher_cache,
+                "report_to": report_to,
+                "settings": assignments(setting or []),
+            },
+        )
+        bench = Workbench(recipe)
+        result = steps.make_recovered(bench, folder, out, replace=overwrite)
+        write_model_card(out, source=bench.place)
+        if as_json:
+            print_json(result.to_json_dict())
+        else:
+            print_shown(recovery_lines(result))
+            print_paths([out])
+
+
+def evaluate(
+    folder: Annotated[str, typer.Argument(help="The model to measure: a folder, or any MODEL.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Where the result is written as JSON.", show_default=False)] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Model to compare with, measured in the same run.", show_default=False)
+    ] = None,
+    perplexity: Annotated[
+        list[str] | None,
+        typer.Option(help="Text for perplexity, as --text elsewhere. May be repeated.", show_default=False),
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens in one window.", show_default="512")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from one window to the next.", show_default="the context")
+    ] = None,
+    max_windows: Annotated[int, typer.Option(help="Use the first windows only; 0 for all.")] = 0,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Multiple-choice tasks, separated by commas, such as piqa,arc_easy.", show_default=False),
+    ] = None,
+    data_dir: Annotated[
+        str | None,
+        typer.Option(help="Folder of JSON-lines files with the tasks' items.", show_default="from the hub"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="First items of each task only.", show_default="all")] = None,
+    generations: Annotated[int, typer.Option(help="Beginnings of the text that each model continues.")] = 0,
+    speed: Annotated[bool, typer.Option(help="Measure prefill and decode speed.")] = True,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
+    dtype: DType = None,
+    device: Device = None,
+    seed: Seed = None,
+    trust_remote_code: TrustRemoteCode = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure size, perplexity, speed and memory, beside a baseline."""
+    with session(quiet):
+        from foldgpt import steps
+        from foldgpt.artifacts import check_free_file, write_json
+        from foldgpt.tables import comparison_table, protocol_lines, task_table
+        from foldgpt.workbench import Workbench
+
+        if out is not None:
+            check_free_file(out, replace=overwrite)
+        recipe = recipe_of(
+            model=folder if baseline is None else baseline,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            evaluate={
+                "texts": perplexity or [],
+                "tasks": [name.strip() for name in tasks.split(",")] if tasks else [],
+                "data_dir": data_dir,
+                "limit": limit,
+                "generations": generations,
+                "context": context,
+                "stride": stride,
+                "speed": speed,
+                "memory": memory,
+            },
+        ).changed_to(("evaluate", "max_windows"), max_windows or None)
+        evaluation = steps.make_evaluation(Workbench(recipe), folder, compare=baseline is not None)
+        if out is not None:
+            write_json(out, evaluation.to_dict())
+        if as_json:
+            print_json(evaluation.to_dict())
+        else:
+            print_shown(comparison_table(evaluation))
+            if evaluation.folded.tasks:
+                print_shown(task_table(evaluation))
+            print_shown(protocol_lines(evaluation))
+            if out is not None:
+                print_paths([out])
