@@ -14,7 +14,7 @@ from foldgpt.corpus import texts
 from foldgpt.errors import SourceError, UsageError
 from foldgpt.recovery.chat import chat_windows
 from foldgpt.recovery.packing import packed_windows
-from tiny import EOS_ID, tiny_tokenizer
+from tiny import BOS_ID, EOS_ID, tiny_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
@@ -85,9 +85,37 @@ def test_texts_take_turns(tmp_path: Path) -> None:
     assert [word[0] for word in tokenizer.decode(ids).split("<eos>")[:-1]] == ["a", "b"] * 9
 
 
+def test_bos_begins_documents_and_windows_where_the_tokenizer_begins_texts_with_it(tmp_path: Path) -> None:
+    text = documents(tmp_path, "a", [f"word{i:03d}" for i in range(30)])
+
+    def read(bos: bool, context: int) -> torch.Tensor:
+        train, held_out = packed_windows(
+            [text],
+            tiny_tokenizer(300, bos=bos),
+            tmp_path / "ids",
+            context=context,
+            num_tokens=8 * context,
+            num_held_out=context,
+        )
+        return torch.cat([held_out.ids_WT, train.ids_WT])
+
+    with_bos = read(bos=True, context=12)
+    assert bool((with_bos[:, 0] == BOS_ID).all())
+    after_end = with_bos[:, 1:][with_bos[:, :-1] == EOS_ID]
+    assert len(after_end) and bool((after_end == BOS_ID).all())
+    # Apart from BOS the ids are those of the tokenizer without it, none lost where windows begin.
+    without = read(bos=False, context=12)
+    assert BOS_ID not in without
+    stream = with_bos[with_bos != BOS_ID]
+    assert torch.equal(stream[: without.numel()], without.flatten()[: len(stream)])
+    # A window that a document begins has one BOS, not two: "wordNNN", BOS and EOS are nine tokens.
+    fitting = read(bos=True, context=9)
+    assert fitting[:, 0].eq(BOS_ID).all() and fitting[:, 1].ne(BOS_ID).all() and fitting[:, -1].eq(EOS_ID).all()
+
+
 def test_a_text_that_is_too_short_leaves_nothing(tmp_path: Path) -> None:
     text = documents(tmp_path, "a", ["short"])
-    with pytest.raises(SourceError, match="6 tokens, and 48 are asked for"):
+    with pytest.raises(SourceError, match="0 tokens in full windows of 16, and 48 are asked for"):
         packed_windows([text], tiny_tokenizer(300), tmp_path / "ids", context=16, num_tokens=32, num_held_out=16)
     assert not list((tmp_path / "ids").iterdir())
     with pytest.raises(UsageError, match="do not fill a window"):
@@ -206,6 +234,16 @@ def test_chats_without_replies_and_templates_that_look_ahead_are_refused() -> No
     tokenizer.chat_template = "{{ messages|length }}" + TEMPLATE
     with pytest.raises(UsageError, match="differently when others follow"):
         chat_windows([[*asked, {"role": "assistant", "content": "a"}, *asked]], tokenizer, context=32, num_windows=1)
+    replied = [*asked, {"role": "assistant", "content": "a"}]
+    tokenizer.chat_template = TEMPLATE
+    with pytest.raises(UsageError, match="chat 2 cannot be rendered: it begins with the assistant"):
+        chat_windows([replied, replied[1:]], tokenizer, context=32, num_windows=2)
+    tokenizer.chat_template = "{% for m in messages %}{{ '<' + m.content }}{% endfor %}"
+    with pytest.raises(UsageError, match="chat 2 cannot be rendered: can only concatenate"):
+        chat_windows([replied, [{"role": "user", "content": 5}]], tokenizer, context=32, num_windows=2)
+    tokenizer.chat_template = "{% if messages[0].role == 'user' %}{{ raise_exception('no users here') }}{% endif %}"
+    with pytest.raises(UsageError, match="chat 1 cannot be rendered: no users here"):
+        chat_windows([replied], tokenizer, context=32, num_windows=1)
     tokenizer.chat_template = None
     with pytest.raises(UsageError, match="no chat template"):
         chat_windows([asked], tokenizer, context=32, num_windows=1)

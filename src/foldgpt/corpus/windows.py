@@ -82,7 +82,7 @@ def calibration_windows(
         UsageError: a spec or a number that makes no sense.
     """
     texts = open_texts(specs, own)
-    prefix = _prefix(tokenizer, bos)
+    prefix = prefix_of(tokenizer, bos)
     text_tokens = _text_tokens(context, prefix)
     num_windows = num_tokens // context
     if num_windows < len(texts):
@@ -156,7 +156,7 @@ def evaluation_windows(
         UsageError: a spec or a number that makes no sense.
     """
     texts = open_texts(specs)
-    prefix = _prefix(tokenizer, bos)
+    prefix = prefix_of(tokenizer, bos)
     text_tokens = _text_tokens(context, prefix)
     stride = text_tokens if stride is None else stride
     if not 1 <= stride <= text_tokens:
@@ -198,8 +198,16 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase, bos: bool | Literal["auto"]) -> list[int]:
-    """What each window begins with: BOS or nothing."""
+def prefix_of(tokenizer: PreTrainedTokenizerBase, bos: bool | Literal["auto"] = "auto") -> list[int]:
+    """What each window begins with: BOS or nothing.
+
+    Args:
+        tokenizer: the model's.
+        bos: True and False ask for it or not; "auto" does as the tokenizer does before a text.
+
+    Raises:
+        UsageError: BOS is asked for, and the tokenizer has none.
+    """
     if bos is False:
         return []
     if tokenizer.bos_token_id is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from foldgpt.artifacts import hash_of, read_json, write_json
 from foldgpt.corpus import OwnText, identity_of
 from foldgpt.corpus.texts import Document, in_seeded_order, open_texts
+from foldgpt.corpus.windows import prefix_of
 from foldgpt.errors import ArtifactError, SourceError, UsageError
 from foldgpt.progress import bar
 from foldgpt.recovery.windows import TrainingWindows
@@ -39,9 +41,9 @@ def packed_windows(
     """Windows to train on and, from other documents, windows to judge by.
 
     The held-out windows are filled first. Documents come from the texts in turn, each drawn from 1,024 that were read
-    ahead, are tokenised without special tokens, each followed by EOS, and packed. The ids lie in one file, which a
-    later call with the same inputs finds again; a text whose contents changed is another input. Texts are read only
-    as far as needed.
+    ahead, are tokenised, each followed by EOS, and packed. Where the tokenizer puts BOS before a text, every document
+    and every window begins with it. The ids lie in one file, which a later call with the same inputs finds again; a
+    text whose contents changed is another input. Texts are read only as far as needed.
 
     Args:
         specs: texts, as in `read_documents`.
@@ -78,6 +80,7 @@ def packed_windows(
         "context": context,
         "windows": list(counts),
         "seed": seed,
+        "bos": bool(prefix_of(tokenizer)),
     }
     path = Path(folder) / f"{hash_of(protocol)[:32]}.ids"
     shape = (sum(counts), context)
@@ -109,21 +112,16 @@ def _write(
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".foldgpt-partial-", delete=False) as file:
         staging = Path(file.name)
         try:
-            tokens: list[int] = []
             written = 0
             with bar("reading text", num_windows) as progress:
-                for piece_ids in _tokens_of(_mixed(specs, own, random.Random(seed)), tokenizer):
-                    tokens += piece_ids
-                    full = min(len(tokens) // context, num_windows - written)
-                    file.write(np.asarray(tokens[: full * context], dtype=np.int32).tobytes())
-                    del tokens[: full * context]
-                    written += full
-                    progress.advance(full)
-                    if written == num_windows:
-                        break
+                tokens = _tokens_of(_mixed(specs, own, random.Random(seed)), tokenizer)
+                for window in itertools.islice(_rows_of(tokens, context, prefix_of(tokenizer)), num_windows):
+                    file.write(np.asarray(window, dtype=np.int32).tobytes())
+                    written += 1
+                    progress.advance()
             if written < num_windows:
                 raise SourceError(
-                    f"{', '.join(specs)}: too short: {written * context + len(tokens):,} tokens, and "
+                    f"{', '.join(specs)}: too short: {written * context:,} tokens in full windows of {context:,}, and "
                     f"{num_windows * context:,} are asked for"
                 )
             file.flush()
@@ -134,9 +132,27 @@ def _write(
             staging.unlink(missing_ok=True)
 
 
+def _rows_of(pieces: Iterator[list[int]], context: int, prefix: list[int]) -> Iterator[list[int]]:
+    """Full windows of a stream of token ids; those that do not begin with the prefix get it in front."""
+    tokens: list[int] = []
+    for piece in pieces:
+        tokens += piece
+        start = 0
+        while True:
+            missing = [] if tokens[start : start + len(prefix)] == prefix else prefix
+            end = start + context - len(missing)
+            if end > len(tokens):
+                break
+            yield missing + tokens[start:end]
+            start = end
+        del tokens[:start]
+
+
 def _tokens_of(documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Token ids of the documents, piece by piece, EOS behind each document."""
+    """Token ids of the documents, piece by piece, BOS before each if the tokenizer does so, EOS behind it."""
+    prefix = prefix_of(tokenizer)
     for document in documents:
+        yield prefix
         for piece in document:
             yield tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
         if tokenizer.eos_token_id is not None:
