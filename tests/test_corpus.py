@@ -100,6 +100,14 @@ def test_a_spec_that_means_nothing_gets_a_suggestion(tmp_path: Path, spec: str, 
         list(read_documents([spec.format(folder=tmp_path)]))
 
 
+def test_a_pattern_or_a_user_that_python_does_not_know_is_one_line(tmp_path: Path) -> None:
+    """Python 3.11 and 3.12 refuse ** beside other characters, and a user who does not exist has no home."""
+    with pytest.raises(SourceError, match=r"no text file matches .*/data/\*\*\.jsonl"):
+        list(read_documents([f"{tmp_path}/data/**.jsonl"]))
+    with pytest.raises(SourceError, match=r"cannot read ~nobody-here/x\.txt: .*home"):
+        list(read_documents(["~nobody-here/x.txt"]))
+
+
 def test_a_hub_text_is_streamed_with_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

@@ -128,5 +128,16 @@ def test_a_model_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
     writer = model()
     writer.generation_config.eos_token_id = list(range(80))
     with pytest.raises(SourceError, match="behind <bos> the model writes nothing"):
-        first(own_text(tmp_path, writer), 1)
+        first(own_text(tmp_path, writer), 1, length=12)
     assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_a_document_has_to_fit_the_models_positions(tmp_path: Path) -> None:
+    """GPT-2 has a learned vector for each of them, and none for the next."""
+    writer = tiny_model(
+        "gpt2", vocab_size=80, bos_token_id=BOS_ID, eos_token_id=EOS_ID, n_positions=16, max_position_embeddings=16
+    )
+    assert writer.transformer.wpe.num_embeddings == 16
+    assert max(len(document) for document in first(own_text(tmp_path, writer), 8, length=16)) == 16
+    with pytest.raises(UsageError, match=r"documents of 17 tokens, but the model has 16 .*self:\?length=16"):
+        first(own_text(tmp_path, writer), 1, length=17)

@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.integrations import integration_utils
 
 from foldgpt.artifacts import read_json
-from foldgpt.errors import ArtifactError, UsageError
+from foldgpt.errors import ArtifactError, UnsupportedModelError, UsageError
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.objectives import Head, cosine_distance, cross_entropy, forward_kl, relative_error
 from foldgpt.plan import FoldPlan, Group
-from foldgpt.recovery import DivergenceError, RecoverySettings, TrainingWindows, make_trainable_, recover
+from foldgpt.recovery import (
+    DivergenceError,
+    RecoverySettings,
+    TrainingWindows,
+    check_loggers,
+    make_trainable_,
+    recover,
+)
 from foldgpt.recovery.common import common_blocks, first_changed
 from foldgpt.recovery.distillation import Distillation
-from foldgpt.recovery.states import Body, aligned_blocks
+from foldgpt.recovery.inputs import check_inputs
+from foldgpt.recovery.states import Body, States, aligned_blocks
 from foldgpt.recovery.teacher import Teacher, cache_states
 from foldgpt.recovery.trainer import RecoveryTrainer
 from foldgpt.recovery.windows import places_in_documents
@@ -34,6 +46,8 @@ from models import CONFIGS, tiny_model
 from recovery_case import tiny_pair, tiny_recovery, tiny_windows
 
 HERE = Path(__file__).parent
+#: The module, whose name in the package is that of its function.
+RECOVER = importlib.import_module("foldgpt.recovery.recover")
 
 
 @pytest.fixture
@@ -282,6 +296,99 @@ def test_an_unfinished_recovery_is_not_taken_for_another(tmp_path: Path, monkeyp
     assert tiny_recovery(tmp_path).num_steps == 12
 
 
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_folder_of_other_files_is_not_taken_for_the_checkpoints(tmp_path: Path, replace: bool) -> None:
+    own = tmp_path / "work" / "checkpoint-1" / "mine.txt"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    windows = TrainingWindows(tiny_windows(8, seed=1))
+    with pytest.raises(ArtifactError, match="work holds something else than an unfinished recovery"):
+        recovered_on(windows, tmp_path / "out", work=tmp_path / "work", replace=replace)
+    assert own.read_text() == "mine" and not (tmp_path / "out").exists()
+    # Empty, or killed before it was said whose it is: taken.
+    own.unlink()
+    own.parent.rmdir()
+    (tmp_path / "work" / ".foldgpt-partial-identity.json-abcd1234").write_text("{")
+    recovered_on(windows, tmp_path / "out", work=tmp_path / "work", replace=replace)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def measured_as(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
+    """Held-out losses in the order in which they are asked for."""
+    given = iter(losses)
+    monkeypatch.setattr(RecoveryTrainer, "measure", lambda _: {"loss": next(given)})
+
+
+def stopped(folder: Path, monkeypatch: pytest.MonkeyPatch, target: Any, name: str, stop: Any) -> None:
+    """A tiny recovery in which something is replaced by what stops it."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(target, name, stop)
+        tiny_recovery(folder)
+
+
+def test_a_kill_while_older_checkpoints_are_dropped_leaves_one_to_go_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best is the first; so the last but one goes, and no other is left than the one that was just saved."""
+    rmtree = shutil.rmtree
+
+    def kill(path: Any, *args: Any, **kwargs: Any) -> None:
+        found = next(Path(path).rglob("optimizer.pt"), None)
+        if found is None:
+            rmtree(path, *args, **kwargs)
+        else:
+            found.unlink()
+            raise KeyboardInterrupt
+
+    measured_as(monkeypatch, 1.0, 0.5, 0.7, 0.8)
+    stopped(tmp_path, monkeypatch, shutil, "rmtree", kill)
+    measured_as(monkeypatch, 1.0, 0.9, 0.5)
+    result = tiny_recovery(tmp_path)
+    assert result.best_step == 3 and result.num_steps == 12
+    assert [entry.name for entry in tmp_path.iterdir()] == ["recovered"]
+
+
+def stop_at_the_end(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_recovery_that_goes_on_in_another_place_still_saves_its_best_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    measured_as(monkeypatch, 1.0, 0.5, 0.7, 0.8, 0.9, 0.5)
+    tiny_recovery(tmp_path / "whole")
+    measured_as(monkeypatch, 1.0, 0.5, 0.7, 0.8, 0.9)
+    stopped(tmp_path / "before", monkeypatch, RECOVER, "merge_trained_", stop_at_the_end)
+    (tmp_path / "before").rename(tmp_path / "after")
+    measured_as(monkeypatch, 1.0, 0.5)
+    assert tiny_recovery(tmp_path / "after").best_step == 3
+    whole, after = ((tmp_path / name / "recovered" / "model.safetensors").read_bytes() for name in ("whole", "after"))
+    assert whole == after
+
+
+def test_a_best_state_that_is_gone_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = Path(".recovered.recovery") / "checkpoint-3"
+    measured_as(monkeypatch, 1.0, 0.5, 0.7, 0.8, 0.9)
+    stopped(tmp_path, monkeypatch, RECOVER, "merge_trained_", stop_at_the_end)
+    shutil.rmtree(tmp_path / best)
+    measured_as(monkeypatch, 1.0)
+    with pytest.raises(ArtifactError, match="checkpoint-3, is gone"):
+        tiny_recovery(tmp_path)
+
+    given = iter([1.0, 0.5, 0.7, 0.8, 0.9])
+
+    def measure(_: Any) -> dict[str, float]:
+        value = next(given)
+        if value == 0.9:
+            shutil.rmtree(tmp_path / "while" / best)
+        return {"loss": value}
+
+    monkeypatch.setattr(RecoveryTrainer, "measure", measure)
+    with pytest.raises(ArtifactError, match="best state, step 3, is gone"):
+        tiny_recovery(tmp_path / "while")
+    assert not (tmp_path / "while" / "recovered").exists()
+
+
 def test_nan_stops_with_the_last_good_state_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compute = RecoveryTrainer.compute_loss
 
@@ -436,6 +543,60 @@ def test_the_cache_is_of_one_teacher_and_one_text(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_what_a_kill_leaves_of_the_cache_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, teacher = tiny_windows(4, seed=1), Teacher(tiny_model("llama"))
+    states = Teacher.states
+    written: set[Path] = set()
+
+    def watched(self: Teacher, *args: Any) -> States:
+        written.update(tmp_path.glob(".foldgpt-partial-*"))
+        return states(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "states", watched)
+        cache_states(teacher, ids, tmp_path, batch_size=2)
+    (whole,), (partial,) = tmp_path.iterdir(), written
+    whole.rename(partial)
+    other = tmp_path / ".foldgpt-partial-another.states-abcd1234"
+    other.touch()
+    cache_states(teacher, ids, tmp_path, batch_size=2)
+    assert set(tmp_path.iterdir()) == {whole, other}
+
+
+def test_what_is_only_measured_by_does_not_stay_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher's states on the held-out windows lie in the machine's memory between measurements."""
+    moved: list[str] = []
+
+    def to(self: States, device: torch.device | str) -> States:
+        moved.append(f"to {device}" if isinstance(device, str) else "back")
+        return self
+
+    monkeypatch.setattr(States, "to", to)
+    tiny_recovery(tmp_path)
+    # 8 held-out windows, two at a time, and six measurements.
+    assert moved[:8] == ["to cpu", "back"] * 4 and moved[8:] == ["back"] * 20
+    monkeypatch.undo()
+    states = States(torch.zeros(1), (torch.zeros(2),), torch.zeros(3)).to("meta")
+    assert {states.last_BTH.device.type, states.between[0].device.type, states.entry_BTH.device.type} == {"meta"}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_documents_are_kept_apart_or_the_model_is_refused(family: str) -> None:
+    """In bf16 as well, where the same states of other shapes are not the same to the bit."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model(family).to(dtype)
+        plan = FoldPlan.create(source_model_of(model))
+        settings = RecoverySettings(kl=0, lm=1)
+        windows = TrainingWindows(tiny_windows(1, seed=1), document_end=2)
+        mixed = TrainingWindows(tiny_windows(1, seed=1))
+        check_inputs(model, None, plan, settings, mixed, mixed)
+        if family == "opt":
+            with pytest.raises(UnsupportedModelError, match="OPTForCausalLM does not keep the documents"):
+                check_inputs(model, None, plan, settings, windows, windows)
+        else:
+            check_inputs(model, None, plan, settings, windows, windows)
+
+
 def test_documents_are_kept_apart_where_asked(tmp_path: Path) -> None:
     end = 2
     ids = tiny_windows(2, seed=3)
@@ -456,12 +617,50 @@ def test_gradient_checkpointing_changes_no_loss(tmp_path: Path) -> None:
     assert list(step_losses(saving.history).values()) == pytest.approx(list(step_losses(plain.history).values()))
 
 
-@pytest.mark.parametrize("what", ["vocabulary", "same model", "no teacher", "too few", "ids", "mask"])
+def test_loggers_are_known_and_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    check_loggers([])
+    check_loggers(["none"])
+    check_loggers(["tensorboard"])
+    with pytest.raises(UsageError, match=r"unknown logger 'tensorbord' in report_to\. Did you mean 'tensorboard'"):
+        check_loggers(["tensorbord"])
+    windows = TrainingWindows(tiny_windows(8, seed=1))
+    with pytest.raises(UsageError, match=r"'wandb' of report_to is not installed; installed: .*tensorboard"):
+        recovered_on(windows, tmp_path / "out", report_to=["wandb"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_tensorboard_writes_is_kept_beside_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[Path] = []
+
+    class Writer:
+        def __init__(self, log_dir: str) -> None:
+            folders.append(Path(log_dir))
+            Path(log_dir).mkdir(parents=True)
+
+        def __getattr__(self, _: str) -> Any:
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    windows = TrainingWindows(tiny_windows(8, seed=1))
+    for seed in (0, 1):
+        recovered_on(windows, tmp_path / "out", {"seed": seed}, report_to=["tensorboard"], replace=True)
+    assert len(set(folders)) == 2 and {folder.parent for folder in folders} == {tmp_path / "out.logs"}
+    assert all(folder.is_dir() for folder in folders)
+
+
+@pytest.mark.parametrize(
+    "what", ["vocabulary", "channels", "blocks", "same model", "no teacher", "too few", "ids", "mask"]
+)
 def test_inputs_that_do_not_fit_are_refused(tmp_path: Path, what: str) -> None:
     student, teacher, plan = tiny_pair()
     windows, held_out = tiny_windows(8, seed=1), TrainingWindows(tiny_windows(4, seed=2))
     expected = {
         "vocabulary": "vocabulary has 130 entries",
+        "channels": "have 64 channels, the student's 32, so last_error and states cannot",
+        "blocks": "the teacher has 4 blocks, the plan's source 6",
         "same model": "one model in memory",
         "no teacher": "there is none",
         "too few": "do not fill one step",
@@ -470,13 +669,18 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path: Path, what: str) -> None:
     }[what]
     if what == "vocabulary":
         teacher = tiny_model("llama", vocab_size=130)
+    elif what == "channels":
+        teacher = tiny_model("llama", hidden_size=64)
+    elif what == "blocks":
+        teacher = tiny_model("llama", num_hidden_layers=4)
     elif what == "same model":
         teacher = student
     elif what == "no teacher":
         teacher = None
     elif what == "ids":
         windows[0, 0] = 400
-    settings = RecoverySettings(batch_size=100 if what == "too few" else 4)
+    losses = {"channels": {"last_error": 1.0, "states": 1.0}, "blocks": {"states": 1.0}}.get(what, {})
+    settings = RecoverySettings(batch_size=100 if what == "too few" else 4, **losses)
     with pytest.raises(UsageError, match=expected):
         scored = torch.zeros_like(windows, dtype=torch.bool) if what == "mask" else None
         recover(student, teacher, plan, TrainingWindows(windows, scored), held_out, settings, tmp_path / "out")

@@ -237,6 +237,8 @@ def test_private_terms_alone_need_some() -> None:
         ({"rank": 0, "norms": False, "private_terms": False}, "nothing is trained"),
         ({"scale_rate": 0.0}, "scale_rate must be more than 0"),
         ({"temperature": 0.0}, "temperature must be more than 0"),
+        ({"seed": -1}, "seed must be at least 0 and below 2.32, not -1"),
+        ({"seed": 2**32}, "seed must be at least 0 and below 2.32, not 4294967296"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"skew": 1.0}, "skew"),
         ({"patience": 0}, "patience"),

@@ -118,6 +118,7 @@ class OwnText:
         Raises:
             SourceError: the tokenizer has neither BOS nor EOS, the model writes nothing, or the cache cannot be
                 written.
+            UsageError: the documents are longer than the model has positions.
         """
         folder = (self._folder or cache_folder() / "own-text") / self.identity(sampling)[:32]
         shard = 0
@@ -144,6 +145,12 @@ class OwnText:
         if start is None:
             raise SourceError("the tokenizer has neither BOS nor EOS, so the model's own text has no beginning")
         model = self._model()
+        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if positions is not None and sampling.length > positions:
+            raise UsageError(
+                f"{SELF} is to write documents of {sampling.length} tokens, but the model has {positions} positions; "
+                f"{SELF}?length={positions} is the longest"
+            )
         ends = _ends(model, tokenizer)
         device = model.get_input_embeddings().weight.device
         start_BT = torch.full((_BATCH, 1), start, device=device)

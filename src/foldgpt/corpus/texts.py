@@ -152,7 +152,10 @@ def _local_text(spec: str) -> Text:
     pattern, column = spec, _DEFAULT_COLUMN
     if "#" in spec and not Path(spec).exists():
         pattern, _, column = spec.rpartition("#")
-    path = Path(pattern).expanduser()
+    try:
+        path = Path(pattern).expanduser()
+    except RuntimeError as error:  # ~NAME of a user who does not exist
+        raise SourceError(f"cannot read {pattern}: {error}") from error
     if path.is_dir():
         raise SourceError(f"{pattern} is a folder. Give a file or a pattern in it, e.g. '{pattern}/*.jsonl'.")
     files = [path] if path.is_file() else _matches(path)
@@ -190,7 +193,10 @@ def _file_identity(file: Path) -> str:
 def _matches(pattern: Path) -> list[Path]:
     """Files that match a glob, sorted; a relative pattern starts at the working folder."""
     root = Path(pattern.anchor)
-    return sorted(root.glob(str(pattern.relative_to(root))))
+    try:
+        return sorted(root.glob(str(pattern.relative_to(root))))
+    except ValueError as error:  # before Python 3.13, ** beside other characters
+        raise SourceError(f"no text file matches {pattern}: {error}. '**/*' matches at any depth.") from error
 
 
 def _readable_files(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from foldgpt.recovery.chat import chat_windows
 from foldgpt.recovery.errors import DivergenceError
+from foldgpt.recovery.loggers import check_loggers
 from foldgpt.recovery.packing import packed_windows
 from foldgpt.recovery.recover import RECOVERY, recover
 from foldgpt.recovery.result import RecoveryResult
@@ -16,6 +17,7 @@ __all__ = [
     "RecoverySettings",
     "TrainingWindows",
     "chat_windows",
+    "check_loggers",
     "make_trainable_",
     "merge_trained_",
     "packed_windows",

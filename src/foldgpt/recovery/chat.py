@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from foldgpt.errors import UsageError
@@ -29,8 +30,8 @@ def chat_windows(
         num_windows: how many chats to take.
 
     Raises:
-        UsageError: there is no template, it renders a chat differently once another turn follows, there are too few
-            chats, or no token in them is the assistant's.
+        UsageError: there is no template, it cannot render a chat or renders it differently once another turn follows,
+            there are too few chats, or no token in them is the assistant's.
     """
     if not tokenizer.chat_template:
         raise UsageError("the tokenizer has no chat template, so chats cannot be rendered")
@@ -41,7 +42,10 @@ def chat_windows(
     for chat in chats:
         if count == num_windows:
             break
-        tokens, spans = _rendered(chat, tokenizer)
+        try:
+            tokens, spans = _rendered(chat, tokenizer)
+        except (TemplateError, ValueError, TypeError) as error:  # a template raises what it likes
+            raise UsageError(f"chat {count + 1} cannot be rendered: {error}") from error
         ids_WT[count, : len(tokens)] = torch.tensor(tokens[:context], dtype=torch.int32)
         for start, stop in spans:
             scored_WT[count, start:stop] = True
@@ -60,6 +64,8 @@ def _rendered(chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tu
     for index, message in enumerate(chat):
         if message.get("role") != "assistant":
             continue
+        if index == 0:
+            raise ValueError("it begins with the assistant, so there is nothing that the reply answers")
         opening: str = tokenizer.apply_chat_template(list(chat[:index]), tokenize=False, add_generation_prompt=True)
         closed: str = tokenizer.apply_chat_template(list(chat[: index + 1]), tokenize=False)
         if not (whole.startswith(closed) and closed.startswith(opening)):

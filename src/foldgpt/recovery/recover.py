@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainingArguments
 
-from foldgpt.artifacts import check_free
+from foldgpt.artifacts import check_free, hash_of
 from foldgpt.attention import attention_in_tiles
-from foldgpt.errors import UsageError
+from foldgpt.errors import ArtifactError, UsageError
 from foldgpt.fingerprints import weights_fingerprint
 from foldgpt.folding import save_folded
 from foldgpt.objectives import Head
@@ -26,14 +25,16 @@ from foldgpt.progress import note, quiet_libraries
 from foldgpt.recovery.callbacks import TimeBudget
 from foldgpt.recovery.common import common_blocks
 from foldgpt.recovery.distillation import Distillation
+from foldgpt.recovery.inputs import check_inputs
+from foldgpt.recovery.loggers import check_loggers, keep_logs_
 from foldgpt.recovery.result import Ended, RecoveryResult
 from foldgpt.recovery.settings import RecoverySettings
 from foldgpt.recovery.states import aligned_blocks
 from foldgpt.recovery.teacher import CachedStates, Teacher, cache_states
 from foldgpt.recovery.trainable import make_trainable_, merge_trained_, trained_scales
-from foldgpt.recovery.trainer import RecoveryTrainer
+from foldgpt.recovery.trainer import COMPLETE, RecoveryTrainer
 from foldgpt.recovery.windows import TrainingWindows, places_in_documents
-from foldgpt.recovery.work_folder import latest_checkpoint, prepare
+from foldgpt.recovery.work_folder import finish, latest_checkpoint, prepare
 
 #: Beside the checkpoint of the recovered model.
 RECOVERY = "recovery.json"
@@ -70,21 +71,25 @@ def recover(
         settings: losses, trained parameters, schedule.
         out: where the recovered model is saved, with `recovery.json` beside it.
         tokenizer: saved with it.
-        work: folder of the checkpoints while it runs; by default beside `out`. It is removed at the end.
+        work: folder of the checkpoints while it runs, new or empty; by default beside `out`. It is removed at the end.
         teacher_cache: keep the teacher's states on the training windows in this folder, for this and later runs.
-        report_to: loggers as transformers names them: "tensorboard", "wandb", "trackio".
+        report_to: loggers as transformers names them: "tensorboard", "wandb", "trackio". TensorBoard's files are kept
+            beside `out`, in a folder of its name with `.logs` behind it.
         replace: replace an existing `out`.
 
     Raises:
-        UsageError: settings, windows and models do not fit each other.
+        UsageError: settings, windows and models do not fit each other, or a logger is not there.
+        UnsupportedModelError: documents are to be kept apart, and the model mixes them.
         DivergenceError: the training went wrong; the message says where the best state is kept.
-        ArtifactError: `out` exists, `work` holds another recovery, or one of them cannot be written.
+        ArtifactError: `out` exists, `work` holds another recovery or other files, the best state is gone from it, or
+            one of them cannot be written.
         VerificationError: the saved model does not do what the trained one does.
     """
     out = Path(out)
     check_free(out, replace=replace)
+    check_loggers(report_to)
     work = out.parent / f".{out.name}.recovery" if work is None else Path(work)
-    _check(student, teacher, settings, train, held_out)
+    check_inputs(student, teacher, plan, settings, train, held_out)
     pairs = aligned_blocks(plan, settings.states_at) if settings.states else []
     if settings.states and not pairs:
         raise UsageError("states are to be compared at the cuts, but nothing follows on a removed part of the plan")
@@ -92,8 +97,9 @@ def recover(
     device_is_cpu = next(student.parameters()).device.type == "cpu"
     args, train = _arguments(settings, train, work, cpu=device_is_cpu, report_to=report_to)
     is_main = args.process_index == 0
+    identity = _identity(student, teacher, plan, train, held_out, settings)
     if is_main:
-        prepare(work, _identity(student, teacher, plan, train, held_out, settings), replace=replace)
+        prepare(work, identity, replace=replace)
     _wait()
 
     num_parameters = sum(parameter.numel() for parameter in student.parameters())
@@ -118,9 +124,11 @@ def recover(
         trainer = RecoveryTrainer(
             module, args, train=train, held_out=held_out, teacher=taught, cache=cache, callbacks=callbacks
         )
+        keep_logs_(trainer.callback_handler.callbacks, out.parent / f"{out.name}.logs" / hash_of(identity)[:8])
         if settings.scale_rate != 1:
             trainer.learn_at(settings.scale_rate, trained_scales(student, plan))
-        given = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        # In the machine's memory: the device needs its own for the training.
+        given = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters() if p.requires_grad}
         before = trainer.measure_start()
         # FSDP takes the student's weights apart in place; what was learned is put into a whole copy.
         whole = copy.deepcopy(module) if trainer.is_fsdp_enabled else None
@@ -130,6 +138,10 @@ def recover(
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     state = trainer.state
     improved = state.best_metric is not None and state.best_metric < before["loss"]
+    best = state.best_model_checkpoint
+    if is_main and improved and (best is None or not (Path(best) / COMPLETE).is_file()):
+        # transformers would leave the last weights in place of the best.
+        raise ArtifactError(f"the checkpoint of the best state, step {state.best_global_step}, is gone from {work}")
     after = None
     if whole is not None:
         after = trainer.measure() if improved else before
@@ -165,36 +177,9 @@ def recover(
             notes={RECOVERY: result.to_json_dict()},
             replace=replace,
         )
-        shutil.rmtree(work, ignore_errors=True)
+        finish(work)
     _wait()
     return result
-
-
-def _check(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    settings: RecoverySettings,
-    train: TrainingWindows,
-    held_out: TrainingWindows,
-) -> None:
-    config: Any = student.config
-    vocabulary = config.get_text_config().vocab_size
-    for name, windows in (("training", train), ("held-out", held_out)):
-        largest = int(windows.ids_WT.max())
-        if largest >= vocabulary or int(windows.ids_WT.min()) < 0:
-            raise UsageError(f"the {name} windows hold the id {largest:,}; the model's vocabulary has {vocabulary:,}")
-    if not settings.needs_teacher:
-        return
-    if teacher is None:
-        raise UsageError("a loss compares with the teacher, and there is none")
-    if teacher is student:
-        raise UsageError("teacher and student are one model in memory; load the teacher by itself")
-    theirs: Any = teacher.config
-    if theirs.get_text_config().vocab_size != vocabulary:
-        raise UsageError(
-            f"the teacher's vocabulary has {theirs.get_text_config().vocab_size:,} entries, the student's "
-            f"{vocabulary:,}; their predictions cannot be compared"
-        )
 
 
 def _identity(
@@ -239,7 +224,6 @@ def _arguments(
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,

@@ -98,6 +98,9 @@ class RecoverySettings:
                 raise UsageError(f"{name} must be at least 1, not {value}")
         if not 0 <= self.skew < 1:
             raise UsageError(f"skew must be at least 0 and below 1, not {self.skew}")
+        # transformers seeds numpy as well, which takes no other.
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"seed must be at least 0 and below 2^32, not {self.seed}")
         if not 0 <= self.warmup_ratio < 1:
             raise UsageError(f"warmup_ratio must be at least 0 and below 1, not {self.warmup_ratio}")
         if not (self.kl or self.lm or self.last_error or self.last_cosine):

@@ -29,6 +29,11 @@ class States:
     between: tuple[Tensor, ...] = ()
     entry_BTH: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> States:
+        """The same states on a device."""
+        entry = None if self.entry_BTH is None else self.entry_BTH.to(device)
+        return States(self.last_BTH.to(device), tuple(state.to(device) for state in self.between), entry)
+
 
 class Body:
     """A causal language model without its head, that also tells what leaves some of its blocks.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
-from foldgpt.artifacts import hash_of
+from foldgpt.artifacts import hash_of, remove_leftovers
 from foldgpt.errors import ArtifactError
 from foldgpt.fingerprints import ids_fingerprint, weights_fingerprint
 from foldgpt.objectives import Head
@@ -96,10 +98,25 @@ def cache_states(
     if not path.is_file():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(teacher, ids_WT, positions_WT, path, shape, batch_size)
+            with _alone(path):
+                if not path.is_file():
+                    remove_leftovers(path)
+                    _write(teacher, ids_WT, positions_WT, path, shape, batch_size)
         except OSError as error:
             raise ArtifactError(f"cannot write {path}: {error.strerror or error}. Nothing was left behind.") from error
     return CachedStates(path, shape, has_entry=has_entry)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait for another run that is writing the file: what it has so far looks like a killed run's leftovers."""
+    lock = path.with_suffix(".lock")
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # a file that is open, on Windows
+                lock.unlink()
 
 
 def _write(
@@ -111,7 +128,9 @@ def _write(
     batch_size: int,
 ) -> None:
     device = next(teacher.model.parameters()).device
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".foldgpt-partial-", delete=False) as file:
+    # By this prefix `remove_leftovers` knows what a kill leaves.
+    prefix = f".foldgpt-partial-{path.name}-"
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=prefix, delete=False) as file:
         staging = Path(file.name)
         try:
             with bar("the teacher's states", len(ids_WT)) as progress:

@@ -17,8 +17,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from foldgpt.artifacts import write_json
-from foldgpt.errors import VerificationError
+from foldgpt.artifacts import remove, write_json
+from foldgpt.errors import ArtifactError, VerificationError
 from foldgpt.recovery.callbacks import MeasureAtEnd, Narrator, TimeBudget
 from foldgpt.recovery.distillation import IGNORED, Distillation
 from foldgpt.recovery.errors import DivergenceError
@@ -73,7 +73,7 @@ class RecoveryTrainer(Trainer):
         self._held_out = held_out
         self._teacher = teacher
         self._cache = cache
-        self._teacher_on_held_out: dict[int, States] = {}
+        self._kept_states: dict[int, States] = {}
         self._start: float | None = None
         self._rate, self._at_rate = 1.0, set[int]()
         if teacher is not None:
@@ -128,7 +128,19 @@ class RecoveryTrainer(Trainer):
         return arguments
 
     def _load_callback_state(self) -> None:
-        """As in transformers; but how long it may take is said by the call that goes on, not by the stopped one."""
+        """As in transformers; but how long it may take is said by the call that goes on, not by the stopped one.
+
+        And the best checkpoint is looked for in this folder, which may have had another name when it was saved.
+
+        Raises:
+            ArtifactError: it is gone.
+        """
+        step = self.state.best_global_step
+        if step:
+            best = self._checkpoint(step)
+            if not (best / COMPLETE).is_file():
+                raise ArtifactError(f"the checkpoint of the best state, {best}, is gone. Remove {best.parent}.")
+            self.state.best_model_checkpoint = str(best)
         given = [callback.minutes for callback in self._time_budgets]
         super()._load_callback_state()
         for budget, minutes in zip(self._time_budgets, given, strict=True):
@@ -170,9 +182,7 @@ class RecoveryTrainer(Trainer):
             start = start if is_own else 0
             items = range(start, min(start + size, len(self._held_out)))
             inputs = self._prepare_inputs(default_collate([self._held_out[item] for item in items]))
-            if self._teacher is not None and start not in self._teacher_on_held_out:
-                self._teacher_on_held_out[start] = self._teacher.states(inputs["input_ids"], inputs.get("positions"))
-            found = module(**self._arguments(inputs, self._teacher_on_held_out.get(start)))
+            found = module(**self._arguments(inputs, self._teacher_on_held_out(start, inputs)))
             for name, value in found.items():
                 sums[name] = sums.get(name, 0) + value.double() * is_own
             num_scored += (inputs["labels"][:, 1:] != IGNORED).sum() * is_own
@@ -181,6 +191,15 @@ class RecoveryTrainer(Trainer):
         if count > 1:
             table = self.accelerator.reduce(table, "sum")
         return {name: float(value / table[0]) for name, value in zip(sums, table[1:], strict=True)}
+
+    def _teacher_on_held_out(self, start: int, inputs: dict[str, Tensor]) -> States | None:
+        """The teacher's states on the held-out windows from `start` on; computed once."""
+        if self._teacher is None:
+            return None
+        if start not in self._kept_states:
+            # Between two measurements the device needs its memory for the training.
+            self._kept_states[start] = self._teacher.states(inputs["input_ids"], inputs.get("positions")).to("cpu")
+        return self._kept_states[start].to(inputs["input_ids"].device)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure, log, and stop if the training has gone wrong.
@@ -247,5 +266,12 @@ class RecoveryTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process saves its own random state
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            write_json(folder / COMPLETE, {"step": self.state.global_step})
+            last = self._checkpoint(self.state.global_step)
+            write_json(last / COMPLETE, {"step": self.state.global_step})
+            # Not by transformers: it drops others before this one is complete, and file by file.
+            kept = {last, self._checkpoint(self.state.best_global_step or self.state.global_step)}
+            for older in set(last.parent.glob("checkpoint-*")) - kept:
+                remove(older)
+
+    def _checkpoint(self, step: int) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{step}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
 
-from foldgpt.artifacts import read_json, remove, write_json
+from foldgpt.artifacts import read_json, remove, remove_all_leftovers, remove_leftovers, write_json
 from foldgpt.errors import ArtifactError
 from foldgpt.progress import note
 from foldgpt.recovery.trainer import COMPLETE
@@ -20,13 +21,14 @@ def prepare(folder: Path, identity: dict[str, Any], *, replace: bool = False) ->
     Checkpoints that a killed process left half-written are removed.
 
     Args:
-        folder: the folder; made if it does not exist.
+        folder: the folder; made if it does not exist. Nothing else may be in it.
         identity: all that decides the result.
         replace: drop another recovery that was stopped there.
 
     Raises:
-        ArtifactError: it holds another recovery, or cannot be written.
+        ArtifactError: it holds another recovery or other files, or cannot be written.
     """
+    _check_ours(folder)
     if (folder / _IDENTITY).is_file():
         there = read_json(folder / _IDENTITY, "identity of the recovery")
         if there != identity:
@@ -40,9 +42,36 @@ def prepare(folder: Path, identity: dict[str, Any], *, replace: bool = False) ->
             remove(folder)
     if not (folder / _IDENTITY).is_file():
         write_json(folder / _IDENTITY, identity)
+    remove_all_leftovers(folder)
     for checkpoint in folder.glob("checkpoint-*"):
         if not (checkpoint / COMPLETE).is_file():
             shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _check_ours(folder: Path) -> None:
+    """Whose files are in the folder: checkpoints are removed from it, and in the end the folder itself."""
+    try:
+        if folder.is_dir():
+            remove_leftovers(folder / _IDENTITY)
+        is_foreign = folder.is_file() or (
+            folder.is_dir() and any(folder.iterdir()) and not (folder / _IDENTITY).is_file()
+        )
+    except OSError as error:
+        raise ArtifactError(f"cannot write {folder}: {error.strerror or error}") from error
+    if is_foreign:
+        raise ArtifactError(
+            f"{folder} holds something else than an unfinished recovery, and work is a folder that is removed in the "
+            "end. Choose a new or an empty one."
+        )
+
+
+def finish(folder: Path) -> None:
+    """Remove the folder. What tells whose it is goes last, so that one who is killed here can be called again."""
+    with contextlib.suppress(OSError):  # the recovered model is there, and that is what was asked for
+        for entry in list(folder.iterdir()):
+            if entry.name != _IDENTITY:
+                remove(entry)
+        shutil.rmtree(folder)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

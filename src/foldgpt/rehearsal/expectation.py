@@ -42,7 +42,10 @@ _LOGIT_CHUNK_BYTES = 3 * 64 * 2**20
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one stage holds at once.
+    """Bytes that one stage holds at once on its device.
+
+    Recovery keeps more in the machine's own memory: what is trained as it was given, and the teacher's states on the
+    held-out windows.
 
     Attributes:
         weights: of the model that is measured or trained.

@@ -1,0 +1,96 @@
+"""Whether models, plan, windows and settings of a recovery fit each other, before anything is changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from foldgpt.errors import UnsupportedModelError, UsageError
+from foldgpt.families import decoder_of
+from foldgpt.plan import FoldPlan
+from foldgpt.recovery.settings import RecoverySettings
+from foldgpt.recovery.states import Body
+from foldgpt.recovery.windows import TrainingWindows
+
+#: Tokens of each of the two documents that are run together and apart.
+_NUM_TOKENS = 8
+#: Part of the second one's states that may differ: in bf16 it is 0.01 to 0.02, and where documents mix about 1.
+_TOLERANCE = 0.1
+
+
+def check_inputs(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    plan: FoldPlan,
+    settings: RecoverySettings,
+    train: TrainingWindows,
+    held_out: TrainingWindows,
+) -> None:
+    """Check what `recover` is given.
+
+    Raises:
+        UsageError: it does not fit together.
+        UnsupportedModelError: documents are to be kept apart, and a model mixes them.
+    """
+    config: Any = student.config
+    vocabulary = config.get_text_config().vocab_size
+    for name, windows in (("training", train), ("held-out", held_out)):
+        largest = int(windows.ids_WT.max())
+        if largest >= vocabulary or int(windows.ids_WT.min()) < 0:
+            raise UsageError(f"the {name} windows hold the id {largest:,}; the model's vocabulary has {vocabulary:,}")
+    if settings.needs_teacher:
+        _check_teacher(student, teacher, plan, settings)
+    if train.document_end is not None or held_out.document_end is not None:
+        for model in (student, teacher if settings.needs_teacher else None):
+            if model is not None:
+                _check_keeps_documents_apart(model)
+
+
+def _check_teacher(student: nn.Module, teacher: nn.Module | None, plan: FoldPlan, settings: RecoverySettings) -> None:
+    if teacher is None:
+        raise UsageError("a loss compares with the teacher, and there is none")
+    if teacher is student:
+        raise UsageError("teacher and student are one model in memory; load the teacher by itself")
+    ours, theirs = decoder_of(student), decoder_of(teacher)
+    if theirs.config.vocab_size != ours.config.vocab_size:
+        raise UsageError(
+            f"the teacher's vocabulary has {theirs.config.vocab_size:,} entries, the student's "
+            f"{ours.config.vocab_size:,}; their predictions cannot be compared"
+        )
+    compared = [name for name in ("last_error", "last_cosine", "states") if getattr(settings, name)]
+    if compared and theirs.config.hidden_size != ours.config.hidden_size:
+        raise UsageError(
+            f"the teacher's hidden states have {theirs.config.hidden_size:,} channels, the student's "
+            f"{ours.config.hidden_size:,}, so {' and '.join(compared)} cannot compare them; set 0, and learn by kl"
+        )
+    if settings.states and len(theirs.blocks) < plan.source.num_blocks:
+        raise UsageError(
+            f"the teacher has {len(theirs.blocks)} blocks, the plan's source {plan.source.num_blocks}; states are "
+            "compared by source index. Take the source as the teacher, or set states to 0"
+        )
+
+
+@torch.no_grad()
+def _check_keeps_documents_apart(model: Any) -> None:
+    """Run two documents in one window, as `places_in_documents` places them, and the second one by itself.
+
+    Most models of transformers see by the places where a document begins. OPT does not, and would go on mixing.
+    """
+    device = model.get_input_embeddings().weight.device
+    ids_BT = torch.arange(1, 2 * _NUM_TOKENS + 1, device=device)[None] % model.config.get_text_config().vocab_size
+    places_BT = torch.arange(_NUM_TOKENS, device=device).repeat(2)[None]
+    body, was_training = Body(model), model.training
+    model.eval()
+    try:
+        together_BTH = body(ids_BT, places_BT).last_BTH[:, _NUM_TOKENS:].float()
+        alone_BTH = body(ids_BT[:, _NUM_TOKENS:]).last_BTH.float()
+    finally:
+        model.train(was_training)
+    # Not "more than": NaN is no agreement.
+    if not (together_BTH - alone_BTH).norm() <= _TOLERANCE * alone_BTH.norm():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not keep the documents of a window apart by their positions, so "
+            "separate_documents would not do what it says; leave it out"
+        )
