@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from fits import random_fit, with_merged_terms
 from foldgpt.errors import PlanError, UnsupportedModelError
@@ -287,7 +287,7 @@ def refused(
     [
         ({"mlp.up_porj": 2}, "llama", r"group \[0, 1\] does not share 'mlp\.up_porj'\. Did you mean 'mlp\.up_proj'\?"),
         ({"input_layernorm": 2}, "llama", r"does not share 'input_layernorm'\."),
-        ({"mlp.experts": 2}, "mixtral", r"stands beside a linear layer; mlp\.experts is a MixtralExperts"),
+        ({"mlp.experts": 2}, "mixtral", r"linear layer of several outputs; mlp\.experts is a MixtralExperts"),
         ({"self_attn.k_proj": 17}, "llama", r"rank 17 for self_attn\.k_proj, which is a matrix of 16 × 32"),
         (17, "llama", r"rank 17 for self_attn\.k_proj"),
     ],
@@ -303,6 +303,29 @@ def test_scales_are_refused_where_the_end_of_a_sublayer_is_not_known(options: di
     group = Group(blocks=(0, 1), private=("norms", "scales"), **options)
     with pytest.raises(UnsupportedModelError, match="sublayers of model type 'opt' are not known"):
         fold_(model, FoldPlan.create(source_model_of(model), groups=[group]))
+
+
+def test_one_rank_for_all_leaves_out_what_has_one_output() -> None:
+    """The gate of a shared expert is a linear layer of one output, of which a low-rank term would be all."""
+    config = Qwen2MoeConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    model = Qwen2MoeForCausalLM(config).eval()
+    plan = FoldPlan.create(source_model_of(model), groups=[Group(blocks=(1, 2), ranks=4)])
+    expected = predicted_parameters(model, plan)
+    fold_(model, plan)
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+    terms = decoder_of(model).blocks[2].mlp
+    assert hasattr(terms.shared_expert.down_proj, "up") and not hasattr(terms.shared_expert_gate, "up")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

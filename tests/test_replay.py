@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from foldgpt.compensation import why_not
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import decoder_of
 from foldgpt.objectives import Head
@@ -39,6 +40,14 @@ def test_states_are_those_at_the_block_boundaries() -> None:
     handle.remove()
     assert torch.equal(replay.states[4], seen[0])
     assert len(replay.states) == 7
+
+
+def test_a_model_that_is_not_all_in_memory_is_refused() -> None:
+    model = tiny_model("llama")
+    decoder_of(model).blocks[3].to("meta")
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM does not fit in the memory.*bi, angular"):
+        Replay(model, torch.ones((2, 4), dtype=torch.int64))
+    assert why_not(model) is None, "folding tries it out, with the whole model"
 
 
 def test_gradients_flow_through_a_block() -> None:

@@ -45,7 +45,7 @@ class Replay:
 
     Raises:
         UsageError: the windows are not [W, T] or hold ids outside the vocabulary.
-        UnsupportedModelError: replaying the untouched model does not give its own output.
+        UnsupportedModelError: the model is not all in memory, or replaying it does not give its own output.
     """
 
     def __init__(
@@ -57,6 +57,12 @@ class Replay:
         boundaries: Literal["all", "first"] = "all",
     ) -> None:
         self.decoder: Decoder = decoder_of(model)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            # Products with weights on "meta" give numbers that mean nothing, without an error.
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not fit in the memory that is free (or allowed by max_memory_gb), so "
+                "removed and shared blocks cannot be measured. The selectors bi, angular, last and random need less."
+            )
         if ids_WT.ndim != 2 or 0 in ids_WT.shape:
             raise UsageError(f"windows must be token ids of shape [windows, tokens], got {list(ids_WT.shape)}.")
         vocabulary = self.decoder.config.vocab_size

@@ -19,7 +19,12 @@ from foldgpt.replay import Replay
 
 @torch.no_grad()
 def why_not(model: nn.Module) -> str | None:
-    """Why removed blocks of this model cannot be compensated; None if they can."""
+    """Why removed blocks of this model cannot be compensated; None if they can, or if it is not all in memory.
+
+    Folding, which needs the whole model, tries it out again.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None
     try:
         replay = Replay(model, torch.ones((1, 4), dtype=torch.int64))
         compensator = Compensator(replay)

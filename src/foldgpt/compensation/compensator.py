@@ -99,7 +99,7 @@ class Compensator:
         Args:
             block: source index of the last kept block before the cut.
             output_WTH: the stream behind it, o, in the model that is being folded.
-            mlp_output_WTH: what `Replay.mlp_output` collected in that pass, M.
+            mlp_output_WTH: what its sublayer put out in that pass, M.
             target_WTH: the source's stream where the next kept block begins, L.
             sublayer: which sublayer's output M is.
             inner_RI: what the sublayer's output matrix is given, as `run` collects it, for all tokens in order.
@@ -341,7 +341,7 @@ def _replaced(output: Any, put: Tensor) -> Any:
     if isinstance(output, tuple):
         return (_replaced(output[0], put), *output[1:])
     # A copy: a block may add to it in place.
-    return (put.reshape(output.shape) if put.ndim else put.expand(output.shape)).clone()
+    return put.reshape(output.shape).clone()
 
 
 def _split(target_WTH: Tensor, parts: int) -> list[slice]:

@@ -114,7 +114,7 @@ def compensate_and_judge_(
         rounds: see `Compensator`.
 
     Returns:
-        What came of it, and of each parameter that is another one now its former value.
+        What came of it, and the former values of all parameters of the blocks that carry it; none if it is left out.
     """
     corrections = compensate(model, plan, fitted.ids_WT, features=features, ridge=ridge, rounds=rounds, replay=fitted)
     head = Head(model)

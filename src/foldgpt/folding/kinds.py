@@ -60,10 +60,15 @@ def _leaves(module: nn.Module, name: str) -> list[str]:
 
 
 def low_rank_leaves(decoder: Decoder, index: int, sublayers: Sequence[Sublayer]) -> list[str]:
-    """The shareable leaves of block `index` that a low-rank term can stand beside: linear layers."""
+    """The shareable leaves of block `index` that a low-rank term can stand beside: linear layers.
+
+    Not those of one output, such as the gate of a shared expert: a term of rank 1 would be all of it.
+    """
     block = decoder.blocks[index]
-    leaves = shareable_leaves(decoder, index, sublayers)
-    return [name for name in leaves if isinstance(block.get_submodule(name), (nn.Linear, Conv1D))]
+    leaves = {name: block.get_submodule(name) for name in shareable_leaves(decoder, index, sublayers)}
+    return [
+        name for name, leaf in leaves.items() if isinstance(leaf, (nn.Linear, Conv1D)) and min(leaf.weight.shape) > 1
+    ]
 
 
 def scale_leaves(decoder: Decoder, index: int, sublayers: Sequence[Sublayer]) -> list[str]:

@@ -65,7 +65,8 @@ def _terms_of_group(decoder: Decoder, group: Group) -> Iterator[LeafTerms]:
             if leaf not in linear:
                 kind = type(decoder.blocks[group.holder].get_submodule(leaf)).__name__
                 raise PlanError(
-                    f"group {list(group.blocks)}: a low-rank term stands beside a linear layer; {leaf} is a {kind}"
+                    f"group {list(group.blocks)}: a low-rank term stands beside a linear layer of several outputs; "
+                    f"{leaf} is a {kind}"
                 )
     scaled = scale_leaves(decoder, group.holder, group.sublayers) if "scales" in group.private else []
     for block in group.fitted_members:

@@ -50,7 +50,7 @@ def number_for_target(share: Share, target: float) -> int:
         target: what it may take, in the same unit.
 
     Raises:
-        UsageError: not even a model of one block takes so little.
+        UsageError: no number does so for certain, one block being left.
     """
     smallest_first = sorted(share.per_block)
     left = share.total
@@ -59,8 +59,9 @@ def number_for_target(share: Share, target: float) -> int:
             return number
         left -= block
     raise UsageError(
-        f"no removal of blocks brings the model to {target:,.6g} {share.what}: it has {share.total:,.6g}, of which "
-        f"all {len(share.per_block)} blocks are {sum(share.per_block):,.6g}, and one must stay"
+        f"no number of removed blocks, whichever they are, brings the model to {target:,.6g} {share.what}: it has "
+        f"{share.total:,.6g}, of which all {len(share.per_block)} blocks are {sum(share.per_block):,.6g}, and one must "
+        "stay"
     )
 
 
@@ -80,9 +81,7 @@ def flops_of(model: nn.Module, ids_BT: Tensor) -> Share:
         ids_BT: token ids, int64 [B, T].
     """
     decoder = decoder_of(model)
-    # torch counts the fused kernels of GPUs only.
-    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-    counter = FlopCounterMode(display=False, custom_mapping=on_cpu)
+    counter = FlopCounterMode(display=False, custom_mapping=_uncounted())
     with counter:
         model(input_ids=ids_BT, use_cache=False)
     counts: dict[str, Any] = counter.get_flop_counts()
@@ -92,6 +91,21 @@ def flops_of(model: nn.Module, ids_BT: Tensor) -> Share:
         for index in range(len(decoder.blocks))
     )
     return Share("FLOPs", float(counter.get_total_flops()), per_block)
+
+
+def _uncounted() -> dict[Any, Any]:
+    """Formulas of what torch has none for: attention on CPUs, and the experts of mixtures, all in one product."""
+    known: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    for library, name in (("aten", "_grouped_mm"), ("transformers", "grouped_mm_fallback")):
+        operation = getattr(getattr(torch.ops, library), name, None)
+        if operation is not None:
+            known[operation] = _grouped_flops
+    return known
+
+
+def _grouped_flops(rows: Sequence[int], experts: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of [M, K] rows, each by the [K, N] matrix of its expert."""
+    return 2 * rows[0] * rows[1] * experts[-1]
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:

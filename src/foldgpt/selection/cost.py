@@ -109,6 +109,7 @@ class RemovalCost:
         self.seconds = 0.0
         self.head = Head(replay.model)
         self._head_rows = 0.0
+        self._source_rows = 0.0
         self._seed = seed
         self._position_share, self._most_positions = position_share, most_positions
         self._samples: dict[tuple[int, int], Sample] = {}
@@ -156,7 +157,7 @@ class RemovalCost:
         source = None
         if self.objective == "kl":
             source = SourcePredictions(self.head, self._predictions([self.replay.states[-1][windows]], rows_R))
-            self._head_rows += 2 * wanted
+            self._source_rows += 2 * wanted
         return Sample(batches, windows, rows_R, source, targets_R.to(self.replay.states[0].device))
 
     # --------------------------------------------------------------------------------------------- costs
@@ -168,8 +169,13 @@ class RemovalCost:
         A block call counts 1/N. A position at which logits are made counts as many tokens as the head's matrix
         has parameters, compared with all blocks.
         """
-        tokens = self.replay.ids_WT.numel()
-        return 1 + self.replay.num_block_calls / self.replay.num_blocks + self._head_rows * self._head_cost / tokens
+        head = self._head_rows * self._head_cost / self.replay.ids_WT.numel()
+        return self.set_up_equivalents + self.replay.num_block_calls / self.replay.num_blocks + head
+
+    @property
+    def set_up_equivalents(self) -> float:
+        """The part of `forward_equivalents` that is the source's: the recording, and its predictions."""
+        return 1 + self._source_rows * self._head_cost / self.replay.ids_WT.numel()
 
     def cost(self, removed: Removed, sample: Sample | None = None, *, keep: bool = True) -> float:
         """Mean KL(source ‖ folded) in nats per token, or the mean language-modelling loss.

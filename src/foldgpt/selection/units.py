@@ -97,8 +97,8 @@ class Units:
     def unreachable(self) -> UsageError:
         """The error where nothing more can go and the target is not met."""
         return UsageError(
-            f"the budget cannot be met: {self.target:,} of {sum(self.sizes):,} are to be removed, but one block of "
-            "each kind of attention must stay"
+            f"the budget cannot be met: {self.target:,} of {sum(self.sizes):,} are to be removed, but one block must "
+            "stay, and the first one with each kind of attention must keep that"
         )
 
     def fill(self, order: Sequence[int], start: Removed = frozenset()) -> Removed:
@@ -108,13 +108,18 @@ class Units:
             UsageError: no set along this order meets the target.
         """
         taken: list[int] = []
-        for unit in order:
-            if self.missing([*start, *taken]) <= 0:
-                break
-            if unit not in start and self.is_allowed([*start, *taken, unit]):
-                taken.append(unit)
-        if self.missing([*start, *taken]) > 0:
-            raise self.unreachable()
+        left = [unit for unit in order if unit not in start]
+        while self.missing([*start, *taken]) > 0:
+            before = len(taken)
+            for unit in left:
+                if self.missing([*start, *taken]) <= 0:
+                    break
+                if self.is_allowed([*start, *taken, unit]):
+                    taken.append(unit)
+            if len(taken) == before:
+                raise self.unreachable()
+            # An attention that had to stay may go once the rest of its block is gone.
+            left = [unit for unit in left if unit not in taken]
         # The last in the order first: they are the ones worth keeping most.
         for unit in taken[::-1]:
             rest = [other for other in taken if other != unit]

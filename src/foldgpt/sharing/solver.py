@@ -33,7 +33,7 @@ from foldgpt.sharing.ranks import output_ranks, ranks_for
 from foldgpt.sharing.zero_started import zero_started_groups
 from foldgpt.sizes import Size
 
-#: Blocks at most between two that share, among the kept ones.
+#: How far apart in the source two blocks may be that share: one block lies between them at most.
 _REACH = 2
 #: Groups are not made whose pairs alone, before any fit, cost more than so many times the best candidate so far: fits
 #: were seen to save a half to two thirds.

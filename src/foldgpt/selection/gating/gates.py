@@ -64,6 +64,10 @@ def gates(request: Request) -> Selection:
         raise UsageError(f"the gates' effort must be a number above 0, not {options['effort']!r}")
     if type(options["refine"]) is not bool:
         raise UsageError(f"the gates' refine must be true or false, not {options['refine']!r}")
+    if request.sublayers and options["estimator"] != "score":
+        raise UsageError(
+            f"the gate estimator {options['estimator']!r} is for whole blocks; attention and MLP apart are for 'score'"
+        )
     cost = request.need_cost("gates")
     if cost.units.target == 0:
         return selection_of("gates", cost, frozenset(), scores=None, order=(), report={"cost": 0.0})
@@ -78,8 +82,10 @@ class _Search:
         self._options = options
         self._seed = request.seed
         self._file = ProgressFile(request)
-        self._progress: dict[str, Any] = {"spent": 0.0, "seconds": 0.0, "trace": [], "known": [], **self._file.load()}
+        fresh = {"spent": 0.0, "set_up": 0.0, "seconds": 0.0, "trace": [], "known": []}
+        self._progress: dict[str, Any] = {**fresh, **self._file.load()}
         self._spent_before: float = self._progress["spent"]
+        self._set_up_before: float = self._progress["set_up"]
         self._seconds_before: float = self._progress["seconds"]
         self._allowance: float = options["effort"] * greedy_equivalents(cost)
 
@@ -118,7 +124,8 @@ class _Search:
         # An interrupted search has been paid for as well.
         report = dict(selection.report)
         report["seconds"] = round(report["seconds"] + self._seconds_before, 3)
-        report["forward_equivalents"] = round(report["forward_equivalents"] + self._spent_before, 2)
+        before = self._spent_before + self._set_up_before
+        report["forward_equivalents"] = round(report["forward_equivalents"] + before, 2)
         return replace(selection, report=report)
 
     # -------------------------------------------------------------------------------------------- stages
@@ -224,10 +231,16 @@ class _Search:
         return self._refinement_sample is self._cost.everything
 
     def _spent(self) -> float:
-        return self._spent_before + self._cost.forward_equivalents
+        """Of the allowance. What a resumed search sets up anew is not: interruptions should not shorten it."""
+        return self._spent_before + self._cost.forward_equivalents - self._set_up_again
+
+    @property
+    def _set_up_again(self) -> float:
+        return self._cost.set_up_equivalents if self._spent_before else 0.0
 
     def _save(self, *, now: bool = False) -> None:
         self._progress["spent"] = self._spent()
+        self._progress["set_up"] = self._set_up_before + self._set_up_again
         self._progress["seconds"] = self._seconds_before + self._cost.seconds
         self._file.save(self._progress, now=now)
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
+from foldgpt.errors import UsageError
 from foldgpt.selection.cost import RemovalCost, Sample
 from foldgpt.selection.gating.surrogate import Measurement, Surrogate
 from foldgpt.selection.units import Removed, Units
@@ -61,7 +62,7 @@ def refine(
         near: set[Removed] = set()
         if known:
             best = min(known, key=lambda removed: known[removed])
-            near = swaps(best, cost.units)
+            near = swaps(best, cost.units, keep_probabilities_U)
             pool |= near | double_swaps(best, cost.units, keep_probabilities_U)
         open_sets = sorted(pool - known.keys(), key=sorted)
         if not open_sets:
@@ -97,10 +98,15 @@ def _log(cost: float) -> float:
     return math.log(max(cost, 1e-12))
 
 
-def swaps(removed: Removed, units: Units) -> set[Removed]:
-    """Sets that meet the budget and differ by one swap of a removed for a kept unit."""
+def swaps(removed: Removed, units: Units, keep_probabilities_U: Tensor) -> set[Removed]:
+    """Sets that meet the budget and differ by one swap of a removed for a kept unit.
+
+    Where units differ in size, a swap that falls short goes on with the units that the gates keep least, and what is
+    then one too many comes back.
+    """
     kept = [unit for unit in range(len(units)) if unit not in removed]
-    return _all_swapped(removed, (((out,), (into,)) for out in removed for into in kept), units)
+    pairs = (((out,), (into,)) for out in removed for into in kept)
+    return _all_swapped(removed, pairs, units, keep_probabilities_U)
 
 
 def double_swaps(removed: Removed, units: Units, keep_probabilities_U: Tensor) -> set[Removed]:
@@ -109,17 +115,23 @@ def double_swaps(removed: Removed, units: Units, keep_probabilities_U: Tensor) -
     out = sorted(removed, key=lambda unit: doubt[unit])[:_DOUBTFUL]
     into = sorted((unit for unit in range(len(units)) if unit not in removed), key=lambda unit: doubt[unit])[:_DOUBTFUL]
     pairs = itertools.product(itertools.combinations(out, 2), itertools.combinations(into, 2))
-    return _all_swapped(removed, pairs, units)
+    return _all_swapped(removed, pairs, units, keep_probabilities_U)
 
 
 def _all_swapped(
-    removed: Removed, pairs: Iterable[tuple[tuple[int, ...], tuple[int, ...]]], units: Units
+    removed: Removed,
+    pairs: Iterable[tuple[tuple[int, ...], tuple[int, ...]]],
+    units: Units,
+    keep_probabilities_U: Tensor,
 ) -> set[Removed]:
-    found = (_swapped(removed, out, into, units) for out, into in pairs)
+    least_kept = sorted(range(len(units)), key=keep_probabilities_U.tolist().__getitem__)
+    found = (_swapped(removed, out, into, units, least_kept) for out, into in pairs)
     return {swapped for swapped in found if swapped is not None and swapped != removed}
 
 
-def _swapped(removed: Removed, out: tuple[int, ...], into: tuple[int, ...], units: Units) -> Removed | None:
+def _swapped(
+    removed: Removed, out: tuple[int, ...], into: tuple[int, ...], units: Units, least_kept: Sequence[int]
+) -> Removed | None:
     """The set after a swap, completed or trimmed to the budget where units differ in size; None if not allowed."""
     swapped = (removed - set(out)) | set(into)
     if not units.is_allowed(swapped):
@@ -128,7 +140,10 @@ def _swapped(removed: Removed, out: tuple[int, ...], into: tuple[int, ...], unit
         return swapped
     # A unit smaller than what it replaces leaves the budget unmet, a larger one overshoots it.
     if units.missing(swapped) > 0:
-        return None
+        try:
+            swapped = units.fill([unit for unit in least_kept if unit not in out], swapped)
+        except UsageError:
+            return None
     spare = sorted(swapped, key=lambda unit: units.sizes[unit])
     for unit in spare:
         if units.missing(swapped - {unit}) <= 0 and units.is_allowed(swapped - {unit}):
