@@ -38,6 +38,8 @@ def comparison() -> Comparison:
             perplexities={"wiki.test.raw": perplexity},
             perplexity_differences={} if difference is None else {"wiki.test.raw": difference},
             accuracy_difference=points,
+            trained_tokens=1_000_000 if recovered else None,
+            training_ended="tokens" if recovered else None,
         )
         for name, recovered, perplexity, accuracy, gap, difference, points in _ROWS
     ]

@@ -13,7 +13,7 @@ from foldgpt.artifacts import write_json, write_text
 from foldgpt.evaluation import Evaluation, LastWord, Measured, ModelSize, PeakMemory, Perplexity, Rate, Speed, TaskScore
 from foldgpt.evaluation.generations import Generation
 from foldgpt.evaluation.tasks import Accuracy, retained, retained_on_average
-from foldgpt.plan import FoldPlan, Group, SourceModel
+from foldgpt.plan import Compensation, FoldPlan, Group, SourceModel
 
 NUM_BLOCKS = 12
 
@@ -63,6 +63,11 @@ def plan(num_blocks: int = NUM_BLOCKS, **parts: Any) -> FoldPlan:
     chosen = {"removed": [4, 5], "groups": [Group(blocks=(7, 8)), Group(blocks=(9, 10))], "origin": origin, **parts}
     source = SourceModel(model="someone/tiny-llama", model_type="llama", num_blocks=num_blocks)
     return FoldPlan.create(source, **chosen)
+
+
+def compensation() -> Compensation:
+    """What a plan says that asks for compensation."""
+    return Compensation(texts=("some.txt",), context=8, num_tokens=64, fingerprint="f")
 
 
 def _score(accuracy: float, chance: float, seed: int) -> TaskScore:
@@ -131,6 +136,12 @@ def recovery() -> dict[str, Any]:
         "history": history,
         "settings": {},
     }
+
+
+def compensated(kept: bool) -> dict[str, Any]:
+    """What folding writes of a compensation that was merged, or left out because it did not help."""
+    after = 0.3 if kept else 0.6
+    return {"kept": kept, "kl_before": 0.6, "kl_after": after, "num_tokens": 56, "num_held_out": 8, "cuts": []}
 
 
 def write_run(folder: Path, **changes: Any) -> Path:

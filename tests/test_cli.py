@@ -54,7 +54,10 @@ def test_the_verbs_one_after_another(model: Path, text: Path, tmp_path: Path) ->
 
     (model / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     plan = tmp_path / "plan.json"
-    made = foldgpt("plan", model, "--analysis", tmp_path / "run", "--select", "bi", "--remove", 2, "--out", plan)
+    made = foldgpt(
+        *("plan", model, "--analysis", tmp_path / "run", "--select", "bi", "--remove", 2, "--out", plan),
+        *("--text", text, *CALIBRATION),
+    )
     assert made.exit_code == 0, made.output
     assert "6 → 4 blocks" in made.stdout
 
@@ -170,10 +173,15 @@ def test_plan_finds_the_best_for_a_size_and_fold_keeps_to_it(model: Path, text: 
     candidates = plan.origin["candidates"]
     best = min(candidates, key=lambda candidate: candidate["kl"])
     assert plan.origin["chosen"] == best["name"] and plan.removed == tuple(best["removed"])
-    assert plan.fitting is None or plan.groups
+    # A winner with groups was measured as fitted: without the text in its plan, fold would not fit it.
+    assert [list(group.blocks) for group in plan.groups] == best["groups"] != []
+    assert plan.fitting is not None
+    assert (plan.fitting.texts, plan.fitting.context, plan.fitting.num_tokens) == ((str(text),), 32, 256)
     folded = foldgpt("fold", model, "--plan", tmp_path / "plan.json", "--out", tmp_path / "folded", "-q", "--json")
     assert folded.exit_code == 0, folded.output
     assert json.loads(folded.stdout)["num_parameters"] == best["parameters"]
+    fitted = json.loads((tmp_path / "folded" / "sharing.json").read_text())
+    assert fitted["kl"] == pytest.approx(best["kl"], rel=1e-3)
 
 
 def test_selectors_that_look_at_nothing_measure_nothing(model: Path, tmp_path: Path) -> None:
@@ -234,8 +242,15 @@ def test_json_is_alone_on_standard_output(model: Path, text: Path, tmp_path: Pat
             2,
             "unknown selector",
         ),
-        (["plan", "MODEL", "--select", "last", "--remove", "6", "--out", "OUT"], 2, "cannot remove 6 of 6 blocks"),
+        (["plan", "MODEL", "--select", "last", "--remove", "6", "--out", "OUT"], 2, "of which one must stay"),
         (["plan", "MODEL", "--remove", "1", "--remove-ratio", "0.1", "--out", "OUT"], 2, "not both"),
+        (["plan", "MODEL", "--out", "OUT"], 2, "nothing is to be removed and nothing to be shared"),
+        (["analyze", "MODEL", "--text", "TEXT", "--seed", "-1", "--out", "OUT"], 2, "seed"),
+        (
+            ["analyze", "MODEL", "--text", "TEXT", "--tokens", "200", "--context", "200", "--out", "OUT"],
+            2,
+            "calibration.context is 200",
+        ),
         (["plan", "MODEL", "--share", "pairs", "--out", "OUT"], 2, "share.method"),
         (
             ["plan", "MODEL", "--start", "zero", "--out", "OUT"],
@@ -279,13 +294,13 @@ def test_bad_input_is_one_clear_message_and_no_output(
 
 def test_an_existing_output_is_not_overwritten(model: Path, text: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
-    arguments = ("plan", model, "--select", "last", "--remove", 1, "--out", plan, "-q")
-    assert foldgpt(*arguments).exit_code == 0
+    asked = ("plan", model, "--select", "last", "--text", text, *CALIBRATION, "--out", plan, "-q")
+    assert foldgpt(*asked, "--remove", 1).exit_code == 0
     before = plan.read_bytes()
-    made = foldgpt("plan", model, "--select", "last", "--remove", 2, "--out", plan, "-q")
+    made = foldgpt(*asked, "--remove", 2)
     assert made.exit_code == 1 and "--overwrite" in made.stderr
     assert plan.read_bytes() == before
-    made = foldgpt("plan", model, "--select", "last", "--remove", 2, "--out", plan, "-q", "--overwrite")
+    made = foldgpt(*asked, "--remove", 2, "--overwrite")
     assert made.exit_code == 0 and len(FoldPlan.load(plan).removed) == 2
 
 
@@ -296,9 +311,10 @@ def test_an_analysis_of_another_model_is_refused(model: Path, text: Path, tmp_pa
     assert made.exit_code == 1 and "analysis of another model" in made.stderr
 
 
-def test_a_plan_for_another_model_is_refused(model: Path, tmp_path: Path) -> None:
+def test_a_plan_for_another_model_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
     other = tiny_source(tmp_path / "other", num_hidden_layers=4)
-    foldgpt("plan", other, "--select", "last", "--remove", 1, "--out", tmp_path / "plan.json", "-q")
+    asked = ("--select", "last", "--remove", 1, "--text", text, *CALIBRATION)
+    foldgpt("plan", other, *asked, "--out", tmp_path / "plan.json", "-q")
     made = foldgpt("fold", model, "--plan", tmp_path / "plan.json", "--out", tmp_path / "folded", "-q")
     assert made.exit_code == 2 and "for a model of 4 blocks" in made.stderr
     assert not (tmp_path / "folded").exists()

@@ -18,13 +18,16 @@ import numpy
 import pytest
 from typer.testing import CliRunner
 
+from comparison_inputs import comparison
 from foldgpt import pipeline, side_by_side
-from foldgpt.artifacts import write_text
+from foldgpt.artifacts import write_json, write_text
 from foldgpt.cli import app
 from foldgpt.comparison import (
     Comparison,
     Interval,
+    Training,
     accuracy_difference,
+    notes_of,
     perplexity_difference,
     rows_of_recipe,
     verdict,
@@ -376,6 +379,7 @@ def test_a_comparison_makes_nothing_twice_and_says_what_is_certain(
     plain, recovered = (by_title[t].perplexities["text.txt"] for t in ("bi + plain LoRA + recovery", "bi + recovery"))
     assert difference == pytest.approx(plain - recovered)
     assert by_title["bi"].seconds is not None and by_title["last"].seconds is not None
+    assert (by_title["bi + recovery"].trained_tokens, by_title["bi"].trained_tokens) == (256, None)
     assert Comparison.load(tmp_path / "c") == result
 
     made.clear()
@@ -444,6 +448,58 @@ def test_unequal_budgets_are_refused_before_anything_is_folded(recipe: Recipe, t
     assert less.budget_gap == pytest.approx(0.25) and not less.is_fair
     assert verdict(less, Interval(-9.0, -10.0, -8.0), less_is_better=True) == "other budget"
     assert "less †" in (tmp_path / "c" / "comparison.md").read_text("utf-8")
+
+
+def test_rows_that_were_not_trained_alike_are_named_and_not_judged(recipe: Recipe, tmp_path: Path) -> None:
+    rows = {
+        "bi": None,
+        "less": {"recover": {"settings": {"batch_size": 3}}},
+        "other": {"recover": {"settings": {"kl": 0.0, "lm": 1.0}}},
+    }
+    changed = recipe.changed(compare={"rows": rows, "recovered": list(rows)})
+    result = side_by_side.compare(changed, tmp_path / "c")
+    by_title = {method.title: method for method in result.methods}
+    reference, less, other = (by_title[f"{name} + recovery"] for name in rows)
+    # Eight windows of 32 tokens: with three a step, two are left over.
+    assert [method.trained_tokens for method in (reference, less, other)] == [256, 192, 256]
+    assert [method.is_trained_alike for method in (reference, less, other)] == [True, False, True]
+    certain = Interval(-9.0, -10.0, -8.0)
+    assert verdict(less, certain, less_is_better=True) == "unequal training"
+    # Another loss is what the row is for; it saw the same text.
+    assert verdict(other, certain, less_is_better=True) == "better"
+    [note] = [note for note in notes_of(result) if note.startswith("Recovery: ")]
+    assert "the same" not in note
+    assert "less + recovery: 192 (all that fill whole steps)" in note
+    assert "Neither better nor worse is said of less + recovery. With settings other than bi's: " in note
+    assert "less + recovery (batch_size); other + recovery (kl, lm)." in note
+    assert "unequal training" in (tmp_path / "c" / "comparison.md").read_text("utf-8")
+    assert Comparison.load(tmp_path / "c") == result
+
+
+def test_what_ended_a_training_is_read_from_its_record(tmp_path: Path) -> None:
+    record = {"num_tokens": 995, "ended": "time", "settings": {"kl": 1.0, "minutes": 0.5}}
+    write_json(tmp_path / "recovery.json", record)
+    short = Training.load(tmp_path)
+    whole = Training(1000, "tokens", {"kl": 1.0, "minutes": None})
+    assert (short.num_tokens, short.ended, short.differing_from(whole)) == (995, "time", ["minutes"])
+    # What does not fill a last step makes no difference, a twentieth does.
+    assert short.is_as_long_as(whole) and not replace(short, num_tokens=950).is_as_long_as(whole)
+    for damaged in ({**record, "settings": 3}, {"num_tokens": 3}, []):
+        write_json(tmp_path / "recovery.json", damaged)
+        with pytest.raises(ArtifactError, match="not the record of a recovery"):
+            Training.load(tmp_path)
+
+
+def test_a_comparison_that_kept_no_account_of_trainings_claims_no_sameness(tmp_path: Path) -> None:
+    old = comparison().to_dict()
+    for method in old["methods"]:
+        for name in ("trained_tokens", "training_ended", "own_settings", "is_trained_alike"):
+            del method[name]
+    write_json(tmp_path / "comparison.json", old)
+    [note] = [note for note in notes_of(Comparison.load(tmp_path)) if note.startswith("Recovery: ")]
+    assert "up to 1,000,000 tokens" in note and "the same" not in note
+    [note] = [note for note in notes_of(comparison()) if note.startswith("Recovery: ")]
+    assert "the same 1,000,000 tokens" in note and "settings" not in note
 
 
 def test_an_error_says_which_row_it_is_of(recipe: Recipe, tmp_path: Path) -> None:

@@ -25,11 +25,12 @@ class StandIn:
     calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []
     error: ClassVar[Exception | None] = None
 
-    def create_repo(self, repo_id: str, **arguments: Any) -> str:
+    def create_repo(self, repo_id: str, **arguments: Any) -> huggingface_hub.RepoUrl:
         if StandIn.error is not None:
             raise StandIn.error
         StandIn.calls.append(("create_repo", {"repo_id": repo_id, **arguments}))
-        return f"https://huggingface.co/{repo_id}"
+        # As the hub does, which puts the account before a name alone.
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id if '/' in repo_id else f'me/{repo_id}'}")
 
     def create_branch(self, repo_id: str, **arguments: Any) -> None:
         StandIn.calls.append(("create_branch", {"repo_id": repo_id, **arguments}))
@@ -88,6 +89,11 @@ def test_of_a_run_the_final_model_goes_up(hub: type[StandIn], run: Path) -> None
         {"repo_id": "me/small", "branch": "rank-16", "repo_type": "model", "exist_ok": True},
     )
     assert hub.calls[2][1]["folder_path"] == run / "recovered" and hub.calls[2][1]["revision"] == "rank-16"
+
+
+def test_a_name_without_an_owner_goes_where_the_repository_was_made(hub: type[StandIn], run: Path) -> None:
+    assert push(run, "small", revision="x") == "https://huggingface.co/me/small"
+    assert [arguments["repo_id"] for _, arguments in hub.calls] == ["small", "me/small", "me/small"]
 
 
 @pytest.mark.parametrize(

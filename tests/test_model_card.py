@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
+from foldgpt.artifacts import write_json
 from foldgpt.errors import ArtifactError
 from foldgpt.plan import FoldPlan, Group, SourceModel
 from foldgpt.report import write_model_card
-from report_inputs import evaluation, plan
+from report_inputs import compensated, compensation, evaluation, plan, recovery
 
 
 def checkpoint(folder: Path, made: FoldPlan) -> Path:
@@ -42,6 +44,51 @@ def test_the_hub_reads_it(tmp_path: Path) -> None:
         "- **What was cut?** 2 of 12 blocks: removed: 4 and 5;",
     ):
         assert part in card.text
+
+
+def test_a_fit_is_claimed_only_where_it_was_merged(tmp_path: Path) -> None:
+    """The plan says what was asked for; folding leaves a fit out that makes predictions worse."""
+    folder = checkpoint(tmp_path / "folded", plan(compensation=compensation()))
+    recovered = checkpoint(tmp_path / "recovered", plan(compensation=compensation()))
+
+    def claims(folder: Path) -> tuple[bool, bool]:
+        text = write_model_card(folder).read_text("utf-8")
+        return "fitted in closed form" in text, "fitted to make up for it" in text
+
+    assert claims(folder) == claims(recovered) == (False, False)
+    for kept in (False, True):
+        write_json(folder / "compensation.json", compensated(kept))
+        # The recovered model has no record of its own: it is that of the folded one beside it.
+        assert claims(folder) == claims(recovered) == (kept, kept)
+    assert claims(checkpoint(tmp_path / "alone" / "x", plan(compensation=compensation()))) == (False, False)
+    assert claims(checkpoint(tmp_path / "other", plan(compensation=compensation(), removed=[4]))) == (False, False)
+    write_json(folder / "compensation.json", {})
+    with pytest.raises(ArtifactError, match=r"compensation\.json is not the record of a compensation"):
+        write_model_card(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {},
+            "After it was folded, 1.2 M parameters were trained on 60,000 tokens of demo:wikipedia + mine.txt, and "
+            "merged; the state after 40,000 of them did best on held-out text, and is this one.",
+        ),
+        ({"best_step": 60}, "trained on 60,000 tokens of demo:wikipedia + mine.txt, and merged.\n"),
+        (
+            {"best_step": 0},
+            "Training on 60,000 tokens of demo:wikipedia + mine.txt made nothing better, so the weights",
+        ),
+    ],
+)
+def test_it_says_on_what_weights_were_trained(changes: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "x", plan())
+    assert "trained" not in write_model_card(folder).read_text("utf-8").replace("pretrained", "")
+    write_json(folder / "recovery.json", {**recovery(), **changes})
+    text = write_model_card(folder, trained_on=["demo:wikipedia", "/home/me/mine.txt"]).read_text("utf-8")
+    assert expected in text and "/home/me" not in text
+    assert "60,000 tokens" in write_model_card(folder).read_text("utf-8")
 
 
 @pytest.mark.parametrize(("groups", "code_needed"), [([], False), ([Group(blocks=(0, 1))], True)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,22 @@ import pytest
 
 from browser import Page, in_browser
 from foldgpt import pipeline
-from foldgpt.artifacts import write_text
+from foldgpt.artifacts import write_json, write_text
 from foldgpt.errors import ArtifactError, FoldGPTError
-from foldgpt.evaluation import Evaluation
+from foldgpt.evaluation import Evaluation, Measured
 from foldgpt.plan import FoldPlan, Group, SourceModel
 from foldgpt.report import REPORT, build_report
 from foldgpt.report.headline import block_ranges, headlines, short_name
-from report_inputs import analysis, evaluation, plan, recovery, without_tasks, write_run
+from report_inputs import (
+    analysis,
+    compensated,
+    compensation,
+    evaluation,
+    plan,
+    recovery,
+    without_tasks,
+    write_run,
+)
 
 
 def text_of(page: str) -> str:
@@ -87,6 +97,15 @@ def test_positions_that_start_at_zero_are_told_from_groups_of_kept_blocks(tmp_pa
         assert f'aria-label="block {block}: {said}"' in page
     told = "What was cut? 3 of 12 blocks removed: 9 only positions left, with the weights of 3: 4 and 5 chosen by gates"
     assert told in text_of(page)
+
+
+def test_without_a_script_it_sends_nobody_to_pictures_that_are_not_there(run: Path, tmp_path: Path) -> None:
+    """figures/ holds no chart of the recovery: its losses are in its record alone."""
+    without = write_run(tmp_path / "run", recovery=None)
+    for folder, recovered in ((run, True), (without, False)):
+        [said] = re.findall(r"<noscript>(.*?)</noscript>", build_report(folder).read_text("utf-8"), re.DOTALL)
+        assert "those of blocks and gates as pictures" in said
+        assert ("recovered/recovery.json" in said) is recovered
 
 
 def test_it_loads_nothing(run: Path) -> None:
@@ -233,6 +252,29 @@ def test_a_plan_that_only_shares_or_does_nothing() -> None:
     assert headlines(FoldPlan.create(source), None)[-1].answer == "nothing"
 
 
+def test_a_fit_that_was_left_out_is_not_claimed(tmp_path: Path) -> None:
+    for kept in (False, True):
+        folder = write_run(tmp_path / str(kept), plan=plan(compensation=compensation()))
+        plan(compensation=compensation()).save(folder / "folded" / "plan.json")
+        write_json(folder / "folded" / "compensation.json", compensated(kept))
+        text = text_of(build_report(folder).read_text("utf-8"))
+        assert ("kept blocks were fitted to make up for it" in text) is kept
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"), [(103_000_000, "+3.0 %"), (100_000_000, "±0.0 %"), (97_000_000, "−3.0 %")]
+)
+def test_a_model_that_grew_is_said_to_have_grown(parameters: int, expected: str) -> None:
+    whole = evaluation()
+    assert whole.baseline is not None
+
+    def sized(model: Measured, parameters: int) -> Measured:
+        return replace(model, size=replace(model.size, unique_parameters=parameters))
+
+    both = Evaluation(sized(whole.folded, parameters), sized(whole.baseline, 100_000_000), None)
+    assert headlines(plan(), both)[0].answer == expected
+
+
 def test_tasks_alone_tell_what_was_lost() -> None:
     whole = evaluation()
     assert whole.retained is not None
@@ -328,6 +370,27 @@ def test_the_strip_is_one_stop_of_the_tab_key_with_arrows_inside(page: Page, run
     assert told == f"Block 8: shares weights with 7. Block influence {analysis().bi[8]:.3f}."
     page.press("Tab")
     assert page.run("document.activeElement.closest('.strip') === null")
+
+
+@in_browser
+def test_each_of_two_strips_is_always_one_stop_of_the_tab_key(page: Page, tmp_path: Path) -> None:
+    """Arrows also lead from one strip to the other; neither may lose its stop, nor get a second one."""
+    folder = write_run(tmp_path / "run", plan=plan(removed=[], removed_attention=[4], removed_mlp=[5], groups=[]))
+    page.open(build_report(folder))
+    stops = (
+        "[...document.querySelectorAll('.strip')].map((strip) => "
+        "[...strip.children].flatMap((cell, index) => (cell.tabIndex === 0 ? [index] : [])))"
+    )
+    page.run("document.querySelector('.strip li').focus()")
+    assert page.run(stops) == [[0], [0]]
+    for key, expected in (
+        ("ArrowRight", [[1], [0]]),
+        ("ArrowDown", [[1], [1]]),
+        ("End", [[1], [11]]),
+        ("ArrowUp", [[11], [11]]),
+    ):
+        page.press(key)
+        assert page.run(stops) == expected
 
 
 @in_browser

@@ -66,6 +66,24 @@ def test_shared_block_parameters_are_counted_once() -> None:
     assert after.stored_parameters == before.stored_parameters
 
 
+@pytest.mark.parametrize("sublayers", [("attention", "mlp"), ("mlp",)], ids=str)
+def test_what_is_borrowed_is_counted_at_each_of_its_places(sublayers: tuple[str, ...]) -> None:
+    """A borrowed leaf is no module of the borrower, so a count by name meets it once, at its owner."""
+    model = llama()
+    whole = size_of(model).stored_parameters
+    fold_(model, FoldPlan.create(source_model_of(model), groups=[Group(blocks=(0, 1, 2), sublayers=sublayers)]))
+    by_name = sum(tensor.numel() for _, tensor in model.named_parameters(remove_duplicate=False))
+    shared = (4 * HIDDEN * HIDDEN if "attention" in sublayers else 0) + 3 * HIDDEN * 48
+    size = size_of(model)
+    assert size.stored_parameters == whole
+    assert size.unique_parameters == by_name == whole - 2 * shared
+    # A term beside shared weights is one position's own.
+    other = llama()
+    group = Group(blocks=(0, 1), private=("norms", "scales"))
+    fold_(other, FoldPlan.create(source_model_of(other), groups=[group]))
+    assert size_of(other).stored_parameters == whole + size_of(other).private_parameters
+
+
 def test_private_terms_are_counted_apart_and_among_the_rest() -> None:
     model = llama()
     group = Group(blocks=(0, 1), donor="mean", private=("norms", "scales"), ranks={"mlp.up_proj": 2})

@@ -84,6 +84,15 @@ def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
         load_source(str(folder), device="nonsense")
 
 
+def test_a_device_without_float64_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fitted and verified in it would end in a TypeError, after all the work."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("mps"))
+    assert sources._device_of("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    with pytest.raises(UsageError, match="'mps' has no float64"):
+        sources._device_of("mps")
+
+
 def test_the_tokenizer_is_saved_with_its_chat_template(folder: Path, tmp_path: Path) -> None:
     source = load_source(str(folder), device="cpu")
     (tmp_path / "out").mkdir()
@@ -170,13 +179,27 @@ def test_a_revision_needs_a_hub_model(folder: Path) -> None:
         resolve(str(folder), revision="main")
 
 
-def test_a_hub_that_cannot_be_reached_is_one_short_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def offline(*_: Any, **__: Any) -> None:
-        raise huggingface_hub.errors.LocalEntryNotFoundError("a page of advice")
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            huggingface_hub.errors.LocalEntryNotFoundError("Got: no route to the hub\na page of advice"),
+            "no route to the hub",
+        ),
+        (OSError(28, "No space left on device"), r"\[Errno 28\] No space left on device"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_what_cannot_be_fetched_is_one_short_message_with_its_reason(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise error
 
-    monkeypatch.setattr(sources, "snapshot_download", offline)
+    monkeypatch.setattr(sources, "snapshot_download", failing)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SourceError, match="no folder owner/name, and the hub cannot be reached") as caught:
+    expected = rf"no folder owner/name, and no model of this name could be fetched from the hub: {reason}\. Give"
+    with pytest.raises(SourceError, match=expected) as caught:
         load_source("owner/name")
     assert "advice" not in str(caught.value)
 

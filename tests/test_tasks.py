@@ -347,8 +347,17 @@ def test_an_evaluation_with_tasks_survives_json_and_an_old_one_is_read(data: Pat
 
 
 def test_tasks_need_a_tokenizer(data: Path) -> None:
+    windows, tasks = text_windows(tiny_tokenizer(VOCABULARY)), load_suite(["piqa"], data_dir=data)
     with pytest.raises(UsageError, match="need its tokenizer"):
-        evaluate(Subject("folded", model()), speed=False, memory=False, tasks=load_suite(["piqa"], data_dir=data))
+        evaluate(Subject("folded", model()), windows=windows, speed=False, memory=False, tasks=tasks)
+
+
+def test_tasks_are_not_measured_without_a_text(data: Path) -> None:
+    """Multiple choice hides collapse, so it never stands alone: not on the command line, and not in Python."""
+    subject = Subject("folded", model(), None, tiny_tokenizer(VOCABULARY))
+    tasks = load_suite(["piqa"], data_dir=data)
+    with pytest.raises(UsageError, match=r"tasks need a text as well \(windows\)"):
+        evaluate(subject, speed=False, memory=False, tasks=tasks)
 
 
 def test_the_table_of_tasks_in_the_docs_is_the_one_in_the_code() -> None:

@@ -20,7 +20,7 @@ def push(folder: str | Path, repo: str, *, private: bool | None = None, revision
 
     Args:
         folder: the checkpoint, or the folder of a run: then its final model.
-        repo: "owner/name".
+        repo: "owner/name"; the owner of a name alone is the account whose token it is.
         private: whether a new repository is private; by default what the account says.
         revision: branch to upload to; it is made if it does not exist.
 
@@ -40,6 +40,8 @@ def push(folder: str | Path, repo: str, *, private: bool | None = None, revision
     api = HfApi()
     try:
         address = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
+        # A name without an owner is completed here, and nowhere else.
+        repo = address.repo_id
         if revision is not None:
             api.create_branch(repo, branch=revision, repo_type="model", exist_ok=True)
         note(f"uploading {folder} to {repo}")

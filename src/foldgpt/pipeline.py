@@ -81,7 +81,12 @@ def run(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Result:
 
 def carry_out(folder: RunFolder, bench: Workbench) -> Result:
     """Run the recipe of a workbench in an open run folder; see `run`."""
+    bench.check_plan()
     bench.check()
+    out = folder.path / RECOVERED
+    if bench.recipe.recover.num_tokens and not out.exists():
+        # A text that is too short is to show before the search, not behind it.
+        bench.training_windows(out)
     analysis, plan = make_up_plan(folder, bench)
     _fold_stage(folder, bench, plan)
     final = _recovery_stage(folder, bench)
@@ -222,11 +227,19 @@ def _measuring(bench: Workbench) -> dict[str, Any]:
 def _report_stage(folder: RunFolder, bench: Workbench, final: str, evaluation: Evaluation) -> None:
     """The page of the run, and the card of the model."""
 
+    recipe = bench.recipe
+
     def make() -> None:
-        write_model_card(folder.path / final, evaluation=evaluation, source=bench.place)
+        texts = recipe.recover.texts or recipe.calibration.texts
+        write_model_card(folder.path / final, evaluation=evaluation, source=bench.place, trained_on=texts)
         build_report(folder.path)
 
-    inputs = {"plan": folder.key_of("plan"), "evaluation": folder.key_of("evaluation")}
+    inputs = {
+        "plan": folder.key_of("plan"),
+        "evaluation": folder.key_of("evaluation"),
+        # The page shows it, with what changes no other stage.
+        "recipe": recipe.model_dump(mode="json"),
+    }
     folder.stage("report", inputs, [REPORT, f"{final}/{CARD}"], make, lambda: None)
 
 

@@ -242,7 +242,7 @@ class Recipe(_Section):
     """Memory for the weights; a larger model is analysed from disk. 80 % of what is free by default."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of all that is drawn."""
     calibration: Calibration = Calibration()
     """The text on which redundancy is measured."""

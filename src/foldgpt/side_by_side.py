@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from foldgpt.artifacts import read_json
-from foldgpt.comparison import Comparison, Finished, Row, rows_of_recipe
+from foldgpt.comparison import COMPARISON, Comparison, Finished, Row, Training, rows_of_recipe
 from foldgpt.errors import FoldGPTError, UsageError
 from foldgpt.evaluation import Evaluation
 from foldgpt.families import decoder_of
@@ -60,6 +60,14 @@ def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comp
             Workbench(row.recipe)
     with open_run(out, recipe, overwrite=overwrite) as folder:
         bench.check()
+        for row in rows:
+            bench = bench.for_method(row.recipe)
+            with _named(row):
+                bench.check_plan()
+        if any(row.recovered for row in rows) and not (folder.path / COMPARISON).is_file():
+            # A text that is too short is to show before all searches, not behind them.
+            bench = bench.for_method(recipe)
+            bench.training_windows(folder.path)
         bench = _check_budgets(rows, folder.path, bench, recipe)
         finished = []
         for number, row in enumerate(rows, 1):
@@ -69,7 +77,8 @@ def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comp
                 result = carry_out(run, bench)
                 seconds = _seconds(run, row.recipe)
             place = f"{ROWS}/{row.folder}"
-            finished.append(Finished(row.name, row.recovered, place, result.plan, result.evaluation, seconds))
+            training = Training.load(result.model) if row.recovered else None
+            finished.append(Finished(row.name, row.recovered, place, result.plan, result.evaluation, seconds, training))
         environments = {row.title: read_json(folder.path / ROWS / row.folder / ENVIRONMENT) for row in rows}
         environment = max(environments.values(), key=lambda each: str(each["date"]))
         comparison = Comparison.of(
@@ -135,7 +144,10 @@ def _block_parameters(model: PreTrainedModel, plan: FoldPlan) -> int:
 
 
 def _seconds(run: RunFolder, recipe: Recipe) -> float:
-    """How long the method took: what it reads, its search, folding and recovery."""
+    """How long the method took: what it reads, its search, folding and recovery.
+
+    A stage loads the model if none before it did, so loading is part of it where it was made first.
+    """
     stages = [name for name in _METHOD_STAGES if name in run.seconds]
     if recipe.select.method not in ANALYSIS_FREE:
         stages.append("analysis")

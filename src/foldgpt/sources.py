@@ -52,6 +52,9 @@ _HASHED_WHOLE_BYTES = 2 << 30
 _SAMPLE_BYTES = 64 << 10
 _SAMPLES_PER_FILE = 64
 
+#: Accelerators that cannot compute in float64, in which fits are made and saved models are verified.
+_WITHOUT_FP64 = ("mps",)
+
 #: What of a config does not change what the model computes.
 _CONFIG_NOISE = frozenset(("_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "torch_dtype"))
 
@@ -257,8 +260,10 @@ def _why_not_fetched(repository: str, revision: str | None, error: Exception) ->
         return f"the hub model {repository} is gated: accept its terms and log in with `hf auth login`"
     if kind == "RevisionNotFoundError":
         return f"the hub model {repository} has no revision {revision!r}"
+    # A full disk, a proxy or the hub's own failure look alike from here; the first line says which.
+    reason = next(iter(str(error).strip().splitlines()), kind).removeprefix("Got: ").rstrip(".")
     return (
-        f"there is no folder {repository}, and the hub cannot be reached to look for a model of this name. "
+        f"there is no folder {repository}, and no model of this name could be fetched from the hub: {reason}. "
         "Give a local folder, a GGUF file or a demo model (demo:smollm2-135m)."
     )
 
@@ -398,7 +403,7 @@ def _dtype_of(name: str) -> torch.dtype | None:
 def _device_of(name: str) -> torch.device:
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
-        if found is None:
+        if found is None or found.type in _WITHOUT_FP64:
             return torch.device("cpu")
         # Under torchrun and accelerate each process has a device of its own; all of them see the first.
         rank = os.environ.get("LOCAL_RANK")
@@ -408,6 +413,8 @@ def _device_of(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"device {name!r} is not available here: {_first_line(error)}") from error
+    if device.type in _WITHOUT_FP64:
+        raise UsageError(f"device {name!r} has no float64, in which foldgpt fits and verifies; use cpu")
     return device
 
 

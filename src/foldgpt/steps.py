@@ -18,7 +18,7 @@ from foldgpt.families import Decoder, decoder_of
 from foldgpt.folding import GroupFit, Verification, fold_, predicted_parameters, save_folded, source_model_of
 from foldgpt.plan import CalibrationText, Compensation, FoldPlan, Group
 from foldgpt.progress import note
-from foldgpt.recovery import RecoveryResult, packed_windows, recover
+from foldgpt.recovery import RecoveryResult, recover
 from foldgpt.replay import Replay
 from foldgpt.run_folder import ANALYSIS
 from foldgpt.selection import (
@@ -297,19 +297,7 @@ def make_recovered(bench: Workbench, folded: Path, out: Path, *, replace: bool =
     )
     if student.offloaded:
         raise FoldGPTError(f"{folded} does not fit in the memory that is free; it cannot be trained from elsewhere")
-    common = bench.common
-    windows = out.parent / f".{out.name}.windows" if common is None else common / "windows"
-    train, held_out = packed_windows(
-        section.texts or recipe.calibration.texts,
-        bench.tokenizer,
-        windows,
-        context=section.context,
-        num_tokens=section.num_tokens,
-        num_held_out=section.held_out_tokens,
-        seed=recipe.seed,
-        separate_documents=section.separate_documents,
-        own=bench.own_text,
-    )
+    train, held_out = bench.training_windows(out)
     result = recover(
         student.model,
         bench.source.model,
@@ -319,12 +307,12 @@ def make_recovered(bench: Workbench, folded: Path, out: Path, *, replace: bool =
         bench.recovery_settings,
         out,
         tokenizer=student.tokenizer,
-        teacher_cache=section.teacher_cache or (None if common is None else common / "teacher"),
+        teacher_cache=section.teacher_cache or (None if bench.common is None else bench.common / "teacher"),
         report_to=section.report_to,
         replace=replace,
     )
-    if common is None:
-        shutil.rmtree(windows, ignore_errors=True)
+    if bench.common is None:
+        shutil.rmtree(bench.training_folder(out), ignore_errors=True)
     return result
 
 

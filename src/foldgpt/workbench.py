@@ -18,7 +18,7 @@ from foldgpt.folding.donors import DONORS, READY
 from foldgpt.plan import Compensation, Fitting, explain
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
-from foldgpt.recovery import RecoverySettings
+from foldgpt.recovery import RecoverySettings, TrainingWindows, check_loggers, packed_windows
 from foldgpt.selection import SELECTORS
 from foldgpt.sources import Source, load_config, load_source, load_tokenizer, model_fingerprint, resolve
 
@@ -67,8 +67,63 @@ class Workbench:
         _ = self.tasks
         recover = self.recipe.recover
         if recover.num_tokens:
+            check_loggers(recover.report_to)
             _ = self.recovery_texts
             self._check_context(f"recover.context is {recover.context}", recover.context)
+
+    def check_plan(self) -> None:
+        """Look at what is to be cut, and whether there is text enough to fit on, before anything is measured for it.
+
+        Raises:
+            UsageError: nothing is asked for, or more blocks than the model can lose, or one window to fit on.
+        """
+        select, share, text = self.recipe.select, self.recipe.share, self.recipe.calibration
+        if select.remove is None and select.remove_ratio is None and share.method == "none":
+            raise UsageError(
+                "nothing is to be removed and nothing to be shared: say how many blocks (remove, remove_ratio) or how "
+                "weights are shared (share.method)"
+            )
+        num_blocks = getattr(self._text_config, "num_hidden_layers", None)
+        if num_blocks is not None and (select.remove or 0) >= num_blocks:
+            raise UsageError(
+                f"select.remove is {select.remove}, and {self.recipe.model} has {num_blocks} blocks, of which one must "
+                "stay"
+            )
+        compensates = self.recipe.compensate.method != "none" and (select.remove or select.remove_ratio)
+        fits = compensates or share.fit or share.method == "auto"
+        if fits and text.num_tokens < 2 * text.context:
+            raise UsageError(
+                f"calibration.num_tokens is {text.num_tokens:,}, which makes one window of {text.context:,}: what is "
+                "fitted (compensation, shared weights) is judged on other windows, so there must be two. Give more "
+                "tokens or a shorter context, or switch compensation off."
+            )
+
+    def training_windows(self, out: Path) -> tuple[TrainingWindows, TrainingWindows]:
+        """Windows to train on and to judge by; made once, and kept in `common` or beside `out`.
+
+        Args:
+            out: where the recovered model will be.
+
+        Raises:
+            FoldGPTError: a text cannot be read or is too short, or the context is longer than the model's.
+        """
+        section = self.recipe.recover
+        self._check_context(f"recover.context is {section.context}", section.context)
+        return packed_windows(
+            section.texts or self.recipe.calibration.texts,
+            self.tokenizer,
+            self.training_folder(out),
+            context=section.context,
+            num_tokens=section.num_tokens,
+            num_held_out=section.held_out_tokens,
+            seed=self.recipe.seed,
+            separate_documents=section.separate_documents,
+            own=self.own_text,
+        )
+
+    def training_folder(self, out: Path) -> Path:
+        """Where `training_windows` keeps them."""
+        return out.parent / f".{out.name}.windows" if self.common is None else self.common / "windows"
 
     def _check_context(self, words: str, context: int) -> None:
         positions = self._positions
@@ -80,11 +135,15 @@ class Workbench:
         """Identity of the texts that recovery trains on."""
         return identity_of(self.recipe.recover.texts or self.recipe.calibration.texts, own=self.own_text)
 
-    @cached_property
+    @property
     def _positions(self) -> int | None:
         """How many positions the model has; None where its config does not say."""
+        return getattr(self._text_config, "max_position_embeddings", None)
+
+    @cached_property
+    def _text_config(self) -> Any:
         config = load_config(self.place, trust_remote_code=self.recipe.trust_remote_code)
-        return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return config.get_text_config(decoder=True)
 
     def for_method(self, recipe: Recipe) -> Workbench:
         """A workbench for another method on the same model, texts and measurements; they are not made again.
@@ -122,7 +181,7 @@ class Workbench:
     def calibration(self) -> Windows:
         """Windows on which redundancy is measured."""
         section = self.recipe.calibration
-        return calibration_windows(
+        windows = calibration_windows(
             section.texts,
             self.tokenizer,
             context=section.context,
@@ -130,6 +189,9 @@ class Workbench:
             seed=self.recipe.seed,
             own=self.own_text,
         )
+        # What is wrong with the text is said first.
+        self._check_context(f"calibration.context is {section.context}", section.context)
+        return windows
 
     @cached_property
     def calibration_identity(self) -> CalibrationIdentity:

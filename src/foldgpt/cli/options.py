@@ -33,6 +33,12 @@ Select = Annotated[
 ]
 Remove = Annotated[int | None, typer.Option(help="How many blocks to remove.", show_default="0")]
 RemoveRatio = Annotated[float | None, typer.Option(help="The same as a fraction of all blocks.", show_default=False)]
+SearchTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--search-tokens", help="Calibration tokens that searches measure on.", parser=count, show_default="8192"
+    ),
+]
 Compensate = Annotated[
     str | None,
     typer.Option(help="none, or linear: the block before each cut takes over what it can.", show_default="linear"),
@@ -86,7 +92,7 @@ RecoverTokens = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
 DType = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps …", show_default="auto")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …", show_default="auto")]
 Seed = Annotated[int | None, typer.Option(help="Seed of all that is drawn.", show_default="0")]
 MaxMemory = Annotated[
     float | None,

@@ -26,6 +26,7 @@ from foldgpt.cli.options import (
     RemoveRatio,
     Revision,
     Scales,
+    SearchTokens,
     Seed,
     Select,
     ShareMethod,
@@ -101,6 +102,7 @@ def plan(
     select: Select = None,
     remove: Remove = None,
     remove_ratio: RemoveRatio = None,
+    search_tokens: SearchTokens = None,
     compensate: Compensate = None,
     share: ShareMethod = None,
     size: Size = None,
@@ -140,11 +142,12 @@ def plan(
             max_memory_gb=max_memory_gb,
             trust_remote_code=trust_remote_code,
             calibration=calibration_of(text, context, tokens),
-            select={"method": select, "remove": remove, "remove_ratio": remove_ratio},
+            select={"method": select, "remove": remove, "remove_ratio": remove_ratio, "num_tokens": search_tokens},
             compensate={"method": compensate},
             share=share_of(share, size, group_size, donor, fit, rank, scales, start),
         )
         bench = Workbench(recipe)
+        bench.check_plan()
         measured = None
         if analysis is not None:
             measured = steps.read_analysis(analysis, bench)
@@ -246,6 +249,7 @@ def recover(
             "--set", help="NAME=VALUE, such as rank=32 or learning_rate=5e-4. May be repeated.", show_default=False
         ),
     ] = None,
+    revision: Revision = None,
     dtype: DType = None,
     device: Device = None,
     seed: Seed = None,
@@ -265,6 +269,7 @@ def recover(
         check_free(out, replace=overwrite)
         recipe = recipe_of(
             model=teacher,
+            revision=revision,
             dtype=dtype,
             device=device,
             seed=seed,
@@ -283,7 +288,7 @@ def recover(
         )
         bench = Workbench(recipe)
         result = steps.make_recovered(bench, folder, out, replace=overwrite)
-        write_model_card(out, source=bench.place)
+        write_model_card(out, source=bench.place, trained_on=text or ["demo:wikipedia"])
         if as_json:
             print_json(result.to_json_dict())
         else:
@@ -318,6 +323,7 @@ def evaluate(
     generations: Annotated[int, typer.Option(help="Beginnings of the text that each model continues.")] = 0,
     speed: Annotated[bool, typer.Option(help="Measure prefill and decode speed.")] = True,
     memory: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
+    revision: Revision = None,
     dtype: DType = None,
     device: Device = None,
     seed: Seed = None,
@@ -337,6 +343,7 @@ def evaluate(
             check_free_file(out, replace=overwrite)
         recipe = recipe_of(
             model=folder if baseline is None else baseline,
+            revision=revision,
             dtype=dtype,
             device=device,
             seed=seed,

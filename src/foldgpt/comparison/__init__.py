@@ -13,6 +13,7 @@ from foldgpt.comparison.tables import (
     title_of,
     verdict,
 )
+from foldgpt.comparison.training import Training
 
 __all__ = [
     "COMPARISON",
@@ -21,6 +22,7 @@ __all__ = [
     "Interval",
     "Method",
     "Row",
+    "Training",
     "accuracy_difference",
     "difference_table",
     "difference_text",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from foldgpt.artifacts import read_json
 from foldgpt.comparison.bootstrap import Interval, accuracy_difference, perplexity_difference
+from foldgpt.comparison.training import Training
 from foldgpt.errors import ArtifactError
 from foldgpt.evaluation import Evaluation, Measured, Perplexity, Retained
 from foldgpt.plan import FoldPlan, explain
@@ -34,7 +35,8 @@ class Finished:
         plan: what was cut.
         evaluation: what was measured, beside the source.
         seconds: time from model and text to the smaller model: what the method measures, its search, folding, and
-            recovery. None where it is not known.
+            recovery, with loading the model where one of these had to. None where it is not known.
+        training: what the recovery did; None without one.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Finished:
     plan: FoldPlan
     evaluation: Evaluation
     seconds: float | None
+    training: Training | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,10 @@ class Method:
         perplexity_differences: text → difference to the reference row of the same recovery setting; empty for that
             row itself, and where there is none.
         accuracy_difference: the same of the mean accuracy.
+        trained_tokens: tokens of its recovery; None without one, and where it is not known.
+        training_ended: what ended that: "tokens", "time" or "patience".
+        own_settings: names of the recovery's settings that are not the reference row's.
+        is_trained_alike: whether it saw as many tokens as the reference row.
     """
 
     name: str
@@ -78,6 +85,10 @@ class Method:
     perplexities: dict[str, float]
     perplexity_differences: dict[str, Interval]
     accuracy_difference: Interval | None
+    trained_tokens: int | None = None
+    training_ended: str | None = None
+    own_settings: list[str] = field(default_factory=list)
+    is_trained_alike: bool = True
 
     @property
     def title(self) -> str:
@@ -97,7 +108,7 @@ class Comparison:
         methods: the source, then the rows without recovery, then those with it.
         confidence, samples, seed: of the intervals.
         budget_tolerance: beyond which a row is marked.
-        recovery_tokens: tokens of the recovery; 0 without.
+        recovery_tokens: tokens that the recipe asks for; 0 without recovery. What a row was given, `Method` says.
         protocol: how it was measured, one line for each kind.
         environment: versions and hardware.
     """
@@ -158,7 +169,7 @@ class Comparison:
             section: how they are compared.
             model: the source.
             seed: of the resamples.
-            recovery_tokens: tokens of the recovery; 0 without.
+            recovery_tokens: tokens that the recipe asks for; 0 without recovery.
             protocol: how it was measured.
             environment: versions and hardware.
 
@@ -224,6 +235,8 @@ def _method(row: Finished, references: dict[bool, Finished], section: Compare, s
         }
         if own.tasks and other.tasks:
             accuracy = accuracy_difference(own.tasks, other.tasks, **how)
+    own_training, its_training = row.training, None if reference is None else reference.training
+    both = None if own_training is None or its_training is None else (own_training, its_training)
     return Method(
         name=row.name,
         recovered=row.recovered,
@@ -239,6 +252,10 @@ def _method(row: Finished, references: dict[bool, Finished], section: Compare, s
         perplexities=_values(own),
         perplexity_differences=perplexities,
         accuracy_difference=accuracy,
+        trained_tokens=None if own_training is None else own_training.num_tokens,
+        training_ended=None if own_training is None else own_training.ended,
+        own_settings=[] if both is None else both[0].differing_from(both[1]),
+        is_trained_alike=both is None or both[0].is_as_long_as(both[1]),
     )
 
 

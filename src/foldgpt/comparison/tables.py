@@ -6,6 +6,7 @@ from rich.table import Table
 
 from foldgpt.comparison.bootstrap import Interval
 from foldgpt.comparison.result import Comparison, Method
+from foldgpt.comparison.training import in_words
 from foldgpt.tables import megabytes, millions, percent, significant
 
 _MISSING = "–"
@@ -97,9 +98,11 @@ def difference_table(comparison: Comparison) -> Table:
 
 
 def verdict(method: Method, interval: Interval, *, less_is_better: bool) -> str:
-    """better, worse, unclear, or nothing to say because the budgets differ."""
+    """better, worse, unclear, or nothing to say because sizes or trainings differ."""
     if not method.is_fair:
         return "other budget"
+    if not method.is_trained_alike:
+        return "unequal training"
     if not interval.is_certain:
         return "unclear"
     return "better" if (interval.high < 0) == less_is_better else "worse"
@@ -132,8 +135,8 @@ def notes_of(comparison: Comparison) -> list[str]:
         f"intervals by paired bootstrap over windows and items ({comparison.samples:,} resamples, seed "
         f"{comparison.seed}). 'better' and 'worse' are said only where the interval excludes zero; each interval is "
         "for itself, so among many rows one may do so by chance.",
-        "Time is that from the loaded model to the smaller one: analysis where the method reads it, search, folding "
-        "and recovery. Decode is the speed over the source's, measured in turns.",
+        "Time is that of the method: analysis where it reads it, search, folding and recovery. Loading the model is in "
+        "it for the rows that had to. Decode is the speed over the source's, measured in turns.",
     ]
     unfair = [method for method in comparison.methods if not method.is_fair]
     if unfair:
@@ -144,10 +147,33 @@ def notes_of(comparison: Comparison) -> list[str]:
         )
     if comparison.recovery_tokens:
         notes.append(
-            f"Recovery: the same {comparison.recovery_tokens:,} tokens for all rows that have it. Training windows and "
-            "the teacher's states are kept for later rows; their time counts for the row that made them."
+            f"{_training_in_words(comparison)} Training windows and the teacher's states are kept for later rows; "
+            "their time counts for the row that made them."
         )
     return [*notes, *comparison.protocol]
+
+
+def _training_in_words(comparison: Comparison) -> str:
+    """Whether all recovered rows were trained alike, and by name where not."""
+    trained = [method for method in comparison.methods if method.recovered]
+    lengths = {method.trained_tokens for method in trained}
+    if None in lengths or not trained:
+        # Written by a version that kept no account of it.
+        text = f"Recovery: up to {comparison.recovery_tokens:,} tokens for all rows that have it."
+    elif len(lengths) == 1:
+        text = f"Recovery: the same {trained[0].trained_tokens:,} tokens for all rows that have it."
+    else:
+        each = "; ".join(
+            f"{method.title}: {in_words(method.trained_tokens or 0, method.training_ended or '')}" for method in trained
+        )
+        text = (
+            f"Recovery: {comparison.recovery_tokens:,} tokens were asked for, and rows saw different numbers: {each}."
+        )
+        unequal = [method.title for method in trained if not method.is_trained_alike]
+        if unequal:
+            text += f" Neither better nor worse is said of {', '.join(unequal)}."
+    own = [f"{method.title} ({', '.join(method.own_settings)})" for method in trained if method.own_settings]
+    return f"{text} With settings other than {comparison.reference}'s: {'; '.join(own)}." if own else text
 
 
 def _any(comparison: Comparison, figure: str) -> bool:
@@ -171,6 +197,9 @@ def rows_for_csv(comparison: Comparison) -> list[dict[str, object]]:
             "decode_ratio": method.decode_ratio,
             "budget_gap": method.budget_gap,
             "is_fair": method.is_fair,
+            "trained_tokens": method.trained_tokens,
+            "training_ended": method.training_ended,
+            "is_trained_alike": method.is_trained_alike,
         }
         intervals = {f"perplexity.{text}": each for text, each in method.perplexity_differences.items()}
         if method.accuracy_difference is not None:

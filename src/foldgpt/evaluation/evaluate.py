@@ -185,16 +185,16 @@ def evaluate(
         further_windows: further texts for it, by name. Last words and generations are of `windows` alone.
         speed: measure prefill and decode speed, the two models taking turns.
         memory: measure peak memory, for subjects saved as a Hugging Face folder.
-        tasks: multiple-choice tasks. With `windows`, last words are measured beside them, because choosing an
-            answer may still work where writing one does not.
+        tasks: multiple-choice tasks; they need `windows`, on which last words are measured beside them, because
+            choosing an answer may still work where writing one does not.
         num_generations: continue the beginnings of the first so many windows.
         seed: of the random prompt whose speed is measured.
         known: what was measured of the baseline before, with the same arguments: only its speed is measured again,
             because models must take turns for that. Without `speed` no `baseline` is needed then.
 
     Raises:
-        UsageError: the two subjects have one name, one lacks the tokenizer that is needed, or the speed of a
-            baseline is to be measured that is only known.
+        UsageError: the two subjects have one name, one lacks the tokenizer that is needed, tasks are asked for
+            without a text, or the speed of a baseline is to be measured that is only known.
         FoldGPTError: a measurement failed; see `perplexity`, `measure_speed`, `peak_memory`, `folder_bytes`.
     """
     subjects = [folded] if baseline is None else [baseline, folded]
@@ -203,6 +203,11 @@ def evaluate(
         raise UsageError(f"both models are called {folded.name!r}; they need two names to be told apart.")
     if known is not None and baseline is None and speed:
         raise UsageError(f"the speed of {known.name} can only be compared if it is there to take turns.")
+    if tasks is not None and windows is None:
+        raise UsageError(
+            "tasks need a text as well (windows): multiple choice alone can hide that a model no longer writes, so "
+            "perplexity and last words stand beside it"
+        )
     for subject in subjects:
         if subject.tokenizer is None and (tasks is not None or num_generations):
             raise UsageError(f"tasks and generations of {subject.name} need its tokenizer.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError
 from foldgpt.families import decode, decoder_of
 from foldgpt.folding import private_modules
+from foldgpt.modeling.modeling_foldgpt import Borrowed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,12 +25,13 @@ _PROBE_TOKENS = 2
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Size of a loaded model. A tensor tied to several places is unique once and stored at each place.
+    """Size of a loaded model. Weights shared by several places are unique once and counted as stored at each.
 
     Attributes:
         num_blocks: number of decoder blocks (positions).
         unique_parameters: number of parameters, a shared one counted once.
-        stored_parameters: number of parameters by name, a shared one counted at each of its places.
+        stored_parameters: number of parameters with a shared one counted at each of its places, tied or borrowed:
+            what a model without sharing would store.
         block_parameters: unique parameters inside the blocks (without embeddings, final norm and head).
         unique_bytes: bytes of the unique parameters in the dtypes they have now.
         kv_bytes_per_token: bytes that the KV cache grows by for each token of one sequence, until a sliding
@@ -68,7 +70,8 @@ def size_of(model: PreTrainedModel) -> ModelSize:
     return ModelSize(
         num_blocks=len(blocks),
         unique_parameters=_count(model.parameters()),
-        stored_parameters=_count(tensor for _, tensor in model.named_parameters(remove_duplicate=False)),
+        stored_parameters=_count(tensor for _, tensor in model.named_parameters(remove_duplicate=False))
+        + _count(_borrowed(model)),
         block_parameters=_count(blocks.parameters()),
         private_parameters=_count(private),
         private_bytes=sum(tensor.numel() * tensor.element_size() for tensor in private),
@@ -77,6 +80,14 @@ def size_of(model: PreTrainedModel) -> ModelSize:
         num_sliding_blocks=sum(layer.is_sliding for layer in layers),
         sliding_window=max(windows, default=None),
     )
+
+
+def _borrowed(model: PreTrainedModel) -> Iterator[nn.Parameter]:
+    """The parameters of each borrowed leaf, once for each place that borrows it: as modules they are met once."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Borrowed):
+                yield from value.owned.parameters()
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

@@ -61,7 +61,7 @@ def _render(run: Run) -> str:
             plan=plan,
             evaluation=evaluation,
             name=short_name(plan.source.model),
-            headlines=headlines(plan, evaluation),
+            headlines=headlines(plan, evaluation, compensated=run.compensated),
             strips=_strips(plan),
             wide=_columns(plan.source.num_blocks, _WIDE),
             narrow=_columns(plan.source.num_blocks, _NARROW),

@@ -20,11 +20,17 @@ class Headline:
     details: list[str]
 
 
-def headlines(plan: FoldPlan, evaluation: Evaluation | None) -> list[Headline]:
-    """The three answers; without an evaluation beside a baseline, what was lost is not known and left out."""
+def headlines(plan: FoldPlan, evaluation: Evaluation | None, *, compensated: bool = False) -> list[Headline]:
+    """The three answers; without an evaluation beside a baseline, what was lost is not known and left out.
+
+    Args:
+        plan: what was cut.
+        evaluation: what was measured.
+        compensated: whether the compensation that the plan asks for was merged: it is left out where it did not help.
+    """
     answers = [_smaller(plan, evaluation)]
     lost = None if evaluation is None else _lost(evaluation)
-    return [*answers, *([] if lost is None else [lost]), _cut(plan)]
+    return [*answers, *([] if lost is None else [lost]), _cut(plan, compensated)]
 
 
 def short_name(model: str) -> str:
@@ -67,7 +73,8 @@ def _smaller(plan: FoldPlan, evaluation: Evaluation | None) -> Headline:
 
 def _less(ratio: float) -> str:
     """A saving, written as a change."""
-    return f"−{percent(ratio)}" if ratio > 0 else f"±{percent(abs(ratio))}"
+    sign = "−" if ratio > 0 else "+" if ratio < 0 else "±"
+    return f"{sign}{percent(abs(ratio))}"
 
 
 def _lost(evaluation: Evaluation) -> Headline | None:
@@ -95,7 +102,7 @@ def _lost(evaluation: Evaluation) -> Headline | None:
     return None
 
 
-def _cut(plan: FoldPlan) -> Headline:
+def _cut(plan: FoldPlan, compensated: bool) -> Headline:
     details = []
     if plan.removed:
         details.append(f"removed: {block_ranges(plan.removed)}")
@@ -115,7 +122,7 @@ def _cut(plan: FoldPlan) -> Headline:
         details.append(f"only positions left, with the weights of {lenders}: {block_ranges(started)}")
     if "selector" in plan.origin:
         details.append(f"chosen by {plan.origin['selector']}")
-    if plan.compensation is not None:
+    if compensated:
         details.append("kept blocks were fitted to make up for it")
     question = "What was cut?"
     touched = len({*plan.removed, *plan.removed_attention, *plan.removed_mlp, *started})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from foldgpt.artifacts import write_text
 from foldgpt.errors import ArtifactError
 from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan
+from foldgpt.report.compensation import was_compensated
 from foldgpt.report.headline import block_ranges, headlines, short_name
 from foldgpt.report.rows import rows_of
 from foldgpt.report.templating import templates
+from foldgpt.report.training import read_recovery, training_in_words
 from foldgpt.tables import comparison_table, plan_strip, protocol_lines, task_table
 
 CARD = "README.md"
@@ -27,7 +30,11 @@ _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*$", re.DOTALL | re.MULTIL
 
 
 def write_model_card(
-    folder: str | Path, *, evaluation: Evaluation | None = None, source: str | Path | None = None
+    folder: str | Path,
+    *,
+    evaluation: Evaluation | None = None,
+    source: str | Path | None = None,
+    trained_on: Sequence[str] = (),
 ) -> Path:
     """Write README.md into a folded checkpoint: what was done, what it cost, how to load it.
 
@@ -36,18 +43,21 @@ def write_model_card(
         evaluation: what was measured of it; without one the card has no numbers, and says so.
         source: the source's folder, or its one file. Licence and languages are taken over from its card, if the folder
             has one.
+        trained_on: texts of the recovery, which its own record does not name. How much it trained is read from the
+            checkpoint, and whether it was compensated from there or from the folded model beside a recovered one.
 
     Returns:
         The path of the card.
 
     Raises:
-        ArtifactError: the checkpoint holds no plan, or the card cannot be written.
+        ArtifactError: the checkpoint holds no plan, a record in it cannot be read, or the card cannot be written.
         PlanError: the plan is not valid.
     """
     folder = Path(folder)
     if not (folder / "plan.json").is_file():
         raise ArtifactError(f"{folder} holds no plan.json: it is not a folded checkpoint.")
     plan = FoldPlan.load(folder)
+    compensated, recovery = was_compensated(folder, plan), read_recovery(folder)
     metadata = _metadata(plan, _source_metadata(None if source is None else Path(source)))
     text = (
         templates(html=False)
@@ -57,7 +67,9 @@ def write_model_card(
             name=f"{short_name(plan.source.model)}-folded",
             plan=plan,
             base_model=metadata.get("base_model"),
-            headlines=headlines(plan, evaluation),
+            headlines=headlines(plan, evaluation, compensated=compensated),
+            compensated=compensated,
+            training=None if recovery is None else training_in_words(recovery, trained_on),
             is_removal_only=plan.is_removal_only,
             strip=plan_strip(plan).plain,
             comparison=None if evaluation is None else rows_of(comparison_table(evaluation)),

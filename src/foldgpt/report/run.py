@@ -11,6 +11,7 @@ from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError
 from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan
+from foldgpt.report.compensation import was_compensated
 from foldgpt.report.training import read_recovery
 
 
@@ -23,6 +24,8 @@ class Run:
     evaluation: Evaluation | None
     recovery: dict[str, Any] | None
     """What `recovery.json` in the recovered model says."""
+    compensated: bool
+    """Whether the folded model carries what was fitted to make up for the cuts; False where that is not known."""
     environment: dict[str, Any] | None
     recipe: str | None
     """The recipe as it stands in its file, YAML."""
@@ -55,11 +58,13 @@ def read_run(folder: Path) -> Run:
         recipe_text = None if recipe is None else recipe.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"cannot read the recipe {recipe}: {error}") from error
+    plan = FoldPlan.load(folder / "plan.json")
     run = Run(
-        plan=FoldPlan.load(folder / "plan.json"),
+        plan=plan,
         analysis=None if analysis is None else Analysis.from_json_dict(read_json(analysis, "analysis")),
         evaluation=None if evaluation is None else Evaluation.load(evaluation),
-        recovery=read_recovery(folder),
+        recovery=read_recovery(folder / "recovered"),
+        compensated=was_compensated(folder / "folded", plan),
         environment=None if environment is None else read_json(environment, "description of the environment"),
         recipe=recipe_text,
     )

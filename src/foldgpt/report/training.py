@@ -3,32 +3,54 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError
+from foldgpt.tables import millions
 
 #: A screen has no more columns than this to show steps in.
 _MAX_STEPS = 300
 #: Losses on held-out windows that are worth a line: the one that is minimised, and what it means for predictions.
 _HELD_OUT = {"loss": "held-out loss", "kl": "held-out KL"}
+#: What texts begin with that are not files.
+_SCHEMES = ("demo:", "hub:", "self:")
 
 
 def read_recovery(folder: Path) -> dict[str, Any] | None:
-    """What a run's recovery did; None if it has none.
+    """What the recovery of a checkpoint did; None if it was not recovered.
 
     Raises:
         ArtifactError: the file cannot be read, or is not what a recovery writes.
     """
-    path = folder / "recovered" / "recovery.json"
+    path = folder / "recovery.json"
     if not path.is_file():
         return None
     recovery = read_json(path, "record of the recovery")
     if not isinstance(recovery, dict) or not isinstance(recovery.get("history"), list):
         raise ArtifactError(f"{path} is not the record of a recovery")
     return recovery
+
+
+def training_in_words(recovery: Mapping[str, Any], texts: Sequence[str]) -> str:
+    """What the recovery did to a checkpoint, in a sentence.
+
+    Args:
+        recovery: what `read_recovery` gave.
+        texts: what it was trained on; empty where that is not known.
+    """
+    # A card is for others: folders of one's own machine are nothing to them.
+    names = " + ".join(text if text.startswith(_SCHEMES) else Path(text).name for text in texts)
+    on = f"{recovery['num_tokens']:,} tokens{f' of {names}' if names else ''}"
+    if not recovery["best_step"]:
+        return f"Training on {on} made nothing better, so the weights are as they were when it was folded."
+    trained = f"After it was folded, {millions(recovery['num_trained'])} parameters were trained on {on}, and merged"
+    if recovery["best_step"] == recovery["num_steps"]:
+        return f"{trained}."
+    seen = round(recovery["num_tokens"] * recovery["best_step"] / recovery["num_steps"])
+    return f"{trained}; the state after {seen:,} of them did best on held-out text, and is this one."
 
 
 def training_curves(recovery: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -345,15 +345,14 @@
           }[event.key];
           if (!next) return;
           event.preventDefault();
-          cell.tabIndex = -1;
-          next.tabIndex = 0;
+          for (const other of next.parentElement.children) other.tabIndex = other === next ? 0 : -1;
           next.focus();
         });
       }),
     );
   }
 
-  /* One of several cells stands in the order of the tab key; the arrow keys lead to the others. */
+  /* One cell of each strip stands in the order of the tab key; the arrow keys lead to the others. */
   wireStrip();
   const hint = "Point at the chart, or move with the arrow keys.";
   if (data.curves) {
