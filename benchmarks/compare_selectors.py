@@ -1,10 +1,11 @@
 """Selectors side by side: what each removes, how near the result is to the source, and what the search costs.
 
-For each selector and ratio: the removed blocks, the KL to the source on all calibration windows (one measure for
-all, whatever the selector looked at), the perplexity on other texts, and the cost of the search in seconds and in
-forward passes over the calibration windows. The cost of bi and angular is that of their analysis; greedy runs once,
-for the largest ratio, and passes the smaller ones on its way. Each row is written when it is done; the same command
-goes on where it was stopped.
+For each selector and ratio: the removed blocks, the KL to the source on all calibration windows as searches see it (one
+measure for all, whatever the selector looked at), the perplexity on other texts, and the cost of the search in seconds
+and in forward passes over the calibration windows. With --compensate searches see the weaker fit that is fast enough
+for them, of each quarter of the windows on the other three; the perplexity is of the model that folding makes. The cost
+of bi and angular is that of their analysis; greedy runs once, for the largest ratio, and passes the smaller ones on its
+way. Each row is written when it is done; the same command goes on where it was stopped.
 
     python benchmarks/compare_selectors.py --model demo:smollm2-135m --text C4.jsonl --text WIKIPEDIA.jsonl \
         --perplexity wiki.test.raw --ratio 0.1 --ratio 0.2 --ratio 0.3
@@ -312,6 +313,12 @@ def as_markdown(result: dict[str, Any]) -> str:
                 lines.append(line_of(found, config["sublayers"], tests))
     table = "\n".join(lines)
     texts = ", ".join(f"{name} (the source's is {test['perplexities']['']:.2f})" for name, test in tests.items())
+    seen = (
+        "KL is what searches see: in nats per token, on the calibration windows, after the fit that is fast enough\n"
+        "for them (a map of the MLP output), made for each quarter of the windows on the other three."
+        if config["compensate"]
+        else "KL is in nats per token, on the calibration windows."
+    )
     heads = "".join(f" {name} |" for name in tests)
     return f"""# Selectors
 
@@ -319,7 +326,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 {" + ".join(config["text"])} in windows of {config["context"]}\
 {", attention (a) and MLP (m) apart" if config["sublayers"] else ""}\
 {f", with compensation fitted on {config['compensation_tokens'] or config['tokens']:,} tokens" * config["compensate"]}.
-KL is in nats per token, on the calibration windows. Perplexity is of {texts or "nothing"},
+{seen} Perplexity is of {texts or "nothing"},
 context {config["perplexity_context"]}, \
 {"the whole text" if config["max_windows"] is None else f"the first {config['max_windows']} windows"}. \
 Passes are forward passes over the calibration windows.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from command import command_line
+from command import as_typed, command_line
 from foldgpt.environment import describe_environment
 
 _KEPT = ("foldgpt", "python", "torch", "transformers", "cpu", "torch_threads", "ram_gb", "gpu", "date")
@@ -32,7 +32,7 @@ def provenance_of(result: Mapping[str, Any]) -> str:
     environment, seed = result["environment"], result.get("seed")
     machine = ", ".join(filter(None, (environment["cpu"], environment.get("gpu"))))
     return (
-        f"`{' '.join(result['command'])}`{'' if seed is None else f', seed {seed}'}.\n"
+        f"`{as_typed(result['command'])}`{'' if seed is None else f', seed {seed}'}.\n"
         f"{machine}, {environment['torch_threads']} threads, {environment['ram_gb']} GB RAM,\n"
         f"foldgpt {environment['foldgpt']}, torch {environment['torch']}, transformers "
         f"{environment['transformers']}, {environment['date'].partition('T')[0]}."

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from command import command_line
+from command import as_typed, command_line
 from foldgpt import Recipe, compare
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.assignments import assignments
 from foldgpt.comparison.rows import known_rows
+from foldgpt.corpus import identity_of
 from foldgpt.counts import count
 from foldgpt.evaluation.tasks import TASKS
 from foldgpt.report import as_markdown
@@ -125,6 +126,15 @@ def with_names(result: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
     return result
 
 
+def without_folders(value: Any) -> Any:
+    """Plain values in which absolute paths are names: the folders of one machine say nothing on another."""
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
 def main() -> None:
     arguments = parse_arguments()
     keep_freed_memory()
@@ -132,10 +142,15 @@ def main() -> None:
     begun = time.monotonic()
     comparison = compare(recipe, arguments.runs / "comparison", overwrite=True)
     seconds = time.monotonic() - begun
-    result = {"command": command_line(), **with_names(comparison.to_dict(), arguments.perplexity)}
+    result = {
+        "command": command_line(),
+        "recipe": without_folders(recipe.model_dump(mode="json")),
+        "text_identities": {Path(text).name: identity_of([text]) for text in (*arguments.text, *arguments.perplexity)},
+        **with_names(comparison.to_dict(), arguments.perplexity),
+    }
     write_json(arguments.out / f"{arguments.name}.json", result)
     text = as_markdown(comparison)
-    text += f"\n`{' '.join(command_line())}`: {seconds:.0f} seconds in this call.\n"
+    text += f"\n`{as_typed(command_line())}`: {seconds:.0f} seconds in this call.\n"
     write_text(arguments.out / f"{arguments.name}.md", text)
     print(text)
 

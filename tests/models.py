@@ -32,6 +32,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
     ),
     "qwen3": ("qwen3", {"head_dim": 16}),
+    "gemma": ("gemma", {"head_dim": 16, "num_key_value_heads": 1}),
     "gemma2": ("gemma2", {"head_dim": 16, "sliding_window": 8}),
     "gemma3": ("gemma3_text", {"head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 3}),
     "phi3": ("phi3", {}),

@@ -1,16 +1,22 @@
-"""The docs say what the code does: examples run, tables are complete, links lead somewhere."""
+"""The docs say what the code does: examples compile, tables are complete, links lead somewhere, options exist."""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
+from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import typer
 
+from foldgpt.cli import app
 from foldgpt.families import FAMILIES, config_fields
 from foldgpt.folding import DONORS
-from foldgpt.plan import FoldPlan
+from foldgpt.plan import Compensation, Fitting, FoldPlan, Group, SourceModel
+from foldgpt.recovery import RecoverySettings
 from foldgpt.selection import SELECTORS
 from foldgpt.sources import DTYPES
 from foldgpt.tables import plan_strip
@@ -18,15 +24,37 @@ from models import CONFIGS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "README.md"]
+VERBS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def page(name: str) -> str:
     return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
 
 
-def blocks_of(text: str, language: str) -> list[str]:
-    """The fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+def blocks_of(text: str, *languages: str) -> list[str]:
+    """The fenced blocks of some languages; "" is that of blocks without a name."""
+    return [code for language, code in FENCED.findall(text) if language in languages]
+
+
+def anchors_of(text: str) -> set[str]:
+    """What links may name behind `#`, by GitHub's rule: a heading that comes again gets a number."""
+    anchors: set[str] = set()
+    seen: Counter[str] = Counter()
+    for heading in re.findall(r"^#+ +(.+?) *$", FENCED.sub("", text), re.MULTILINE):
+        words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        slug = re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-")
+        anchors.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
+        seen[slug] += 1
+    return anchors
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """Words of each `foldgpt VERB …`, in blocks of shell and in the running text."""
+    lines = "\n".join(blocks_of(text, "", "bash", "sh", "shell", "console")).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`(foldgpt [^`\n]+)`", FENCED.sub("", text))
+    found = [re.fullmatch(r"(?:\$ )?(foldgpt .*)", line) for line in lines]
+    return [shlex.split(match[1], comments=True) for match in found if match]
 
 
 def rows_of(text: str) -> list[list[str]]:
@@ -35,9 +63,44 @@ def rows_of(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_links_lead_to_files(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (path.parent / target).is_file(), target
+def test_links_lead_to_files_and_headings(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", FENCED.sub("", path.read_text(encoding="utf-8"))):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors_of(target.read_text(encoding="utf-8")), link
+
+
+def test_headings_have_the_anchors_that_github_gives_them() -> None:
+    text = "# A `b_c`: d, e – f\n\n```\n# no heading\n```\n\n## It's [so](x.md)\n### Twice\n## Twice\n"
+    assert anchors_of(text) == {"a-b_c-d-e--f", "its-so", "twice", "twice-1"}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_options_on_the_command_line_exist(path: Path) -> None:
+    for _, verb, *words in commands_of(path.read_text(encoding="utf-8")):
+        if verb == "--help":
+            continue
+        assert verb in VERBS, verb
+        options = {
+            option for parameter in VERBS[verb].params for option in (*parameter.opts, *parameter.secondary_opts)
+        }
+        flags = {word.partition("=")[0] for word in words if word.startswith("-")}
+        assert flags <= options | {"--help"}, f"foldgpt {verb}"
+
+
+def test_commands_are_found_wherever_they_stand() -> None:
+    shell = "```\nfoldgpt plan M \\\n    --select 'a b'  # --why\nfoldgpt fold\n```\n"
+    text = f"{shell}\nor `foldgpt run R --dry-run`, foldgpt itself\n"
+    assert commands_of(text) == [
+        ["foldgpt", "plan", "M", "--select", "a b"],
+        ["foldgpt", "fold"],
+        ["foldgpt", "run", "R", "--dry-run"],
+    ]
+    shown = [command[1] for path in PAGES for command in commands_of(path.read_text(encoding="utf-8"))]
+    assert set(VERBS) <= set(shown)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -93,9 +156,23 @@ def test_every_config_field_with_a_rule_is_in_the_docs() -> None:
     assert named <= known
 
 
-def test_every_selector_in_the_docs_exists() -> None:
+def test_the_selectors_in_the_docs_are_those_in_the_code() -> None:
     named = {row[0].strip("`") for row in rows_of(page("selection")) if row[0].startswith("`") and "--" not in row[0]}
-    assert named and named <= set(SELECTORS)
+    assert named == set(SELECTORS)
+
+
+def test_the_settings_of_a_recovery_are_all_in_the_docs_with_their_defaults() -> None:
+    section = page("recovery").partition("\n## Settings\n")[2].partition("\n## ")[0]
+    written = [(row[0], row[1]) for row in rows_of(section) if row[0].startswith("`")]
+    assert written == [
+        (f"`{field.name}`", "`" + repr(field.default).replace("'", '"') + "`") for field in fields(RecoverySettings)
+    ]
+
+
+@pytest.mark.parametrize("part", [FoldPlan, SourceModel, Group, Compensation, Fitting])
+def test_every_key_of_a_plan_is_in_the_docs(part: type[FoldPlan]) -> None:
+    named = set(re.findall(r"\"(\w+)\":|`(?:\w+(?:\[\])?\.)?(\w+)`", page("plan")))
+    assert not set(part.model_fields) - {name for pair in named for name in pair}
 
 
 @pytest.mark.parametrize(("name", "choices"), [("plan", DONORS), ("sources", DTYPES)])
