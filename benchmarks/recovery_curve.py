@@ -105,7 +105,9 @@ class Bench:
         if self.suite is not None:
             scores = self.suite.measure(model, self.source.tokenizer)
             found["accuracy"] = average(scores)
-            found |= {f"accuracy.{task}": score.accuracy.value for task, score in scores.items()}
+            for task, score in scores.items():
+                found[f"accuracy.{task}"], found[f"chance.{task}"] = score.accuracy.value, score.chance
+                found[f"error.{task}"] = score.accuracy.standard_error or math.inf
         return found
 
 
@@ -203,10 +205,27 @@ def plain(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and "/" in value else value
 
 
+def solved(original: dict[str, Any]) -> list[str]:
+    """Tasks in which the source is better than chance by two standard errors; the others say nothing of a loss."""
+    return [
+        task
+        for task in TASKS
+        if original[f"accuracy.{task}"] > original[f"chance.{task}"] + 2 * original[f"error.{task}"]
+    ]
+
+
+def mean_accuracy(row: dict[str, Any], tasks: list[str]) -> float:
+    return sum(row[f"accuracy.{task}"] for task in tasks) / len(tasks)
+
+
 def won_back(result: dict[str, Any], row: dict[str, Any], of: Callable[[dict[str, Any]], float]) -> str:
-    """The share of what the removal alone lost that a model has again."""
+    """The share of what the removal alone lost that a model has again; a dash if it lost nothing."""
     original, removed = of(result["original"]), of(result["removed"])
-    return f"{(removed - of(row)) / (removed - original):.0%}" if removed != original else "—"
+    return f"{(removed - of(row)) / (removed - original):.0%}" if removed > original else "—"
+
+
+def accuracies(name: str, values: list[float]) -> str:
+    return f"| {name} | {' | '.join(f'{value:.1%}' for value in (*values, sum(values) / len(values)))} |"
 
 
 def as_markdown(result: dict[str, Any]) -> str:
@@ -215,6 +234,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     names = ("kl", "lm", "last_error", "states")
     losses = " + ".join(f"{config[name]:g} {name}" for name in names if config[name])
     items = f" and on {config['limit'] or 'all'} items of each of seven tasks"
+    tasks = solved(result["original"]) if with_tasks else []
     rows = [("source", result["original"]), ("removed", result["removed"])]
     rows += [("compensated", result["compensated"])] if "compensated" in result else []
     rows += [(f"{row['recovery']['num_tokens']:,} tokens", row) for row in curve]
@@ -231,14 +251,14 @@ def as_markdown(result: dict[str, Any]) -> str:
         "Won back: of the log-perplexity and of the average accuracy that the removal alone lost. Seconds are those "
         "of the last part of a training that was interrupted.",
         "",
-        "| | perplexity | KL | won back | " + "accuracy | won back | " * with_tasks + "held-out loss | seconds |",
-        "|---|---|---|---|" + "---|---|" * with_tasks + "---|---|",
+        "| | perplexity | KL | won back | " + "accuracy | won back | " * bool(tasks) + "held-out loss | seconds |",
+        "|---|---|---|---|" + "---|---|" * bool(tasks) + "---|---|",
     ]
     for name, row in rows:
         cells = [name, f"{row['perplexity']:.2f}", f"{row['kl']:.3f}"]
         cells.append(won_back(result, row, lambda row: math.log(row["perplexity"])))
-        if with_tasks:
-            cells += [f"{row['accuracy']:.1%}", won_back(result, row, lambda row: -row["accuracy"])]
+        if tasks:
+            cells += [f"{mean_accuracy(row, tasks):.1%}", won_back(result, row, lambda row: -mean_accuracy(row, tasks))]
         recovery = row.get("recovery")
         cells += (
             ["", ""]
@@ -249,6 +269,17 @@ def as_markdown(result: dict[str, Any]) -> str:
             ]
         )
         lines.append(f"| {' | '.join(cells)} |")
+    if with_tasks:
+        lines += [
+            "",
+            f"Accuracy is the mean of {', '.join(tasks) or 'no task'}: the tasks in which the source is better than "
+            "chance by two standard errors. All of them, and their mean:",
+            "",
+            f"| | {' | '.join(TASKS)} | mean |",
+            "|---" * (len(TASKS) + 2) + "|",
+            accuracies("chance", [result["original"][f"chance.{task}"] for task in TASKS]),
+            *(accuracies(name, [row[f"accuracy.{task}"] for task in TASKS]) for name, row in rows),
+        ]
     return "\n".join([*lines, "", provenance_of(result)]) + "\n"
 
 
