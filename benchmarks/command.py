@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def command_line() -> list[str]:
@@ -14,7 +15,16 @@ def command_line() -> list[str]:
 
     A hub id has a slash as well: what is neither there nor an absolute path stays as it is.
     """
-    return ["python", *(Path(word).name if _is_path(word) else word for word in sys.argv)]
+    return ["python", *without_folders(sys.argv)]
+
+
+def without_folders(value: Any) -> Any:
+    """Plain values in which paths are names: the folders of one machine say nothing on another."""
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    return Path(value).name if isinstance(value, str) and _is_path(value) else value
 
 
 def as_typed(command: Sequence[str]) -> str:

@@ -202,14 +202,9 @@ class Bench:
         if self._fitted_on is None:
             windows = self.calibration if tokens is None else self.windows(tokens)
             self._fitted_on = Replay(self.model, windows.ids)
-        units = self.units
-        absent = units.lacking(removed)
-        plan = FoldPlan.create(
-            source_model_of(self.model),
-            removed=units.whole_blocks(removed),
-            removed_attention=[block for block, lost in absent.items() if lost == "attention"],
-            removed_mlp=[block for block, lost in absent.items() if lost == "mlp"],
-        )
+        whole, attention, mlp = self.units.parts(removed)
+        source = source_model_of(self.model)
+        plan = FoldPlan.create(source, removed=whole, removed_attention=attention, removed_mlp=mlp)
         corrections = compensate(self.model, plan, self._fitted_on.ids_WT, replay=self._fitted_on)
         folded = copy.deepcopy(self.model)
         merge_(folded, corrections)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from command import as_typed, command_line
+from command import as_typed, command_line, without_folders
 from foldgpt import Recipe, compare
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import write_json, write_text
@@ -124,15 +124,6 @@ def with_names(result: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
     for method in result["methods"]:
         method["figures"] = {names.get(key, key): value for key, value in method["figures"].items()}
     return result
-
-
-def without_folders(value: Any) -> Any:
-    """Plain values in which absolute paths are names: the folders of one machine say nothing on another."""
-    if isinstance(value, dict):
-        return {key: without_folders(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_folders(item) for item in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def main() -> None:

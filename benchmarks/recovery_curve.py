@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from block_lists import blocks_of
-from command import command_line
+from command import command_line, without_folders
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import hash_of, read_json, write_json, write_text
 from foldgpt.compensation import compensate, merge_
@@ -123,9 +123,9 @@ def main() -> None:
     result: dict[str, Any] = {
         "benchmark": "recovery_curve",
         "command": command_line(),
-        "config": {
-            name: plain(value) for name, value in vars(arguments).items() if name not in ("out", "name", "work")
-        },
+        "config": without_folders(
+            {name: value for name, value in vars(arguments).items() if name not in ("out", "name", "work")}
+        ),
         "seed": arguments.seed,
         "source": {"spec": source.spec, "revision": source.revision, "fingerprint": source.fingerprint},
         "evaluation": {"protocol": bench.judged_on.protocol, "fingerprint": bench.judged_on.fingerprint},
@@ -196,13 +196,6 @@ def recovered(
     student = copy.deepcopy(folded)
     result = recover(student, source.model, plan, train, held_out, settings, place, tokenizer=source.tokenizer)
     return student, result.to_json_dict()
-
-
-def plain(value: Any) -> Any:
-    """A value of the command line without folders."""
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    return Path(value).name if isinstance(value, str) and "/" in value else value
 
 
 def solved(original: dict[str, Any]) -> list[str]:

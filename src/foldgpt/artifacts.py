@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from foldgpt.errors import ArtifactError
 
@@ -85,6 +85,30 @@ def read_json(path: str | Path, what: str = "file") -> Any:
         raise ArtifactError(
             f"the {what} {path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from error
+
+
+@contextmanager
+def staged_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """Write a file that is too large for `write_text` beside its place, and move it there when the block ends.
+
+    Args:
+        path: the final file; its folder exists.
+
+    Yields:
+        The file to write into. It is removed if the block raises; what a kill leaves, `remove_leftovers` knows.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{_STAGING_MARK}{path.name}-", delete=False) as file:
+        staging = Path(file.name)
+        try:
+            yield file
+            file.flush()
+            staging.replace(path)
+        finally:
+            staging.unlink(missing_ok=True)
 
 
 @contextmanager

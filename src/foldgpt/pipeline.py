@@ -230,8 +230,9 @@ def _report_stage(folder: RunFolder, bench: Workbench, final: str, evaluation: E
     recipe = bench.recipe
 
     def make() -> None:
-        texts = recipe.recover.texts or recipe.calibration.texts
-        write_model_card(folder.path / final, evaluation=evaluation, source=bench.place, trained_on=texts)
+        write_model_card(
+            folder.path / final, evaluation=evaluation, source=bench.place, trained_on=recipe.training_texts
+        )
         build_report(folder.path)
 
     inputs = {

@@ -268,6 +268,11 @@ class Recipe(_Section):
                 raise ValueError("share.method auto is for whole blocks; switch select.sublayers off")
         return self
 
+    @property
+    def training_texts(self) -> list[str]:
+        """What recovery trains on: texts of its own, or those of the calibration."""
+        return self.recover.texts or self.calibration.texts
+
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
         """Read a recipe from YAML.

@@ -110,7 +110,7 @@ class Workbench:
         section = self.recipe.recover
         self._check_context(f"recover.context is {section.context}", section.context)
         return packed_windows(
-            section.texts or self.recipe.calibration.texts,
+            self.recipe.training_texts,
             self.tokenizer,
             self.training_folder(out),
             context=section.context,
@@ -133,7 +133,7 @@ class Workbench:
     @cached_property
     def recovery_texts(self) -> str:
         """Identity of the texts that recovery trains on."""
-        return identity_of(self.recipe.recover.texts or self.recipe.calibration.texts, own=self.own_text)
+        return identity_of(self.recipe.training_texts, own=self.own_text)
 
     @property
     def _positions(self) -> int | None:

@@ -11,6 +11,8 @@ import typer
 
 if TYPE_CHECKING:
     from foldgpt.comparison import Comparison
+    from foldgpt.evaluation import Evaluation
+    from foldgpt.plan import FoldPlan
 
 
 def print_shown(shown: Any) -> None:
@@ -22,6 +24,25 @@ def print_shown(shown: Any) -> None:
     if not console.is_terminal:
         console = Console(width=120)
     console.print(shown)
+
+
+def print_plan(plan: FoldPlan) -> None:
+    """Print a plan as a strip of blocks, and what it was chosen among if it was solved for a size."""
+    from foldgpt.tables import candidates_table, plan_strip
+
+    print_shown(plan_strip(plan))
+    if "candidates" in plan.origin:
+        print_shown(candidates_table(plan))
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    """Print the figures of a model, its tasks if there are any, and how all was measured."""
+    from foldgpt.tables import comparison_table, protocol_lines, task_table
+
+    print_shown(comparison_table(evaluation))
+    if evaluation.folded.tasks:
+        print_shown(task_table(evaluation))
+    print_shown(protocol_lines(evaluation))
 
 
 def print_comparison(comparison: Comparison, *, as_json: bool) -> None:

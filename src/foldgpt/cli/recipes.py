@@ -34,8 +34,8 @@ from foldgpt.cli.options import (
     Texts,
     Tokens,
 )
-from foldgpt.cli.printing import print_comparison, print_json, print_paths, print_shown
-from foldgpt.cli.requests import calibration_of, recipe_of, share_of
+from foldgpt.cli.printing import print_comparison, print_evaluation, print_json, print_paths, print_plan, print_shown
+from foldgpt.cli.requests import calibration_of, recipe_of, select_of, share_of
 from foldgpt.cli.session import session
 
 if TYPE_CHECKING:
@@ -93,12 +93,7 @@ def run(
             "device": device,
             "seed": seed,
             "calibration": calibration_of(text, context, tokens),
-            "select": {
-                "method": select,
-                "remove": remove,
-                "remove_ratio": remove_ratio,
-                "num_tokens": search_tokens,
-            },
+            "select": select_of(select, remove, remove_ratio, search_tokens),
             "compensate": {"method": compensate},
             "share": share_of(share, size, group_size, donor, fit, rank, scales, start),
             "recover": {"num_tokens": recover_tokens},
@@ -110,19 +105,13 @@ def run(
             return
 
         from foldgpt import pipeline
-        from foldgpt.tables import candidates_table, comparison_table, plan_strip, protocol_lines, task_table
 
         result = pipeline.run(whole, out, overwrite=overwrite)
         if as_json:
             print_json(result.evaluation.to_dict())
         else:
-            print_shown(plan_strip(result.plan))
-            if "candidates" in result.plan.origin:
-                print_shown(candidates_table(result.plan))
-            print_shown(comparison_table(result.evaluation))
-            if result.evaluation.folded.tasks:
-                print_shown(task_table(result.evaluation))
-            print_shown(protocol_lines(result.evaluation))
+            print_plan(result.plan)
+            print_evaluation(result.evaluation)
             print_paths([result.model, *result.figures, result.report])
 
 

@@ -26,6 +26,13 @@ def calibration_of(text: list[str] | None, context: int | None, tokens: int | No
     return {"texts": text or None, "context": context, "num_tokens": tokens}
 
 
+def select_of(
+    method: str | None, remove: int | None, remove_ratio: float | None, search_tokens: int | None
+) -> dict[str, Any]:
+    """The section `select` of a recipe."""
+    return {"method": method, "remove": remove, "remove_ratio": remove_ratio, "num_tokens": search_tokens}
+
+
 def share_of(
     method: str | None,
     size: str | None,

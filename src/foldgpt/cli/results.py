@@ -11,7 +11,7 @@ from foldgpt.cli.options import (
     AsJson,
     Quiet,
 )
-from foldgpt.cli.printing import print_comparison, print_json, print_paths, print_shown
+from foldgpt.cli.printing import print_comparison, print_evaluation, print_json, print_paths, print_shown
 from foldgpt.cli.session import session
 
 
@@ -28,7 +28,7 @@ def show(
         from foldgpt.errors import ArtifactError
         from foldgpt.evaluation import Evaluation
         from foldgpt.plan import FoldPlan
-        from foldgpt.tables import comparison_table, plan_strip, protocol_lines, task_table
+        from foldgpt.tables import plan_strip
 
         if (path / COMPARISON).is_file():
             print_comparison(Comparison.load(path), as_json=as_json)
@@ -49,10 +49,7 @@ def show(
             return
         print_shown(plan_strip(made))
         if measured is not None:
-            print_shown(comparison_table(measured))
-            if measured.folded.tasks:
-                print_shown(task_table(measured))
-            print_shown(protocol_lines(measured))
+            print_evaluation(measured)
 
 
 def report(

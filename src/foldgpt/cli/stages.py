@@ -36,8 +36,8 @@ from foldgpt.cli.options import (
     Tokens,
     TrustRemoteCode,
 )
-from foldgpt.cli.printing import print_json, print_paths, print_shown
-from foldgpt.cli.requests import calibration_of, recipe_of, share_of
+from foldgpt.cli.printing import print_evaluation, print_json, print_paths, print_plan, print_shown
+from foldgpt.cli.requests import calibration_of, recipe_of, select_of, share_of
 from foldgpt.cli.session import session
 from foldgpt.counts import count
 
@@ -129,7 +129,6 @@ def plan(
         from foldgpt import steps
         from foldgpt.artifacts import check_free_file
         from foldgpt.selection import ANALYSIS_FREE
-        from foldgpt.tables import candidates_table, plan_strip
         from foldgpt.workbench import Workbench
 
         check_free_file(out, replace=overwrite)
@@ -142,7 +141,7 @@ def plan(
             max_memory_gb=max_memory_gb,
             trust_remote_code=trust_remote_code,
             calibration=calibration_of(text, context, tokens),
-            select={"method": select, "remove": remove, "remove_ratio": remove_ratio, "num_tokens": search_tokens},
+            select=select_of(select, remove, remove_ratio, search_tokens),
             compensate={"method": compensate},
             share=share_of(share, size, group_size, donor, fit, rank, scales, start),
         )
@@ -160,9 +159,7 @@ def plan(
         if as_json:
             print_json(made.to_json_dict())
         else:
-            print_shown(plan_strip(made))
-            if "candidates" in made.origin:
-                print_shown(candidates_table(made))
+            print_plan(made)
             print_paths([out])
 
 
@@ -288,7 +285,7 @@ def recover(
         )
         bench = Workbench(recipe)
         result = steps.make_recovered(bench, folder, out, replace=overwrite)
-        write_model_card(out, source=bench.place, trained_on=text or ["demo:wikipedia"])
+        write_model_card(out, source=bench.place, trained_on=recipe.training_texts)
         if as_json:
             print_json(result.to_json_dict())
         else:
@@ -336,7 +333,6 @@ def evaluate(
     with session(quiet):
         from foldgpt import steps
         from foldgpt.artifacts import check_free_file, write_json
-        from foldgpt.tables import comparison_table, protocol_lines, task_table
         from foldgpt.workbench import Workbench
 
         if out is not None:
@@ -366,9 +362,6 @@ def evaluate(
         if as_json:
             print_json(evaluation.to_dict())
         else:
-            print_shown(comparison_table(evaluation))
-            if evaluation.folded.tasks:
-                print_shown(task_table(evaluation))
-            print_shown(protocol_lines(evaluation))
+            print_evaluation(evaluation)
             if out is not None:
                 print_paths([out])

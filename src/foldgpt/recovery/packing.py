@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from foldgpt.artifacts import hash_of, read_json, write_json
+from foldgpt.artifacts import hash_of, read_json, staged_file, write_json
 from foldgpt.corpus import OwnText, identity_of
 from foldgpt.corpus.texts import Document, in_seeded_order, open_texts
 from foldgpt.corpus.windows import prefix_of
@@ -109,27 +108,21 @@ def _write(
     protocol: dict[str, Any],
 ) -> None:
     num_windows, context = shape
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".foldgpt-partial-", delete=False) as file:
-        staging = Path(file.name)
-        try:
-            written = 0
-            with bar("reading text", num_windows) as progress:
-                tokens = _tokens_of(_mixed(specs, own, random.Random(seed)), tokenizer)
-                for window in itertools.islice(_rows_of(tokens, context, prefix_of(tokenizer)), num_windows):
-                    file.write(np.asarray(window, dtype=np.int32).tobytes())
-                    written += 1
-                    progress.advance()
-            if written < num_windows:
-                raise SourceError(
-                    f"{', '.join(specs)}: too short: {written * context:,} tokens in full windows of {context:,}, and "
-                    f"{num_windows * context:,} are asked for"
-                )
-            file.flush()
-            # Whoever finds the windows is to find what they are, also if this process is killed in between.
-            write_json(path.with_suffix(".json"), protocol)
-            staging.replace(path)
-        finally:
-            staging.unlink(missing_ok=True)
+    prefix, written = prefix_of(tokenizer), 0
+    with staged_file(path) as file:
+        with bar("reading text", num_windows) as progress:
+            tokens = _tokens_of(_mixed(specs, own, random.Random(seed)), tokenizer, prefix)
+            for window in itertools.islice(_rows_of(tokens, context, prefix), num_windows):
+                file.write(np.asarray(window, dtype=np.int32).tobytes())
+                written += 1
+                progress.advance()
+        if written < num_windows:
+            raise SourceError(
+                f"{', '.join(specs)}: too short: {written * context:,} tokens in full windows of {context:,}, and "
+                f"{num_windows * context:,} are asked for"
+            )
+        # Whoever finds the windows is to find what they are, also if this process is killed in between.
+        write_json(path.with_suffix(".json"), protocol)
 
 
 def _rows_of(pieces: Iterator[list[int]], context: int, prefix: list[int]) -> Iterator[list[int]]:
@@ -148,9 +141,10 @@ def _rows_of(pieces: Iterator[list[int]], context: int, prefix: list[int]) -> It
         del tokens[:start]
 
 
-def _tokens_of(documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Token ids of the documents, piece by piece, BOS before each if the tokenizer does so, EOS behind it."""
-    prefix = prefix_of(tokenizer)
+def _tokens_of(
+    documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase, prefix: list[int]
+) -> Iterator[list[int]]:
+    """Token ids of the documents, piece by piece, the prefix before each, EOS behind it."""
     for document in documents:
         yield prefix
         for piece in document:

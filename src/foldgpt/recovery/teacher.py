@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from foldgpt.artifacts import hash_of, remove_leftovers
+from foldgpt.artifacts import hash_of, remove_leftovers, staged_file
 from foldgpt.errors import ArtifactError
 from foldgpt.fingerprints import ids_fingerprint, weights_fingerprint
 from foldgpt.objectives import Head
@@ -128,24 +127,15 @@ def _write(
     batch_size: int,
 ) -> None:
     device = next(teacher.model.parameters()).device
-    # By this prefix `remove_leftovers` knows what a kill leaves.
-    prefix = f".foldgpt-partial-{path.name}-"
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=prefix, delete=False) as file:
-        staging = Path(file.name)
-        try:
-            with bar("the teacher's states", len(ids_WT)) as progress:
-                for start in range(0, len(ids_WT), batch_size):
-                    rows = slice(start, start + batch_size)
-                    places = None if positions_WT is None else positions_WT[rows].to(device)
-                    found = teacher.states(ids_WT[rows].to(device).long(), places)
-                    entry = [] if found.entry_BTH is None else [found.entry_BTH]
-                    table = torch.stack([found.last_BTH, *entry, *found.between], dim=1).bfloat16().cpu()
-                    file.write(table.contiguous().view(torch.int16).numpy().tobytes())
-                    progress.advance(len(table))
-            file.flush()
-            staging.replace(path)
-        finally:
-            staging.unlink(missing_ok=True)
+    with staged_file(path) as file, bar("the teacher's states", len(ids_WT)) as progress:
+        for start in range(0, len(ids_WT), batch_size):
+            rows = slice(start, start + batch_size)
+            places = None if positions_WT is None else positions_WT[rows].to(device)
+            found = teacher.states(ids_WT[rows].to(device).long(), places)
+            entry = [] if found.entry_BTH is None else [found.entry_BTH]
+            table = torch.stack([found.last_BTH, *entry, *found.between], dim=1).bfloat16().cpu()
+            file.write(table.contiguous().view(torch.int16).numpy().tobytes())
+            progress.advance(len(table))
 
 
 def _with_entry(last_BTH: Tensor, between: Sequence[Tensor]) -> States:

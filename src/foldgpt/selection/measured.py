@@ -53,7 +53,7 @@ def selection_of(
         order: units by removal.
         report: what else is to be reported.
     """
-    lacking = cost.units.lacking(removed)
+    whole, attention, mlp = cost.units.parts(removed)
     if scores is not None:
         largest = max((score for score in scores if score != float("inf")), default=0.0)
         scores = [min(score, largest) for score in scores]
@@ -61,9 +61,9 @@ def selection_of(
         method=method,
         scores=None if scores is None else tuple(scores),
         order=tuple(order),
-        removed=tuple(sorted(cost.units.whole_blocks(removed))),
-        removed_attention=tuple(block for block, sublayer in lacking.items() if sublayer == "attention"),
-        removed_mlp=tuple(block for block, sublayer in lacking.items() if sublayer == "mlp"),
+        removed=whole,
+        removed_attention=attention,
+        removed_mlp=mlp,
         report={
             "objective": cost.objective,
             "compensated": cost.compensate,

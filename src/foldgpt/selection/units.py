@@ -82,6 +82,14 @@ class Units:
         whole = self.whole_blocks(removed)
         return {unit // 2: SUBLAYERS[unit % 2] for unit in sorted(removed) if unit // 2 not in whole}
 
+    def parts(self, removed: Iterable[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Blocks that go whole, lose their attention, and lose their MLP, as a plan has them; undone by `units_of`."""
+        removed = frozenset(removed)
+        attention, mlp = (
+            tuple(block for block, lost in self.lacking(removed).items() if lost == sublayer) for sublayer in SUBLAYERS
+        )
+        return tuple(sorted(self.whole_blocks(removed))), attention, mlp
+
     def is_allowed(self, removed: Iterable[int]) -> bool:
         """Whether a model folded so can exist: a block is left, and the first of each kind of attention attends.
 
