@@ -29,9 +29,13 @@ from foldgpt.report import as_markdown
 #: What is put beside each other. Positions that start at zero hold the weights of a kept neighbour, with scales and
 #: low-rank terms of their own.
 ROWS: dict[str, dict[str, Any] | None] = {
-    "bi": None,
-    "bi + plain LoRA": None,
+    "random": None,
+    "last": None,
     "angular": None,
+    "bi": None,
+    "bi + compensation": None,
+    "bi + plain LoRA": None,
+    "greedy": None,
     "gates": None,
     "gates + compensation": None,
     "gates + positions at zero": {
@@ -51,7 +55,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--row", action="append", choices=list(ROWS), help=f"may be repeated ({', '.join(DEFAULT_ROWS)})"
     )
-    parser.add_argument("--recovered-only", action="store_true", help="no rows without recovery")
+    recovered = parser.add_mutually_exclusive_group()
+    recovered.add_argument(
+        "--recovered", action="append", choices=list(ROWS), help="rows to recover as well; may be repeated (all)"
+    )
+    recovered.add_argument("--recovered-only", action="store_true", help="no rows without recovery")
     parser.add_argument(
         "--text",
         action="append",
@@ -107,7 +115,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
                 "data_dir": None if arguments.no_tasks else arguments.data_dir,
                 "limit": arguments.limit or None,
             },
-            "compare": {"rows": {name: ROWS[name] for name in names}},
+            "compare": {"rows": {name: ROWS[name] for name in names}, "recovered": arguments.recovered},
         }
     )
     if not arguments.recovered_only:

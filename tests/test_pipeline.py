@@ -25,7 +25,13 @@ from foldgpt.workbench import Workbench
 from models import token_ids
 from run_inputs import tiny_recipe, tiny_source, tiny_text
 
-STAGES = ["analysis", "plan", "fold", "source", "evaluation", "figures", "report"]
+STAGES = ["analysis", "selection", "plan", "fold", "source", "evaluation", "figures", "report"]
+
+
+def planned(bench: Workbench) -> FoldPlan:
+    """The plan of a recipe, from the beginning."""
+    analysis = steps.make_analysis(bench)
+    return steps.make_plan(bench, steps.make_selection(bench, analysis), analysis)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +51,7 @@ def stages_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     makers = {
         "analysis": "make_analysis",
+        "selection": "make_selection",
         "plan": "make_plan",
         "fold": "make_folded",
         "recovery": "make_recovered",
@@ -77,6 +84,7 @@ def test_a_run_leaves_all_artefacts(recipe: Recipe, tmp_path: Path) -> None:
         "recipe.yaml",
         "report.html",
         "run.json",
+        "selection.json",
         "source.json",
     }
     assert Recipe.load(tmp_path / "run" / "recipe.yaml") == recipe
@@ -110,10 +118,24 @@ def test_only_stages_with_other_inputs_run_again(recipe: Recipe, tmp_path: Path,
     assert stages_run == ["source", "evaluation", "report"]
     stages_run.clear()
     pipeline.run(recipe.changed(select={"remove": 1}), tmp_path / "run", overwrite=True)
-    assert stages_run == ["plan", "fold", "source", "evaluation", "figures", "report"]
+    assert stages_run == ["selection", "plan", "fold", "source", "evaluation", "figures", "report"]
     stages_run.clear()
     pipeline.run(recipe.changed(select={"remove": 3}), tmp_path / "run", overwrite=True)
+    assert stages_run == ["selection", "plan", "fold", "evaluation", "figures", "report"]
+
+
+def test_another_way_to_share_does_not_repeat_the_search(recipe: Recipe, tmp_path: Path, stages_run: list[str]) -> None:
+    recipe = recipe.changed(select={"method": "gates", "remove": 2})
+    found = pipeline.run(recipe, tmp_path / "run").plan
+    stages_run.clear()
+    sharing = recipe.changed(share={"method": "adjacent", "start": "zero"})
+    plan = pipeline.run(sharing, tmp_path / "run", overwrite=True).plan
     assert stages_run == ["plan", "fold", "evaluation", "figures", "report"]
+    assert plan.at_start.removed == found.removed and plan.removed == ()
+    assert plan.origin["report"] == found.origin["report"] and plan.origin["report"]["seconds"] > 0
+    stages_run.clear()
+    pipeline.run(sharing.changed(compensate={"method": "none"}), tmp_path / "run", overwrite=True)
+    assert stages_run[:2] == ["selection", "plan"]
 
 
 def test_what_another_recipe_does_not_ask_for_is_gone(inputs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -141,7 +163,7 @@ def test_measurements_of_another_plan_are_gone_when_a_run_stops(
     with pytest.raises(FoldGPTError, match="stopped"):
         pipeline.run(recipe.changed(select={"remove": 3}), tmp_path / "run", overwrite=True)
     names = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
-    assert names == {"analysis.json", "plan.json", "recipe.yaml", "run.json", "source.json"}
+    assert names == {"analysis.json", "plan.json", "recipe.yaml", "run.json", "selection.json", "source.json"}
 
 
 def test_measurements_keep_the_machine_and_day_they_were_made_on(
@@ -227,7 +249,7 @@ def test_a_run_takes_from_one_beside_it_what_has_the_same_inputs(
     with open_run(tmp_path / "runs" / "last", other, beside=tmp_path / "runs") as folder:
         taken = pipeline.carry_out(folder, Workbench(other))
         seconds = folder.seconds
-    assert stages_run == ["plan", "fold", "evaluation", "figures", "report"]
+    assert stages_run == ["selection", "plan", "fold", "evaluation", "figures", "report"]
     assert taken.analysis == first.analysis and taken.evaluation.baseline == first.evaluation.baseline
     assert set(seconds) == set(STAGES)
     stages_run.clear()
@@ -281,6 +303,7 @@ def test_two_processes_do_not_share_a_folder(recipe: Recipe, tmp_path: Path) -> 
 def test_a_killed_run_goes_on_where_it_was(stage: str, recipe: Recipe, tmp_path: Path, stages_run: list[str]) -> None:
     recipe.save(tmp_path / "recipe.yaml")
     maker = {
+        "selection": "make_selection",
         "plan": "make_plan",
         "fold": "make_folded",
         "recovery": "make_recovered",
@@ -423,7 +446,7 @@ def test_a_block_that_must_attend_stays_removed(
     select = {"method": "random", "remove": 3, "options": {"seed": 6}}
     share = {"method": "adjacent", "start": "zero", "sublayers": ["mlp"]}
     bench = Workbench(Recipe.from_dict(tiny_recipe(*inputs, select=select, share=share)))
-    plan = steps.make_plan(bench, steps.make_analysis(bench))
+    plan = planned(bench)
     assert plan.at_start.removed[0] == 0 and len(plan.at_start.removed) == 3
     assert plan.removed == (0,) and len(plan.removed_attention) == 2
     assert "block 0 stays removed" in capsys.readouterr().err
@@ -436,7 +459,7 @@ def test_neighbours_that_lack_the_sublayer_do_not_share_it(
     monkeypatch.setattr(steps, "select", lambda *_: Selection("loo", None, (), (), removed_mlp=(2, 3)))
     select = {"method": "loo", "remove": 1, "sublayers": True}
     bench = Workbench(Recipe.from_dict(tiny_recipe(*inputs, select=select, share={"method": "adjacent"})))
-    plan = steps.make_plan(bench, steps.make_analysis(bench))
+    plan = planned(bench)
     assert plan.removed_mlp == (2, 3)
     assert [group.blocks for group in plan.groups] == [(0, 1), (4, 5)]
     steps.make_folded(bench, plan, tmp_path / "folded")
@@ -446,7 +469,7 @@ def test_neighbours_that_lack_the_sublayer_do_not_share_it(
 def test_a_recipe_measures_and_fits_donors(inputs: tuple[Path, Path], tmp_path: Path, donor: str) -> None:
     share = {"method": "adjacent", "scales": True, "donor": donor, "fit": True}
     bench = Workbench(Recipe.from_dict(tiny_recipe(*inputs, share=share)))
-    plan = steps.make_plan(bench, steps.make_analysis(bench))
+    plan = planned(bench)
     assert plan.groups and plan.fitting == bench.fitting
     assert {group.donor for group in plan.groups} == {"owner" if donor == "best" else donor}
     steps.make_folded(bench, plan, tmp_path / "folded")
@@ -461,7 +484,7 @@ def test_a_plan_that_asks_for_a_fit_is_fitted_when_it_is_folded(
     share = {"method": "adjacent", "rank": 2, "scales": True, "start": start}
     share |= {"donor": "mean"} if start == "hard" else {}
     bench = Workbench(Recipe.from_dict(tiny_recipe(*inputs, share=share)))
-    plan = steps.make_plan(bench, steps.make_analysis(bench))
+    plan = planned(bench)
     plain = steps.make_folded(bench, plan, tmp_path / "plain")
     fitted = plan.model_copy(update={"fitting": bench.fitting})
     verification = steps.make_folded(bench, fitted, tmp_path / "fitted")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from foldgpt.analysis import Analysis
-from foldgpt.errors import UsageError
+from foldgpt.artifacts import read_json, write_json
+from foldgpt.errors import ArtifactError, UsageError
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan, Group
-from foldgpt.selection import SELECTORS, Request, number_to_remove, select
+from foldgpt.selection import SELECTORS, Request, Selection, number_to_remove, select
 from foldgpt.sharing import adjacent_groups, zero_started_groups
 from models import NUM_BLOCKS, tiny_model
 
@@ -244,3 +246,27 @@ def test_only_blocks_of_one_kind_lend_to_each_other() -> None:
     assert blocks_of(zero_started_groups(decoder, (0, 3, 4), (1, 2, 5))) == [(0, 1)]
     assert blocks_of(zero_started_groups(decoder, (0, 3, 4, 5), (1, 2))) == [(0, 1), (2, 5)]
     assert blocks_of(zero_started_groups(decoder, (0, 3, 4), (1, 2, 5), sublayers=("mlp",))) == [(0, 1), (2, 3), (4, 5)]
+
+
+# --------------------------------------------------------------------------------------------- on disk
+
+
+def test_a_selection_is_the_same_read_back(tmp_path: Path) -> None:
+    selection = Selection("gates", (0.5, 1.0), (1, 0), (1,), removed_mlp=(0,), report={"seconds": 1.5, "path": [[1]]})
+    write_json(tmp_path / "selection.json", selection.to_json_dict())
+    assert Selection.from_json_dict(read_json(tmp_path / "selection.json")) == selection
+    plain = select("last", Request(num_blocks=6, num_remove=2))
+    assert Selection.from_json_dict(plain.to_json_dict()) == plain
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "not a selection"),
+        ({"format": "foldgpt.plan", "version": 1}, "not a selection"),
+        ({**Selection("last", None, (1,), (1,)).to_json_dict(), "removed": ["x"]}, "invalid selection: removed.0"),
+    ],
+)
+def test_what_is_no_selection_is_refused(value: Any, message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        Selection.from_json_dict(value)

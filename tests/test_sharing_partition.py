@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from foldgpt.plan import FoldPlan, Group
 from foldgpt.replay import Replay
 from foldgpt.sharing.best_donor import with_best_donors
 from foldgpt.sharing.distance import SharingCost, weight_distances
-from foldgpt.sharing.partition import best_donor, contiguous, merged
+from foldgpt.sharing.partition import best_donor, contiguous, contiguous_apart, merged
 from models import tiny_model, token_ids
 
 INFINITE = float("inf")
@@ -52,6 +52,29 @@ def test_the_best_partition_into_runs_is_found(seed: int, target: int) -> None:
     assert found.saved >= target
     assert found.cost == pytest.approx(min(cost for cost, saved in possible if saved >= target))
     assert measure(list(found.groups)) == (pytest.approx(found.cost), found.saved)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("target", [0, 4, 8, 11])
+def test_the_best_partitions_of_two_parts_are_found(seed: int, target: int) -> None:
+    blocks = [0, 1, 2, 4, 5]
+    costs = [random_costs(6, seed), 3 * random_costs(6, seed + 100)]
+    sizes = [[1, 1, 1, 1, 1, 2], [3, 3, 2, 3, 3, 4]]
+    found = contiguous_apart(blocks, costs, sizes, target)
+
+    def measure(part: int, partition: Iterable[tuple[int, ...]]) -> tuple[float, int]:
+        chosen = [(group, *best_donor(group, costs[part])) for group in partition]
+        saved = sum(sum(sizes[part][m] for m in group if m != donor) for group, donor, _ in chosen)
+        return sum(cost for _, _, cost in chosen), saved
+
+    ways = [[measure(part, partition) for partition in spans(blocks, 4)] for part in (0, 1)]
+    possible = [one[0] + other[0] for one in ways[0] for other in ways[1] if one[1] + other[1] >= target]
+    assert sum(part.cost for part in found) == pytest.approx(min(possible))
+    assert sum(part.saved for part in found) >= target
+    for part, partition in enumerate(found):
+        assert measure(part, partition.groups) == (pytest.approx(partition.cost), partition.saved)
+    with pytest.raises(UsageError, match="the most is 14"):
+        contiguous_apart(blocks, [torch.ones(6, 6)] * 2, sizes, 100)
 
 
 def test_nothing_is_shared_without_need() -> None:

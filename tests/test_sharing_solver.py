@@ -108,6 +108,26 @@ def test_sharing_wins_where_blocks_are_alike() -> None:
     assert found.best.kl < 0.01
 
 
+@torch.no_grad()
+def test_attention_and_mlp_share_apart_where_they_are_alike_apart() -> None:
+    model = tiny_model("llama")
+    blocks = decoder_of(model).blocks
+    for one, other in ((0, 1), (2, 3)):
+        blocks[other].self_attn.load_state_dict(blocks[one].self_attn.state_dict())
+    for one, other in ((1, 2), (3, 4)):
+        blocks[other].mlp.load_state_dict(blocks[one].mlp.state_dict())
+    found = solved(model, 0.67, token_ids(model, (16, 16)))
+    assert found.best.name == "remove 0, share 2 attentions and 2 MLPs in measured groups, fitted"
+    assert (found.best.num_removed, found.best.num_shared) == (0, 4)
+    assert {(group.blocks, group.sublayers) for group in found.best.plan.groups} == {
+        ((0, 1), ("attention",)),
+        ((2, 3), ("attention",)),
+        ((1, 2), ("mlp",)),
+        ((3, 4), ("mlp",)),
+    }
+    assert found.best.kl < 0.01
+
+
 @pytest.mark.parametrize("settings", [{}, {"features": "output", "ridge": 3.0}], ids=str)
 @torch.no_grad()
 def test_candidates_are_compensated_as_they_will_be_folded(settings: dict[str, Any]) -> None:

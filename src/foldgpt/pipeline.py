@@ -21,10 +21,12 @@ from foldgpt.run_folder import (
     FOLDED,
     PLAN,
     RECOVERED,
+    SELECTION,
     SOURCE,
     RunFolder,
     open_run,
 )
+from foldgpt.selection import Selection
 from foldgpt.steps import (
     draw,
     make_analysis,
@@ -32,6 +34,7 @@ from foldgpt.steps import (
     make_folded,
     make_plan,
     make_recovered,
+    make_selection,
     make_source_evaluation,
 )
 from foldgpt.workbench import Workbench
@@ -99,7 +102,7 @@ def carry_out(folder: RunFolder, bench: Workbench) -> Result:
 def make_up_plan(folder: RunFolder, bench: Workbench) -> tuple[Analysis, FoldPlan]:
     """The first half of a run: what is redundant, and what is to be cut."""
     analysis = _analysis_stage(folder, bench)
-    return analysis, _plan_stage(folder, bench, analysis)
+    return analysis, _plan_stage(folder, bench, analysis, _selection_stage(folder, bench, analysis))
 
 
 def _analysis_stage(folder: RunFolder, bench: Workbench) -> Analysis:
@@ -113,13 +116,14 @@ def _analysis_stage(folder: RunFolder, bench: Workbench) -> Analysis:
     )
 
 
-def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis) -> FoldPlan:
-    path = folder.path / PLAN
+def _selection_stage(folder: RunFolder, bench: Workbench, analysis: Analysis) -> Selection:
+    """The search, apart from what is shared: another way to share does not repeat it."""
+    path = folder.path / SELECTION
     recipe = bench.recipe
     checkpoint = folder.path / ".search-checkpoint.json"
 
     def make() -> None:
-        make_plan(bench, analysis, checkpoint).save(path)
+        write_json(path, make_selection(bench, analysis, checkpoint).to_json_dict())
         checkpoint.unlink(missing_ok=True)
 
     inputs = {
@@ -127,6 +131,23 @@ def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis) -> Fold
         "fingerprint": bench.fingerprint,
         "windows": bench.calibration.fingerprint,
         "select": recipe.select.model_dump(mode="json"),
+        "compensate": recipe.compensate.method,
+        "size": recipe.share.size,
+        "seed": recipe.seed,
+    }
+    return folder.stage(
+        "selection", inputs, [SELECTION], make, lambda: Selection.from_json_dict(read_json(path, "selection"))
+    )
+
+
+def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis, selection: Selection) -> FoldPlan:
+    path = folder.path / PLAN
+    recipe = bench.recipe
+    inputs = {
+        "selection": hash_of(selection.to_json_dict()),
+        "analysis": _measures(analysis),
+        "fingerprint": bench.fingerprint,
+        "windows": bench.calibration.fingerprint,
         "compensate": recipe.compensate.model_dump(mode="json"),
         "share": recipe.share.model_dump(mode="json"),
         "model": recipe.model,
@@ -136,7 +157,7 @@ def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis) -> Fold
         "plan",
         inputs,
         [PLAN],
-        make,
+        lambda: make_plan(bench, selection, analysis).save(path),
         lambda: FoldPlan.load(path),
     )
 

@@ -26,13 +26,14 @@ from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 
 RECIPE, LEDGER, ENVIRONMENT = "recipe.yaml", "run.json", "environment.json"
-ANALYSIS, PLAN, EVALUATION = "analysis.json", "plan.json", "evaluation.json"
+ANALYSIS, SELECTION, PLAN, EVALUATION = "analysis.json", "selection.json", "plan.json", "evaluation.json"
 SOURCE = "source.json"
 FOLDED, RECOVERED, FIGURES = "folded", "recovered", "figures"
 _FORMAT = "foldgpt.run"
 #: Stage → those that are made of its outputs; what is left of them is out of date once it made others.
 _DEPENDENTS = {
     "analysis": ("figures", "report"),
+    "selection": ("plan",),
     "plan": ("fold", "figures", "report"),
     "fold": ("recovery", "evaluation"),
     "recovery": ("evaluation",),

@@ -30,7 +30,7 @@ ROWS = "rows"
 #: Training windows and what the teacher says of them; removed once all rows stand.
 _COMMON = ".common"
 #: Stages that a method consists of; the others measure and draw.
-_METHOD_STAGES = ("plan", "fold", "recovery")
+_METHOD_STAGES = ("selection", "plan", "fold", "recovery")
 
 
 def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comparison:

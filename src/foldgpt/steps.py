@@ -62,19 +62,17 @@ def make_analysis(bench: Workbench, checkpoint: Path | None = None) -> Analysis:
     )
 
 
-def make_plan(bench: Workbench, analysis: Analysis | None, checkpoint: Path | None = None) -> FoldPlan:
-    """Decide what is removed and shared.
+def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path | None = None) -> Selection:
+    """Choose what is removed where nothing is shared.
 
     Args:
         bench: the inputs.
         analysis: the redundancy analysis; None only for selectors in `ANALYSIS_FREE`.
-        checkpoint: where a long search keeps its progress.
+        checkpoint: where a long search keeps its progress. It stays: whoever has saved the selection drops it.
     """
     recipe, section = bench.recipe, bench.recipe.select
     source = bench.source
-    decoder = decoder_of(source.model)
-    num_blocks = len(decoder.blocks)
-    compensation = _compensation(bench)
+    num_blocks = len(decoder_of(source.model).blocks)
     request = Request(
         num_blocks=num_blocks,
         num_remove=number_to_remove(num_blocks, remove=section.remove, ratio=section.remove_ratio),
@@ -82,28 +80,49 @@ def make_plan(bench: Workbench, analysis: Analysis | None, checkpoint: Path | No
         seed=recipe.seed,
         objective=section.objective,
         # A set is judged by what it costs as it will be folded.
-        compensate=compensation is not None,
+        compensate=_compensation(bench) is not None,
         sublayers=section.sublayers,
         checkpoint=checkpoint,
         options=section.options,
     )
-    origin: dict[str, Any] = {"seed": recipe.seed}
     if section.method in MEASURED:
-        ids_WT = bench.selection_ids()
-        request = replace(request, model=source.model, ids_WT=ids_WT)
+        request = replace(request, model=source.model, ids_WT=bench.selection_ids())
+    limit = _limit(bench)
+    if limit is not None:
+        request = replace(request, num_remove=number_for_target(parameters_of(source.model), limit))
+    return select(section.method, request)
+
+
+def _limit(bench: Workbench) -> int | None:
+    """Parameters that the whole model may have, where the recipe gives a size."""
+    wanted = bench.recipe.share.size
+    return None if wanted is None else limit_of(bench.source.model, size(wanted))
+
+
+def make_plan(bench: Workbench, selection: Selection, analysis: Analysis | None) -> FoldPlan:
+    """Decide what is removed and what is shared.
+
+    Args:
+        bench: the inputs.
+        selection: what was chosen for removal.
+        analysis: what the selection was read off, unless it was measured.
+    """
+    recipe = bench.recipe
+    source = bench.source
+    decoder = decoder_of(source.model)
+    compensation = _compensation(bench)
+    origin: dict[str, Any] = {"seed": recipe.seed}
+    if selection.method in MEASURED:
         origin["calibration"] = bench.calibration_identity.model_dump(mode="json")
     elif analysis is not None and analysis.calibration is not None:
         origin["calibration"] = analysis.calibration.model_dump(mode="json")
-    limit = None if recipe.share.size is None else limit_of(source.model, size(recipe.share.size))
-    if limit is not None:
-        request = replace(request, num_remove=number_for_target(parameters_of(source.model), limit))
-    selection = select(section.method, request)
     origin |= {
         "selector": selection.method,
         "scores": None if selection.scores is None else list(selection.scores),
         "removal_order": list(selection.order),
         "report": dict(selection.report),
     }
+    limit = _limit(bench)
     if limit is not None:
         return _solved(bench, selection, limit, compensation, origin)
     removes_anything = selection.removed or selection.removed_attention or selection.removed_mlp

@@ -153,7 +153,8 @@ def plan(
         elif recipe.select.method not in ANALYSIS_FREE:
             measured = steps.make_analysis(bench)
         search = out.with_name(f".{out.name}.search")
-        made = steps.make_plan(bench, measured, search)
+        selection = steps.make_selection(bench, measured, search)
+        made = steps.make_plan(bench, selection, measured)
         made.save(out)
         search.unlink(missing_ok=True)
         if as_json:

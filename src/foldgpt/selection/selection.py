@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from foldgpt.analysis import Analysis
-from foldgpt.errors import UsageError, did_you_mean
+from foldgpt.errors import ArtifactError, UsageError, did_you_mean
 from foldgpt.families import decoder_of
 from foldgpt.replay import Replay
 from foldgpt.selection.cost import Objective, RemovalCost
@@ -18,6 +19,7 @@ from foldgpt.selection.units import Units
 
 #: Micro-batches hold about so many tokens, and there are at least so many of them if the windows suffice.
 _BATCH_TOKENS, _LEAST_BATCHES = 2048, 8
+_FORMAT = "foldgpt.selection"
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,26 @@ class Selection:
         """All units from the one that can best be missed on, as far as the scores tell."""
         scores = self.scores or ()
         return sorted(range(len(scores)), key=lambda unit: (scores[unit], unit))
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain values for `artifacts.write_json`."""
+        return {"format": _FORMAT, "version": 1, **asdict(self)}
+
+    @classmethod
+    def from_json_dict(cls, value: Any) -> Selection:
+        """Read what `to_json_dict` wrote.
+
+        Raises:
+            ArtifactError: not a selection; the message names the field.
+        """
+        if not isinstance(value, dict) or (value.get("format"), value.get("version")) != (_FORMAT, 1):
+            raise ArtifactError(f"not a selection: its 'format' must be {_FORMAT!r}, version 1")
+        fields = {name: content for name, content in value.items() if name not in ("format", "version")}
+        try:
+            return TypeAdapter(cls).validate_python(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ArtifactError(f"invalid selection: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 Selector = Callable[[Request], Selection]

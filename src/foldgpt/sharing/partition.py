@@ -2,13 +2,16 @@
 
 A group costs what its members lose when they take the weights of its best donor; the costs of groups add up. Blocks
 in no group cost nothing, so each stays alone unless the budget needs it. Two searches: over runs of consecutive
-blocks, where dynamic programming finds the best partition, and over any sets, by merging greedily.
+blocks, where dynamic programming finds the best partition, and over any sets, by merging greedily. Runs can also be
+found for attention and MLP apart, under one budget.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -59,26 +62,80 @@ def contiguous(
     Raises:
         UsageError: no such partition saves that much.
     """
-    # The cheapest way to have treated the first blocks, for every amount saved (capped at the target).
-    best: list[dict[int, tuple[float, int, list[tuple[tuple[int, ...], int]]]]] = [{0: (0.0, 0, [])}]
+    (found,) = contiguous_apart(blocks, [costs_DM], [sizes], target, largest=largest)
+    return found
+
+
+def contiguous_apart(
+    blocks: Sequence[int],
+    costs: Sequence[Tensor],
+    sizes: Sequence[Sequence[int]],
+    target: int,
+    *,
+    largest: int = 4,
+) -> tuple[Partition, ...]:
+    """The cheapest partitions of several parts of blocks, such as attention and MLP, that save enough together.
+
+    Each part has runs of its own, and the budget goes where it costs least: one part may share nothing.
+
+    Args:
+        blocks: as in `contiguous`.
+        costs: of each part, as in `best_donor`.
+        sizes: of each part, as in `contiguous`.
+        target: parameters to save in all parts together, at least.
+        largest: members of a group, at most.
+
+    Raises:
+        UsageError: no such partitions save that much.
+    """
+    fronts = [_fronts(blocks, of_part, size, target, largest)[-1] for of_part, size in zip(costs, sizes, strict=True)]
+    chosen = min(
+        (combined for combined in itertools.product(*fronts) if sum(way.saved for way in combined) >= target),
+        key=lambda combined: sum(way.cost for way in combined),
+        default=None,
+    )
+    if chosen is None:
+        raise _too_little(sum(max(way.saved for way in front) for front in fronts), target)
+    return tuple(
+        Partition(
+            tuple(members for members, _ in way.groups), tuple(donor for _, donor in way.groups), way.cost, way.saved
+        )
+        for way in chosen
+    )
+
+
+class _Way(NamedTuple):
+    """One way to treat the first blocks: what it costs and saves, and its groups with their donors."""
+
+    cost: float
+    saved: int
+    groups: tuple[tuple[tuple[int, ...], int], ...]
+
+
+def _fronts(
+    blocks: Sequence[int], costs_DM: Tensor, sizes: Sequence[int], target: int, largest: int
+) -> list[list[_Way]]:
+    """For the first 0, 1, … of the blocks, all ways that no other one beats in both cost and what is saved."""
+    fronts = [[_Way(0.0, 0, ())]]
     for end in range(1, len(blocks) + 1):
-        here: dict[int, tuple[float, int, list[tuple[tuple[int, ...], int]]]] = {}
+        ways: list[_Way] = []
         for length in range(1, min(largest, end) + 1):
             members = tuple(blocks[end - length : end])
             donor, cost = best_donor(members, costs_DM)
             if cost == float("inf"):
                 continue
             gain = sum(sizes[member] for member in members if member != donor)
-            group = [(members, donor)] if length > 1 else []
-            for before, saved, groups in best[end - length].values():
-                key = min(target, saved + gain)
-                if key not in here or before + cost < here[key][0]:
-                    here[key] = (before + cost, saved + gain, groups + group)
-        best.append(here)
-    if target not in best[-1]:
-        raise _too_little(max(best[-1]), target)
-    cost, saved, groups = best[-1][target]
-    return Partition(tuple(members for members, _ in groups), tuple(donor for _, donor in groups), cost, saved)
+            group = ((members, donor),) if length > 1 else ()
+            ways += [_Way(way.cost + cost, way.saved + gain, way.groups + group) for way in fronts[end - length]]
+        front: list[_Way] = []
+        most = -1
+        for way in sorted(ways, key=lambda way: (way.cost, -way.saved)):
+            # What is saved beyond the target is worth nothing.
+            if min(way.saved, target) > most:
+                front.append(way)
+                most = min(way.saved, target)
+        fronts.append(front)
+    return fronts
 
 
 def merged(

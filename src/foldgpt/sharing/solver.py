@@ -9,7 +9,7 @@ recipe 'remove some, let neighbours share in pairs'; neither can be better than 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -22,13 +22,14 @@ from foldgpt.compensation import compensate_and_judge_
 from foldgpt.errors import FoldGPTError, UnsupportedModelError, UsageError
 from foldgpt.families import Decoder, decoder_of
 from foldgpt.folding import predicted_parameters
-from foldgpt.plan import Compensation, Fitting, FoldPlan, Group, SourceModel
+from foldgpt.plan import SUBLAYERS, Compensation, Fitting, FoldPlan, Group, SourceModel, Sublayer
 from foldgpt.progress import note
 from foldgpt.replay import Replay
 from foldgpt.sharing.adjacent import adjacent_groups
 from foldgpt.sharing.distance import SharingCost
 from foldgpt.sharing.fit import fit_sharing, sharing_replay, split
-from foldgpt.sharing.partition import Partition, contiguous, merged
+from foldgpt.sharing.linears import linears_of
+from foldgpt.sharing.partition import Partition, contiguous, contiguous_apart, merged
 from foldgpt.sharing.ranks import output_ranks, ranks_for
 from foldgpt.sharing.zero_started import zero_started_groups
 from foldgpt.sizes import Size
@@ -52,7 +53,8 @@ class Candidate:
         name: what it does, in words.
         num_removed: blocks removed without a trace.
         num_at_zero: removed blocks that keep a position, which borrows weights.
-        num_shared: blocks that give up their own weights for those of a group.
+        num_shared: blocks that give up their own weights for those of a group; attentions and MLPs are counted one by
+            one where they have groups of their own.
         parameters: of the whole model.
         kl: mean KL(source ‖ folded) in nats per token, on held-out windows.
         plan: the plan.
@@ -180,7 +182,9 @@ class _Solver:
         ways = [partial(self._at_zero, number) for number in (fewest, fewest + 1)]
         for shared in dict.fromkeys((1, (fewest + 1) // 2, fewest) if fewest else ()):
             ways.append(partial(self._fixed_pairs, fewest, shared))
-            ways += [partial(self._measured_pairs, number, shared) for number in (fewest, fewest + 1)]
+            for more in (0, 1):
+                ways.append(partial(self._measured_pairs, fewest + more, shared))
+                ways.append(partial(self._measured_apart, fewest - shared + more, more))
         for way in ways:
             # Families whose sublayers are not known, or hold what nothing can be fitted for, such as experts.
             with suppress(UnsupportedModelError):
@@ -201,7 +205,7 @@ class _Solver:
     def _at_zero(self, number: int) -> None:
         """Removed blocks keep their positions, and what the budget leaves pays for their private terms."""
         removed = self.removal(number) if number < len(self.decoder.blocks) else ()
-        kept = [index for index in range(len(self.decoder.blocks)) if index not in removed]
+        kept = self._kept(removed)
         for norms in ("own", "owner"):
             groups = tuple(
                 group.model_copy(update={"norms": norms}) for group in zero_started_groups(self.decoder, kept, removed)
@@ -217,7 +221,7 @@ class _Solver:
     def _fixed_pairs(self, number: int, shared: int) -> None:
         """The fixed recipe: neighbours in pairs around the middle of what is kept, the first one's weights."""
         removed = self.removal(number - shared)
-        kept = [index for index in range(len(self.decoder.blocks)) if index not in removed]
+        kept = self._kept(removed)
         pairs = middle(adjacent_groups(self.decoder, kept, size=2), kept, shared)
         # Norms stay private, so pairs take a little more than what is left of removed blocks.
         if len(pairs) == shared and self._parameters(self._plan(removed, pairs)) <= self.limit:
@@ -231,23 +235,64 @@ class _Solver:
         if not 0 <= number - shared < len(self.decoder.blocks) - 1:
             return
         removed = self.removal(number - shared)
-        kept = [index for index in range(len(self.decoder.blocks)) if index not in removed]
-        found = self._partition(kept, shared)
-        if found is None:
+        found = self._partition(self._kept(removed), shared)
+        if found is not None:
+            name = f"remove {number - shared}, share {shared} in measured groups, fitted"
+            self._measure_fitted(name, removed, {SUBLAYERS: found})
+
+    def _measured_apart(self, number: int, more: int) -> None:
+        """Attention and MLP have measured groups of their own, wherever that costs least.
+
+        Args:
+            number: blocks removed.
+            more: blocks whose size is saved beyond the limit, for ranks.
+        """
+        removed = self.removal(number)
+        kept = self._kept(removed)
+        sizes = [[self._shared_size(index, part) for index in range(len(self.decoder.blocks))] for part in SUBLAYERS]
+        of_block = max(sum(part[index] for part in sizes) for index in kept)
+        target = self._parameters(self._plan(removed)) - self.limit + more * of_block
+        costs = [self._sublayer_costs[part] for part in SUBLAYERS]
+        try:
+            apart = contiguous_apart(kept, costs, sizes, max(0, target))
+        except UsageError:
             return
-        if found.cost > _HOPELESS * min(candidate.kl for candidate in self.candidates):
-            note(f"remove {number - shared}, share {shared}: not tried, the pairs alone cost {found.cost:.2f}")
+        attention, mlp = apart
+        if attention.groups == mlp.groups:
+            return  # nothing that has not been measured
+        shared = [sum(len(blocks) - 1 for blocks in found.groups) for found in apart]
+        name = f"remove {number}, share {shared[0]} attentions and {shared[1]} MLPs in measured groups, fitted"
+        self._measure_fitted(name, removed, {("attention",): attention, ("mlp",): mlp})
+
+    def _measure_fitted(
+        self, name: str, removed: Sequence[int], partitions: Mapping[tuple[Sublayer, ...], Partition]
+    ) -> None:
+        """Measure groups with least-squares donors and what the budget leaves for private terms, by what they share."""
+        cost = sum(found.cost for found in partitions.values())
+        if cost > _HOPELESS * min(candidate.kl for candidate in self.candidates):
+            note(f"{name}: not tried, the pairs alone cost {cost:.2f}")
             return
         for private in (("norms", "scales"), ("norms",)):
             groups = tuple(
-                Group.model_validate({"blocks": blocks, "donor": "least_squares", "private": private})
+                Group.model_validate(
+                    {"blocks": blocks, "sublayers": sublayers, "donor": "least_squares", "private": private}
+                )
+                for sublayers, found in partitions.items()
                 for blocks in found.groups
             )
             left = self.limit - self._parameters(self._plan(removed, groups))
             if left >= 0:
-                groups = ranks_for(self.replay, groups, left, self.fitted)
-                self._measure(f"remove {number - shared}, share {shared} in measured groups, fitted", removed, groups)
+                self._measure(name, removed, ranks_for(self.replay, groups, left, self.fitted))
                 return
+
+    def _kept(self, removed: Sequence[int]) -> list[int]:
+        return [index for index in range(len(self.decoder.blocks)) if index not in removed]
+
+    def _shared_size(self, index: int, sublayer: Sublayer) -> int:
+        """Parameters that a block need not store if it shares a sublayer; its norms stay its own."""
+        leaves = linears_of(self.decoder, index, (sublayer,))
+        block = self.decoder.blocks[index]
+        return sum(p.numel() for leaf in leaves for p in block.get_submodule(leaf.name).parameters())
 
     def _partition(self, kept: Sequence[int], shared: int) -> Partition | None:
         """The cheapest groups, found either way, in which so many blocks give up their own weights; None for none."""
@@ -260,11 +305,20 @@ class _Solver:
         return min(found, key=lambda partition: partition.cost, default=None)
 
     @cached_property
+    def _cost(self) -> SharingCost:
+        tokens = self.replay.ids_WT.shape[1] * self.replay.batch_size
+        return SharingCost(self.replay, num_batches=max(1, _PAIR_TOKENS // tokens))
+
+    @cached_property
     def _pair_costs(self) -> Tensor:
         """Measured costs of pairs, for all candidates: of the source's blocks, whatever is removed elsewhere."""
-        tokens = self.replay.ids_WT.shape[1] * self.replay.batch_size
-        cost = SharingCost(self.replay, num_batches=max(1, _PAIR_TOKENS // tokens))
-        return cost.pairs(range(len(self.decoder.blocks)), reach=_REACH)
+        return self._cost.pairs(range(len(self.decoder.blocks)), reach=_REACH)
+
+    @cached_property
+    def _sublayer_costs(self) -> dict[Sublayer, Tensor]:
+        """The same where attention alone, or the MLP alone, is shared."""
+        blocks = range(len(self.decoder.blocks))
+        return {part: self._cost.pairs(blocks, reach=_REACH, sublayers=(part,)) for part in SUBLAYERS}
 
     @cached_property
     def _for_compensation(self) -> tuple[Replay, Replay]:
