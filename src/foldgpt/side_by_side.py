@@ -37,8 +37,8 @@ def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comp
     """Run every row of a recipe's comparison, and put them side by side.
 
     Each row is a run in a folder of its own below `out`/rows. What rows have in common is made once: the analysis,
-    the source's measurements, a method's search and folded model for its rows without and with recovery, the
-    training windows and the teacher's states. A comparison that was stopped goes on where it was.
+    the source's measurements, a search for all rows that select alike, a folded model for its rows without and
+    with recovery, the training windows and the teacher's states. A comparison that was stopped goes on where it was.
 
     All plans are made first. Rows whose blocks would hold more or fewer parameters than the reference row's are
     refused, unless the recipe says to mark them, before anything is folded or trained.
