@@ -17,13 +17,22 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from foldgpt import sources
 from foldgpt.demo import demo_text
 from foldgpt.errors import SourceError, UnsupportedModelError, UsageError
 from foldgpt.evaluation.memory import peak_memory
 from foldgpt.folding import fold_, save_folded, source_model_of
 from foldgpt.plan import FoldPlan, Group
-from foldgpt.sources import load_gguf, load_source, load_tokenizer, model_fingerprint, resolve, save_tokenizer
+from foldgpt.sources import (
+    load,
+    load_gguf,
+    load_source,
+    load_tokenizer,
+    locate,
+    model_fingerprint,
+    resolve,
+    save_tokenizer,
+    weights,
+)
 from tiny import tiny_tokenizer
 
 
@@ -87,10 +96,10 @@ def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
 def test_a_device_without_float64_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is fitted and verified in it would end in a TypeError, after all the work."""
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("mps"))
-    assert sources._device_of("auto") == torch.device("cpu")
+    assert load._device_of("auto") == torch.device("cpu")
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
     with pytest.raises(UsageError, match="'mps' has no float64"):
-        sources._device_of("mps")
+        load._device_of("mps")
 
 
 def test_the_tokenizer_is_saved_with_its_chat_template(folder: Path, tmp_path: Path) -> None:
@@ -116,7 +125,7 @@ def test_what_is_kept_beside_the_device_counts_as_offloaded(folder: Path, monkey
         accelerate.cpu_offload(model.model.layers[1], torch.device("cpu"))
         return model, report
 
-    monkeypatch.setattr(sources.AutoModelForCausalLM, "from_pretrained", apart)
+    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", apart)
     assert load_source(str(folder), device="cpu").offloaded
 
 
@@ -142,7 +151,7 @@ def test_the_fingerprint_is_of_the_content(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
 ) -> None:
     if not whole:
-        monkeypatch.setattr(sources, "_HASHED_WHOLE_BYTES", 0)
+        monkeypatch.setattr(weights, "_HASHED_WHOLE_BYTES", 0)
     first = model_fingerprint(folder)
     assert first.startswith("full:" if whole else "sampled:")
     assert model_fingerprint(shutil.copytree(folder, tmp_path / "elsewhere")) == first
@@ -196,7 +205,7 @@ def test_what_cannot_be_fetched_is_one_short_message_with_its_reason(
     def failing(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(sources, "snapshot_download", failing)
+    monkeypatch.setattr(locate, "snapshot_download", failing)
     monkeypatch.chdir(tmp_path)
     expected = rf"no folder owner/name, and no model of this name could be fetched from the hub: {reason}\. Give"
     with pytest.raises(SourceError, match=expected) as caught:
@@ -207,7 +216,7 @@ def test_what_cannot_be_fetched_is_one_short_message_with_its_reason(
 def test_a_hub_snapshot_gives_its_commit(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     snapshot = shutil.copytree(folder, tmp_path / "snapshots" / commit)
-    monkeypatch.setattr(sources, "snapshot_download", lambda *_, **__: str(snapshot))
+    monkeypatch.setattr(locate, "snapshot_download", lambda *_, **__: str(snapshot))
     assert load_source("owner/name", device="cpu").revision == commit
 
 
@@ -397,8 +406,8 @@ def test_each_process_of_several_takes_a_device_of_its_own(monkeypatch: pytest.M
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert sources._device_of("auto") == torch.device("cuda")
+    assert load._device_of("auto") == torch.device("cuda")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert sources._device_of("auto") == torch.device("cuda:1")
+    assert load._device_of("auto") == torch.device("cuda:1")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
-    assert sources._device_of("auto") == torch.device("cpu")
+    assert load._device_of("auto") == torch.device("cpu")

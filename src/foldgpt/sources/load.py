@@ -1,0 +1,172 @@
+"""Loading a source, complete or not at all, on a device or as far as the memory allows."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from foldgpt.errors import SourceError, UsageError, did_you_mean
+from foldgpt.progress import quiet_libraries
+from foldgpt.sources.configs import load_config
+from foldgpt.sources.gguf_files import gguf_metadata, gguf_tokenizer, load_gguf
+from foldgpt.sources.locate import is_hub_snapshot, resolve
+from foldgpt.sources.reading import as_source_errors, first_line
+from foldgpt.sources.weights import check_complete, loaded_bytes, model_fingerprint, weight_headers
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+#: Accelerators that cannot compute in float64, in which fits are made and saved models are verified.
+_WITHOUT_FP64 = ("mps",)
+
+#: Share of the free memory that a model may take before its blocks stay on disk.
+_MEMORY_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is ready to be measured and folded, and what is known of its origin."""
+
+    model: PreTrainedModel
+    """The model, in eval mode."""
+    tokenizer: PreTrainedTokenizerBase
+    spec: str
+    """What the user asked for."""
+    revision: str | None
+    """The hub commit; None for a model that is not from the hub."""
+    fingerprint: str
+    """Identity of the weights and the config; see `model_fingerprint`."""
+    offloaded: bool = False
+    """True when some blocks stay on disk, or beside the accelerator, and are brought each time they run."""
+    _offload_folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False, compare=False)
+
+
+def load_source(
+    spec: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    max_memory_gb: float | None = None,
+    trust_remote_code: bool = False,
+) -> Source:
+    """Load a decoder-only language model with its tokenizer, complete or not at all.
+
+    A model that is larger than the memory allowed keeps what does not fit on disk, in the checkpoint itself
+    where its tensors are stored as the model needs them, and reads it block by block.
+
+    Args:
+        spec: a hub id, a local folder, a path that ends in `.gguf`, or `demo:NAME`.
+        dtype: a key of `DTYPES`, or "auto": what the checkpoint is stored in; bfloat16 for GGUF.
+        device: a torch device, or "auto": the accelerator where there is one.
+        revision: branch, tag or commit of a hub id.
+        max_memory_gb: memory the weights may take, in units of 1e9 bytes; by default 80 % of what is free.
+        trust_remote_code: run modelling code that comes with the checkpoint.
+
+    Raises:
+        SourceError: the model cannot be found, read, or is incomplete.
+        UnsupportedModelError: it is not a decoder-only language model, or it is quantised.
+        UsageError: an unknown dtype or device.
+    """
+    torch_dtype = _dtype_of(dtype)
+    torch_device = _device_of(device)
+    place = resolve(spec, revision=revision)
+    commit = place.name if is_hub_snapshot(place) else None
+    if place.is_file():
+        model, tokenizer = load_gguf(place, dtype=torch_dtype or torch.bfloat16)
+        return Source(model.to(torch_device), tokenizer, spec, commit, model_fingerprint(place))
+
+    config = load_config(place, trust_remote_code=trust_remote_code)
+    headers = weight_headers(place)
+    placement, offload_folder = _placement(headers, torch_dtype, torch_device, max_memory_gb)
+    with quiet_libraries(), as_source_errors(place):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            place,
+            config=config,
+            dtype=torch_dtype or "auto",
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            **placement,
+        )
+    check_complete(report, place)
+    tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code)
+    offloaded = any(parameter.is_meta for parameter in model.parameters())
+    return Source(model.eval(), tokenizer, spec, commit, model_fingerprint(place), offloaded, offload_folder)
+
+
+def load_tokenizer(
+    spec: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model; see `load_source` for the arguments.
+
+    Raises:
+        SourceError: the model cannot be found or comes without a tokenizer that can be read.
+    """
+    place = resolve(spec, revision=revision)
+    if place.is_file():
+        return gguf_tokenizer(place, gguf_metadata(place))
+    try:
+        with quiet_libraries():
+            return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # each tokenizer class fails in its own way
+        raise SourceError(f"{place} has no tokenizer that can be read: {first_line(error)}") from error
+
+
+def save_tokenizer(source: Source, folder: str | Path) -> None:
+    """Save the source's tokenizer, chat template included, beside a model in `folder`."""
+    source.tokenizer.save_pretrained(folder)
+
+
+def _dtype_of(name: str) -> torch.dtype | None:
+    if name == "auto":
+        return None
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype {name!r}.{did_you_mean(name, [*DTYPES, 'auto'])}")
+    return DTYPES[name]
+
+
+def _device_of(name: str) -> torch.device:
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        if found is None or found.type in _WITHOUT_FP64:
+            return torch.device("cpu")
+        # Under torchrun and accelerate each process has a device of its own; all of them see the first.
+        rank = os.environ.get("LOCAL_RANK")
+        return found if rank is None else torch.device(found.type, int(rank) % torch.accelerator.device_count())
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"device {name!r} is not available here: {first_line(error)}") from error
+    if device.type in _WITHOUT_FP64:
+        raise UsageError(f"device {name!r} has no float64, in which foldgpt fits and verifies; use cpu")
+    return device
+
+
+def _placement(
+    headers: list[dict[str, Any]],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    max_memory_gb: float | None,
+) -> tuple[dict[str, Any], tempfile.TemporaryDirectory[str] | None]:
+    """Arguments that put the model on its device, or as much of it as the memory allows."""
+    needed = sum(loaded_bytes(entry, dtype) for header in headers for entry in header.values())
+    free_ram = psutil.virtual_memory().available * _MEMORY_SHARE
+    free = torch.cuda.mem_get_info(device)[0] * _MEMORY_SHARE if device.type == "cuda" else free_ram
+    allowed = free if max_memory_gb is None else max_memory_gb * 1e9
+    if needed <= allowed:
+        return {"device_map": {"": device}}, None
+    folder = tempfile.TemporaryDirectory(prefix="foldgpt-offload-")
+    on_gpu = device.type == "cuda"
+    limits = {(device.index or 0) if on_gpu else "cpu": int(allowed)}
+    if on_gpu:
+        limits["cpu"] = int(free_ram)
+    placement = {"device_map": "auto", "max_memory": limits, "offload_folder": folder.name}
+    return placement, folder

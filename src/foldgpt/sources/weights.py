@@ -1,0 +1,130 @@
+"""Weights on disk: which files hold them, whether they are whole, and by what they are known again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foldgpt.artifacts import hash_of, hash_of_file
+from foldgpt.errors import SourceError
+from foldgpt.sources.configs import read_config
+
+#: Bytes of one value in each safetensors dtype that a full-precision checkpoint holds.
+_VALUE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+#: safetensors headers larger than this are refused by the format itself.
+_LONGEST_HEADER = 100_000_000
+
+#: Weights up to this many bytes are hashed whole; larger ones are sampled.
+_HASHED_WHOLE_BYTES = 2 << 30
+
+_SAMPLE_BYTES = 64 << 10
+
+_SAMPLES_PER_FILE = 64
+
+#: What of a config does not change what the model computes.
+_CONFIG_NOISE = frozenset(("_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "torch_dtype"))
+
+
+def model_fingerprint(place: Path) -> str:
+    """Identity of a checkpoint that does not depend on where it lies or in which dtype it is loaded.
+
+    It covers the config (without version stamps) and the weights. Weights of up to 2 GiB are hashed whole
+    (`full:…`); of larger ones (`sampled:…`) each file counts with its size, its header or first bytes, and
+    64 samples of 64 KiB spread evenly over it, so a change of a few values between samples can go unseen.
+
+    Args:
+        place: a Hugging Face folder or a GGUF file.
+
+    Returns:
+        `full:` or `sampled:`, and a SHA-256 in hex.
+    """
+    if place.is_file():
+        files, config = [place], {}
+    else:
+        files = _weight_files(place)
+        config = {k: v for k, v in read_config(place).items() if k not in _CONFIG_NOISE}
+    whole = sum(file.stat().st_size for file in files) <= _HASHED_WHOLE_BYTES
+    contents = [hash_of_file(file) if whole else _hash_of_samples(file) for file in files]
+    return f"{'full' if whole else 'sampled'}:{hash_of({'config': config, 'weights': contents})}"
+
+
+def _hash_of_samples(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            (length,) = struct.unpack("<Q", file.read(8))
+            digest.update(file.read(length))
+        for sample in range(_SAMPLES_PER_FILE):
+            file.seek(sample * max(0, size - _SAMPLE_BYTES) // (_SAMPLES_PER_FILE - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def weight_headers(place: Path) -> list[dict[str, Any]]:
+    return [_safetensors_header(file) for file in _weight_files(place)]
+
+
+def _weight_files(place: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, sorted by name.
+
+    Raises:
+        SourceError: there is none, or the index names one that is missing.
+    """
+    index = place / "model.safetensors.index.json"
+    single = place / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise SourceError(f"{place} has no weights in safetensors (model.safetensors or its index)")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise SourceError(f"{index} is not a safetensors index: {error}") from error
+    missing = [name for name in names if not (place / name).is_file()]
+    if missing:
+        raise SourceError(f"{place} is incomplete: {', '.join(missing)} named in {index.name} but not there")
+    return [place / name for name in names]
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    """Tensor name → {dtype, shape, data_offsets} of one file, with its length checked against them."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(_LONGEST_HEADER, size - 8):
+                raise ValueError("its header does not fit the file")
+            header: dict[str, Any] = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if end != size:
+            raise ValueError(f"its header promises {end:,} bytes, the file has {size:,}")
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise SourceError(f"corrupt safetensors file {path}: {error}") from error
+    return header
+
+
+def loaded_bytes(entry: dict[str, Any], dtype: torch.dtype | None) -> int:
+    stored = _VALUE_BYTES.get(entry["dtype"], 1)
+    first, last = entry["data_offsets"]
+    return (last - first) // stored * (dtype.itemsize if dtype else stored)
+
+
+def check_complete(report: dict[str, Any], place: Path) -> None:
+    problems = {
+        "missing": report["missing_keys"],
+        "of another shape": [key[0] for key in report["mismatched_keys"]],
+        "not part of the model": report["unexpected_keys"],
+    }
+    for what, keys in problems.items():
+        if keys:
+            names = sorted(keys)
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise SourceError(f"the weights in {place} do not fit its config: {what}: {', '.join(names[:3])}{more}")
