@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foldgpt.artifacts import read_json
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan, Group
 from foldgpt.recovery import RecoveryResult, RecoverySettings, TrainingWindows, recover
@@ -48,6 +51,36 @@ def tiny_recovery(folder: Path, **changes: Any) -> RecoveryResult:
         RecoverySettings(**given),
         folder / "recovered",
     )
+
+
+def step_losses(history: list[dict[str, float]]) -> dict[int, float]:
+    """Step → training loss."""
+    return {int(row["step"]): row["loss"] for row in history if "loss" in row}
+
+
+def command(folder: Path, changes: dict[str, Any], *launcher: str) -> list[str]:
+    return [sys.executable, *launcher, __file__, str(folder), json.dumps(changes)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), "HF_HUB_OFFLINE": "1"}
+
+
+def run(folder: Path, changes: dict[str, Any], *launcher: str) -> dict[str, Any]:
+    """A tiny recovery in a process of its own; its result."""
+    done = subprocess.run(
+        command(folder, changes, *launcher), env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = read_json(folder / "recovered" / "recovery.json")
+    return found
+
+
+def recovered_on(train: TrainingWindows, out: Path, settings: dict[str, Any] | None = None, **options: Any) -> Any:
+    """A recovery of the tiny pair on some windows, four in a step."""
+    student, teacher, plan = tiny_pair()
+    given = RecoverySettings(**{"batch_size": 4, "rank": 2, **(settings or {})})
+    return recover(student, teacher, plan, train, TrainingWindows(tiny_windows(4, seed=2)), given, out, **options)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,9 @@
-"""Recovery as a whole, on tiny models: it helps, resumes, keeps the best state, and shares its work among processes."""
+"""Recovery as a whole, on tiny models: it helps, keeps the best state, and shares its work among processes."""
 
 from __future__ import annotations
 
 import copy
-import importlib
-import json
-import os
-import shutil
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import integration_utils
 
 from foldgpt.artifacts import read_json
-from foldgpt.errors import ArtifactError, UnsupportedModelError, UsageError
+from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.objectives import Head, cosine_distance, cross_entropy, forward_kl, relative_error
@@ -39,47 +31,11 @@ from foldgpt.recovery.common import common_blocks, first_changed
 from foldgpt.recovery.distillation import Distillation
 from foldgpt.recovery.inputs import check_inputs
 from foldgpt.recovery.states import Body, States, aligned_blocks
-from foldgpt.recovery.teacher import Teacher, cache_states
+from foldgpt.recovery.teacher import Teacher
 from foldgpt.recovery.trainer import RecoveryTrainer
 from foldgpt.recovery.windows import places_in_documents
 from models import CONFIGS, tiny_model
-from recovery_case import tiny_pair, tiny_recovery, tiny_windows
-
-HERE = Path(__file__).parent
-#: The module, whose name in the package is that of its function.
-RECOVER = importlib.import_module("foldgpt.recovery.recover")
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """The order of sums, and so the last bit, depends on the number of threads."""
-    given = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(given)
-
-
-def step_losses(history: list[dict[str, float]]) -> dict[int, float]:
-    """Step → training loss."""
-    return {int(row["step"]): row["loss"] for row in history if "loss" in row}
-
-
-def command(folder: Path, changes: dict[str, Any], *launcher: str) -> list[str]:
-    return [sys.executable, *launcher, str(HERE / "recovery_case.py"), str(folder), json.dumps(changes)]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
-
-
-def run(folder: Path, changes: dict[str, Any], *launcher: str) -> dict[str, Any]:
-    """A tiny recovery in a process of its own; its result."""
-    done = subprocess.run(
-        command(folder, changes, *launcher), env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = read_json(folder / "recovered" / "recovery.json")
-    return found
+from recovery_case import recovered_on, run, step_losses, tiny_pair, tiny_recovery, tiny_windows
 
 
 def test_recovery_brings_the_student_nearer_and_saves_what_it_measured(tmp_path: Path) -> None:
@@ -218,37 +174,6 @@ def test_a_student_that_lost_nothing_has_no_loss(tmp_path: Path) -> None:
     assert abs(float(module(ids, ids, None, theirs.last_BTH, theirs.between)["loss"].detach())) < 1e-5
 
 
-def recovered_on(train: TrainingWindows, out: Path, settings: dict[str, Any] | None = None, **options: Any) -> Any:
-    """A recovery of the tiny pair on some windows, four in a step."""
-    student, teacher, plan = tiny_pair()
-    given = RecoverySettings(**{"batch_size": 4, "rank": 2, **(settings or {})})
-    return recover(student, teacher, plan, train, TrainingWindows(tiny_windows(4, seed=2)), given, out, **options)
-
-
-def test_killed_at_any_moment_it_ends_in_the_same_result(tmp_path: Path, one_thread: None) -> None:
-    """SIGKILL; losses and saved weights equal those of an undisturbed run bit by bit."""
-    changes = {"windows": 120, "evaluate_every": 4, "patience": 50}
-    whole = tiny_recovery(tmp_path / "whole", **changes)
-    folder = tmp_path / "killed"
-    work = folder / ".recovered.recovery"
-    process = subprocess.Popen(
-        command(folder, changes), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not (work / "checkpoint-8" / "complete.json").is_file():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (folder / "recovered").exists()
-    (work / "checkpoint-999").mkdir()  # as if it had been killed while it saved
-    resumed = run(folder, changes)
-    assert step_losses(resumed["history"]) == step_losses(whole.history)
-    assert resumed["after"] == whole.after and resumed["best_step"] == whole.best_step
-    first, second = ((tmp_path / name / "recovered" / "model.safetensors").read_bytes() for name in ("whole", "killed"))
-    assert first == second
-
-
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     one = tiny_recovery(tmp_path / "one")
     two = run(tmp_path / "two", {}, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -279,114 +204,6 @@ def test_a_step_with_nothing_to_score_changes_nothing(tmp_path: Path) -> None:
     losses = list(step_losses(result.history).values())
     assert losses[1] == 0 and losses[0] > 0 and losses[2] > 0
     assert (tmp_path / "out" / "recovery.json").is_file()
-
-
-def test_an_unfinished_recovery_is_not_taken_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RecoveryTrainer, "_clip_grad_norm", stop)
-        with pytest.raises(KeyboardInterrupt):
-            tiny_recovery(tmp_path)
-    with pytest.raises(ArtifactError, match=r"other inputs \(settings\)"):
-        tiny_recovery(tmp_path, seed=5)
-    with pytest.raises(ArtifactError, match=r"other inputs \(train\)"):
-        tiny_recovery(tmp_path, windows=96)
-    assert tiny_recovery(tmp_path).num_steps == 12
-
-
-@pytest.mark.parametrize("replace", [False, True])
-def test_a_folder_of_other_files_is_not_taken_for_the_checkpoints(tmp_path: Path, replace: bool) -> None:
-    own = tmp_path / "work" / "checkpoint-1" / "mine.txt"
-    own.parent.mkdir(parents=True)
-    own.write_text("mine")
-    windows = TrainingWindows(tiny_windows(8, seed=1))
-    with pytest.raises(ArtifactError, match="work holds something else than an unfinished recovery"):
-        recovered_on(windows, tmp_path / "out", work=tmp_path / "work", replace=replace)
-    assert own.read_text() == "mine" and not (tmp_path / "out").exists()
-    # Empty, or killed before it was said whose it is: taken.
-    own.unlink()
-    own.parent.rmdir()
-    (tmp_path / "work" / ".foldgpt-partial-identity.json-abcd1234").write_text("{")
-    recovered_on(windows, tmp_path / "out", work=tmp_path / "work", replace=replace)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
-
-
-def measured_as(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
-    """Held-out losses in the order in which they are asked for."""
-    given = iter(losses)
-    monkeypatch.setattr(RecoveryTrainer, "measure", lambda _: {"loss": next(given)})
-
-
-def stopped(folder: Path, monkeypatch: pytest.MonkeyPatch, target: Any, name: str, stop: Any) -> None:
-    """A tiny recovery in which something is replaced by what stops it."""
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(target, name, stop)
-        tiny_recovery(folder)
-
-
-def test_a_kill_while_older_checkpoints_are_dropped_leaves_one_to_go_on_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The best is the first; so the last but one goes, and no other is left than the one that was just saved."""
-    rmtree = shutil.rmtree
-
-    def kill(path: Any, *args: Any, **kwargs: Any) -> None:
-        found = next(Path(path).rglob("optimizer.pt"), None)
-        if found is None:
-            rmtree(path, *args, **kwargs)
-        else:
-            found.unlink()
-            raise KeyboardInterrupt
-
-    measured_as(monkeypatch, 1.0, 0.5, 0.7, 0.8)
-    stopped(tmp_path, monkeypatch, shutil, "rmtree", kill)
-    measured_as(monkeypatch, 1.0, 0.9, 0.5)
-    result = tiny_recovery(tmp_path)
-    assert result.best_step == 3 and result.num_steps == 12
-    assert [entry.name for entry in tmp_path.iterdir()] == ["recovered"]
-
-
-def stop_at_the_end(*_: Any, **__: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def test_a_recovery_that_goes_on_in_another_place_still_saves_its_best_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
-) -> None:
-    measured_as(monkeypatch, 1.0, 0.5, 0.7, 0.8, 0.9, 0.5)
-    tiny_recovery(tmp_path / "whole")
-    measured_as(monkeypatch, 1.0, 0.5, 0.7, 0.8, 0.9)
-    stopped(tmp_path / "before", monkeypatch, RECOVER, "merge_trained_", stop_at_the_end)
-    (tmp_path / "before").rename(tmp_path / "after")
-    measured_as(monkeypatch, 1.0, 0.5)
-    assert tiny_recovery(tmp_path / "after").best_step == 3
-    whole, after = ((tmp_path / name / "recovered" / "model.safetensors").read_bytes() for name in ("whole", "after"))
-    assert whole == after
-
-
-def test_a_best_state_that_is_gone_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    best = Path(".recovered.recovery") / "checkpoint-3"
-    measured_as(monkeypatch, 1.0, 0.5, 0.7, 0.8, 0.9)
-    stopped(tmp_path, monkeypatch, RECOVER, "merge_trained_", stop_at_the_end)
-    shutil.rmtree(tmp_path / best)
-    measured_as(monkeypatch, 1.0)
-    with pytest.raises(ArtifactError, match="checkpoint-3, is gone"):
-        tiny_recovery(tmp_path)
-
-    given = iter([1.0, 0.5, 0.7, 0.8, 0.9])
-
-    def measure(_: Any) -> dict[str, float]:
-        value = next(given)
-        if value == 0.9:
-            shutil.rmtree(tmp_path / "while" / best)
-        return {"loss": value}
-
-    monkeypatch.setattr(RecoveryTrainer, "measure", measure)
-    with pytest.raises(ArtifactError, match="best state, step 3, is gone"):
-        tiny_recovery(tmp_path / "while")
-    assert not (tmp_path / "while" / "recovered").exists()
 
 
 def test_nan_stops_with_the_last_good_state_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,109 +275,6 @@ def test_the_time_ends_it_and_what_was_reached_is_saved(tmp_path: Path) -> None:
     result = tiny_recovery(tmp_path, minutes=1e-6)
     assert result.ended == "time" and result.num_steps == 1
     assert (tmp_path / "recovered" / "config.json").is_file()
-
-
-def test_how_long_it_may_take_is_said_by_the_call_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stopped(Exception):
-        pass
-
-    step = RecoveryTrainer.training_step
-    steps = 0
-
-    def stopped(self: Any, *arguments: Any, **named: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 9:  # two micro-batches in each step; the last measurement was after the third
-            raise Stopped
-        return step(self, *arguments, **named)
-
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(RecoveryTrainer, "training_step", stopped)
-        tiny_recovery(tmp_path, minutes=60)
-    result = tiny_recovery(tmp_path, minutes=1e-6)
-    assert result.ended == "time" and result.num_steps == 4
-
-
-def test_another_unfinished_recovery_is_dropped_where_the_output_is_to_be_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def stop(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RecoveryTrainer, "training_step", stop)
-        tiny_recovery(tmp_path)
-    result = recovered_on(TrainingWindows(tiny_windows(8, seed=1)), tmp_path / "recovered", replace=True)
-    assert result.num_steps == 2
-    assert "dropping an unfinished recovery with other inputs" in capsys.readouterr().err
-
-
-def test_the_teacher_may_be_read_from_a_file(tmp_path: Path) -> None:
-    results = []
-    for name in ("fresh", "first", "second"):
-        cache = None if name == "fresh" else tmp_path / "cache"
-        windows = TrainingWindows(tiny_windows(8, seed=1))
-        results.append(recovered_on(windows, tmp_path / name, {"states": 1.0}, teacher_cache=cache))
-    fresh, first, second = (list(step_losses(result.history).values()) for result in results)
-    assert first == second
-    assert first == pytest.approx(fresh, rel=2e-2)  # bf16
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_cache_holds_the_stream_in_front_of_the_cut(tmp_path: Path, dtype: torch.dtype) -> None:
-    """A model in fp32 does not go on from a stream rounded to bf16: the loss would not be that of the saved model."""
-    losses = []
-    for name in ("fresh", "cached"):
-        teacher = tiny_model("llama").to(dtype)
-        plan = FoldPlan.create(source_model_of(teacher), removed=[4])
-        student = copy.deepcopy(teacher)
-        fold_(student, plan)
-        result = recover(
-            student,
-            teacher,
-            plan,
-            TrainingWindows(tiny_windows(8, seed=1)),
-            TrainingWindows(tiny_windows(4, seed=2)),
-            RecoverySettings(batch_size=4, rank=2, train_blocks="behind"),
-            tmp_path / name,
-            teacher_cache=None if name == "fresh" else tmp_path / "cache",
-        )
-        losses.append(list(step_losses(result.history).values()))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3 if dtype == torch.bfloat16 else 2e-2)
-    (file,) = (tmp_path / "cache").iterdir()
-    assert file.stat().st_size == 8 * 16 * 32 * 2 * 2
-
-
-def test_the_cache_is_of_one_teacher_and_one_text(tmp_path: Path) -> None:
-    ids = tiny_windows(4, seed=1)
-    models = [tiny_model("llama", seed=seed) for seed in (0, 1)]
-    for model, windows in ((models[0], ids), (models[1], ids), (models[0], tiny_windows(4, seed=2)), (models[0], ids)):
-        teacher = Teacher(model)
-        table = cache_states(teacher, windows, tmp_path, batch_size=2)
-        rows = table.states(torch.tensor([3, 1]), torch.device("cpu"), torch.float32).last_BTH
-        torch.testing.assert_close(rows, teacher.states(windows[[3, 1]]).last_BTH, rtol=1e-2, atol=1e-2)
-    assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_what_a_kill_leaves_of_the_cache_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids, teacher = tiny_windows(4, seed=1), Teacher(tiny_model("llama"))
-    states = Teacher.states
-    written: set[Path] = set()
-
-    def watched(self: Teacher, *args: Any) -> States:
-        written.update(tmp_path.glob(".foldgpt-partial-*"))
-        return states(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Teacher, "states", watched)
-        cache_states(teacher, ids, tmp_path, batch_size=2)
-    (whole,), (partial,) = tmp_path.iterdir(), written
-    whole.rename(partial)
-    other = tmp_path / ".foldgpt-partial-another.states-abcd1234"
-    other.touch()
-    cache_states(teacher, ids, tmp_path, batch_size=2)
-    assert set(tmp_path.iterdir()) == {whole, other}
 
 
 def test_what_is_only_measured_by_does_not_stay_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

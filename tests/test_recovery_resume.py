@@ -1,0 +1,201 @@
+"""Recoveries that are interrupted: what is kept, what goes on, and what is not taken for another."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from foldgpt.errors import ArtifactError
+from foldgpt.recovery import (
+    TrainingWindows,
+)
+from foldgpt.recovery.trainer import RecoveryTrainer
+from recovery_case import command, environment, recovered_on, run, step_losses, tiny_recovery, tiny_windows
+
+#: The module, whose name in the package is that of its function.
+RECOVER = importlib.import_module("foldgpt.recovery.recover")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The order of sums, and so the last bit, depends on the number of threads."""
+    given = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(given)
+
+
+def test_killed_at_any_moment_it_ends_in_the_same_result(tmp_path: Path, one_thread: None) -> None:
+    """SIGKILL; losses and saved weights equal those of an undisturbed run bit by bit."""
+    changes = {"windows": 120, "evaluate_every": 4, "patience": 50}
+    whole = tiny_recovery(tmp_path / "whole", **changes)
+    folder = tmp_path / "killed"
+    work = folder / ".recovered.recovery"
+    process = subprocess.Popen(
+        command(folder, changes), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (work / "checkpoint-8" / "complete.json").is_file():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "recovered").exists()
+    (work / "checkpoint-999").mkdir()  # as if it had been killed while it saved
+    resumed = run(folder, changes)
+    assert step_losses(resumed["history"]) == step_losses(whole.history)
+    assert resumed["after"] == whole.after and resumed["best_step"] == whole.best_step
+    first, second = ((tmp_path / name / "recovered" / "model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert first == second
+
+
+def test_an_unfinished_recovery_is_not_taken_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecoveryTrainer, "_clip_grad_norm", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_recovery(tmp_path)
+    with pytest.raises(ArtifactError, match=r"other inputs \(settings\)"):
+        tiny_recovery(tmp_path, seed=5)
+    with pytest.raises(ArtifactError, match=r"other inputs \(train\)"):
+        tiny_recovery(tmp_path, windows=96)
+    assert tiny_recovery(tmp_path).num_steps == 12
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_folder_of_other_files_is_not_taken_for_the_checkpoints(tmp_path: Path, replace: bool) -> None:
+    own = tmp_path / "work" / "checkpoint-1" / "mine.txt"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    windows = TrainingWindows(tiny_windows(8, seed=1))
+    with pytest.raises(ArtifactError, match="work holds something else than an unfinished recovery"):
+        recovered_on(windows, tmp_path / "out", work=tmp_path / "work", replace=replace)
+    assert own.read_text() == "mine" and not (tmp_path / "out").exists()
+    # Empty, or killed before it was said whose it is: taken.
+    own.unlink()
+    own.parent.rmdir()
+    (tmp_path / "work" / ".foldgpt-partial-identity.json-abcd1234").write_text("{")
+    recovered_on(windows, tmp_path / "out", work=tmp_path / "work", replace=replace)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def measured_as(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
+    """Held-out losses in the order in which they are asked for."""
+    given = iter(losses)
+    monkeypatch.setattr(RecoveryTrainer, "measure", lambda _: {"loss": next(given)})
+
+
+def stopped(folder: Path, monkeypatch: pytest.MonkeyPatch, target: Any, name: str, stop: Any) -> None:
+    """A tiny recovery in which something is replaced by what stops it."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(target, name, stop)
+        tiny_recovery(folder)
+
+
+def test_a_kill_while_older_checkpoints_are_dropped_leaves_one_to_go_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best is the first; so the last but one goes, and no other is left than the one that was just saved."""
+    rmtree = shutil.rmtree
+
+    def kill(path: Any, *args: Any, **kwargs: Any) -> None:
+        found = next(Path(path).rglob("optimizer.pt"), None)
+        if found is None:
+            rmtree(path, *args, **kwargs)
+        else:
+            found.unlink()
+            raise KeyboardInterrupt
+
+    measured_as(monkeypatch, 1.0, 0.5, 0.7, 0.8)
+    stopped(tmp_path, monkeypatch, shutil, "rmtree", kill)
+    measured_as(monkeypatch, 1.0, 0.9, 0.5)
+    result = tiny_recovery(tmp_path)
+    assert result.best_step == 3 and result.num_steps == 12
+    assert [entry.name for entry in tmp_path.iterdir()] == ["recovered"]
+
+
+def stop_at_the_end(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_recovery_that_goes_on_in_another_place_still_saves_its_best_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    measured_as(monkeypatch, 1.0, 0.5, 0.7, 0.8, 0.9, 0.5)
+    tiny_recovery(tmp_path / "whole")
+    measured_as(monkeypatch, 1.0, 0.5, 0.7, 0.8, 0.9)
+    stopped(tmp_path / "before", monkeypatch, RECOVER, "merge_trained_", stop_at_the_end)
+    (tmp_path / "before").rename(tmp_path / "after")
+    measured_as(monkeypatch, 1.0, 0.5)
+    assert tiny_recovery(tmp_path / "after").best_step == 3
+    whole, after = ((tmp_path / name / "recovered" / "model.safetensors").read_bytes() for name in ("whole", "after"))
+    assert whole == after
+
+
+def test_a_best_state_that_is_gone_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = Path(".recovered.recovery") / "checkpoint-3"
+    measured_as(monkeypatch, 1.0, 0.5, 0.7, 0.8, 0.9)
+    stopped(tmp_path, monkeypatch, RECOVER, "merge_trained_", stop_at_the_end)
+    shutil.rmtree(tmp_path / best)
+    measured_as(monkeypatch, 1.0)
+    with pytest.raises(ArtifactError, match="checkpoint-3, is gone"):
+        tiny_recovery(tmp_path)
+
+    given = iter([1.0, 0.5, 0.7, 0.8, 0.9])
+
+    def measure(_: Any) -> dict[str, float]:
+        value = next(given)
+        if value == 0.9:
+            shutil.rmtree(tmp_path / "while" / best)
+        return {"loss": value}
+
+    monkeypatch.setattr(RecoveryTrainer, "measure", measure)
+    with pytest.raises(ArtifactError, match="best state, step 3, is gone"):
+        tiny_recovery(tmp_path / "while")
+    assert not (tmp_path / "while" / "recovered").exists()
+
+
+def test_how_long_it_may_take_is_said_by_the_call_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopped(Exception):
+        pass
+
+    step = RecoveryTrainer.training_step
+    steps = 0
+
+    def stopped(self: Any, *arguments: Any, **named: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 9:  # two micro-batches in each step; the last measurement was after the third
+            raise Stopped
+        return step(self, *arguments, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(RecoveryTrainer, "training_step", stopped)
+        tiny_recovery(tmp_path, minutes=60)
+    result = tiny_recovery(tmp_path, minutes=1e-6)
+    assert result.ended == "time" and result.num_steps == 4
+
+
+def test_another_unfinished_recovery_is_dropped_where_the_output_is_to_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RecoveryTrainer, "training_step", stop)
+        tiny_recovery(tmp_path)
+    result = recovered_on(TrainingWindows(tiny_windows(8, seed=1)), tmp_path / "recovered", replace=True)
+    assert result.num_steps == 2
+    assert "dropping an unfinished recovery with other inputs" in capsys.readouterr().err

@@ -1,0 +1,90 @@
+"""The teacher's states: read from a file or on the way, and cached for several recoveries."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from foldgpt.folding import fold_, source_model_of
+from foldgpt.plan import FoldPlan
+from foldgpt.recovery import (
+    RecoverySettings,
+    TrainingWindows,
+    recover,
+)
+from foldgpt.recovery.states import States
+from foldgpt.recovery.teacher import Teacher, cache_states
+from models import tiny_model
+from recovery_case import recovered_on, step_losses, tiny_windows
+
+
+def test_the_teacher_may_be_read_from_a_file(tmp_path: Path) -> None:
+    results = []
+    for name in ("fresh", "first", "second"):
+        cache = None if name == "fresh" else tmp_path / "cache"
+        windows = TrainingWindows(tiny_windows(8, seed=1))
+        results.append(recovered_on(windows, tmp_path / name, {"states": 1.0}, teacher_cache=cache))
+    fresh, first, second = (list(step_losses(result.history).values()) for result in results)
+    assert first == second
+    assert first == pytest.approx(fresh, rel=2e-2)  # bf16
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_holds_the_stream_in_front_of_the_cut(tmp_path: Path, dtype: torch.dtype) -> None:
+    """A model in fp32 does not go on from a stream rounded to bf16: the loss would not be that of the saved model."""
+    losses = []
+    for name in ("fresh", "cached"):
+        teacher = tiny_model("llama").to(dtype)
+        plan = FoldPlan.create(source_model_of(teacher), removed=[4])
+        student = copy.deepcopy(teacher)
+        fold_(student, plan)
+        result = recover(
+            student,
+            teacher,
+            plan,
+            TrainingWindows(tiny_windows(8, seed=1)),
+            TrainingWindows(tiny_windows(4, seed=2)),
+            RecoverySettings(batch_size=4, rank=2, train_blocks="behind"),
+            tmp_path / name,
+            teacher_cache=None if name == "fresh" else tmp_path / "cache",
+        )
+        losses.append(list(step_losses(result.history).values()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3 if dtype == torch.bfloat16 else 2e-2)
+    (file,) = (tmp_path / "cache").iterdir()
+    assert file.stat().st_size == 8 * 16 * 32 * 2 * 2
+
+
+def test_the_cache_is_of_one_teacher_and_one_text(tmp_path: Path) -> None:
+    ids = tiny_windows(4, seed=1)
+    models = [tiny_model("llama", seed=seed) for seed in (0, 1)]
+    for model, windows in ((models[0], ids), (models[1], ids), (models[0], tiny_windows(4, seed=2)), (models[0], ids)):
+        teacher = Teacher(model)
+        table = cache_states(teacher, windows, tmp_path, batch_size=2)
+        rows = table.states(torch.tensor([3, 1]), torch.device("cpu"), torch.float32).last_BTH
+        torch.testing.assert_close(rows, teacher.states(windows[[3, 1]]).last_BTH, rtol=1e-2, atol=1e-2)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_a_kill_leaves_of_the_cache_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, teacher = tiny_windows(4, seed=1), Teacher(tiny_model("llama"))
+    states = Teacher.states
+    written: set[Path] = set()
+
+    def watched(self: Teacher, *args: Any) -> States:
+        written.update(tmp_path.glob(".foldgpt-partial-*"))
+        return states(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "states", watched)
+        cache_states(teacher, ids, tmp_path, batch_size=2)
+    (whole,), (partial,) = tmp_path.iterdir(), written
+    whole.rename(partial)
+    other = tmp_path / ".foldgpt-partial-another.states-abcd1234"
+    other.touch()
+    cache_states(teacher, ids, tmp_path, batch_size=2)
+    assert set(tmp_path.iterdir()) == {whole, other}
