@@ -54,6 +54,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--selector", action="append", choices=SELECTORS, help="may be repeated (all)")
     parser.add_argument("--search-seeds", type=int, default=1, help="searches by gates, each with another seed")
     parser.add_argument("--random-seeds", type=int, default=5, help="draws of the selector random")
+    parser.add_argument(
+        "--effort", type=float, help="forward passes of a search by gates, as a share of greedy's (the default's)"
+    )
     parser.add_argument("--sublayers", action="store_true", help="remove attention and MLP apart")
     parser.add_argument("--compensate", action="store_true", help="compensate, in the searches and in the result")
     parser.add_argument("--compensation-tokens", type=int, help="tokens of the final fit (those of the calibration)")
@@ -146,6 +149,7 @@ class Bench:
             ids_WT=self.ids if measured else None,
             compensate=self.arguments.compensate and measured,
             sublayers=self.arguments.sublayers,
+            options={"effort": self.arguments.effort} if selector == "gates" and self.arguments.effort else {},
         )
 
     def units_of(self, selection: Selection) -> tuple[int, ...]:
@@ -233,7 +237,7 @@ def main() -> None:
             **{
                 name: value
                 for name, value in vars(arguments).items()
-                if name not in ("out", "name", "seed", "selector")
+                if name not in ("out", "name", "seed", "selector") and (name != "effort" or value)
             },
             "text": [Path(text).name for text in arguments.text],
             "perplexity": list(bench.tests),
