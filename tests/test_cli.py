@@ -174,7 +174,7 @@ def test_plan_finds_the_best_for_a_size_and_fold_keeps_to_it(model: Path, text: 
     best = min(candidates, key=lambda candidate: candidate["kl"])
     assert plan.origin["chosen"] == best["name"] and plan.removed == tuple(best["removed"])
     # A winner with groups was measured as fitted: without the text in its plan, fold would not fit it.
-    assert [list(group.blocks) for group in plan.groups] == best["groups"] != []
+    assert [list(group.blocks) for group in plan.groups] == [group["blocks"] for group in best["groups"]] != []
     assert plan.fitting is not None
     assert (plan.fitting.texts, plan.fitting.context, plan.fitting.num_tokens) == ((str(text),), 32, 256)
     folded = foldgpt("fold", model, "--plan", tmp_path / "plan.json", "--out", tmp_path / "folded", "-q", "--json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,33 @@ def test_another_way_to_share_does_not_repeat_the_search(recipe: Recipe, tmp_pat
     stages_run.clear()
     pipeline.run(sharing.changed(compensate={"method": "none"}), tmp_path / "run", overwrite=True)
     assert stages_run[:2] == ["selection", "plan"]
+
+
+def test_best_donors_are_measured_again_on_other_windows(
+    inputs: tuple[Path, Path], tmp_path: Path, stages_run: list[str]
+) -> None:
+    """The selection may be the same, but the donors were measured on the windows of before."""
+    select = {"method": "last", "remove": 0, "num_tokens": 32}
+    recipe = Recipe.from_dict(tiny_recipe(*inputs, select=select, share={"method": "adjacent", "donor": "best"}))
+    pipeline.run(recipe, tmp_path / "run")
+    stages_run.clear()
+    pipeline.run(recipe.changed(select={"num_tokens": 256}), tmp_path / "run", overwrite=True)
+    assert stages_run[:2] == ["selection", "plan"]
+
+
+def test_a_teacher_with_another_tokenizer_is_refused_before_training(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    pipeline.run(Recipe.from_dict(tiny_recipe(*inputs)), tmp_path / "run")
+    other = tmp_path / "other"
+    shutil.copytree(inputs[0], other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = dict(zip(ids, reversed(ids.values()), strict=True))
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    recover = {"num_tokens": 128, "context": 16, "held_out_tokens": 32}
+    bench = Workbench(Recipe.from_dict(tiny_recipe(other, inputs[1], recover=recover)))
+    with pytest.raises(UsageError, match="has another tokenizer than"):
+        steps.make_recovered(bench, tmp_path / "run" / "folded", tmp_path / "recovered")
+    assert not (tmp_path / "recovered").exists()
 
 
 def test_what_another_recipe_does_not_ask_for_is_gone(inputs: tuple[Path, Path], tmp_path: Path) -> None:

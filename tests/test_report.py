@@ -252,6 +252,20 @@ def test_a_plan_that_only_shares_or_does_nothing() -> None:
     assert headlines(FoldPlan.create(source), None)[-1].answer == "nothing"
 
 
+def test_what_is_shared_is_said_by_sublayer_and_not_as_a_number_of_blocks() -> None:
+    source = SourceModel(model="m", model_type="llama", num_blocks=6)
+    apart = [
+        Group(blocks=(1, 2), sublayers=("attention",)),
+        Group(blocks=(2, 3, 4), sublayers=("mlp",)),
+        Group(blocks=(4, 5), sublayers=("attention",)),
+    ]
+    [cut] = headlines(FoldPlan.create(source, groups=apart), None)
+    assert cut.question == "What was cut?"
+    assert cut.details == ["4 attentions share 2 sets of weights", "3 MLPs share 1 set of weights"]
+    smaller, cut = headlines(FoldPlan.create(source, removed=[0], groups=apart), None)
+    assert (smaller.answer, smaller.unit) == ("−16.7 %", "blocks")
+
+
 def test_a_fit_that_was_left_out_is_not_claimed(tmp_path: Path) -> None:
     for kept in (False, True):
         folder = write_run(tmp_path / str(kept), plan=plan(compensation=compensation()))

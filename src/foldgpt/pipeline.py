@@ -150,6 +150,8 @@ def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis, selecti
         "windows": bench.calibration.fingerprint,
         "compensate": recipe.compensate.model_dump(mode="json"),
         "share": recipe.share.model_dump(mode="json"),
+        # The windows on which the best donors are measured.
+        "num_tokens": recipe.select.num_tokens if recipe.share.donor == "best" else None,
         "model": recipe.model,
         "seed": recipe.seed,
     }

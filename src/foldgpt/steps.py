@@ -307,6 +307,10 @@ def make_recovered(bench: Workbench, folded: Path, out: Path, *, replace: bool =
         folded: the folded model; it holds its plan.
         out: where the recovered one is saved.
         replace: replace an existing `out`.
+
+    Raises:
+        UsageError: the two have different tokenizers.
+        FoldGPTError: the folded model does not fit in memory, or the recovery failed.
     """
     recipe, section = bench.recipe, bench.recipe.recover
     plan = FoldPlan.load(folded)
@@ -316,6 +320,11 @@ def make_recovered(bench: Workbench, folded: Path, out: Path, *, replace: bool =
     )
     if student.offloaded:
         raise FoldGPTError(f"{folded} does not fit in the memory that is free; it cannot be trained from elsewhere")
+    if not _same_ids(bench.tokenizer, student.tokenizer):
+        raise UsageError(
+            f"{folded} has another tokenizer than {recipe.model}, so it cannot learn from its predictions. "
+            f"Give the model that it was folded from ({plan.source.model}) as teacher."
+        )
     train, held_out = bench.training_windows(out)
     result = recover(
         student.model,
@@ -369,7 +378,7 @@ def make_evaluation(
         str(place), dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
     )
     if windows is not None:
-        _check_same_ids(bench.tokenizer, measured.tokenizer, bench.recipe.model, str(folded))
+        _check_comparable(bench.tokenizer, measured.tokenizer, bench.recipe.model, str(folded))
     speed = section.speed
     if speed and (measured.offloaded or (compare and bench.source.offloaded)):
         note("without speed: there is not enough memory for both models, and bringing weights would be timed as well")
@@ -391,14 +400,19 @@ def make_evaluation(
     )
 
 
-def _check_same_ids(tokenizer: Any, other: Any, name: str, other_name: str) -> None:
-    """Refuse models whose tokenizers number words differently: one's windows mean nothing to the other.
+def _same_ids(tokenizer: Any, other: Any) -> bool:
+    """Whether two tokenizers number words alike; if not, one model's windows mean nothing to the other."""
+    ids, others = (each(_PROBE, add_special_tokens=False)["input_ids"] for each in (tokenizer, other))
+    return bool(ids == others)
+
+
+def _check_comparable(tokenizer: Any, other: Any, name: str, other_name: str) -> None:
+    """Refuse to measure models side by side whose tokenizers number words differently.
 
     Raises:
         UsageError: they do; perplexities per token could not be compared either.
     """
-    ids, others = (each(_PROBE, add_special_tokens=False)["input_ids"] for each in (tokenizer, other))
-    if ids != others:
+    if not _same_ids(tokenizer, other):
         raise UsageError(
             f"{other_name} has another tokenizer than {name}, so perplexities and generations on the same tokens "
             "cannot be compared. Measure each by itself, without a baseline."

@@ -9,6 +9,13 @@ from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan
 from foldgpt.tables import megabytes, millions, percent, significant
 
+#: What the members of a group share, in a word.
+_SHARED = {
+    frozenset({"attention", "mlp"}): "blocks",
+    frozenset({"attention"}): "attentions",
+    frozenset({"mlp"}): "MLPs",
+}
+
 
 @dataclass(frozen=True)
 class Headline:
@@ -21,16 +28,16 @@ class Headline:
 
 
 def headlines(plan: FoldPlan, evaluation: Evaluation | None, *, compensated: bool = False) -> list[Headline]:
-    """The three answers; without an evaluation beside a baseline, what was lost is not known and left out.
+    """The three answers; what is not known without an evaluation beside a baseline is left out.
 
     Args:
         plan: what was cut.
         evaluation: what was measured.
         compensated: whether the compensation that the plan asks for was merged: it is left out where it did not help.
     """
-    answers = [_smaller(plan, evaluation)]
     lost = None if evaluation is None else _lost(evaluation)
-    return [*answers, *([] if lost is None else [lost]), _cut(plan, compensated)]
+    answers = [_smaller(plan, evaluation), lost, _cut(plan, compensated)]
+    return [answer for answer in answers if answer is not None]
 
 
 def short_name(model: str) -> str:
@@ -53,13 +60,14 @@ def block_ranges(blocks: Sequence[int]) -> str:
     return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
 
 
-def _smaller(plan: FoldPlan, evaluation: Evaluation | None) -> Headline:
+def _smaller(plan: FoldPlan, evaluation: Evaluation | None) -> Headline | None:
     question = "How much smaller?"
     num_blocks = plan.source.num_blocks
     blocks = f"{num_blocks} → {len(plan.kept)} blocks"
     if evaluation is None or evaluation.baseline is None:
+        # What sharing and removed sublayers save is not a number of blocks.
         removed = 1 - len(plan.kept) / num_blocks
-        return Headline(question, _less(removed), "blocks", [blocks])
+        return Headline(question, _less(removed), "blocks", [blocks]) if plan.removed else None
     own, other = evaluation.folded.size, evaluation.baseline.size
     details = [
         f"{millions(other.unique_parameters)} → {millions(own.unique_parameters)}",
@@ -114,9 +122,12 @@ def _cut(plan: FoldPlan, compensated: bool) -> Headline:
     hard = [group for group in plan.groups if group.start != "zero"]
     sharing = {block for group in hard for block in group.blocks}
     started = [block for group in at_zero for block in group.started_at_zero]
-    if hard:
-        noun = "set" if len(hard) == 1 else "sets"
-        details.append(f"{len(sharing)} blocks share {len(hard)} {noun} of weights")
+    for sublayers, noun in _SHARED.items():
+        alike = [group for group in hard if set(group.sublayers) == sublayers]
+        if alike:
+            number = len({block for group in alike for block in group.blocks})
+            sets = "set" if len(alike) == 1 else "sets"
+            details.append(f"{number} {noun} share {len(alike)} {sets} of weights")
     if at_zero:
         lenders = block_ranges([group.holder for group in at_zero])
         details.append(f"only positions left, with the weights of {lenders}: {block_ranges(started)}")

@@ -15,7 +15,7 @@ from foldgpt.errors import ArtifactError
 from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan
 from foldgpt.report.compensation import was_compensated
-from foldgpt.report.headline import block_ranges, headlines, short_name
+from foldgpt.report.headline import headlines, short_name
 from foldgpt.report.rows import rows_of
 from foldgpt.report.templating import templates
 from foldgpt.report.training import read_recovery, training_in_words
@@ -65,6 +65,7 @@ def write_model_card(
         .render(
             metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
             name=f"{short_name(plan.source.model)}-folded",
+            source_name=short_name(plan.source.model),
             plan=plan,
             base_model=metadata.get("base_model"),
             headlines=headlines(plan, evaluation, compensated=compensated),
@@ -75,7 +76,6 @@ def write_model_card(
             comparison=None if evaluation is None else rows_of(comparison_table(evaluation)),
             tasks=None if evaluation is None else rows_of(task_table(evaluation)),
             protocol=[] if evaluation is None else protocol_lines(evaluation).plain.splitlines(),
-            groups=[block_ranges(group.blocks) for group in plan.groups],
             version=foldgpt.__version__,
         )
     )

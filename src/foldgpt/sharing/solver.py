@@ -78,7 +78,7 @@ class Candidate:
             "parameters": self.parameters,
             "kl": self.kl,
             "removed": list(self.plan.removed),
-            "groups": [list(group.blocks) for group in self.plan.groups],
+            "groups": [{"blocks": list(g.blocks), "sublayers": list(g.sublayers)} for g in self.plan.groups],
         }
 
 
