@@ -37,7 +37,7 @@ def test_the_hub_reads_it(tmp_path: Path) -> None:
     for part in (
         "# tiny-llama-folded",
         "████··█AABB█",
-        "attention and MLP of blocks 7, 8, donor",
+        "One set of weights each: attention and MLP of 7 and 8; attention and MLP of 9 and 10.",
         "| perplexity | 20 | 25 | 1.25× |",
         "| arc_easy (acc) | 25.0 % |",
         "Perplexity in float32: texts a.txt",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from foldgpt.evaluation import Evaluation
-from foldgpt.plan import FoldPlan
+from foldgpt.plan import FoldPlan, Group
 from foldgpt.tables import megabytes, millions, percent, significant
 
 #: What the members of a group share, in a word.
@@ -43,6 +43,11 @@ def headlines(plan: FoldPlan, evaluation: Evaluation | None, *, compensated: boo
 def short_name(model: str) -> str:
     """The last part of a model's name, without the folders or the account before it."""
     return model.rstrip("/").rpartition("/")[2] or model
+
+
+def what_is_shared(group: Group) -> str:
+    """Attention, MLP or both, in words."""
+    return " and ".join({"attention": "attention", "mlp": "MLP"}[sublayer] for sublayer in group.sublayers)
 
 
 def block_ranges(blocks: Sequence[int]) -> str:

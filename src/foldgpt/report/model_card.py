@@ -15,7 +15,7 @@ from foldgpt.errors import ArtifactError
 from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan
 from foldgpt.report.compensation import was_compensated
-from foldgpt.report.headline import headlines, short_name
+from foldgpt.report.headline import block_ranges, headlines, short_name, what_is_shared
 from foldgpt.report.rows import rows_of
 from foldgpt.report.templating import templates
 from foldgpt.report.training import read_recovery, training_in_words
@@ -76,6 +76,7 @@ def write_model_card(
             comparison=None if evaluation is None else rows_of(comparison_table(evaluation)),
             tasks=None if evaluation is None else rows_of(task_table(evaluation)),
             protocol=[] if evaluation is None else protocol_lines(evaluation).plain.splitlines(),
+            groups=[f"{what_is_shared(group)} of {block_ranges(group.blocks)}" for group in plan.groups],
             version=foldgpt.__version__,
         )
     )
