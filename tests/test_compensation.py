@@ -408,6 +408,30 @@ def test_folding_keeps_a_compensation_that_helps() -> None:
     assert done.num_held_out == 8 * 24 and done.num_tokens == 56 * 24
 
 
+def test_positions_that_start_at_zero_are_compensated_as_removed() -> None:
+    zero = {"start": "zero", "private": ("norms", "scales")}
+    done = {}
+    for name in ("removed", "at zero"):
+        model = tiny_model("llama")
+        groups = [] if name == "removed" else [Group(blocks=(1, 3), **zero)]
+        plan = FoldPlan.create(source_model_of(model), removed=[3] if name == "removed" else [], groups=groups)
+        done[name] = (
+            compensate_(model, plan, _ids(model, 64)),
+            model.get_parameter("model.layers.2.mlp.down_proj.weight"),
+        )
+    assert done["at zero"][0].kept and done["at zero"][0].kl_before > 0
+    assert done["at zero"][0].to_json_dict() == done["removed"][0].to_json_dict()
+    torch.testing.assert_close(done["at zero"][1], done["removed"][1])
+    model = tiny_model("llama")
+    assert list(compensate(model, FoldPlan.create(source_model_of(model), groups=groups), _ids(model))) == [2]
+
+
+def test_a_model_in_fp64_is_compensated() -> None:
+    model = tiny_model("llama").double()
+    done = compensate_(model, FoldPlan.create(source_model_of(model), removed=[3]), _ids(model, 64))
+    assert done.kept and done.kl_after < done.kl_before
+
+
 def test_folding_drops_a_compensation_that_hurts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     plan = FoldPlan.create(source_model_of(model), removed=[3])

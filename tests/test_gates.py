@@ -20,6 +20,7 @@ from foldgpt.plan import FoldPlan
 from foldgpt.replay import Replay
 from foldgpt.selection import RemovalCost, Request, Units, select
 from foldgpt.selection.gating import score_function
+from foldgpt.selection.gating.gates import spans
 from foldgpt.selection.gating.hard_concrete import HardConcrete
 from foldgpt.selection.gating.refine import double_swaps, refine, swaps
 from foldgpt.selection.gating.score_function import ScoreFunction, draw, log_probability
@@ -172,8 +173,9 @@ def test_an_unknown_estimator_or_option_is_refused_with_a_suggestion() -> None:
     [
         ({"steps": "100"}, "steps must be a whole number from 1 on, not '100'"),
         ({"steps": 0}, "not 0"),
-        ({"effort": -1}, "effort must be a number above 0, not -1"),
+        ({"effort": -1}, "effort must be a number above 0 and at most 1,000,000, not -1"),
         ({"effort": float("nan")}, "not nan"),
+        ({"effort": 1e308}, "at most 1,000,000, not 1e+308"),
         ({"refine": "no"}, "true or false, not 'no'"),
         ({"estimator": 3}, "unknown gate estimator 3"),
     ],
@@ -226,31 +228,57 @@ def test_plackett_luce_probabilities_sum_to_one_and_match_the_draws() -> None:
     orders = [list(order) for order in itertools.permutations(range(4), 2)]
     probabilities = log_probability(logits, orders).exp()
     assert float(probabilities.sum()) == pytest.approx(1)
-    drawn = draw(logits, Units.blocks(4, 2), 20_000, torch.Generator().manual_seed(0))
+    drawn = [found.order for found in draw(logits, Units.blocks(4, 2), 20_000, torch.Generator().manual_seed(0))]
     for order, probability in zip(orders, probabilities.tolist(), strict=True):
         assert drawn.count(order) / 20_000 == pytest.approx(probability, abs=0.01)
 
 
-def test_the_gradient_is_unbiased_whatever_the_surrogate_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    units = Units.blocks(5, 2)
-    value = {frozenset(s): 1 + 0.3 * s[0] + s[1] * (s[0] == 1) for s in itertools.combinations(range(5), 2)}
-    logits = torch.tensor([0.2, -0.3, 0.5, 0.0, 0.1], dtype=torch.float64, requires_grad=True)
-    orders = [list(order) for order in itertools.permutations(range(5), 2)]
-    values = torch.tensor([value[frozenset(order)] for order in orders], dtype=torch.float64)
+def test_the_gradient_is_unbiased_whatever_the_surrogate_says() -> None:
+    units = Units.blocks(6, 2)
+    logits = torch.tensor([0.2, -0.3, 0.5, 0.0, 0.1, -0.2], dtype=torch.float64, requires_grad=True)
+    orders = [list(order) for order in itertools.permutations(range(6))]
+    sets = [units.fill(order) for order in orders]
+    value = {s: 1 + 0.3 * min(s) + max(s) * (1 in s) for s in sorted(set(sets), key=sorted)}
+    values = torch.tensor([value[s] for s in sets], dtype=torch.float64)
     (exact,) = torch.autograd.grad((log_probability(logits, orders).exp() * values).sum(), logits)
 
     wrong = {s: -v for v, s in zip(value.values(), reversed(value), strict=True)}
     generator = torch.Generator().manual_seed(0)
-    total = torch.zeros(5, dtype=torch.float64)
+    total = torch.zeros(6, dtype=torch.float64)
     rounds = 300
     for _ in range(rounds):
         drawn, free = draw(logits, units, 8, generator), draw(logits, units, 256, generator)
-        measured = torch.tensor([value[frozenset(o)] - wrong[frozenset(o)] for o in drawn], dtype=torch.float64)
-        predicted = torch.tensor([wrong[frozenset(o)] for o in free], dtype=torch.float64)
+        measured = torch.tensor([value[d.removed] - wrong[d.removed] for d in drawn], dtype=torch.float64)
+        predicted = torch.tensor([wrong[d.removed] for d in free], dtype=torch.float64)
         loss = score_function._surprise(logits, drawn, measured) + score_function._surprise(logits, free, predicted)
         (gradient,) = torch.autograd.grad(loss, logits)
         total += gradient / rounds
     torch.testing.assert_close(total, exact, atol=0.05, rtol=0)
+
+
+def test_what_is_scored_is_the_probability_of_what_was_drawn() -> None:
+    """Of sublayers some may not go and some are put back, so that a draw is more than the set that came of it."""
+    units = Units(3, 2, (2, 3, 2, 3, 2, 3), 5, ("attention",) * 3)
+    logits = torch.tensor([0.9, -0.6, 0.5, 0.0, 0.1, -0.8], dtype=torch.float64, requires_grad=True)
+    orders = [list(order) for order in itertools.permutations(range(6))]
+    filled = [units.filled(order) for order in orders]
+    assert any(set(order[:seen]) != removed for order, (removed, seen) in zip(orders, filled, strict=True))
+    values = torch.tensor([2.0 ** min(removed) + 5 * len(removed) for removed, _ in filled], dtype=torch.float64)
+    probabilities = log_probability(logits, orders).exp()
+    (exact,) = torch.autograd.grad((probabilities * values).sum(), logits, retain_graph=True)
+    scored = log_probability(logits, [order[:seen] for order, (_, seen) in zip(orders, filled, strict=True)])
+    (expected,) = torch.autograd.grad((probabilities.detach() * values * scored).sum(), logits)
+    torch.testing.assert_close(expected, exact)
+    drawn = draw(logits, units, 500, torch.Generator().manual_seed(0))
+    known = {tuple(order[:seen]): removed for order, (removed, seen) in zip(orders, filled, strict=True)}
+    assert all(known[tuple(found.order)] == found.removed for found in drawn)
+
+
+def test_runs_of_whole_blocks_are_looked_at_in_searches_of_sublayers() -> None:
+    assert spans(Units.blocks(5, 2)) == {frozenset({start, start + 1}) for start in range(4)}
+    units = Units(4, 2, (2, 3) * 4, 10, ("attention",) * 4)
+    assert spans(units) == {frozenset(range(2 * start, 2 * start + 4)) for start in range(3)}
+    assert spans(Units(4, 2, (2, 3) * 4, 20, ("attention",) * 4)) == set(), "one block must stay"
 
 
 def test_the_surrogate_learns_that_blocks_depend_on_each_other() -> None:

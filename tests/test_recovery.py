@@ -28,7 +28,7 @@ from foldgpt.recovery import (
     recover,
 )
 from foldgpt.recovery.common import common_blocks, first_changed
-from foldgpt.recovery.distillation import Distillation
+from foldgpt.recovery.distillation import IGNORED, Distillation
 from foldgpt.recovery.inputs import check_inputs
 from foldgpt.recovery.states import Body, States, aligned_blocks
 from foldgpt.recovery.teacher import Teacher
@@ -399,3 +399,44 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path: Path, what: str) -> None:
         scored = torch.zeros_like(windows, dtype=torch.bool) if what == "mask" else None
         recover(student, teacher, plan, TrainingWindows(windows, scored), held_out, settings, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_document_does_not_predict_the_next_one() -> None:
+    """Its first token would be learned from the last document's end."""
+    item = TrainingWindows(torch.tensor([[7, 8, 2, 9, 5, 2, 6]]), document_end=2)[0]
+    assert item["positions"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert item["labels"].tolist() == [IGNORED, 8, 2, IGNORED, 5, 2, IGNORED]
+
+
+def test_weight_decay_leaves_private_scales_and_norms_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decayed: set[str] = set()
+    names = RecoveryTrainer.get_decay_parameter_names
+
+    def watched(self: RecoveryTrainer, model: Any) -> list[str]:
+        found = names(self, model)
+        decayed.update(found)
+        return found
+
+    monkeypatch.setattr(RecoveryTrainer, "get_decay_parameter_names", watched)
+    teacher = tiny_model("llama")
+    group = Group(blocks=(1, 2), donor="mean", private=("norms", "scales"), ranks=2)
+    plan = FoldPlan.create(source_model_of(teacher), groups=[group])
+    student = copy.deepcopy(teacher)
+    fold_(student, plan)
+    windows = TrainingWindows(tiny_windows(4, seed=1))
+    recover(student, teacher, plan, windows, windows, RecoverySettings(weight_decay=0.1, rank=2), tmp_path / "out")
+    assert any(name.endswith(".up") for name in decayed)
+    assert not [name for name in decayed if name.endswith(".scale") or "norm" in name]
+
+
+def test_fsdp_is_refused_for_shared_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = RecoveryTrainer.__init__
+
+    def under_fsdp(self: RecoveryTrainer, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(RecoveryTrainer, "__init__", under_fsdp)
+    with pytest.raises(UsageError, match="FSDP gathers a block's weights"):
+        tiny_recovery(tmp_path)
+    assert not (tmp_path / "recovered").exists()

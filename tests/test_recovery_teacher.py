@@ -18,6 +18,7 @@ from foldgpt.recovery import (
 )
 from foldgpt.recovery.states import States
 from foldgpt.recovery.teacher import Teacher, cache_states
+from foldgpt.recovery.windows import places_in_documents
 from models import tiny_model
 from recovery_case import recovered_on, step_losses, tiny_windows
 
@@ -67,6 +68,17 @@ def test_the_cache_is_of_one_teacher_and_one_text(tmp_path: Path) -> None:
         table = cache_states(teacher, windows, tmp_path, batch_size=2)
         rows = table.states(torch.tensor([3, 1]), torch.device("cpu"), torch.float32).last_BTH
         torch.testing.assert_close(rows, teacher.states(windows[[3, 1]]).last_BTH, rtol=1e-2, atol=1e-2)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_cache_is_of_one_way_to_keep_documents_apart(tmp_path: Path) -> None:
+    teacher, ids = Teacher(tiny_model("llama")), tiny_windows(4, seed=1)
+    ids[:, 5], ids[:, 9] = 11, 13
+    for document_end in (None, 11, 13, 11):
+        table = cache_states(teacher, ids, tmp_path, batch_size=2, document_end=document_end)
+        places = None if document_end is None else places_in_documents(ids, document_end)
+        rows = table.states(torch.arange(4), torch.device("cpu"), torch.float32).last_BTH
+        torch.testing.assert_close(rows, teacher.states(ids, places).last_BTH, rtol=1e-2, atol=1e-2)
     assert len(list(tmp_path.iterdir())) == 3
 
 

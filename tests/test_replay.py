@@ -95,3 +95,14 @@ def test_other_batch_sizes_are_refused() -> None:
     replay = Replay(model, token_ids(model, (4, 8)), batch_size=2)
     with pytest.raises(UsageError, match=r"\[2\]"):
         replay.block(0, replay.states[0])
+
+
+def test_a_model_in_training_mode_is_replayed_without_dropout() -> None:
+    model = tiny_model("gpt2").train()
+    assert model.config.resid_pdrop > 0
+    ids = token_ids(model, (2, 12))
+    replay = Replay(model, ids)
+    assert not model.training
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    torch.testing.assert_close(Head(model).logits(replay.finish(replay.states[-1])), expected, rtol=1e-4, atol=1e-4)

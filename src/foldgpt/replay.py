@@ -38,6 +38,8 @@ class Replay:
         boundaries: "all", or "first" to record no more than what enters block 0. Then the untouched model runs on
             the first micro-batch only, and the states of all others cost next to nothing, in time and in memory.
 
+    The model is put into evaluation mode.
+
     Attributes:
         states: the residual stream h_0 … h_N at the block boundaries, [W, T, H] each, in the model's dtype; h_N
             leaves the last block, before the final norm. h_0 alone with `boundaries="first"`.
@@ -71,7 +73,7 @@ class Replay:
                 f"the windows hold ids outside the model's vocabulary of {vocabulary:,}. "
                 "Was the text tokenized for another model?"
             )
-        self.model = model
+        self.model = model.eval()
         self.ids_WT = ids_WT
         self.batch_size = max(1, 2048 // ids_WT.shape[1]) if batch_size is None else batch_size
         self.num_block_calls = 0.0

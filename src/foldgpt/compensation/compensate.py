@@ -75,7 +75,8 @@ def compensate(
         UsageError: the windows do not fit the model.
         UnsupportedModelError: the model's family cannot be compensated.
     """
-    removed, absent, shared = _parts(removal)
+    # Positions that start at zero contribute nothing yet: for a fit they are removed.
+    removed, absent, shared = _parts(removal.at_start if isinstance(removal, FoldPlan) else removal)
     replay = replay or Replay(model, ids_WT)
     compensator = Compensator(replay, ridge=ridge, outliers=outliers, rounds=rounds)
     kept = [index for index in range(replay.num_blocks) if index not in removed]

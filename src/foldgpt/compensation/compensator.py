@@ -243,7 +243,7 @@ class Compensator:
         """1 / ‖L‖² of each token, 0 for those left out."""
         weight_R = 1 / target_RH.square().sum(-1).clamp_min(1e-30)
         for rows in (inputs_RH, wanted_RH, target_RH):
-            norm_R = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
+            norm_R = torch.linalg.vector_norm(rows.float(), dim=-1)
             if not bool(norm_R.isfinite().all()):
                 raise UsageError(f"the states of block {block} hold values that are not finite")
             median = norm_R.median()

@@ -116,6 +116,7 @@ def compensate_and_judge_(
     Returns:
         What came of it, and the former values of all parameters of the blocks that carry it; none if it is left out.
     """
+    plan = plan.at_start
     corrections = compensate(model, plan, fitted.ids_WT, features=features, ridge=ridge, rounds=rounds, replay=fitted)
     head = Head(model)
     before = _kl(held, head, plan)

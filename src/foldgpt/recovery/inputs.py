@@ -79,8 +79,10 @@ def _check_keeps_documents_apart(model: Any) -> None:
     Most models of transformers see by the places where a document begins. OPT does not, and would go on mixing.
     """
     device = model.get_input_embeddings().weight.device
-    ids_BT = torch.arange(1, 2 * _NUM_TOKENS + 1, device=device)[None] % model.config.get_text_config().vocab_size
-    places_BT = torch.arange(_NUM_TOKENS, device=device).repeat(2)[None]
+    # Two rows: there are attentions that look at the places of a single one only.
+    ids_BT = torch.arange(1, 2 * _NUM_TOKENS + 1, device=device).repeat(2, 1)
+    ids_BT = ids_BT % model.config.get_text_config().vocab_size
+    places_BT = torch.arange(_NUM_TOKENS, device=device).repeat(2, 2)
     body, was_training = Body(model), model.training
     model.eval()
     try:

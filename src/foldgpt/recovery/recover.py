@@ -33,7 +33,7 @@ from foldgpt.recovery.states import aligned_blocks
 from foldgpt.recovery.teacher import CachedStates, Teacher, cache_states
 from foldgpt.recovery.trainable import make_trainable_, merge_trained_, trained_scales
 from foldgpt.recovery.trainer import COMPLETE, RecoveryTrainer
-from foldgpt.recovery.windows import TrainingWindows, places_in_documents
+from foldgpt.recovery.windows import TrainingWindows
 from foldgpt.recovery.work_folder import finish, latest_checkpoint, prepare
 
 #: Beside the checkpoint of the recovered model.
@@ -124,6 +124,11 @@ def recover(
         trainer = RecoveryTrainer(
             module, args, train=train, held_out=held_out, teacher=taught, cache=cache, callbacks=callbacks
         )
+        if trainer.is_fsdp_enabled and (getattr(student.config, "fold_layout", None) or {}).get("borrowed"):
+            raise UsageError(
+                "FSDP gathers a block's weights while it runs, and here positions borrow those of other blocks: train "
+                "a model with shared weights on one device, or with DDP"
+            )
         keep_logs_(trainer.callback_handler.callbacks, out.parent / f"{out.name}.logs" / hash_of(identity)[:8])
         if settings.scale_rate != 1:
             trainer.learn_at(settings.scale_rate, trained_scales(student, plan))
@@ -259,13 +264,13 @@ def _cache(
     """The file of the teacher's states, made by the first process if it is not there."""
     if teacher is None or folder is None:
         return None
-    positions: Tensor | None = None
-    if train.document_end is not None:
-        positions = places_in_documents(train.ids_WT.long(), train.document_end)
-
     def opened() -> CachedStates:
         return cache_states(
-            teacher, train.ids_WT, Path(folder), batch_size=settings.micro_batch_size, positions_WT=positions
+            teacher,
+            train.ids_WT,
+            Path(folder),
+            batch_size=settings.micro_batch_size,
+            document_end=train.document_end,
         )
 
     if is_main:

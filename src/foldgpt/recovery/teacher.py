@@ -18,6 +18,7 @@ from foldgpt.fingerprints import ids_fingerprint, weights_fingerprint
 from foldgpt.objectives import Head
 from foldgpt.progress import bar
 from foldgpt.recovery.states import Body, States
+from foldgpt.recovery.windows import places_in_documents
 
 
 class Teacher:
@@ -75,7 +76,7 @@ class CachedStates:
 
 
 def cache_states(
-    teacher: Teacher, ids_WT: Tensor, folder: Path, *, batch_size: int, positions_WT: Tensor | None = None
+    teacher: Teacher, ids_WT: Tensor, folder: Path, *, batch_size: int, document_end: int | None = None
 ) -> CachedStates:
     """Open the file of a teacher's states on these windows; make it first if it is not there.
 
@@ -84,7 +85,7 @@ def cache_states(
         ids_WT: all training windows.
         folder: where such files are kept; the name says for which teacher, windows and states it is.
         batch_size: windows in one forward pass.
-        positions_WT: places in the documents, if they are kept apart.
+        document_end: the token that ends a document, if documents are kept apart.
 
     Raises:
         ArtifactError: the file cannot be written.
@@ -93,14 +94,14 @@ def cache_states(
     shape = (len(ids_WT), 1 + len(teacher.behind), ids_WT.shape[1], hidden)
     parts = [weights_fingerprint(teacher.model), ids_fingerprint(ids_WT), list(teacher.behind), list(shape)]
     has_entry = teacher.common > 0
-    path = folder / f"{hash_of([*parts, positions_WT is not None, has_entry])[:32]}.states"
+    path = folder / f"{hash_of([*parts, document_end, has_entry])[:32]}.states"
     if not path.is_file():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _alone(path):
                 if not path.is_file():
                     remove_leftovers(path)
-                    _write(teacher, ids_WT, positions_WT, path, shape, batch_size)
+                    _write(teacher, ids_WT, document_end, path, batch_size)
         except OSError as error:
             raise ArtifactError(f"cannot write {path}: {error.strerror or error}. Nothing was left behind.") from error
     return CachedStates(path, shape, has_entry=has_entry)
@@ -121,17 +122,16 @@ def _alone(path: Path) -> Iterator[None]:
 def _write(
     teacher: Teacher,
     ids_WT: Tensor,
-    positions_WT: Tensor | None,
+    document_end: int | None,
     path: Path,
-    shape: tuple[int, int, int, int],
     batch_size: int,
 ) -> None:
     device = next(teacher.model.parameters()).device
     with staged_file(path) as file, bar("the teacher's states", len(ids_WT)) as progress:
         for start in range(0, len(ids_WT), batch_size):
-            rows = slice(start, start + batch_size)
-            places = None if positions_WT is None else positions_WT[rows].to(device)
-            found = teacher.states(ids_WT[rows].to(device).long(), places)
+            ids_BT = ids_WT[start : start + batch_size].to(device).long()
+            places_BT = None if document_end is None else places_in_documents(ids_BT, document_end)
+            found = teacher.states(ids_BT, places_BT)
             entry = [] if found.entry_BTH is None else [found.entry_BTH]
             table = torch.stack([found.last_BTH, *entry, *found.between], dim=1).bfloat16().cpu()
             file.write(table.contiguous().view(torch.int16).numpy().tobytes())

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -19,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from foldgpt.artifacts import remove, write_json
 from foldgpt.errors import ArtifactError, VerificationError
+from foldgpt.modeling.modeling_foldgpt import PrivateTerms
 from foldgpt.recovery.callbacks import MeasureAtEnd, Narrator, TimeBudget
 from foldgpt.recovery.distillation import IGNORED, Distillation
 from foldgpt.recovery.errors import DivergenceError
@@ -96,6 +97,11 @@ class RecoveryTrainer(Trainer):
                     group["params"] = [parameter for parameter in group["params"] if id(parameter) not in self._at_rate]
                     optimizer.add_param_group({**group, "params": apart, "lr": group["lr"] * self._rate})
         return optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As in transformers, without private scales: decay would draw them to 0, where they add nothing."""
+        scales = {f"{name}.scale" for name, module in model.named_modules() if isinstance(module, PrivateTerms)}
+        return [name for name in super().get_decay_parameter_names(model) if name not in scales]
 
     def compute_loss(
         self,

@@ -45,7 +45,9 @@ class TrainingWindows(Dataset[dict[str, Tensor]]):
         labels_T = ids_T if self.scored_WT is None else ids_T.masked_fill(~self.scored_WT[index], IGNORED)
         item = {"input_ids": ids_T, "labels": labels_T, "window": torch.tensor(index)}
         if self.document_end is not None:
-            item["positions"] = places_in_documents(ids_T[None], self.document_end)[0]
+            places_T = places_in_documents(ids_T[None], self.document_end)[0]
+            # The first token of a document does not follow from the one before.
+            item |= {"positions": places_T, "labels": labels_T.masked_fill(places_T == 0, IGNORED)}
         return item
 
     def first(self, num_windows: int) -> TrainingWindows:

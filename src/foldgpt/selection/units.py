@@ -115,13 +115,19 @@ class Units:
         Raises:
             UsageError: no set along this order meets the target.
         """
+        return self.filled(order, start)[0]
+
+    def filled(self, order: Sequence[int], start: Removed = frozenset()) -> tuple[Removed, int]:
+        """As `fill`, and how many units at the beginning of the order it took to know the set."""
         taken: list[int] = []
         left = [unit for unit in order if unit not in start]
+        seen = 0
         while self.missing([*start, *taken]) > 0:
             before = len(taken)
             for unit in left:
                 if self.missing([*start, *taken]) <= 0:
                     break
+                seen = max(seen, order.index(unit) + 1)
                 if self.is_allowed([*start, *taken, unit]):
                     taken.append(unit)
             if len(taken) == before:
@@ -133,7 +139,7 @@ class Units:
             rest = [other for other in taken if other != unit]
             if self.missing([*start, *rest]) <= 0 and self.is_allowed([*start, *rest]):
                 taken = rest
-        return start | frozenset(taken)
+        return start | frozenset(taken), seen
 
 
 def units_of(removed: Iterable[int], attentions: Iterable[int], mlps: Iterable[int], per_block: int) -> list[int]:

@@ -14,7 +14,7 @@ unbiased, whatever the regression says, because it is fitted before the samples 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from foldgpt.errors import FoldGPTError
 from foldgpt.selection.cost import RemovalCost, Sample
 from foldgpt.selection.gating.surrogate import Measurement, Surrogate
-from foldgpt.selection.units import Units
+from foldgpt.selection.units import Removed, Units
 
 #: Sets measured in one step.
 _SAMPLES = 8
@@ -73,12 +73,12 @@ class ScoreFunction:
         sample_index = self._steps % len(self._samples)
         free = draw(self._logits_U, self._cost.units, _FREE_SAMPLES, self._generator)
         drawn = draw(self._logits_U, self._cost.units, _SAMPLES, self._generator)
-        sets = [frozenset(order) for order in drawn]
+        sets = [found.removed for found in drawn]
         # Sets that begin alike, one after another: they share states.
         costs = {s: self._cost.cost(s, self._samples[sample_index]) for s in sorted(set(sets), key=sorted)}
         rewards_S = torch.tensor([costs[s] for s in sets], dtype=torch.float64).clamp_min(1e-12).log()
         predicted_S = self.surrogate.predict(sets)
-        predicted_free_S = self.surrogate.predict([frozenset(order) for order in free])
+        predicted_free_S = self.surrogate.predict([found.removed for found in free])
         # E[(r − f) ∇ log p] from what was measured, and E[f ∇ log p] from what was only predicted.
         loss = _surprise(self._logits_U, drawn, rewards_S - predicted_S) + _surprise(
             self._logits_U, free, predicted_free_S
@@ -100,8 +100,8 @@ class ScoreFunction:
         """The share of drawn sets that keep each unit."""
         generator = torch.Generator().manual_seed(0)
         gone_U = torch.zeros(len(self._cost.units), dtype=torch.float64)
-        for order in draw(self._logits_U, self._cost.units, _FREE_SAMPLES, generator):
-            gone_U[order] += 1 / _FREE_SAMPLES
+        for found in draw(self._logits_U, self._cost.units, _FREE_SAMPLES, generator):
+            gone_U[list(found.removed)] += 1 / _FREE_SAMPLES
         return 1 - gone_U
 
     def has_settled(self) -> bool:
@@ -136,22 +136,35 @@ class ScoreFunction:
             self.surrogate.fit(self.measurements)
 
 
-def draw(logits_U: Tensor, units: Units, number: int, generator: torch.Generator) -> list[list[int]]:
-    """Sets drawn without replacement until the budget is met, each in the order of the draw."""
+class Drawn(NamedTuple):
+    """A set that was drawn.
+
+    Attributes:
+        removed: the set.
+        order: the units in the order of the draw, as far as they decided it. Not all of them need be in the set: some
+            may not go, and some are put back.
+    """
+
+    removed: Removed
+    order: list[int]
+
+
+def draw(logits_U: Tensor, units: Units, number: int, generator: torch.Generator) -> list[Drawn]:
+    """Sets drawn without replacement until the budget is met."""
     uniform = torch.rand(number, len(units), generator=generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
     perturbed = logits_U.detach() - (-uniform.log()).log()
     drawn = []
     for order in perturbed.argsort(-1, descending=True).tolist():
-        removed = units.fill(order)
-        drawn.append([unit for unit in order if unit in removed])
+        removed, seen = units.filled(order)
+        drawn.append(Drawn(removed, order[:seen]))
     return drawn
 
 
-def _surprise(logits_U: Tensor, drawn: list[list[int]], values_S: Tensor) -> Tensor:
+def _surprise(logits_U: Tensor, drawn: list[Drawn], values_S: Tensor) -> Tensor:
     """A scalar whose gradient is that of E[value] by the score function, each value less the mean of the others."""
     number = len(drawn)
     advantage_S = (values_S - values_S.mean()) * number / max(1, number - 1)
-    return (advantage_S * log_probability(logits_U, drawn)).mean()
+    return (advantage_S * log_probability(logits_U, [found.order for found in drawn])).mean()
 
 
 def log_probability(logits_U: Tensor, drawn: list[list[int]]) -> Tensor:
