@@ -340,6 +340,15 @@ def test_interrupted_sweep_goes_on_where_it_was(tmp_path: Any, monkeypatch: pyte
     assert not checkpoint.exists()
 
 
+def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_sweep(tmp_path: Any) -> None:
+    model = tiny_model("llama")
+    (tmp_path / "file").write_text("")
+    handle = _kill_at_micro_batch(model, 1)
+    with pytest.raises(ArtifactError, match=r"cannot write .*partial\.json: Not a directory"):
+        analyze(model, token_ids(model, (2, 16)), checkpoint=tmp_path / "file" / "partial.json")
+    handle.remove()
+
+
 @pytest.mark.parametrize("change", ["windows", "weights", "source", "mask", "damaged"])
 def test_checkpoint_of_another_request_is_not_used(change: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "_CHECKPOINT_SECONDS", 0.0)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import pytest
 from foldgpt import artifacts
 from foldgpt.artifacts import (
     check_free,
+    check_free_file,
+    check_free_folder,
     hash_of,
     hash_of_file,
     read_json,
@@ -320,6 +322,37 @@ def test_a_place_is_free_if_nothing_would_be_lost(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match=f"{place} already exists"):
             check_free(tmp_path / place)
         check_free(tmp_path / place, replace=True)
+
+
+@pytest.mark.parametrize("check", [check_free, check_free_file, check_free_folder])
+def test_a_place_that_cannot_be_made_is_not_free(tmp_path: Path, check: Callable[..., None]) -> None:
+    (tmp_path / "file").write_text("")
+    for place in ("file/x", "file/new/x"):
+        with pytest.raises(ArtifactError, match=f"cannot write .*{place}: Not a directory"):
+            check(tmp_path / place, replace=True)
+    check(tmp_path / "new" / "sub" / "x")
+    assert names(tmp_path) == ["file"], "a check leaves nothing behind"
+
+
+def test_what_is_written_into_a_folder_needs_no_right_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mounted folder can be filled, but not be replaced as a whole."""
+    (tmp_path / "mounted").mkdir()
+    temporary = artifacts.tempfile.TemporaryFile
+
+    def only_inside(*, dir: Path) -> Any:
+        if dir == tmp_path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
+        return temporary(dir=dir)
+
+    monkeypatch.setattr(artifacts.tempfile, "TemporaryFile", only_inside)
+    check_free(tmp_path / "mounted")
+    check_free_file(tmp_path / "mounted" / "file")
+    with pytest.raises(ArtifactError, match=r"cannot write .*mounted: Permission denied"):
+        check_free_folder(tmp_path / "mounted")
+    with pytest.raises(ArtifactError, match=r"cannot write .*file: Permission denied"):
+        check_free_file(tmp_path / "file")
 
 
 @needs_sigkill

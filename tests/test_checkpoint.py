@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import functools
 import json
 import os
 import shutil
@@ -333,6 +334,41 @@ def test_blocks_that_share_a_cache_slot_do_not_pass(saved: tuple[Any, Path], mon
         verify_checkpoint(folder, model)
 
 
+@pytest.mark.parametrize(
+    ("fails", "message"),
+    [
+        (lambda model, arguments: True, "the model in memory cannot be run: no such length"),
+        (
+            lambda model, arguments: model.config.name_or_path != "in memory",
+            "the saved model cannot be run: no such length",
+        ),
+        (
+            lambda model, arguments: arguments.get("use_cache"),
+            "the saved model, decoding with a KV cache, cannot be run: no such length",
+        ),
+    ],
+    ids=["in memory", "saved", "with a cache"],
+)
+def test_a_model_that_cannot_be_run_does_not_pass(
+    saved: tuple[Any, Path], fails: Callable[..., Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder = saved
+    model.config.name_or_path = "in memory"
+    run = modeling_llama.LlamaForCausalLM.forward
+
+    @functools.wraps(run)
+    def run_or_fail(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if fails(self, kwargs):
+            raise ValueError("no such length\nand more")
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(modeling_llama.LlamaForCausalLM, "forward", run_or_fail)
+    model.train()
+    with pytest.raises(VerificationError, match=f"^{message}$"):
+        verify_checkpoint(folder, model)
+    assert model.training
+
+
 def test_a_half_precision_checkpoint_is_held_to_its_own_precision(tmp_path: Path) -> None:
     model, plan = folded(shared=True)
     model.to(torch.bfloat16)
@@ -407,6 +443,21 @@ def test_a_folded_model_is_not_folded_again() -> None:
     fold_(model, plan)
 
 
+def test_an_unfolded_model_without_sublayers_says_what_it_is(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    groups = [Group(blocks=(4, 5), ranks=1, private=("norms", "scales"))]
+    plan = FoldPlan.create(source_model_of(model), removed=[1], removed_mlp=[2], groups=groups)
+    fold_(model, plan)
+    again = "sublayers of this model are removed already; fold the source itself"
+    refused(model, plan, PlanError, again)
+    unfold_(model)
+    rest = FoldPlan.create(plan.source, removed=[1], removed_mlp=[2])
+    assert FoldPlan.from_json_dict(model.config.fold_plan) == rest
+    assert not model.config.fold_layout["borrowed"] and not model.config.fold_layout["private"]
+    refused(model, plan, PlanError, again)
+    assert save_folded(model, rest, tmp_path / "unfolded").logits_identical
+
+
 def test_a_model_that_shares_nothing_cannot_be_unfolded() -> None:
     model, _ = folded()
     with pytest.raises(PlanError, match="LlamaForCausalLM shares no weights; there is nothing to unfold"):
@@ -433,6 +484,29 @@ def test_offloaded_weights_cannot_be_shared_and_nothing_is_changed(saved: tuple[
     groups = [Group(blocks=(0, 2), donor="last"), Group(blocks=(3, 4))]
     plan = FoldPlan.create(source_model_of(model), removed=[1], groups=groups)
     refused(model, plan, UnsupportedModelError, r"weights of blocks \[3, 4\] are offloaded")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_is_offloaded_whole_is_saved_and_verified(tmp_path: Path, dtype: torch.dtype) -> None:
+    tiny_model("llama").to(dtype).save_pretrained(tmp_path / "source")
+    device_map = dict.fromkeys(("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb"), "disk")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "source", device_map={**device_map, "lm_head": "cpu"}, offload_folder=tmp_path / "offload"
+    )
+    assert next(model.parameters()).is_meta
+    plan = FoldPlan.create(source_model_of(model), removed=[1, 2])
+    fold_(model, plan)
+    verification = save_folded(model, plan, tmp_path / "folded")
+    assert verification.logits_identical
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded")
+    ids = token_ids(loaded)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    if dtype == torch.bfloat16:
+        # What passes for rounding there is looked at again in fp32; the hooks bring the weights in that.
+        edit_weights(tmp_path / "folded", lambda tensors: tensors["model.layers.2.mlp.up_proj.weight"].mul_(1.02))
+        with pytest.raises(VerificationError, match="computes something else"):
+            verify_checkpoint(tmp_path / "folded", model)
 
 
 # ----------------------------------------------------------------------------------------- quantised sources

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +17,8 @@ from typer.testing import CliRunner, Result
 
 from foldgpt import hub, progress
 from foldgpt.cli import app
-from foldgpt.plan import FoldPlan
+from foldgpt.errors import ArtifactError
+from foldgpt.plan import FoldPlan, SourceModel
 from foldgpt.recipe import Recipe
 from foldgpt.selection.gating.score_function import ScoreFunction
 from models import tiny_model
@@ -122,6 +125,145 @@ def test_a_folder_in_place_of_a_file_is_refused_before_anything_runs(model: Path
     (tmp_path / "taken").mkdir()
     made = foldgpt(verb, model, "--overwrite", "--out", tmp_path / "taken", "-q")
     assert made.exit_code == 1 and "is a folder, and a file is to be written there" in made.stderr
+
+
+WITHOUT_SEARCH = ("--select", "last", "--remove", 1, "--compensate", "none")
+
+
+@pytest.mark.parametrize("verb", ["analyze", "plan", "fold", "recover", "eval", "run"])
+def test_a_place_below_a_file_is_refused_before_anything_is_loaded(
+    model: Path, text: Path, tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foldgpt.workbench.load_source", lambda *_, **__: pytest.fail("nothing must be loaded"))
+    monkeypatch.setattr("foldgpt.steps.load_source", lambda *_, **__: pytest.fail("nothing must be loaded"))
+    (tmp_path / "file").write_text("")
+    arguments = {
+        "plan": [model, "--select", "greedy", "--remove", 1, "--text", text, *CALIBRATION],
+        "fold": [model, "--plan", tmp_path / "plan.json"],
+        "recover": [tmp_path / "folded", "--teacher", model, "--tokens", 64, "--text", text],
+        "run": ["--model", model, "--remove", 1, "--text", text, *CALIBRATION],
+    }.get(verb, [model])
+    for out in (tmp_path / "file" / "out", tmp_path / "file" / "new" / "out"):
+        made = foldgpt(verb, *arguments, "--out", out, "-q")
+        assert made.exit_code == 1, made.output
+        assert made.stderr.startswith(f"error: cannot write {out}") and "Not a directory" in made.stderr
+
+
+def test_measurements_are_shown_before_they_are_written(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise ArtifactError("cannot write it: No space left on device")
+
+    monkeypatch.setattr("foldgpt.artifacts.write_json", full)
+    made = foldgpt(
+        *("eval", model, "--perplexity", text, "--context", 32, "--max-windows", 2, "--no-speed", "--no-memory"),
+        *("--out", tmp_path / "evaluation.json", "-q"),
+    )
+    assert made.exit_code == 1 and "No space left" in made.stderr
+    assert "perplexity" in made.stdout
+
+
+def test_overwrite_replaces_a_folded_model_and_nothing_else(model: Path, text: Path, tmp_path: Path) -> None:
+    plan, folded, thesis = tmp_path / "plan.json", tmp_path / "folded", tmp_path / "mine" / "thesis" / "a.txt"
+    assert foldgpt("plan", model, *WITHOUT_SEARCH, "--out", plan, "-q").exit_code == 0
+    fold = ("fold", model, "--plan", plan, "--overwrite", "-q", "--out")
+    assert foldgpt(*fold, folded).exit_code == 0
+    assert foldgpt(*fold, folded).exit_code == 0
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    (tmp_path / "link").symlink_to(model)
+    inside = model / "inside"
+    cases = [
+        (tmp_path / "mine", "holds something else than a folded model"),
+        (model, f"is the model {model}, which is read"),
+        (tmp_path / "link", "is the model"),
+        (model.parent, "contains the model"),
+        (inside, "lies inside the model"),
+    ]
+    recover = ("recover", folded, "--tokens", 64, "--text", text, "--overwrite", "-q")
+    asked: list[tuple[tuple[object, ...], Path, str]] = []
+    for out, message in cases:
+        asked += [(fold[:-1], out, message), ((*recover, "--teacher", model), out, message)]
+    asked += [((*recover, "--teacher", model), folded, "is the model"), ((*recover, "--teacher", folded), model, "mod")]
+    before = sorted(path for place in (model, tmp_path) for path in place.rglob("*"))
+    for arguments, out, message in asked:
+        made = foldgpt(*arguments, "--out", out)
+        assert made.exit_code == 1 and message in made.stderr, made.output
+    assert sorted(path for place in (model, tmp_path) for path in place.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(13, "Permission denied", "/private/t.txt"), "error: /private/t.txt: Permission denied"),
+        (OSError("cannot load the thing\nand more"), "error: cannot load the thing"),
+        (OSError(), "error: OSError"),
+    ],
+)
+def test_an_error_of_the_system_is_one_line(
+    error: OSError, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path) -> bool:
+        raise error
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    made = foldgpt("show", tmp_path)
+    assert made.exit_code == 1 and made.stderr == f"{message}\n"
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Path, "is_file", lambda self: (_ for _ in ()).throw(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    )
+    assert "error" not in foldgpt("show", tmp_path).stderr
+
+
+def test_eval_prints_what_models_write(model: Path, text: Path) -> None:
+    plain = ("eval", model, "--generations", 2, "--context", 32, "--max-windows", 2, "--no-speed", "--no-memory", "-q")
+    made = foldgpt(*plain, "--perplexity", text)
+    assert made.exit_code == 0, made.output
+    assert made.stdout.splitlines().count("  model:") == 2
+    made = foldgpt(*plain)
+    assert made.exit_code == 2 and "name the text with --perplexity" in made.stderr
+
+
+def test_a_long_strip_is_cut_at_whole_tens_in_a_narrow_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    FoldPlan.create(SourceModel(model="m", model_type="llama", num_blocks=78), removed=[75]).save(tmp_path / "p.json")
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", foldgpt("show", tmp_path / "p.json").stdout).splitlines()
+    assert lines[1] == "block " + 70 * "█" and lines[2:4] == ["      70", "block █████·██"]
+
+
+@pytest.mark.parametrize("verb", ["run", "compare"])
+def test_flags_of_the_machine_and_the_source_take_the_place_of_the_recipes(
+    model: Path, text: Path, tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(model, text, revision="old", max_memory_gb=1.0)))
+    seen: list[Recipe] = []
+
+    def stop(recipe: Recipe, *_: object, **__: object) -> None:
+        seen.append(recipe)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("foldgpt.pipeline.run", stop)
+    monkeypatch.setattr("foldgpt.side_by_side.compare", stop)
+    flags = ("--revision", "new", "--max-memory-gb", 2.5, "--trust-remote-code")
+    assert foldgpt(verb, tmp_path / "recipe.yaml", *flags, "--out", tmp_path / "out").exit_code == 130
+    assert foldgpt(verb, tmp_path / "recipe.yaml", "--out", tmp_path / "out").exit_code == 130
+    assert [(each.revision, each.max_memory_gb, each.trust_remote_code) for each in seen] == [
+        ("new", 2.5, True),
+        ("old", 1.0, False),
+    ]
+
+
+def test_no_default_is_promised_where_there_is_none() -> None:
+    text = " ".join(foldgpt("plan", "--help").stdout.split())
+    said = text.partition("--remove <int>")[2].partition("--remove-ratio <float>")[0]
+    assert "default" not in said and "needed" in said
 
 
 def test_plan_measures_by_itself_and_knows_its_groups(model: Path, text: Path, tmp_path: Path) -> None:
@@ -255,7 +397,7 @@ def test_json_is_alone_on_standard_output(model: Path, text: Path, tmp_path: Pat
         (
             ["plan", "MODEL", "--start", "zero", "--out", "OUT"],
             2,
-            "rank, scales, fit and start say how blocks share weights",
+            "start says how blocks share weights",
         ),
         (
             ["plan", "MODEL", "--share", "adjacent", "--start", "zero", "--donor", "mean", "--out", "OUT"],

@@ -22,6 +22,7 @@ from comparison_inputs import comparison
 from foldgpt import pipeline, side_by_side
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.cli import app
+from foldgpt.cli.printing import print_comparison
 from foldgpt.comparison import (
     Comparison,
     Interval,
@@ -182,6 +183,11 @@ def test_options_belong_to_the_selector_they_were_given_for() -> None:
         for row in rows_of_recipe(recipe_of(select={"method": "gates", "remove": 2, "options": {"steps": 3}}))
     }
     assert rows["gates"].select.options == {"steps": 3} and rows["greedy"].select.options == {}
+    apart = {"method": "gates", "remove": 2, "options": {"steps": 3}, "sublayers": True}
+    section = {"rows": {"bi": None, "mine": {"select": {"method": "greedy", "sublayers": True}}}}
+    rows = {row.name: row.recipe for row in rows_of_recipe(recipe_of(select=apart, compare=section))}
+    assert (rows["bi"].select.options, rows["bi"].select.sublayers) == ({}, False)
+    assert (rows["mine"].select.options, rows["mine"].select.sublayers) == ({}, True)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +280,39 @@ def test_tasks_count_the_same_and_are_resampled_apart() -> None:
         confidence=0.95,
     )
     assert interval.difference == pytest.approx((1 + 0.75) / 2)
-    assert (interval.low, interval.high) == (pytest.approx(0.5 + 0.25 / 2), 1.0)
+    # Resamples reach from one right answer in four to four; Student's quantile for four items over the normal one.
+    wider = 3.182446 / 1.959964 * math.sqrt(4 / 3)
+    assert interval.low == pytest.approx(0.875 - wider * (0.875 - (0.5 + 0.25 / 2)))
+    assert interval.high == pytest.approx(0.875 + wider * (1.0 - 0.875))
+
+
+@pytest.mark.parametrize(("num_windows", "plain"), [(5, 0.16), (8, 0.1)])
+def test_equal_models_seldom_differ_for_certain_on_a_few_windows(
+    num_windows: int, plain: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def certain() -> float:
+        generator = numpy.random.default_rng(num_windows)
+        windows = perplexity_with(numpy.full(num_windows, 300.0))
+        found = 0
+        for seed in range(1000):
+            own = perplexity_with(300 + generator.standard_normal(num_windows))
+            found += perplexity_difference(own, windows, samples=300, confidence=0.95, seed=seed).is_certain
+        return found / 1000
+
+    assert certain() == pytest.approx(0.05, abs=0.02)
+    monkeypatch.setattr("foldgpt.comparison.bootstrap._widening", lambda *_: 1.0)
+    assert certain() == pytest.approx(plain, abs=0.03), "without widening"
+
+
+def test_a_task_of_a_single_item_leaves_all_open() -> None:
+    """How the accuracy on it would vary is not known, however sure the other task is."""
+    right, wrong = numpy.ones(50), numpy.zeros(50)
+    right[0] = 0
+    own = {"many": score_with(right), "one": score_with(numpy.ones(1))}
+    other = {"many": score_with(wrong), "one": score_with(numpy.zeros(1))}
+    interval = accuracy_difference(own, other, samples=200, confidence=0.95)
+    assert interval.low == interval.high == interval.difference == pytest.approx(0.99)
+    assert not interval.is_certain
 
 
 def test_the_same_model_differs_from_itself_by_nothing_and_seeds_decide_the_rest() -> None:
@@ -522,6 +560,32 @@ def test_verdicts(recipe: Recipe, tmp_path: Path) -> None:
         Comparison.load(tmp_path / "x.json")
     written = write_comparison(result, tmp_path / "elsewhere")
     assert Comparison.load(written["json"]) == result
+
+
+@pytest.mark.parametrize("columns", [None, 80])
+def test_tables_are_printed_whole_with_the_names_of_the_rows(
+    columns: int | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redirected, and in a terminal of 80 columns. Brackets and colons are markup to rich, unless told otherwise."""
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    names = ["source", "bi", "gates [kl]", "gates [lm]", "last [/old]", "gates :cat:", "bi"]
+    shown = comparison()
+    methods = [replace(method, name=name) for method, name in zip(shown.methods, names, strict=True)]
+    print_comparison(replace(shown, methods=methods), as_json=False)
+    tables = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines() if line[0] in "┃│"]
+    for part in (
+        *names,
+        "parameters",
+        "above chance",
+        "134.0 M",
+        "41,234",
+        "+41,000 [+38,000, +44,000] worse",
+        "1.22×",
+    ):
+        assert any(f" {part} " in line for line in tables), part
+    assert columns is None or max(map(len, tables)) <= columns
 
 
 def test_on_the_command_line(recipe: Recipe, tmp_path: Path) -> None:

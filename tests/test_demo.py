@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -10,6 +11,7 @@ import sys
 import types
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,6 +160,21 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("FOLDGPT_CACHE", str(tmp_path / "file"))
     with pytest.raises(SourceError, match="FOLDGPT_CACHE"):
         demo_text("wikipedia")
+
+
+def test_a_cache_that_may_only_be_read_is_enough_for_what_is_in_it(
+    shop: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "MODELS", {"tiny": shop.payload, "other": replace(shop.payload, sha256="0" * 64)})
+    folder = demo_model("tiny", lambda file, folder: folder.mkdir())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(demo.FileLock, "acquire", refuse)
+    assert demo_model("tiny", lambda file, folder: pytest.fail("it is there")) == folder
+    with pytest.raises(SourceError, match=r"cannot write the cache .*: Read-only file system"):
+        demo_model("other", lambda file, folder: pytest.fail("without a lock"))
 
 
 def test_markup_is_taken_out() -> None:

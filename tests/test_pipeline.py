@@ -194,6 +194,79 @@ def test_measurements_of_another_plan_are_gone_when_a_run_stops(
     assert names == {"analysis.json", "plan.json", "recipe.yaml", "run.json", "selection.json", "source.json"}
 
 
+@pytest.mark.parametrize(
+    ("stopped_in", "left"),
+    [
+        ("make_analysis", {"recipe.yaml", "run.json", "source.json"}),
+        ("make_selection", {"analysis.json", "recipe.yaml", "run.json", "source.json"}),
+    ],
+)
+def test_a_folder_whose_take_over_stopped_is_of_one_recipe(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_in: str, left: set[str]
+) -> None:
+    """The page of a new recipe would show the numbers of the old model."""
+    pipeline.run(recipe, tmp_path / "run")
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise FoldGPTError("stopped")
+
+    monkeypatch.setattr(pipeline, stopped_in, stopped)
+    other = recipe.changed(model=str(tiny_source(tmp_path / "gemma2", "gemma2")))
+    with pytest.raises(FoldGPTError, match="stopped"):
+        pipeline.run(other, tmp_path / "run", overwrite=True)
+    assert {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")} == left
+    assert Recipe.load(tmp_path / "run" / "recipe.yaml") == other
+
+
+@pytest.mark.parametrize("changes", [{"select": {"options": {"colour": 1}}}, {"evaluate": {"texts": ["nowhere.txt"]}}])
+def test_a_run_is_whole_where_its_take_over_is_refused(
+    recipe: Recipe, tmp_path: Path, stages_run: list[str], changes: dict[str, Any]
+) -> None:
+    pipeline.run(recipe, tmp_path / "run")
+    with pytest.raises(FoldGPTError):
+        pipeline.run(recipe.changed(**changes), tmp_path / "run", overwrite=True)
+    stages_run.clear()
+    pipeline.run(recipe, tmp_path / "run")
+    assert stages_run == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("recipe.yaml", "{"),
+        ("recipe.yaml", "model: m\nolder_key: 1\n"),
+        ("run.json", "{"),
+        ("run.json", '{"format": "foldgpt.run", "stages": [1]}'),
+        ("run.json", '{"format": "foldgpt.run", "stages": {"plan": {"seconds": "long"}}}'),
+    ],
+)
+def test_a_damaged_run_is_refused_and_may_be_taken_over(
+    recipe: Recipe, tmp_path: Path, stages_run: list[str], name: str, content: str
+) -> None:
+    pipeline.run(recipe, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content)
+    with pytest.raises(ArtifactError, match=rf"run that cannot be read \(.*{name}.*\)\..* pass --overwrite"):
+        pipeline.run(recipe, tmp_path / "run")
+    stages_run.clear()
+    pipeline.run(recipe, tmp_path / "run", overwrite=True)
+    # The ledger knows what the recipe does not; without it nothing is known of what is there.
+    assert stages_run == (STAGES if name == "run.json" else [])
+    assert Recipe.load(tmp_path / "run" / "recipe.yaml") == recipe
+
+
+def test_leftovers_of_a_run_below_this_one_are_not_touched(recipe: Recipe, tmp_path: Path) -> None:
+    """It may still be going: each run has its own lock."""
+    own, other = (tmp_path / "run" / name for name in (".foldgpt-partial-folded-abcdefgh", "two"))
+    going_on = other / own.name
+    for folder in (own, going_on):
+        folder.mkdir(parents=True)
+    in_own = tmp_path / "run" / "figures" / ".foldgpt-partial-plan.png-abcdefgh"
+    write_text(in_own, "half")
+    recipe.save(tmp_path / "run" / "recipe.yaml")
+    with open_run(tmp_path / "run", recipe):
+        assert going_on.is_dir() and not own.exists() and not in_own.exists()
+
+
 def test_measurements_keep_the_machine_and_day_they_were_made_on(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,7 +306,23 @@ def test_mistakes_in_what_is_measured_show_before_anything_runs(
         ({"recover": {"num_tokens": 4096, "texts": ["nowhere.txt"]}}, "nowhere.txt"),
         ({"recover": {"num_tokens": 10_000_000, "context": 32}}, "too short: .* 10,0.* are asked for"),
         ({"select": {"remove": 6}}, "select.remove is 6, .* has 6 blocks"),
-        ({"compensate": {"method": "linear"}, "calibration": {"num_tokens": 63}}, "there must be two"),
+        ({"select": {"remove_ratio": 0.95}}, "select.remove_ratio is 0.95, .* has 6 blocks"),
+        ({"select": {"options": {"colour": 1}}}, "'bi' has no option 'colour'"),
+        ({"select": {"method": "gates", "options": {"effort": 1e308}}}, "effort must be a number above 0 and at most"),
+        ({"select": {"sublayers": True}}, "'bi' removes whole blocks"),
+        ({"select": {"remove": 0}, "share": {"method": "adjacent", "start": "zero"}}, "nothing is to be removed"),
+        (
+            {"compensate": {"method": "linear"}, "calibration": {"num_tokens": 63}},
+            r"fitted \(compensate.method\) .* there must be two",
+        ),
+        (
+            {
+                "compensate": {"method": "none"},
+                "calibration": {"num_tokens": 63},
+                "share": {"method": "auto", "size": "0.7"},
+            },
+            r"fitted \(share.method auto\) .* there must be two",
+        ),
         ({"recover": {"num_tokens": 4096, "report_to": ["tensorbord"]}}, "unknown logger 'tensorbord'.*tensorboard"),
         ({"recover": {"num_tokens": 4096, "context": 512}}, "recover.context is 512.* 128 positions"),
         ({"calibration": {"context": 512, "num_tokens": 1024}}, "calibration.context is 512.* 128 positions"),
@@ -384,13 +473,19 @@ def test_an_unknown_donor_is_refused_before_anything_runs(recipe: Recipe, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_failing_stage_keeps_the_finished_ones(recipe: Recipe, tmp_path: Path, stages_run: list[str]) -> None:
-    with pytest.raises(UsageError, match="no option 'colour'"):
-        pipeline.run(recipe.changed(select={"options": {"colour": 1}}), tmp_path / "run")
+def test_a_failing_stage_keeps_the_finished_ones(
+    recipe: Recipe, tmp_path: Path, stages_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise FoldGPTError("failed")
+
+    with monkeypatch.context() as patched, pytest.raises(FoldGPTError, match="failed"):
+        patched.setattr(pipeline, "make_selection", failing)
+        pipeline.run(recipe, tmp_path / "run")
     assert (tmp_path / "run" / "analysis.json").is_file()
     assert not (tmp_path / "run" / "plan.json").exists()
     stages_run.clear()
-    pipeline.run(recipe, tmp_path / "run", overwrite=True)
+    pipeline.run(recipe, tmp_path / "run")
     assert stages_run == STAGES[1:]
 
 

@@ -116,6 +116,13 @@ def test_every_field_is_documented_in_the_schema() -> None:
             {"model": "x", "select": {"remove": 1, "remove_ratio": 0.5}},
             "select: give remove or remove_ratio, not both",
         ),
+        ({"model": "x", "recover": {"minutes": float("inf")}}, "recover.minutes: Input should be a finite number"),
+        ({"model": "x", "share": {"donor": "mean"}}, "share: donor says how blocks share weights, but method is none"),
+        ({"model": "x", "share": {"group_size": 3}}, "share: group_size says how blocks share weights"),
+        (
+            {"model": "x", "share": {"method": "adjacent", "sublayers": ["mlp", "mlp"]}},
+            "share: sublayers are named twice: ['mlp', 'mlp']",
+        ),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:50],
 )
@@ -143,6 +150,8 @@ def test_whole_numbers_do_for_fractions() -> None:
     [
         ("model: x\nselect: {method: bi\nseed: 1\n", r"is not valid YAML: .* at line \d+, column \d+"),
         ("model: x\n\tseed: 1\n", r"is not valid YAML: .* at line 2, column 1"),
+        ("model: x\nseed: 2024-13-45\n", r"'2024-13-45' is no timestamp; put text in quotes at line 2, column 7"),
+        ("model: x\nseed: !!int one\n", r"'one' is no int; put text in quotes at line 2, column 7"),
         ("- model\n", "must be a mapping of keys to values, such as `model: "),
         ("", "must be a mapping of keys to values"),
         ("model: x\nselct: {}\n", r"recipe\.yaml: selct: unknown key\. Did you mean 'select'"),
@@ -171,9 +180,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_changed_leaves_alone_what_is_none() -> None:
     recipe = Recipe.from_dict({"model": "x", "seed": 3, "select": {"method": "random", "remove": 2}})
-    changed = recipe.changed(seed=None, dtype="float32", select={"remove": 4, "method": None}, share={"group_size": 3})
+    changed = recipe.changed(seed=None, dtype="float32", select={"remove": 4, "method": None}, evaluate={"context": 64})
     assert (changed.model, changed.seed, changed.dtype) == ("x", 3, "float32")
-    assert (changed.select.method, changed.select.remove, changed.share.group_size) == ("random", 4, 3)
+    assert (changed.select.method, changed.select.remove, changed.evaluate.context) == ("random", 4, 64)
     assert (recipe.dtype, recipe.select.remove) == ("auto", 2), "the recipe itself is as it was"
 
 
@@ -231,6 +240,16 @@ def test_a_new_count_takes_the_place_of_a_ratio() -> None:
     by_ratio = Recipe.from_dict({"model": "m", "select": {"remove_ratio": 0.2}})
     assert by_ratio.changed(select={"remove": 3, "remove_ratio": None}).select.remove_ratio is None
     assert by_ratio.changed(select={"remove": None}).select.remove_ratio == 0.2
+
+
+def test_another_selector_has_options_of_its_own() -> None:
+    select = {"method": "gates", "remove": 2, "options": {"steps": 3}, "sublayers": True}
+    recipe = Recipe.from_dict({"model": "m", "select": select})
+    changed = recipe.changed(select={"method": "bi"}).select
+    assert (changed.method, changed.remove, changed.options, changed.sublayers) == ("bi", 2, {}, False)
+    assert recipe.changed(select={"method": "gates", "remove": 3}).select.options == {"steps": 3}
+    given = recipe.changed(select={"method": "random", "options": {"seed": 1}}).select
+    assert given.options == {"seed": 1}
 
 
 def test_what_a_change_replaces_goes_with_it() -> None:

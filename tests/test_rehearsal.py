@@ -23,6 +23,7 @@ from foldgpt.recovery.trainable import make_trainable_
 from foldgpt.rehearsal import expect, rehearse
 from foldgpt.rehearsal.expectation import search_passes
 from foldgpt.rehearsal.tiny import config_of, shrunk
+from foldgpt.selection import Request, select
 from models import tiny_config, tiny_model, token_ids
 from run_inputs import tiny_recipe, tiny_source, tiny_text
 
@@ -50,7 +51,7 @@ def test_each_recipe_runs_through_on_a_tiny_model(path: Path) -> None:
     assert found.kept_block_parameters == found.block_parameters * (num_blocks - recipe.select.remove) // num_blocks
     assert found.num_trained > 0
     assert set(found.memory) == {"search", "fold and verify", "recovery"}
-    assert set(found.flops) == {"analysis", "search", "perplexity", "recovery"}
+    assert set(found.flops) == {"analysis", "search", "source's perplexity", "perplexity", "teacher", "recovery"}
 
 
 def test_a_comparison_is_rehearsed_row_by_row_with_equal_budgets_on_the_real_model() -> None:
@@ -65,8 +66,21 @@ def test_a_comparison_is_rehearsed_row_by_row_with_equal_budgets_on_the_real_mod
     assert list(found.rows) == ["bi", "gates + sharing", "bi + recovery"]
     sizes = {name: row.kept_block_parameters for name, row in found.rows.items()}
     assert abs(sizes["gates + sharing"] / sizes["bi"] - 1) <= recipe.compare.budget_tolerance
-    # bi's folded model is trained, not made twice.
-    assert found.flops < sum(sum(row.flops.values()) for row in found.rows.values())
+    # bi's folded model is trained, not made twice, and the source measured once.
+    rows = [row.flops for row in found.rows.values()]
+    in_common = sum(row["analysis"] + row["source's perplexity"] for row in rows[1:])
+    assert found.flops == pytest.approx(sum(sum(row.values()) for row in rows) - in_common)
+
+
+def test_the_teacher_s_passes_are_counted_once_in_a_comparison() -> None:
+    recipe = Recipe.load(next(path for path in LARGE if path.stem == "llama-3.2-1b-36"))
+    rows = {"bi": None, "last": None, "bi + plain LoRA": None}
+    found = rehearse(recipe.changed(compare={"rows": rows, "recovered": list(rows)}), compare=True)
+    teachers = [row.flops["teacher"] for row in found.rows.values() if "teacher" in row.flops]
+    assert len(teachers) == 2, "plain LoRA has none"
+    only_once = sum(row.flops["analysis"] + row.flops["source's perplexity"] for row in list(found.rows.values())[1:])
+    whole = sum(sum(row.flops.values()) for row in found.rows.values())
+    assert found.flops == pytest.approx(whole - only_once - teachers[0])
 
 
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
@@ -147,6 +161,17 @@ def test_searches_take_about_as_many_passes_as_expected(tmp_path: Path) -> None:
         recipe = recipe.changed(select={"method": method, "remove": 4, "num_tokens": 128})
         took = pipeline.run(recipe, tmp_path / method).plan.origin["report"]["forward_equivalents"]
         assert 0.5 <= search_passes(method, 12, 4) / took <= 2
+    ids = token_ids(tiny_model("llama"), (8, 32))
+    for method in ("greedy", "loo", "taylor", "gates"):
+        for per_block in (1, 2):
+            if method == "taylor" and per_block == 2:
+                continue
+            model = tiny_model("llama", num_hidden_layers=12)
+            request = Request(12, 3, model=model, ids_WT=ids, sublayers=per_block == 2)
+            took = select(method, request).report["forward_equivalents"]
+            expected = search_passes(method, 12 * per_block, 3 * per_block)
+            # Gates may end before they have spent what they may.
+            assert 0.65 <= expected / took <= (3 if method == "gates" else 1.2), (method, per_block)
     assert search_passes("gates", 12, 4) == 0.9 * search_passes("greedy", 12, 4)
     assert search_passes("bi", 12, 4) == 0
 
@@ -238,7 +263,13 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out"), "--dry-run", "--quiet"]
     shown = CliRunner().invoke(app, ["run", *arguments, "--tflops", "0.5", "--devices", "2"])
     assert shown.exit_code == 0, shown.output
-    for part in ("66.7 %", "Memory, search", "at 0.5 TFLOP/s sustained on each of 2 devices", "texts are made up"):
+    for part in (
+        "66.7 %",
+        "Memory, search",
+        "at 0.5 TFLOP/s sustained on each of 2 devices",
+        "share.method auto",
+        "texts are made up",
+    ):
         assert part in shown.output
     as_json = CliRunner().invoke(app, ["compare", *arguments, "--json"])
     assert list(json.loads(as_json.stdout)["rows"]) == ["bi", "last"]

@@ -8,14 +8,45 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    StaticCache,
+)
 
 from foldgpt.errors import PlanError, UnsupportedModelError
-from foldgpt.families import check_config, decoder_of, remap_config_
+from foldgpt.families import check_config, decode, decoder_of, remap_config_
 from foldgpt.folding import fold_, save_folded, source_model_of
+from foldgpt.modeling.modeling_foldgpt import Absent
 from foldgpt.plan import FoldPlan
+from foldgpt.selection.units import Units
 from models import tiny_config, tiny_model, token_ids
 from reference import skipping, stepwise_logits
+
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+
+
+def small(model_type: str, **changes: Any) -> Any:
+    """A tiny random model of a family that is not in the contract, of six blocks unless said otherwise."""
+    torch.manual_seed(0)
+    common = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**common, **heads, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.25)
+    return model.eval()
 
 
 def test_r1_every_layer_index_is_renumbered() -> None:
@@ -137,7 +168,9 @@ def test_r4_qwen2_window_limit_shrinks_with_the_blocks_below_it() -> None:
 
 
 def test_r4_per_block_sizes_of_gemma3n_are_sliced() -> None:
-    config = AutoConfig.for_model("gemma3n_text", num_hidden_layers=6, num_kv_shared_layers=0)
+    config = AutoConfig.for_model(
+        "gemma3n_text", num_hidden_layers=6, num_kv_shared_layers=0, hidden_size_per_layer_input=0
+    )
     config.intermediate_size = [16, 32, 48, 64, 80, 96]
     config.activation_sparsity_pattern = [0.9, 0.9, 0.0, 0.0, 0.0, 0.0]
     remap_config_(config, (1, 2, 5))
@@ -183,9 +216,55 @@ def test_r4_gpt2_scaling_by_layer_index_is_refused() -> None:
         check_config(tiny_config("gpt2", scale_attn_by_inverse_layer_idx=True))
 
 
+@torch.no_grad()
+def test_r4_minicpm3_scales_its_blocks_as_before(tmp_path: Path) -> None:
+    """Each block divides `scale_depth` by the square root of the number of blocks."""
+    model = small("minicpm3", scale_depth=1.4, **LATENT)
+    ids = token_ids(model)
+    expected = skipping(model, (1, 3))(ids, use_cache=False).logits
+    plan = FoldPlan.create(source_model_of(model), removed=[1, 3])
+    fold_(model, plan)
+    assert model.config.scale_depth == pytest.approx(1.4 * (4 / 6) ** 0.5)
+    save_folded(model, plan, tmp_path / "folded")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded")
+    torch.testing.assert_close(loaded(ids, use_cache=False).logits, expected)
+
+
+def test_r4_blocks_that_compute_with_their_own_index_are_refused() -> None:
+    model = small("diffllama")
+    plan = FoldPlan.create(source_model_of(model), removed=[1])
+    with pytest.raises(UnsupportedModelError, match=r"model type 'diffllama' compute lambda_init from their own index"):
+        fold_(model, plan)
+    assert len(decoder_of(model).blocks) == 6
+
+
+def test_r4_embeddings_for_each_block_are_refused() -> None:
+    config = AutoConfig.for_model("gemma3n_text", num_kv_shared_layers=0)
+    with pytest.raises(UnsupportedModelError, match="hidden_size_per_layer_input"):
+        check_config(config)
+
+
+@pytest.mark.parametrize(("kept", "cut"), [((1, 2, 3), (0, 1)), ((0, 1, 3), (2, 3))])
+def test_r5_an_indexer_that_others_read_must_stay(kept: tuple[int, ...], cut: tuple[int, int]) -> None:
+    config = AutoConfig.for_model("glm_moe_dsa", num_hidden_layers=4, indexer_types=["full", "shared"] * 2)
+    message = rf"cannot remove block {cut[0]} and keep block {cut[1]}: .*indexer_types.* Keep block {cut[0]}"
+    with pytest.raises(PlanError, match=message):
+        remap_config_(config, kept)
+    assert config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("kept", "types"), [((2, 3), ["full", "shared"]), ((0, 2, 3), ["full", "full", "shared"]), ((0,), ["full"])]
+)
+def test_r5_indexers_go_with_all_that_read_them(kept: tuple[int, ...], types: list[str]) -> None:
+    config = AutoConfig.for_model("glm_moe_dsa", num_hidden_layers=4, indexer_types=["full", "shared"] * 2)
+    remap_config_(config, kept)
+    assert config.indexer_types == types
+
+
 def test_r5_shared_kv_blocks_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="num_kv_shared_layers"):
-        remap_config_(AutoConfig.for_model("gemma3n_text"), (0, 1, 2))
+        remap_config_(AutoConfig.for_model("gemma3n_text", hidden_size_per_layer_input=0), (0, 1, 2))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -205,3 +284,150 @@ def test_r6_holds_for_the_first_kept_block_when_earlier_ones_go() -> None:
     model = tiny_model("llama")
     with pytest.raises(PlanError, match="attention of block 1"):
         fold_(model, FoldPlan.create(source_model_of(model), removed=[0], removed_attention=[1]))
+
+
+def test_r6_a_hybrid_model_keeps_one_of_the_blocks_that_attend() -> None:
+    model = small("qwen3_next", head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    types = model.config.layer_types
+    assert types == ["linear_attention"] * 3 + ["full_attention"] + ["linear_attention"] * 2
+    with pytest.raises(PlanError, match=r"cannot remove all blocks that attend.* Keep at least one of \[3\]"):
+        fold_(model, FoldPlan.create(source_model_of(model), removed=[3, 4]))
+    assert len(decoder_of(model).blocks) == 6
+    units = Units.blocks(6, 1, decoder_of(model))
+    assert [block for block in range(6) if not units.is_allowed({block})] == [3]
+    fold_(model, FoldPlan.create(source_model_of(model), removed=[0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "removed", "allowed"),
+    [
+        (("conv", "full_attention", "conv"), {1}, False),
+        (("conv", "full_attention", "conv"), {0, 2}, True),
+        (("conv", "sliding_attention", "full_attention"), {2}, True),
+        (("linear_attention", "linear_attention", "moe"), {0, 2}, True),
+        (("linear_attention", "linear_attention", "moe"), {0, 1, 2}, False),
+    ],
+)
+def test_r6_a_search_leaves_a_block_that_attends(kinds: tuple[str, ...], removed: set[int], allowed: bool) -> None:
+    assert Units(3, 1, (1, 1, 1), 1, kinds).is_allowed(removed) == allowed
+
+
+def without_one_attention(family: str) -> Any:
+    """A model of which a sliding attention behind the first one is removed, that never ends a text by itself."""
+    model = tiny_model(family)
+    sliding = [i for i, kind in enumerate(DynamicCache(config=model.config).layers) if kind.is_sliding]
+    assert len(sliding) > 1
+    fold_(model, FoldPlan.create(source_model_of(model), removed_attention=[sliding[1]]))
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def greedy(model: Any, ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The likeliest tokens after a prompt, without a cache."""
+    for _ in range(num_tokens):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    "options",
+    [{"prompt_lookup_num_tokens": 3}, {"cache_implementation": "static"}, {}],
+    ids=["lookup", "static", "dynamic"],
+)
+def test_r6_generation_goes_on_past_an_empty_sliding_window(family: str, options: dict[str, Any]) -> None:
+    """Windows of 8 tokens: short of them, across them and beyond them."""
+    model = without_one_attention(family)
+    ids = token_ids(model, (1, 3)).repeat(1, 2)
+    expected = greedy(model, ids, 12)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False, **options), expected)
+    if "prompt_lookup_num_tokens" in options:
+        assisted = model.generate(ids, max_new_tokens=12, do_sample=False, assistant_model=tiny_model(family))
+        assert torch.equal(assisted, expected)
+
+
+@torch.no_grad()
+def test_r6_beams_are_those_without_a_cache() -> None:
+    model = without_one_attention("gemma3")
+    ids = token_ids(model, (2, 6))
+    options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+
+
+@torch.no_grad()
+def test_r6_a_cache_with_an_empty_sliding_window_can_be_cropped() -> None:
+    model = without_one_attention("gemma3")
+    ids = token_ids(model, (2, 6))
+    cache = DynamicCache(config=model.config)
+    decode(model, ids, cache)
+    assert [layer.get_seq_length() for layer in cache.layers] == [6] * 6
+    cache.crop(-2)
+    again, _ = decode(model, ids[:, 4:], cache)
+    torch.testing.assert_close(again, model(ids, use_cache=False).logits[:, 4:], atol=1e-4, rtol=1e-4)
+
+
+def test_r6_an_absent_attention_finds_the_cache_under_any_name_and_does_without() -> None:
+    config = tiny_config("mistral")
+    states = torch.ones(2, 3, 32)
+    for place in ("cache", "past_key_values", "layer_past", None):
+        cache = DynamicCache(config=config)
+        arguments = ((None, cache), {}) if place is None else ((), {place: cache})
+        output, weights = Absent(returns_pair=True, layer_idx=1)(states, *arguments[0], **arguments[1])
+        assert weights is None and not output.any()
+        assert [layer.get_seq_length() for layer in cache.layers] == [0, 3, 0, 0, 0, 0]
+        assert cache.layers[1].keys.numel() == 0
+    assert Absent(returns_pair=True, layer_idx=1)(states, None, cache=None)[1] is None
+
+
+def test_r6_an_offloaded_cache_is_told_of_every_position() -> None:
+    """Each position makes it fetch the next one."""
+
+    class Offloaded(DynamicCache):
+        def __init__(self) -> None:
+            super().__init__()
+            self.offloading = True
+            self.told: list[int] = []
+
+        def update(self, keys: Any, values: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            self.told.append(layer_idx)
+            self.offloading = False  # streams of a GPU
+            result = super().update(keys, values, layer_idx, *args, **kwargs)
+            self.offloading = True
+            return result
+
+    model = tiny_model("llama")
+    fold_(model, FoldPlan.create(source_model_of(model), removed_attention=[2, 3]))
+    ids, cache = token_ids(model), Offloaded()
+    with torch.no_grad():
+        decode(model, ids[:, :8], cache)
+        logits, _ = decode(model, ids[:, 8:], cache)
+        torch.testing.assert_close(logits, model(ids, use_cache=False).logits[:, 8:], atol=1e-4, rtol=1e-4)
+    assert cache.told == [0, 1, 2, 3, 4, 5] * 2
+
+
+@torch.no_grad()
+def test_r6_an_empty_sliding_window_compiles_whole() -> None:
+    model = without_one_attention("mistral")
+    ids = token_ids(model, (1, 6))
+    expected = model(ids, use_cache=False).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=8)):
+        decode(model, ids[:, :5], cache)
+        step, _ = decode(compiled, ids[:, 5:], cache)
+        torch.testing.assert_close(step, expected[:, 5:], atol=1e-4, rtol=1e-4)
+
+
+def test_r6_gradient_checkpointing_goes_past_an_absent_attention() -> None:
+    model = without_one_attention("mistral").train()
+    ids = token_ids(model)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    plain = gradients()
+    model.gradient_checkpointing_enable()
+    for one, other in zip(plain, gradients(), strict=True):
+        torch.testing.assert_close(one, other)

@@ -218,6 +218,22 @@ def test_recovery_that_is_long_short_or_broken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"before": None}, "'before' is missing or wrong"),
+        ({"after": {"kl": 1.0}}, "'after' is missing or wrong"),
+        ({"history": [{"loss": "low", "step": 1}]}, "'history' is missing or wrong"),
+        ({"num_steps": "many"}, "'num_steps' is missing or wrong"),
+        ({"best_step": 61}, "best step is beyond the last one"),
+    ],
+    ids=str,
+)
+def test_an_edited_record_of_a_recovery_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=rf"recovery\.json is not the record of a recovery: .*{message}"):
+        build_report(write_run(tmp_path / "run", recovery={**recovery(), **change}))
+
+
+@pytest.mark.parametrize(
     "trace", [None, [], {}, [1], [{"keep": [0.5] * 12}], [{"step": 0, "keep": [0.5]}], [{"step": 0, "keep": None}]]
 )
 def test_an_edited_origin_costs_the_gates_alone(trace: Any, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from foldgpt.errors import PlanError
+from foldgpt.errors import PlanError, UnsupportedModelError
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, predicted_parameters, save_folded, source_model_of, unfold_
 from foldgpt.plan import FoldPlan, Group
@@ -143,6 +143,54 @@ def test_s6_other_shapes_are_refused() -> None:
     model.model.layers[1].mlp = narrow
     with pytest.raises(PlanError, match=r"mlp\.down_proj"):
         fold_(model, FoldPlan.create(source_model_of(model), groups=[Group(blocks=(0, 1))]))
+
+
+def deepseek() -> Any:
+    """A tiny DeepSeek V3 of four blocks, two of them dense, whose routers correct their scores."""
+    torch.manual_seed(0)
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    config = AutoConfig.for_model(
+        "deepseek_v3", vocab_size=128, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, first_k_dense_replace=2, **experts, **latent,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for block in model.model.layers[2:]:
+        block.mlp.gate.e_score_correction_bias.normal_()
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("donor", ["mean", "last"])
+def test_s6_what_a_router_saves_beside_its_matrix_is_made_as_the_matrix_is(donor: Any, tmp_path: Path) -> None:
+    model = deepseek()
+    routers = [copy.deepcopy(block.mlp.gate) for block in model.model.layers[2:]]
+    plan = FoldPlan.create(source_model_of(model), groups=[Group(blocks=(2, 3), donor=donor)])
+    fold_(model, plan)
+    for name in ("weight", "e_score_correction_bias"):
+        first, last = (getattr(router, name) for router in routers)
+        expected = last if donor == "last" else (first + last) / 2
+        for block in model.model.layers[2:]:
+            torch.testing.assert_close(getattr(block.mlp.gate, name), expected)
+    assert save_folded(model, plan, tmp_path / "folded").logits_identical
+
+
+def test_s6_means_of_integers_are_refused() -> None:
+    """What a quantiser's integers stand for, only it knows."""
+    model = tiny_model("llama")
+    for block in model.model.layers[:2]:
+        weight = block.mlp.up_proj.weight
+        block.mlp.up_proj.weight = torch.nn.Parameter((weight * 100).to(torch.int8), requires_grad=False)
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    plans = {
+        donor: FoldPlan.create(source_model_of(model), groups=[Group(blocks=(0, 1), donor=donor)])
+        for donor in ("mean", "first")
+    }
+    with pytest.raises(UnsupportedModelError, match=r"mlp\.up_proj\.weight of block 0 is quantised \(int8\).*'mean'"):
+        fold_(model, plans["mean"])
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+    fold_(model, plans["first"])
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, before)
 
 
 def test_s6_an_mlp_may_be_shared_between_kinds_of_attention() -> None:
@@ -281,6 +329,26 @@ def test_loads_with_remote_code_where_foldgpt_is_not_importable(saved: tuple[Any
     total, rest = run_python(code, folder).split(" ", 1)
     assert float(total) == pytest.approx(expected, rel=1e-5)
     assert rest == "(1, 10) True"
+
+
+def test_remote_code_decodes_by_lookup_past_an_absent_attention(tmp_path: Path) -> None:
+    model = tiny_model("gemma3")
+    plan = FoldPlan.create(source_model_of(model), removed_attention=[1])
+    fold_(model, plan)
+    save_folded(model, plan, tmp_path / "folded")
+    prompt = token_ids(model, (1, 3)).repeat(1, 2)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    expected = model.generate(prompt, use_cache=False, **options)
+    code = f"""
+        import sys
+        sys.modules["foldgpt"] = None
+        import torch
+        from transformers import AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "folded")!r}, trust_remote_code=True)
+        prompt = torch.tensor({prompt.tolist()})
+        print(model.generate(prompt, prompt_lookup_num_tokens=3, **{options}).tolist())
+    """
+    assert run_python(code, tmp_path / "folded") == str(expected.tolist())
 
 
 @pytest.mark.parametrize("first", ["import foldgpt", "from transformers import AutoModelForCausalLM"])

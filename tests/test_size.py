@@ -143,8 +143,13 @@ def test_sliding_blocks_are_counted_with_their_window() -> None:
         sliding_window=6,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
     )
-    size = size_of(Gemma3ForCausalLM(config))
+    model = Gemma3ForCausalLM(config)
+    size = size_of(model)
     assert (size.num_sliding_blocks, size.sliding_window) == (2, 6)
+    fold_(model, FoldPlan.create(source_model_of(model), removed_attention=[1]))
+    without = size_of(model)
+    assert without.num_sliding_blocks == 1
+    assert without.kv_bytes_per_token == 2 * 2 * HEAD_SIZE * 4
     assert size.kv_bytes_per_token == 3 * 2 * HEAD_SIZE * 4
 
 

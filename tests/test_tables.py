@@ -7,10 +7,21 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from foldgpt.evaluation import Evaluation, Measured, ModelSize, PeakMemory, Perplexity, Rate, Speed
+from foldgpt.evaluation.generations import Generation
 from foldgpt.plan import FoldPlan, Group, SourceModel
-from foldgpt.tables import comparison_table, fates_of, group_letter, plan_strip, protocol_lines
+from foldgpt.tables import (
+    as_wide_as,
+    comparison_table,
+    fates_of,
+    generation_lines,
+    group_letter,
+    natural_width,
+    plan_strip,
+    protocol_lines,
+)
 
 
 def measured(name: str, num_blocks: int, **changes: Any) -> Measured:
@@ -43,8 +54,8 @@ def measured(name: str, num_blocks: int, **changes: Any) -> Measured:
     return dataclasses.replace(whole, **changes)
 
 
-def rendered(renderable: Any) -> str:
-    console = Console(width=120, color_system=None)
+def rendered(renderable: Any, width: int = 120) -> str:
+    console = Console(width=width, color_system=None)
     with console.capture() as capture:
         console.print(renderable)
     return capture.get()
@@ -104,6 +115,72 @@ def test_a_figure_of_one_model_only_is_a_dash() -> None:
     assert line(text, "perplexity")[1:] == ["–", "29.12", "–"]
 
 
+def test_texts_of_one_name_are_told_apart() -> None:
+    def of(name: str) -> Perplexity:
+        return Perplexity(29.0, 3.37, None, 100, 4, "float32", "f", {"texts": [name]})
+
+    further = {"en/test.txt": of("test.txt"), "de/test.txt": of("test.txt"), "a/other.txt": of("other.txt")}
+    whole = Evaluation(measured("folded", 24, perplexity=of("first.txt"), further_perplexities=further), None, None)
+    labels = [str(cell) for cell in comparison_table(whole).columns[0].cells]
+    names = [label.removeprefix("perplexity, ") for label in labels if label.startswith("perplexity")]
+    assert names == ["first.txt", "en/test.txt", "de/test.txt", "other.txt"]
+    told = [line.split("texts ")[1] for line in protocol_lines(whole).plain.splitlines() if "texts " in line]
+    assert [line.partition(". ")[0] for line in told] == names
+
+
+def test_generations_stand_below_their_prompt() -> None:
+    models = [
+        measured(name, 24, generations=[Generation("Once", f"{name} wrote\n[this]"), Generation("Twice", "")])
+        for name in ("source", "folded")
+    ]
+    assert generation_lines(Evaluation(models[1], models[0], {})).plain.splitlines() == [
+        *("Once …", "  source:", "    source wrote", "    [this]", "  folded:", "    folded wrote", "    [this]"),
+        *("Twice …", "  source:", "", "  folded:"),
+    ]
+    assert generation_lines(Evaluation(measured("folded", 24), None, None)).plain == ""
+
+
+def wide_table() -> Table:
+    """Nine columns, one of them with a heading that is wider than its numbers."""
+    table = Table()
+    table.add_column("method")
+    for column in range(7):
+        table.add_column(f"column {column}", justify="right", no_wrap=True)
+    table.add_column("perplexity, a text with a long name", justify="right", no_wrap=True)
+    for row in ("a name", "a name that is far longer than half of such a terminal"):
+        table.add_row(row, *(f"13{column}.5 M" for column in range(7)), "20.25")
+    return table
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_table_that_is_too_wide_goes_on_below_and_loses_nothing(width: int) -> None:
+    text = "".join(rendered(part, width) for part in as_wide_as(wide_table(), width))
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    for column in range(7):
+        assert text.count(f"column {column}") == 1
+        assert text.count(f" 13{column}.5 M ") == 2
+    assert text.count(" 20.25 ") == 2
+    # Each part says which rows it has.
+    assert text.count("a name that") == text.count("method") > 1
+
+
+def test_a_table_that_fits_stays_as_it_is() -> None:
+    table = wide_table()
+    assert as_wide_as(table, natural_width(table)) == [table]
+    assert max(map(len, rendered(table, 500).splitlines())) == natural_width(table)
+
+
+def test_a_number_wider_than_the_terminal_is_whole_all_the_same() -> None:
+    table = Table()
+    table.add_column("")
+    table.add_column("against bi", no_wrap=True)
+    table.add_row("name", "+41,000 [+38,000, +44,000] worse")
+    (part,) = as_wide_as(table, 30)
+    assert natural_width(part) > 30
+    assert "+41,000 [+38,000, +44,000] worse" in rendered(part, natural_width(part))
+
+
 def plan(num_blocks: int = 12, **parts: Any) -> FoldPlan:
     return FoldPlan.create(SourceModel(model="m", model_type="llama", num_blocks=num_blocks), **parts)
 
@@ -115,6 +192,19 @@ def test_strip_of_blocks() -> None:
         "block █AA··B█BB███",
         "      12 → 10 blocks   █ kept   · removed   same letter: shared weights",
     ]
+
+
+def test_a_long_strip_goes_on_below_with_its_ruler() -> None:
+    assert plan_strip(plan(45, removed=[19, 20, 44]), 32).plain.splitlines() == [
+        "      0         10",
+        "block ███████████████████·",
+        "      20        30",
+        "block ·███████████████████",
+        "      40",
+        "block ████·",
+        "      45 → 42 blocks   █ kept   · removed",
+    ]
+    assert plan_strip(plan(30), 36).plain == plan_strip(plan(30)).plain
 
 
 def test_strip_of_sublayers_where_they_differ() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,16 @@ def test_above_chance_means_nothing_near_chance() -> None:
     assert retained(score_of("0000"), score_of("0000")).raw is None
 
 
+def test_a_few_right_answers_may_be_luck() -> None:
+    """Where all are right their own standard error is 0, and two coins fall right in one of four cases."""
+    lucky = score_of("11", chance=0.5)
+    assert retained(lucky, lucky).above_chance is None
+    assert retained_on_average({"t": lucky}, {"t": lucky}).above_chance is None
+    assert retained(score_of("1", chance=0.05), score_of("1", chance=0.05)).above_chance is None
+    sure = score_of("1" * 20, chance=0.5)
+    assert retained(sure, sure).above_chance == 1.0
+
+
 def test_the_average_counts_tasks_not_items() -> None:
     source = {"a": score_of("1" * 100), "b": score_of("10" * 5, 0.5)}
     folded = {"a": score_of("10" * 50), "b": score_of("10" * 5, 0.5)}
@@ -222,6 +233,30 @@ def test_wrong_requests_are_refused(names: list[str], limit: int | None, message
         load_suite(names, data_dir=data, limit=limit)
 
 
+@pytest.mark.parametrize("before", [0, 1], ids=["first", "later"])
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("boolq", {"label": 2}, "label must be 0 or 1, not 2"),
+        ("piqa", {"sol1": ""}, "sol1 must be text that is not empty, not ''"),
+        ("piqa", {"label": 2}, "the answer is choice 2, but there are 2 (from 0)"),
+        ("hellaswag", {"endings": ["", "b"]}, "endings must be a list of at least two texts that are not empty"),
+        ("arc_easy", {"label": 4}, "the answer is choice 4, but there are 4 (from 0)"),
+        ("winogrande", {"option2": " "}, "option2 must be text that is not empty, not ' '"),
+    ],
+    ids=str,
+)
+def test_what_the_harness_would_stumble_over_or_score_all_the_same_is_refused(
+    task: str, change: dict[str, Any], message: str, before: int, tmp_path: Path
+) -> None:
+    """It looks into the first row while it loads a task, and into no other."""
+    data = write_task_data(tmp_path)
+    rows = [*LOCAL[task][:before], {**LOCAL[task][0], **change}]
+    (data / FILES[task]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(SourceError, match=re.escape(f"{FILES[task]} line {before + 1}: {message}")):
+        load_suite([task], data_dir=data)
+
+
 @pytest.mark.parametrize(
     ("task", "line", "message"),
     [
@@ -232,7 +267,11 @@ def test_wrong_requests_are_refused(names: list[str], limit: int | None, message
             '{"goals": "a", "sol1": "b", "sol2": "c", "label": 0}',
             "field 'goal' is missing. Did you mean 'goals'",
         ),
-        ("piqa", '{"goal": "a", "sol1": 1, "sol2": "c", "label": 0}', "line 3: sol1 must be text, not 1"),
+        (
+            "piqa",
+            '{"goal": "a", "sol1": 1, "sol2": "c", "label": 0}',
+            "line 3: sol1 must be text that is not empty, not 1",
+        ),
         ("piqa", '{"goal": "a", "sol1": "b", "sol2": "c", "label": true}', "label must be an index, from 0, not True"),
         (
             "piqa",

@@ -126,9 +126,7 @@ def staged_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         ArtifactError: the place is taken, cannot be written, or the disk is full.
     """
     path = Path(path)
-    check_free(path, replace=replace)
-    if path.is_file():
-        raise ArtifactError(f"{path} is a file, and a folder is to be written there. Choose another place.")
+    check_free_folder(path, replace=replace)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
@@ -198,17 +196,22 @@ def _link_or_copy(file: Path, target: Path) -> None:
 
 
 def check_free(path: str | Path, *, replace: bool = False) -> None:
-    """Raise `ArtifactError` if `path` holds something that a new output would overwrite, or cannot be read.
+    """Look whether an output may be written at `path`, before anything is computed for it. Nothing is created.
 
     An empty folder is free.
+
+    Raises:
+        ArtifactError: `path` holds something that would be overwritten, or cannot be read or written.
     """
     path = Path(path)
     try:
-        is_taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
+        is_folder = path.is_dir()
+        is_taken = path.is_file() or (is_folder and any(path.iterdir()))
     except OSError as error:
         raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
     if is_taken and not replace:
         raise ArtifactError(f"{path} already exists. Choose another place, or pass --overwrite to replace it.")
+    _check_writable(path, path if is_folder else path.parent)
 
 
 def check_free_file(path: str | Path, *, replace: bool = False) -> None:
@@ -217,6 +220,30 @@ def check_free_file(path: str | Path, *, replace: bool = False) -> None:
     if path.is_dir():
         raise ArtifactError(f"{path} is a folder, and a file is to be written there. Choose another place.")
     check_free(path, replace=replace)
+
+
+def check_free_folder(path: str | Path, *, replace: bool = False) -> None:
+    """`check_free` for an output that is a folder, moved there as a whole: a file is in the way in any case."""
+    path = Path(path)
+    check_free(path, replace=replace)
+    if path.is_file():
+        raise ArtifactError(f"{path} is a file, and a folder is to be written there. Choose another place.")
+    _check_writable(path, path.parent)
+
+
+def _check_writable(path: Path, folder: Path) -> None:
+    """Look whether `folder`, or where it would be made, can be written.
+
+    Raises:
+        ArtifactError: it cannot; the message names `path`.
+    """
+    # The nearest one that is there: a check leaves no empty folders behind.
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def remove(path: str | Path) -> None:

@@ -231,16 +231,25 @@ def _find(name: str, table: Mapping[str, Found], what: str) -> Found:
     return table[name]
 
 
-def _locked(path: Path) -> FileLock:
-    """A lock beside `path`, so that two processes do not fetch or convert the same thing at once."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SourceError(
-            f"cannot write the cache {cache_folder()}: {error.strerror or error}. "
-            "Set FOLDGPT_CACHE to a folder that can be written."
-        ) from error
-    return FileLock(path.parent / f".{path.name}.lock")
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """A lock beside `path`, so that two processes do not fetch or convert the same thing at once.
+
+    Raises:
+        SourceError: `path` is not there, and the cache cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(path.parent / f".{path.name}.lock"))
+        except OSError as error:
+            # What is in the cache appeared there whole, so one that may only be read needs no lock for it.
+            if not path.exists():
+                raise SourceError(
+                    f"cannot write the cache {cache_folder()}: {error.strerror or error}. "
+                    "Set FOLDGPT_CACHE to a folder that can be written."
+                ) from error
+        yield
 
 
 def _wrong_checksum(name: str, expected: str, found: str) -> SourceError:

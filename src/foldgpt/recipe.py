@@ -31,7 +31,9 @@ Tokens = Annotated[
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Calibration(_Section):
@@ -77,6 +79,10 @@ class Compensate(_Section):
     """linear: a map fitted in closed form on the calibration text and merged into the block before each cut."""
 
 
+#: Keys of the share section that say how blocks share weights, whichever they are.
+_HOW_SHARED = ("group_size", "sublayers", "donor", "fit", "rank", "scales", "start")
+
+
 class Share(_Section):
     """Which blocks share weights, and what each has beside them."""
 
@@ -105,13 +111,17 @@ class Share(_Section):
 
     @model_validator(mode="after")
     def _some_method(self) -> Self:
-        if self.method == "none" and (self.rank or self.scales or self.fit or self.start != "hard"):
-            raise ValueError("rank, scales, fit and start say how blocks share weights, but method is none")
+        if len(set(self.sublayers)) != len(self.sublayers):
+            raise ValueError(f"sublayers are named twice: {self.sublayers}")
+        if self.method == "none":
+            for name in _HOW_SHARED:
+                if self._is_given(name):
+                    raise ValueError(f"{name} says how blocks share weights, but method is none")
         if self.donor == "least_squares" and not self.fit:
             raise ValueError("donor least_squares is fitted: set fit to true")
         if self.start == "zero":
             for name in ("donor", "group_size"):
-                if getattr(self, name) != type(self).model_fields[name].get_default():
+                if self._is_given(name):
                     raise ValueError(
                         f"positions that start at zero borrow from the nearest kept block; leave {name} out"
                     )
@@ -120,10 +130,14 @@ class Share(_Section):
         if self.size is not None:
             size(self.size)
         if self.method == "auto":
-            for name in ("group_size", "sublayers", "donor", "fit", "rank", "scales", "start"):
-                if getattr(self, name) != type(self).model_fields[name].get_default():
+            for name in _HOW_SHARED:
+                if self._is_given(name):
                     raise ValueError(f"method auto chooses {name} itself; leave it out")
         return self
+
+    def _is_given(self, name: str) -> bool:
+        """Whether a value is not the default, which a saved recipe spells out."""
+        return bool(getattr(self, name) != type(self).model_fields[name].get_default())
 
 
 class Recover(_Section):
@@ -202,6 +216,14 @@ class _StrictLoader(yaml.SafeLoader):
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
         self._checked: set[int] = set()
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, KeyError, AttributeError):
+            # What looks like a date, or is said to be a number, and is none: yaml lets such errors through.
+            problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}; put text in quotes"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         # Before `<<` is resolved, which puts the keys of another mapping in front of those that are given here.
@@ -347,6 +369,10 @@ def merge_sections_(value: dict[str, Any], changes: Mapping[str, Mapping[str, An
         value: the recipe.
         changes: section → keys and values.
     """
+    selector = changes.get("select", {}).get("method")
+    if selector is not None and selector != value["select"].get("method"):
+        # Options are one selector's own, and not every one can remove attention and MLP apart.
+        value["select"].update(options={}, sublayers=False)
     budget = {"remove", "remove_ratio"}
     asked = any(changes.get("select", {}).get(name) is not None for name in budget)
     share = changes.get("share", {})

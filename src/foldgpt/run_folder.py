@@ -18,21 +18,33 @@ from foldgpt.artifacts import (
     read_json,
     remove,
     remove_all_leftovers,
+    remove_leftovers,
     take_over,
     write_json,
 )
-from foldgpt.errors import ArtifactError
+from foldgpt.errors import ArtifactError, FoldGPTError
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
+from foldgpt.report import REPORT
 
 RECIPE, LEDGER, ENVIRONMENT = "recipe.yaml", "run.json", "environment.json"
 ANALYSIS, SELECTION, PLAN, EVALUATION = "analysis.json", "selection.json", "plan.json", "evaluation.json"
 SOURCE = "source.json"
 FOLDED, RECOVERED, FIGURES = "folded", "recovered", "figures"
 _FORMAT = "foldgpt.run"
+#: All that stages make.
+_MADE = (ANALYSIS, SELECTION, PLAN, FOLDED, RECOVERED, SOURCE, EVALUATION, ENVIRONMENT, FIGURES, REPORT)
+#: What else is written there: how far a stage is, and the files of a comparison.
+_WRITTEN = (
+    RECIPE,
+    LEDGER,
+    ".analysis-checkpoint.json",
+    ".search-checkpoint.json",
+    *(f"comparison.{kind}" for kind in ("json", "csv", "md", "html")),
+)
 #: Stage → those that are made of its outputs; what is left of them is out of date once it made others.
 _DEPENDENTS = {
-    "analysis": ("figures", "report"),
+    "analysis": ("selection", "figures", "report"),
     "selection": ("plan",),
     "plan": ("fold", "figures", "report"),
     "fold": ("recovery", "evaluation"),
@@ -52,20 +64,21 @@ class RunFolder:
     Args:
         path: the folder.
         beside: a folder of runs; a stage that one of them has made from the same inputs is taken from there.
+        to_come: the recipe to which the folder is handed over when the first stage is made for it; None where the
+            folder's own is the one that is run.
 
     Attributes:
         path: the folder.
+
+    Raises:
+        ArtifactError: its ledger is damaged.
     """
 
-    def __init__(self, path: Path, beside: Path | None = None) -> None:
+    def __init__(self, path: Path, beside: Path | None = None, to_come: Recipe | None = None) -> None:
         self.path = path
         self._beside = beside
-        self._stages: dict[str, Any] = {}
-        if (path / LEDGER).is_file():
-            ledger = read_json(path / LEDGER, "ledger of the run")
-            if not isinstance(ledger, dict) or ledger.get("format") != _FORMAT:
-                raise ArtifactError(f"{path / LEDGER} is not the ledger of a run")
-            self._stages = ledger.get("stages", {})
+        self._to_come = to_come
+        self._stages = _read_stages(path / LEDGER)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -94,6 +107,7 @@ class RunFolder:
         if known.get("inputs") == key and known.get("outputs") == self._contents(outputs):
             note(f"{name}: unchanged")
             return read()
+        self._hand_over(name)
         taken = self._take(name, key, outputs)
         if taken is not None:
             self._enter(name, taken, outputs)
@@ -114,6 +128,18 @@ class RunFolder:
         # Last: what is in the ledger is found again, whenever the process is killed.
         del self._stages[name]
         self._save()
+
+    def _hand_over(self, name: str) -> None:
+        """Make the folder that of the recipe to come, of which a stage is now made.
+
+        What it makes stale goes first: whenever the process is killed, what is shown of the folder is of one recipe.
+        """
+        if self._to_come is None:
+            return
+        self._drop_dependents(name)
+        self.drop(name)
+        self._to_come.save(self.path / RECIPE)
+        self._to_come = None
 
     def _drop_dependents(self, name: str) -> None:
         for dependent in _DEPENDENTS.get(name, ()):
@@ -136,7 +162,11 @@ class RunFolder:
         for ledger in ledgers:
             if ledger.parent == self.path:
                 continue
-            other = RunFolder(ledger.parent)
+            try:
+                other = RunFolder(ledger.parent)
+            except ArtifactError:
+                # Damaged: whoever opens that run itself hears of it.
+                continue
             entry: dict[str, Any] = other._stages.get(name, {})
             if entry.get("inputs") == key and entry["outputs"] == other._contents(outputs):
                 note(f"{name}: as in {other.path.name}")
@@ -163,6 +193,27 @@ class RunFolder:
         return contents
 
 
+def _read_stages(ledger: Path) -> dict[str, dict[str, Any]]:
+    """Stage → what the ledger says of it; none if there is no ledger."""
+    if not ledger.is_file():
+        return {}
+    value = read_json(ledger, "ledger of the run")
+    stages = value.get("stages") if isinstance(value, dict) and value.get("format") == _FORMAT else None
+    if not isinstance(stages, dict) or not all(map(_is_entry, stages.values())):
+        raise ArtifactError(f"{ledger} is not the ledger of a run, or is damaged")
+    return stages
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("outputs"), dict)
+        and isinstance(entry.get("seconds"), (int, float))
+        and isinstance(entry.get("places", []), list)
+        and all(isinstance(place, str) for place in entry.get("places", []))
+    )
+
+
 def _identity(file: Path) -> str:
     size = file.stat().st_size
     return f"{size} bytes" if size > 16 << 20 else hash_of_file(file)
@@ -179,8 +230,8 @@ def open_run(
     Args:
         path: the folder; made if it does not exist.
         recipe: what is to be run.
-        overwrite: take over the folder of another recipe. What its stages made is made again only where the
-            inputs differ.
+        overwrite: take over the folder of another recipe, which it belongs to until a stage is made for this one. What
+            its stages made is made again only where the inputs differ; all of it where the ledger is damaged.
         beside: a folder of runs that no other process works in; what one of them has made from the same inputs is
             taken from there.
 
@@ -188,11 +239,10 @@ def open_run(
         ArtifactError: the folder holds another run or something else, is in use, or cannot be written.
     """
     path = Path(path)
-    recipe_path = path / RECIPE
-    if recipe_path.is_file():
-        _check_same(path, Recipe.load(recipe_path), recipe, overwrite=overwrite)
-    elif not (path / LEDGER).is_file():
+    if not ((path / RECIPE).is_file() or (path / LEDGER).is_file()):
         check_free(path, replace=overwrite)
+    elif not overwrite:
+        _check_same(path, recipe)
     lock = FileLock(path / ".lock")
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -203,17 +253,61 @@ def open_run(
         raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
     with lock:
         try:
-            # Only now: the recipe of a run that goes on elsewhere stays as it is.
-            recipe.save(recipe_path)
             # Of killed processes; nobody else works here while the lock is held.
-            remove_all_leftovers(path)
-            yield RunFolder(path, beside)
+            _remove_leftovers(path)
+            if overwrite:
+                _drop_what_no_ledger_knows(path)
+            there = _recipe_there(path)
+            if (path / LEDGER).is_file() and there != recipe:
+                yield RunFolder(path, beside, recipe)
+                if there is None:
+                    # All stages stand, so it was this one that cannot be read.
+                    recipe.save(path / RECIPE)
+            else:
+                # Only now: the recipe of a run that goes on elsewhere stays as it is.
+                recipe.save(path / RECIPE)
+                yield RunFolder(path, beside)
         finally:
             lock.release()
 
 
-def _check_same(path: Path, there: Recipe, asked: Recipe, *, overwrite: bool) -> None:
-    if there == asked or overwrite:
+def _recipe_there(path: Path) -> Recipe | None:
+    """The recipe of a folder, if it has one that can be read."""
+    try:
+        return Recipe.load(path / RECIPE)
+    except FoldGPTError:
+        return None
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of this run; what lies elsewhere in the folder may be of one that goes on."""
+    for name in (*_MADE, *_WRITTEN):
+        remove_leftovers(path / name)
+    for name in _MADE:
+        if (path / name).is_dir():
+            remove_all_leftovers(path / name)
+
+
+def _drop_what_no_ledger_knows(path: Path) -> None:
+    """Where the ledger is damaged, nothing says what the artefacts were made of."""
+    try:
+        _read_stages(path / LEDGER)
+    except ArtifactError as error:
+        note(f"beginning anew: {error}")
+        for name in _MADE:
+            remove(path / name)
+        (path / LEDGER).unlink()
+
+
+def _check_same(path: Path, asked: Recipe) -> None:
+    try:
+        _read_stages(path / LEDGER)
+        there = Recipe.load(path / RECIPE) if (path / RECIPE).is_file() else asked
+    except FoldGPTError as error:
+        raise ArtifactError(
+            f"{path} holds a run that cannot be read ({error}). Choose another folder, or pass --overwrite."
+        ) from error
+    if there == asked:
         return
     before, after = _flat(there.model_dump(mode="json")), _flat(asked.model_dump(mode="json"))
     changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from string import ascii_lowercase, ascii_uppercase
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.table import Table
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Column, Table
 from rich.text import Text
 
 from foldgpt.plan import FoldPlan, Group, Sublayer
 
 if TYPE_CHECKING:
     from foldgpt.analysis import Analysis
-    from foldgpt.evaluation import Evaluation, Measured, TaskScore
+    from foldgpt.evaluation import Evaluation, Measured, Perplexity, TaskScore
     from foldgpt.folding import Verification
     from foldgpt.recovery import RecoveryResult
 
 _LETTERS = ascii_uppercase + ascii_lowercase
 _GROUP_STYLES = ("cyan", "magenta", "yellow", "green", "blue", "red")
 _KEPT, _REMOVED = "█", "·"
+#: Columns that a heading may have where a table is too wide; what is longer goes on in the next line.
+_HEADING_WIDTH = 16
 
 
 def _number(value: float) -> str:
@@ -89,15 +95,36 @@ def comparison_table(evaluation: Evaluation) -> Table:
 
 def _rows(models: Sequence[Measured]) -> Iterator[tuple[str, str, Callable[[float], str]]]:
     """Name, label and writing of each figure; every text has a perplexity of its own."""
+    perplexities = _perplexities(models[-1])
     for name, (label, write) in _ROWS.items():
-        texts = models[-1].further_perplexities or {}
-        first = models[-1].perplexity
-        if name == "perplexity" and texts and first is not None:
-            yield name, f"{label}, {' + '.join(first.protocol.get('texts', []))}", write
-            for text, scores in texts.items():
-                yield f"perplexity.{text}", f"{label}, {' + '.join(scores.protocol.get('texts', []))}", write
+        if name == "perplexity" and len(perplexities) > 1:
+            for figure, (text, _) in perplexities.items():
+                yield figure, f"{label}, {text}", write
         else:
             yield name, label, write
+
+
+def _perplexities(measured: Measured) -> dict[str, tuple[str, Perplexity]]:
+    """Figure → what the text is called and its perplexity, the first text first.
+
+    A text is called by its name without folders, and in full if another one has that name. Of the first one no more
+    than the name is known.
+    """
+    if measured.perplexity is None:
+        return {}
+    further = measured.further_perplexities or {}
+    names = Counter(map(_text_of, (measured.perplexity, *further.values())))
+    return {
+        "perplexity": (_text_of(measured.perplexity), measured.perplexity),
+        **{
+            f"perplexity.{text}": (text if names[_text_of(scores)] > 1 else _text_of(scores), scores)
+            for text, scores in further.items()
+        },
+    }
+
+
+def _text_of(scores: Perplexity) -> str:
+    return " + ".join(scores.protocol.get("texts", []))
 
 
 def task_table(evaluation: Evaluation) -> Table:
@@ -141,12 +168,11 @@ def protocol_lines(evaluation: Evaluation) -> Text:
     """How the figures of a comparison were measured, one line for each kind."""
     measured = evaluation.folded
     parts = []
-    for scores in (measured.perplexity, *(measured.further_perplexities or {}).values()):
-        if scores is None:
-            continue
+    for text, scores in _perplexities(measured).values():
+        protocol = scores.protocol if text == _text_of(scores) else {**scores.protocol, "texts": [text]}
         error = "" if scores.standard_error is None else f" ± {scores.value * scores.standard_error:.2g}"
         parts.append(
-            f"Perplexity in {scores.dtype}: {_written(scores.protocol)}. "
+            f"Perplexity in {scores.dtype}: {_written(protocol)}. "
             f"{measured.name}: {significant(scores.value)}{error} (standard error over windows)."
         )
     if measured.speed is not None:
@@ -205,6 +231,18 @@ def _written(protocol: dict[str, Any]) -> str:
             value = " + ".join(map(repr, value)) if key == "join" else " + ".join(map(str, value))
         items.append(f"{key.replace('_', ' ')} {value}")
     return ", ".join(items)
+
+
+def generation_lines(evaluation: Evaluation) -> Text:
+    """What each model wrote after each prompt, always taking the likeliest token; empty if nothing was written."""
+    models = [model for model in (evaluation.baseline, evaluation.folded) if model is not None and model.generations]
+    lines = Text()
+    for number, generation in enumerate(evaluation.folded.generations or []):
+        lines.append("\n" if number else "").append(f"{generation.prompt} …", style="dim")
+        for model in models:
+            written = model.generations[number].text if model.generations else ""
+            lines.append(f"\n  {model.name}:\n").append(textwrap.indent(written.strip("\n"), "    "))
+    return lines
 
 
 def analysis_table(analysis: Analysis) -> Table:
@@ -310,22 +348,32 @@ def group_letter(number: int) -> str:
     return _LETTERS[number % len(_LETTERS)]
 
 
-def plan_strip(plan: FoldPlan) -> Text:
+def plan_strip(plan: FoldPlan, width: int | None = None) -> Text:
     """A plan as one character per source block, with a ruler above and a legend below.
 
     Kept blocks are `█`, removed ones `·`, and blocks that share weights bear the letter of their group. When
     attention and MLP fare differently, each has a strip of its own. Groups that start at zero, or whose positions have
     more for themselves than norms, follow one by one.
+
+    Args:
+        plan: the plan.
+        width: columns that the strip and its ruler may have; with more blocks they go on below. Ten blocks stay
+            together in any case.
     """
     rows = fates_of(plan)
     margin = max(map(len, rows)) + 1
+    num_blocks = plan.source.num_blocks
+    # Whole tens, so that the ruler's numbers stand where the blocks are.
+    length = num_blocks if width is None else max(10, (width - margin) // 10 * 10)
     text = Text(no_wrap=True)
-    text.append(" " * margin + _ruler(plan.source.num_blocks) + "\n", style="dim")
-    for label, fates in rows.items():
-        text.append(f"{label:<{margin}}")
-        for fate in fates:
-            text.append(*_cell(fate))
-        text.append("\n")
+    for start in range(0, num_blocks, length):
+        stop = min(start + length, num_blocks)
+        text.append(" " * margin + _ruler(start, stop) + "\n", style="dim")
+        for label, fates in rows.items():
+            text.append(f"{label:<{margin}}")
+            for fate in fates[start:stop]:
+                text.append(*_cell(fate))
+            text.append("\n")
     text.append(" " * margin + _legend(plan, rows), style="dim")
     for number, group in enumerate(plan.groups):
         if group.start == "zero" or len(group.private) > 1 or group.ranks:
@@ -366,9 +414,9 @@ def _cell(fate: Fate) -> tuple[str, str]:
     return group_letter(fate), f"bold {_GROUP_STYLES[fate % len(_GROUP_STYLES)]}"
 
 
-def _ruler(num_blocks: int) -> str:
+def _ruler(start: int, stop: int) -> str:
     """Source indices, one every ten blocks."""
-    return "".join(f"{index:<10}" for index in range(0, num_blocks, 10)).rstrip()
+    return "".join(f"{index:<10}" for index in range(start, stop, 10)).rstrip()
 
 
 def _legend(plan: FoldPlan, rows: dict[str, list[Fate]]) -> str:
@@ -381,3 +429,44 @@ def _legend(plan: FoldPlan, rows: dict[str, list[Fate]]) -> str:
     if plan.groups:
         parts.append("same letter: shared weights")
     return "   ".join(parts)
+
+
+def natural_width(table: Table) -> int:
+    """Columns that a table takes where nothing is wrapped or cut."""
+    console = Console(width=1 << 20, markup=False, emoji=False)
+    return console.measure(table).maximum
+
+
+def as_wide_as(table: Table, width: int) -> list[Table]:
+    """A table, or several that have its columns in turn, each behind the first one, so that they fit into `width`.
+
+    Names and headings go on in a next line where that is needed; numbers never do. A single column that is wider than
+    what is left beside the names makes a table that is wider than `width`.
+
+    Args:
+        table: its first column holds names.
+        width: columns of the terminal.
+    """
+    if natural_width(table) <= width:
+        return [table]
+    first, *others = table.columns
+    tables = []
+    chosen: list[Column] = []
+    for column in others:
+        if chosen and natural_width(_with_columns([first, *chosen, column], width)) > width:
+            tables.append(_with_columns([first, *chosen], width))
+            chosen = []
+        chosen.append(column)
+    return [*tables, _with_columns([first, *chosen], width)]
+
+
+def _with_columns(columns: Sequence[Column], width: int) -> Table:
+    """A table of some columns of another; the first one takes at most half of `width`, the others what cells need."""
+    table = Table()
+    for column in columns:
+        longest = max((cell_len(str(cell)) for cell in column.cells), default=0)
+        widest = width // 2 if column is columns[0] else max(longest, _HEADING_WIDTH)
+        table.add_column(column.header, justify=column.justify, max_width=widest, overflow="fold")
+    for cells in zip(*(column.cells for column in columns), strict=True):
+        table.add_row(*cells)
+    return table

@@ -19,7 +19,8 @@ from foldgpt.plan import Compensation, Fitting, explain
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings, TrainingWindows, check_loggers, packed_windows
-from foldgpt.selection import SELECTORS
+from foldgpt.selection import SELECTORS, Request, number_to_remove
+from foldgpt.selection import check as check_selection
 from foldgpt.sources import Source, load_config, load_source, load_tokenizer, model_fingerprint, resolve
 
 #: What depends on model, texts and measurements alone.
@@ -75,7 +76,8 @@ class Workbench:
         """Look at what is to be cut, and whether there is text enough to fit on, before anything is measured for it.
 
         Raises:
-            UsageError: nothing is asked for, or more blocks than the model can lose, or one window to fit on.
+            UsageError: nothing is asked for, or more blocks than the model can lose, or what the selector cannot do, or
+                one window to fit on.
         """
         select, share, text = self.recipe.select, self.recipe.share, self.recipe.calibration
         if select.remove is None and select.remove_ratio is None and share.method == "none":
@@ -83,19 +85,33 @@ class Workbench:
                 "nothing is to be removed and nothing to be shared: say how many blocks (remove, remove_ratio) or how "
                 "weights are shared (share.method)"
             )
-        num_blocks = getattr(self._text_config, "num_hidden_layers", None)
-        if num_blocks is not None and (select.remove or 0) >= num_blocks:
+        removes = bool(select.remove or select.remove_ratio)
+        if share.start == "zero" and not removes:
             raise UsageError(
-                f"select.remove is {select.remove}, and {self.recipe.model} has {num_blocks} blocks, of which one must "
-                "stay"
+                "share.start is zero, which is for removed blocks, and nothing is to be removed: say how many (remove, "
+                "remove_ratio), or let kept blocks share (start: hard)"
             )
-        compensates = self.recipe.compensate.method != "none" and (select.remove or select.remove_ratio)
-        fits = compensates or share.fit or share.method == "auto"
-        if fits and text.num_tokens < 2 * text.context:
+        num_blocks = getattr(self._text_config, "num_hidden_layers", None)
+        if num_blocks is not None:
+            num_remove = number_to_remove(num_blocks, remove=select.remove, ratio=select.remove_ratio)
+            if num_remove >= num_blocks:
+                asked = f"remove is {select.remove}" if select.remove else f"remove_ratio is {select.remove_ratio}"
+                raise UsageError(
+                    f"select.{asked}, and {self.recipe.model} has {num_blocks} blocks, of which one must stay"
+                )
+            request = Request(num_blocks, num_remove, sublayers=select.sublayers, options=select.options)
+            check_selection(select.method, request)
+        fitted = {
+            "compensate.method": self.recipe.compensate.method != "none" and removes,
+            "share.fit": share.fit,
+            "share.method auto": share.method == "auto",
+        }
+        asking = [name for name, fits in fitted.items() if fits]
+        if asking and text.num_tokens < 2 * text.context:
             raise UsageError(
                 f"calibration.num_tokens is {text.num_tokens:,}, which makes one window of {text.context:,}: what is "
-                "fitted (compensation, shared weights) is judged on other windows, so there must be two. Give more "
-                "tokens or a shorter context, or switch compensation off."
+                f"fitted ({', '.join(asking)}) is judged on other windows, so there must be two. Give more tokens or a "
+                "shorter context, or do without what is fitted."
             )
 
     def training_windows(self, out: Path) -> tuple[TrainingWindows, TrainingWindows]:

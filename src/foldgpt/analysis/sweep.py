@@ -14,7 +14,7 @@ from torch import LongTensor, Tensor, nn
 
 from foldgpt.analysis.moments import Moments
 from foldgpt.analysis.result import Analysis, CalibrationIdentity, SourceIdentity, SublayerMeasures
-from foldgpt.artifacts import hash_of, read_json, write_json
+from foldgpt.artifacts import check_free_file, hash_of, read_json, write_json
 from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
 from foldgpt.families import Decoder, decoder_of
 from foldgpt.fingerprints import weights_fingerprint
@@ -282,6 +282,8 @@ class _Checkpoint:
         self._saved = time.monotonic()
         if self._path is None:
             return
+        # Before the sweep, which may be over before the first checkpoint is due.
+        check_free_file(self._path, replace=True)
         windows = hashlib.sha256(windows_ids.to("cpu").contiguous().numpy().tobytes())
         windows.update(lengths.numpy().tobytes())
         self._fingerprint = hash_of(

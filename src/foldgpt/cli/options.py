@@ -31,7 +31,14 @@ Select = Annotated[
     str | None,
     typer.Option(help="Selector: gates, greedy, loo, taylor, bi, angular, last or random.", show_default="gates"),
 ]
-Remove = Annotated[int | None, typer.Option(help="How many blocks to remove.", show_default="0")]
+Remove = Annotated[
+    int | None,
+    typer.Option(
+        help="How many blocks to remove. This or --remove-ratio is needed, unless a recipe has it or weights are "
+        "shared.",
+        show_default=False,
+    ),
+]
 RemoveRatio = Annotated[float | None, typer.Option(help="The same as a fraction of all blocks.", show_default=False)]
 SearchTokens = Annotated[
     int | None,
@@ -116,5 +123,6 @@ Teraflops = Annotated[
 ]
 Devices = Annotated[int, typer.Option(min=1, help="For --dry-run: how many devices there are.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+OverwriteFolded = Annotated[bool, typer.Option("--overwrite", help="Replace the folded model that is there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]

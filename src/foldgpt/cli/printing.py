@@ -10,27 +10,57 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
     from foldgpt.comparison import Comparison
     from foldgpt.evaluation import Evaluation
     from foldgpt.plan import FoldPlan
 
 
-def print_shown(shown: Any) -> None:
-    """Print what rich can draw, a table or a text."""
+#: Columns of redirected output, which has no width of its own, for running text.
+_REDIRECTED = 120
+
+
+def _console(width: int | None = None) -> Console:
+    """A console that prints names as they are: brackets and colons in them are no markup."""
     from rich.console import Console
 
-    console = Console()
-    # Redirected output has no width of its own; a table cut to 80 columns loses its labels.
-    if not console.is_terminal:
-        console = Console(width=120)
-    console.print(shown)
+    return Console(width=width, markup=False, emoji=False)
+
+
+def _width() -> int:
+    """Columns that a line may have."""
+    console = _console()
+    return console.width if console.is_terminal else _REDIRECTED
+
+
+def print_shown(shown: RenderableType) -> None:
+    """Print what rich can draw; a table whole, and in a terminal that is too narrow as several."""
+    from rich.table import Table
+
+    from foldgpt.tables import as_wide_as, natural_width
+
+    width = _width()
+    if not isinstance(shown, Table):
+        _console(width).print(shown)
+        return
+    for table in as_wide_as(shown, width) if _console().is_terminal else [shown]:
+        # Never less than the table needs: rich would leave out digits, a terminal breaks lines.
+        _console(max(width, natural_width(table))).print(table)
+
+
+def print_strip(plan: FoldPlan) -> None:
+    """Print a plan as a strip of blocks."""
+    from foldgpt.tables import plan_strip
+
+    print_shown(plan_strip(plan, _width()))
 
 
 def print_plan(plan: FoldPlan) -> None:
     """Print a plan as a strip of blocks, and what it was chosen among if it was solved for a size."""
-    from foldgpt.tables import candidates_table, plan_strip
+    from foldgpt.tables import candidates_table
 
-    print_shown(plan_strip(plan))
+    print_strip(plan)
     if "candidates" in plan.origin:
         print_shown(candidates_table(plan))
 

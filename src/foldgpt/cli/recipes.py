@@ -18,11 +18,13 @@ from foldgpt.cli.options import (
     DType,
     Fit,
     GroupSize,
+    MaxMemory,
     Quiet,
     Rank,
     RecoverTokens,
     Remove,
     RemoveRatio,
+    Revision,
     Scales,
     SearchTokens,
     Seed,
@@ -33,6 +35,7 @@ from foldgpt.cli.options import (
     Teraflops,
     Texts,
     Tokens,
+    TrustRemoteCode,
 )
 from foldgpt.cli.printing import print_comparison, print_evaluation, print_json, print_paths, print_plan, print_shown
 from foldgpt.cli.requests import calibration_of, recipe_of, select_of, share_of
@@ -51,6 +54,7 @@ def run(
     ] = None,
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/latest"),
     model: Annotated[str | None, typer.Option(help="Model, in place of the recipe's.", show_default=False)] = None,
+    revision: Revision = None,
     text: Texts = None,
     context: Context = None,
     tokens: Tokens = None,
@@ -71,6 +75,8 @@ def run(
     dtype: DType = None,
     device: Device = None,
     seed: Seed = None,
+    max_memory_gb: MaxMemory = None,
+    trust_remote_code: TrustRemoteCode = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Take over the folder of another recipe; what still fits is kept.")
     ] = False,
@@ -89,9 +95,12 @@ def run(
             raise UsageError("name a recipe file, or a model with --model")
         changes: dict[str, Any] = {
             "model": model,
+            "revision": revision,
             "dtype": dtype,
             "device": device,
             "seed": seed,
+            "max_memory_gb": max_memory_gb,
+            "trust_remote_code": trust_remote_code,
             "calibration": calibration_of(text, context, tokens),
             "select": select_of(select, remove, remove_ratio, search_tokens),
             "compensate": {"method": compensate},
@@ -121,12 +130,15 @@ def compare(
     ],
     out: Annotated[Path, typer.Option(help="The folder of the comparison.")] = Path("runs/comparison"),
     model: Annotated[str | None, typer.Option(help="Model, in place of the recipe's.", show_default=False)] = None,
+    revision: Revision = None,
     remove: Remove = None,
     remove_ratio: RemoveRatio = None,
     recover_tokens: RecoverTokens = None,
     dtype: DType = None,
     device: Device = None,
     seed: Seed = None,
+    max_memory_gb: MaxMemory = None,
+    trust_remote_code: TrustRemoteCode = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Take over the folder of another comparison; what still fits is kept.")
     ] = False,
@@ -142,9 +154,12 @@ def compare(
 
         whole = Recipe.load(recipe).changed(
             model=model,
+            revision=revision,
             dtype=dtype,
             device=device,
             seed=seed,
+            max_memory_gb=max_memory_gb,
+            trust_remote_code=trust_remote_code,
             select={"remove": remove, "remove_ratio": remove_ratio},
             recover={"num_tokens": recover_tokens},
         )

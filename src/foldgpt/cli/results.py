@@ -11,7 +11,7 @@ from foldgpt.cli.options import (
     AsJson,
     Quiet,
 )
-from foldgpt.cli.printing import print_comparison, print_evaluation, print_json, print_paths, print_shown
+from foldgpt.cli.printing import print_comparison, print_evaluation, print_json, print_paths, print_strip
 from foldgpt.cli.session import session
 
 
@@ -28,7 +28,6 @@ def show(
         from foldgpt.errors import ArtifactError
         from foldgpt.evaluation import Evaluation
         from foldgpt.plan import FoldPlan
-        from foldgpt.tables import plan_strip
 
         if (path / COMPARISON).is_file():
             print_comparison(Comparison.load(path), as_json=as_json)
@@ -47,7 +46,7 @@ def show(
                 shown["evaluation"] = read_json(evaluation_path)
             print_json(shown)
             return
-        print_shown(plan_strip(made))
+        print_strip(made)
         if measured is not None:
             print_evaluation(measured)
 

@@ -23,6 +23,19 @@ def session(quiet: bool) -> Iterator[None]:
     except FoldGPTError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
+    except BrokenPipeError:
+        # Whoever reads the output, such as `head`, has enough: typer ends quietly.
+        raise
+    except OSError as error:
+        typer.echo(f"error: {_in_words(error)}", err=True)
+        raise typer.Exit(FoldGPTError.exit_code) from None
     except KeyboardInterrupt:
         typer.echo("stopped; what was finished is kept", err=True)
         raise typer.Exit(130) from None
+
+
+def _in_words(error: OSError) -> str:
+    """Which file or folder, and what is wrong with it; for an error of a library its own first line."""
+    if error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -20,6 +20,7 @@ from foldgpt.cli.options import (
     MaxMemory,
     Model,
     Overwrite,
+    OverwriteFolded,
     Quiet,
     Rank,
     Remove,
@@ -36,7 +37,7 @@ from foldgpt.cli.options import (
     Tokens,
     TrustRemoteCode,
 )
-from foldgpt.cli.printing import print_evaluation, print_json, print_paths, print_plan, print_shown
+from foldgpt.cli.printing import print_evaluation, print_json, print_paths, print_plan, print_shown, print_strip
 from foldgpt.cli.requests import calibration_of, recipe_of, select_of, share_of
 from foldgpt.cli.session import session
 from foldgpt.counts import count
@@ -175,7 +176,7 @@ def fold(
     device: Device = None,
     max_memory_gb: MaxMemory = None,
     trust_remote_code: TrustRemoteCode = None,
-    overwrite: Overwrite = False,
+    overwrite: OverwriteFolded = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -184,14 +185,14 @@ def fold(
         from dataclasses import asdict
 
         from foldgpt import steps
-        from foldgpt.artifacts import check_free
+        from foldgpt.folding.checkpoint import check_place
         from foldgpt.plan import FoldPlan
         from foldgpt.report import write_model_card
-        from foldgpt.tables import plan_strip, verification_lines
+        from foldgpt.tables import verification_lines
         from foldgpt.workbench import Workbench
 
+        check_place(out, replace=overwrite, read=[model])
         made = FoldPlan.load(plan)
-        check_free(out, replace=overwrite)
         recipe = recipe_of(
             model=model,
             revision=revision,
@@ -206,7 +207,7 @@ def fold(
         if as_json:
             print_json(asdict(verification))
         else:
-            print_shown(plan_strip(made))
+            print_strip(made)
             print_shown(verification_lines(verification))
             print_paths([out])
 
@@ -252,19 +253,19 @@ def recover(
     device: Device = None,
     seed: Seed = None,
     trust_remote_code: TrustRemoteCode = None,
-    overwrite: Overwrite = False,
+    overwrite: OverwriteFolded = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a folded model, briefly, to predict what its source predicts."""
     with session(quiet):
         from foldgpt import steps
-        from foldgpt.artifacts import check_free
+        from foldgpt.folding.checkpoint import check_place
         from foldgpt.report import write_model_card
         from foldgpt.tables import recovery_lines
         from foldgpt.workbench import Workbench
 
-        check_free(out, replace=overwrite)
+        check_place(out, replace=overwrite, read=[folder, teacher])
         recipe = recipe_of(
             model=teacher,
             revision=revision,
@@ -318,7 +319,9 @@ def evaluate(
         typer.Option(help="Folder of JSON-lines files with the tasks' items.", show_default="from the hub"),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="First items of each task only.", show_default="all")] = None,
-    generations: Annotated[int, typer.Option(help="Beginnings of the text that each model continues.")] = 0,
+    generations: Annotated[
+        int, typer.Option(help="Beginnings of the first --perplexity text that each model continues.")
+    ] = 0,
     speed: Annotated[bool, typer.Option(help="Measure prefill and decode speed.")] = True,
     memory: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
     revision: Revision = None,
@@ -334,8 +337,12 @@ def evaluate(
     with session(quiet):
         from foldgpt import steps
         from foldgpt.artifacts import check_free_file, write_json
+        from foldgpt.errors import UsageError
+        from foldgpt.tables import generation_lines
         from foldgpt.workbench import Workbench
 
+        if generations and not perplexity:
+            raise UsageError("--generations continues the beginnings of a text: name the text with --perplexity")
         if out is not None:
             check_free_file(out, replace=overwrite)
         recipe = recipe_of(
@@ -358,11 +365,14 @@ def evaluate(
             },
         ).changed_to(("evaluate", "max_windows"), max_windows or None)
         evaluation = steps.make_evaluation(Workbench(recipe), folder, compare=baseline is not None)
-        if out is not None:
-            write_json(out, evaluation.to_dict())
+        # What was measured is shown, whatever becomes of the file.
         if as_json:
             print_json(evaluation.to_dict())
         else:
             print_evaluation(evaluation)
-            if out is not None:
+            if evaluation.folded.generations:
+                print_shown(generation_lines(evaluation))
+        if out is not None:
+            write_json(out, evaluation.to_dict())
+            if not as_json:
                 print_paths([out])

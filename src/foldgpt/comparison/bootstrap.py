@@ -2,15 +2,20 @@
 
 Two models are measured on the same windows and the same items. What makes a window or an item hard is hard for both,
 so it is drawn for both at once, and cancels in the difference.
+
+Of few windows or items, resamples vary less than new ones would, and how much they vary is itself uncertain. So
+intervals are widened about the difference: by √(n / (n − 1)), and by Student's quantile over the normal one (Hesterberg
+2015, "What teachers should know about the bootstrap", which widens their levels by the same).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy
 from numpy.typing import NDArray
+from scipy.special import ndtri, stdtrit
 
 from foldgpt.evaluation import MeasurementError, Perplexity, TaskScore
 
@@ -27,7 +32,7 @@ class Interval:
 
     Attributes:
         difference: as measured.
-        low, high: the percentile interval.
+        low, high: the percentile interval, widened; the difference itself where nothing tells how it would vary.
     """
 
     difference: float
@@ -38,7 +43,7 @@ class Interval:
     def is_certain(self) -> bool:
         """Whether the interval excludes zero. Only then may one say 'better' or 'worse'.
 
-        One without width says nothing: all resamples of a single window are the same.
+        One without width says nothing: there was a single window or item, or all said the same.
         """
         return self.low < self.high and (self.low > 0 or self.high < 0)
 
@@ -64,7 +69,7 @@ def perplexity_difference(
         return result
 
     drawn = numpy.concatenate([differences(rows_SN) for rows_SN in _resamples(len(own_N), samples, seed)])
-    return _interval(own.value - other.value, drawn, confidence)
+    return _interval(own.value - other.value, drawn, confidence, [(len(own_N), 1.0)])
 
 
 def accuracy_difference(
@@ -76,6 +81,7 @@ def accuracy_difference(
         MeasurementError: they did not answer the same items.
     """
     measured, drawn = 0.0, numpy.zeros(samples)
+    variances: list[tuple[int, float]] = []
     for number, (task, score) in enumerate(own.items()):
         if task not in other or score.fingerprint != other[task].fingerprint:
             raise MeasurementError("two accuracies on different items cannot be compared")
@@ -83,7 +89,8 @@ def accuracy_difference(
         measured += float(differences_N.mean())
         resamples = _resamples(len(differences_N), samples, seed + number)
         drawn += numpy.concatenate([differences_N[rows_SN].mean(1) for rows_SN in resamples])
-    return _interval(measured / len(own), drawn / len(own), confidence)
+        variances.append((len(differences_N), float(differences_N.var())))
+    return _interval(measured / len(own), drawn / len(own), confidence, variances)
 
 
 def _hits(score: TaskScore) -> _Floats:
@@ -98,7 +105,30 @@ def _resamples(num_items: int, samples: int, seed: int) -> Iterator[_Ints]:
         yield generator.integers(num_items, size=(min(at_once, samples - start), num_items))
 
 
-def _interval(measured: float, drawn_S: _Floats, confidence: float) -> Interval:
+def _interval(measured: float, drawn_S: _Floats, confidence: float, variances: Sequence[tuple[int, float]]) -> Interval:
+    """The interval of a difference.
+
+    Args:
+        measured: the difference.
+        drawn_S: the differences of the resamples.
+        confidence: of the interval.
+        variances: for each sample that is resampled by itself: how many there are in it, and their variance (over n),
+            in any unit.
+    """
+    if any(number < 2 for number, _ in variances):
+        return Interval(measured, measured, measured)
     outside = (1 - confidence) / 2
     low, high = numpy.quantile(drawn_S, [outside, 1 - outside])
-    return Interval(measured, float(low), float(high))
+    by = _widening(variances, outside)
+    return Interval(measured, measured + by * float(low - measured), measured + by * float(high - measured))
+
+
+def _widening(variances: Sequence[tuple[int, float]], outside: float) -> float:
+    """By how much an interval of resamples is too narrow; the degrees of freedom are Welch's."""
+    resampled = [variance / number for number, variance in variances]
+    true = [variance / (number - 1) for number, variance in variances]
+    if not sum(true):
+        return 1.0
+    freedom = sum(true) ** 2 / sum(each**2 / (number - 1) for each, (number, _) in zip(true, variances, strict=True))
+    student = stdtrit(freedom, 1 - outside) / ndtri(1 - outside)
+    return float(student * (sum(true) / sum(resampled)) ** 0.5)

@@ -134,14 +134,14 @@ def known_rows(recipe: Recipe) -> dict[str, Change]:
     rows: dict[str, Change] = {}
     for seed in range(recipe.seed, recipe.seed + recipe.compare.random_seeds):
         name = "random" if seed == recipe.seed else f"random, seed {seed}"
-        rows[name] = {"select": {**_selects(recipe, "random"), "options": {"seed": seed}}, **pure}
+        rows[name] = {"select": {"method": "random", "options": {"seed": seed}}, **pure}
     for method in ("last", "angular", "bi"):
-        rows[method] = {"select": _selects(recipe, method), **pure}
-    rows["bi + compensation"] = {"select": _selects(recipe, "bi"), **compensated}
-    rows["bi + plain LoRA"] = {"select": _selects(recipe, "bi"), **pure, "recover": {"settings": _PLAIN_LORA}}
+        rows[method] = {"select": {"method": method}, **pure}
+    rows["bi + compensation"] = {"select": {"method": "bi"}, **compensated}
+    rows["bi + plain LoRA"] = {"select": {"method": "bi"}, **pure, "recover": {"settings": _PLAIN_LORA}}
     for method in ("greedy", "gates"):
-        rows[method] = {"select": _selects(recipe, method), **pure}
-    rows["gates + compensation"] = {"select": _selects(recipe, "gates"), **compensated}
+        rows[method] = {"select": {"method": method}, **pure}
+    rows["gates + compensation"] = {"select": {"method": "gates"}, **compensated}
     if recipe.share.method != "none":
         # The recipe as it stands: whoever wrote its share section chose how many blocks are removed beside it.
         rows[f"{recipe.select.method} + sharing"] = {}
@@ -166,13 +166,6 @@ def _budget(recipe: Recipe) -> dict[str, Any]:
             "of the parameters in blocks, such as 0.7, or rows of your own"
         )
     return {"remove_ratio": 1 - wanted.value}
-
-
-def _selects(recipe: Recipe, method: str) -> dict[str, Any]:
-    """What changes in the select section; options and sublayers are the chosen selector's own."""
-    if method == recipe.select.method:
-        return {"method": method}
-    return {"method": method, "options": {}, "sublayers": False}
 
 
 def _changed(recipe: Recipe, name: str, change: Change) -> Recipe:

@@ -29,7 +29,7 @@ def method_table(comparison: Comparison) -> Table:
     table = Table()
     table.add_column("method")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for method in comparison.methods:
         cells = _cells(method)
         table.add_row(title_of(method), *(cells.get(column, _MISSING) for column in columns))
@@ -68,7 +68,7 @@ def task_accuracy_table(comparison: Comparison) -> Table:
         return table
     table.add_column("method")
     for task in comparison.tasks:
-        table.add_column(task, justify="right")
+        table.add_column(task, justify="right", no_wrap=True)
     table.add_row("chance", *(percent(chance) for chance in comparison.tasks.values()))
     for method in comparison.methods:
         values = [method.figures.get(f"task.{task}") for task in comparison.tasks]
@@ -81,9 +81,9 @@ def difference_table(comparison: Comparison) -> Table:
     table = Table()
     table.add_column(f"against {comparison.reference}")
     for text in comparison.texts:
-        table.add_column(f"perplexity, {text}", justify="right")
+        table.add_column(f"perplexity, {text}", justify="right", no_wrap=True)
     if comparison.tasks:
-        table.add_column("tasks, points", justify="right")
+        table.add_column("tasks, points", justify="right", no_wrap=True)
     for method in comparison.methods:
         if not (method.perplexity_differences or method.accuracy_difference):
             continue

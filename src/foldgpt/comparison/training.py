@@ -45,7 +45,7 @@ class Training:
         record = read_json(path, "record of the recovery")
         try:
             return cls(int(record["num_tokens"]), str(record["ended"]), dict(record["settings"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ArtifactError(f"{path} is not the record of a recovery") from error
 
     def is_as_long_as(self, other: Training) -> bool:

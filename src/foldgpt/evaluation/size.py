@@ -96,7 +96,7 @@ def _count(parameters: Iterable[nn.Parameter]) -> int:
 
 @torch.inference_mode()
 def _cache_layers(model: PreTrainedModel) -> list[Any]:
-    """The filled layers of the cache that the model makes for one short prompt."""
+    """The layers of the cache that hold something after one short prompt."""
     was_training = model.training
     model.eval()
     try:
@@ -106,7 +106,8 @@ def _cache_layers(model: PreTrainedModel) -> list[Any]:
         model.train(was_training)
     if cache is None:
         return []
-    return [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    filled = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    return [layer for layer in filled if layer.keys.numel()]  # a removed attention has keys of no width
 
 
 def folder_bytes(path: str | Path) -> int:

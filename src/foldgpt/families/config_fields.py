@@ -7,11 +7,12 @@ is refused by name: a guess would save a checkpoint that loads without a word an
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from foldgpt.errors import UnsupportedModelError
+from foldgpt.errors import PlanError, UnsupportedModelError
 
 Rule = Callable[[Any, str, tuple[int, ...], int], Any]
 
@@ -27,6 +28,21 @@ def _slice_per_block(config: Any, name: str, kept: tuple[int, ...], num_blocks: 
             "cannot tell which belong to which."
         )
     return [value[index] for index in kept]
+
+
+def _slice_indexers(config: Any, name: str, kept: tuple[int, ...], num_blocks: int) -> Any:
+    """One entry per block. A "shared" indexer points where the last "full" one before it does, and needs that one."""
+    sliced = _slice_per_block(config, name, kept, num_blocks)
+    donor = None
+    for index, kind in enumerate(getattr(config, name)):
+        if kind == "full":
+            donor = index
+        elif index in kept and donor is not None and donor not in kept:
+            raise PlanError(
+                f"cannot remove block {donor} and keep block {index}: the attention of block {index} reads what the "
+                f"indexer of block {donor} chose ({name}). Keep block {donor}, or remove all that read it."
+            )
+    return sliced
 
 
 def _remap_indices(config: Any, name: str, kept: tuple[int, ...], num_blocks: int) -> Any:
@@ -46,6 +62,11 @@ def _sparse_step(config: Any, name: str, kept: tuple[int, ...], num_blocks: int)
     return 1
 
 
+def _scale_with_depth(config: Any, name: str, kept: tuple[int, ...], num_blocks: int) -> Any:
+    """Each block divides it by the square root of the number of blocks: the quotient must stay."""
+    return getattr(config, name) * math.sqrt(len(kept) / num_blocks)
+
+
 def _none_left(config: Any, name: str, kept: tuple[int, ...], num_blocks: int) -> Any:
     """Extra blocks that transformers does not load (multi-token prediction): the folded model has none."""
     return 0
@@ -57,7 +78,7 @@ RULES: dict[str, Rule] = {
     "activation_sparsity_pattern": _slice_per_block,
     "attention_layers": _slice_per_block,
     "full_attn_idxs": _remap_indices,
-    "indexer_types": _slice_per_block,
+    "indexer_types": _slice_indexers,
     "intermediate_size": _slice_per_block,
     "layer_rope_theta": _slice_per_block,
     "layer_types": _slice_per_block,
@@ -76,6 +97,7 @@ RULES: dict[str, Rule] = {
     # Others.
     "decoder_sparse_step": _sparse_step,
     "num_nextn_predict_layers": _none_left,
+    "scale_depth": _scale_with_depth,
 }
 
 #: Field → the explicit list that takes its place; harmless once that list is in the config.
@@ -90,6 +112,8 @@ GENERATORS: dict[str, str] = {
 
 #: Field → the value under which it does not depend on the index. Any other value is refused.
 NEUTRAL: dict[str, Any] = {
+    # Embeddings of every token for every block, in one matrix (Gemma 3n).
+    "hidden_size_per_layer_input": 0,
     # Every k-th block is sparse (DeepSeek); transformers' own code for these families takes every one.
     "moe_layer_freq": 1,
     "num_kv_shared_layers": 0,
@@ -106,7 +130,6 @@ HARMLESS = frozenset(
         "block_ffn_dim_multiplier",
         "block_multiple_of",
         "do_layer_norm_before",
-        "hidden_size_per_layer_input",
         "layer_norm_elementwise_affine",
         "layer_norm_eps",
         "layer_norm_epsilon",
@@ -125,13 +148,19 @@ HARMLESS = frozenset(
     }
 )
 
+#: Model type → what its blocks compute from their own index, and no config field says.
+INDEX_IN_CODE: dict[str, str] = {"diffllama": "lambda_init"}
+
+#: Kinds of blocks (`layer_types`) that keep no keys and values: what mixes tokens there has a state, or nothing does.
+WITHOUT_ATTENTION = frozenset({"conv", "linear_attention", "mamba", "mlp", "moe", "recurrent"})
+
 _LOOKS_INDEXED = re.compile(
     r"(^|_)(layers?|blocks?|idxs?|indices)(_|$)|(^|_)(pattern|interval|period|freq|offset|every)(_|$)|_per_layer"
 )
 
 
 def check_config(config: Any) -> None:
-    """Refuse a config with an index-dependent field that has no rule.
+    """Refuse a config with an index-dependent field that has no rule, or of blocks that compute with their index.
 
     Args:
         config: the (text) config of a decoder.
@@ -139,6 +168,11 @@ def check_config(config: Any) -> None:
     Raises:
         UnsupportedModelError: names the field, its value and what can be done.
     """
+    if config.model_type in INDEX_IN_CODE:
+        raise UnsupportedModelError(
+            f"blocks of model type {config.model_type!r} compute {INDEX_IN_CODE[config.model_type]} from their own "
+            "index, and no config field can say another for a block that gets a new number"
+        )
     num_blocks = config.num_hidden_layers
     for name, value in _own_fields(config).items():
         if name in RULES or name in HARMLESS:
@@ -165,6 +199,7 @@ def remap_config_(config: Any, kept: Sequence[int]) -> None:
         kept: source indices of the kept blocks, increasing.
 
     Raises:
+        PlanError: a kept block reads what a removed one made.
         UnsupportedModelError: a field cannot express the result, or has no rule; the config is unchanged.
     """
     check_config(config)
@@ -182,6 +217,12 @@ def remap_config_(config: Any, kept: Sequence[int]) -> None:
         if value != fields[name]:
             setattr(config, name, value)
     config.num_hidden_layers = len(kept)
+
+
+def attending_blocks(config: Any) -> list[int]:
+    """Source indices of the blocks that keep keys and values, by the config's `layer_types`; all where it has none."""
+    types = getattr(config, "layer_types", None)
+    return [index for index in range(config.num_hidden_layers) if not types or types[index] not in WITHOUT_ATTENTION]
 
 
 def _dense_positions(config: Any, kept: tuple[int, ...]) -> list[int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from foldgpt.artifacts import staged_folder, write_json
+from foldgpt.artifacts import check_free_folder, staged_folder, write_json
 from foldgpt.errors import ArtifactError, VerificationError
 from foldgpt.families import brings_own_code, decode
 from foldgpt.plan import FoldPlan
@@ -25,6 +26,9 @@ from foldgpt.progress import quiet_libraries
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 #: The same for a KV cache in 16 bits, for models too large to be compared in fp32: 0.075 was seen for rounding.
 _UNSEEN_TOLERANCE = 0.2
+
+#: Files by which the folder of a folded model is known.
+_ALWAYS_THERE = ("config.json", "plan.json")
 
 _PROBE_TOKENS = 24
 _PREFILL_TOKENS = 8
@@ -49,6 +53,43 @@ class Verification:
     cache_error: float
     num_parameters: int
     weight_bytes: int
+
+
+def check_place(folder: str | Path, *, replace: bool = False, read: Iterable[str | Path] = ()) -> None:
+    """Look whether a folded model may be saved in a folder, before anything is loaded for it.
+
+    Args:
+        folder: where it is to be saved.
+        replace: replace the folded model that is there, and nothing else.
+        read: the models that it is made from; one that is not on this machine (a hub id) is in no folder's way.
+
+    Raises:
+        ArtifactError: the folder is, contains or lies inside one of `read`, holds something else than a folded model,
+            is taken, or cannot be written.
+    """
+    folder = Path(folder)
+    target = folder.resolve()
+    for model in read:
+        place = Path(model).expanduser()
+        if not place.exists():
+            continue
+        place = place.resolve()
+        if target == place:
+            relation = "is"
+        elif place.is_relative_to(target):
+            relation = "contains"
+        elif target.is_relative_to(place):
+            relation = "lies inside"
+        else:
+            continue
+        raise ArtifactError(f"{folder} {relation} the model {model}, which is read. Choose another place.")
+    missing = [name for name in _ALWAYS_THERE if not (folder / name).is_file()]
+    if missing and folder.is_dir() and any(folder.iterdir()):
+        raise ArtifactError(
+            f"{folder} holds something else than a folded model (it has no {' and no '.join(missing)}), which would be "
+            "lost. Choose another place."
+        )
+    check_free_folder(folder, replace=replace)
 
 
 def save_folded(
@@ -106,8 +147,8 @@ def verify_checkpoint(folder: str | Path, model: nn.Module, *, expected_paramete
         expected_parameters: unique parameters it should have.
 
     Raises:
-        VerificationError: keys missing or too many, another class, other logits, a KV cache that changes the
-            result, or another size than its parameters say.
+        VerificationError: keys missing or too many, another class, a model that cannot be run, other logits, a KV
+            cache that changes the result, or another size than its parameters say.
     """
     folder = Path(folder)
     parameter = next(model.parameters())
@@ -115,8 +156,13 @@ def verify_checkpoint(folder: str | Path, model: nn.Module, *, expected_paramete
     was_training = model.training
     model.eval()
     probe = _probe(model)
-    before, after = _logits(model, probe), _logits(reloaded, probe)
-    model.train(was_training)
+    try:
+        with _running("the model in memory"):
+            before = _logits(model, probe)
+        with _running("the saved model"):
+            after = _logits(reloaded, probe)
+    finally:
+        model.train(was_training)
     reload_error, dtype = _relative_error(after, before), parameter.dtype
     if reload_error and dtype in (torch.bfloat16, torch.float16) and _fits_in_fp32(model, copies=2):
         # In 16 bits much passes for rounding. What differs there for a reason must not differ in fp32.
@@ -155,8 +201,7 @@ def _reload(folder: Path, model: nn.Module) -> Any:
                 folder, dtype=parameter.dtype, output_loading_info=True, trust_remote_code=brings_own_code(model)
             )
     except Exception as error:  # from_pretrained passes on errors of half a dozen libraries
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise VerificationError(f"the saved model cannot be loaded: {reason}") from error
+        raise VerificationError(f"the saved model cannot be loaded: {_first_line(error)}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             shown = ", ".join(sorted(str(key) for key in info[problem])[:5])
@@ -167,7 +212,26 @@ def _reload(folder: Path, model: nn.Module) -> Any:
     )
     if not is_same:
         raise VerificationError(f"saved a {type(model).__name__}, but it loads as {type(reloaded).__name__}")
-    return reloaded.to(parameter.device).eval()
+    return reloaded.to(_device_of(model)).eval()
+
+
+@contextmanager
+def _running(what: str) -> Iterator[None]:
+    """Say of a model whose own code fails that it cannot be run."""
+    try:
+        yield
+    except Exception as error:  # of any architecture's code
+        raise VerificationError(f"{what} cannot be run: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs. Offloaded weights are on "meta": their hooks move the inputs on."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _check_cache(model: nn.Module, probe: torch.Tensor) -> float:
@@ -188,7 +252,9 @@ def _check_cache(model: nn.Module, probe: torch.Tensor) -> float:
             tolerance = _TOLERANCE[torch.float32]
         else:
             tolerance = _UNSEEN_TOLERANCE
-    error = _relative_error(_cached_logits(model, probe), _logits(model, probe))
+    with _running("the saved model, decoding with a KV cache,"):
+        cached = _cached_logits(model, probe)
+    error = _relative_error(cached, _logits(model, probe))
     if not error <= tolerance:
         raise VerificationError(
             f"decoding with a KV cache differs from decoding without (relative error {error:.2g}, "
@@ -212,7 +278,7 @@ def _error_in_fp32(model: nn.Module, reloaded: nn.Module, probe: torch.Tensor) -
 
 
 def _fits_in_fp32(model: nn.Module, copies: int = 1) -> bool:
-    device = next(model.parameters()).device
+    device = _device_of(model)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return copies * sum(4 * p.numel() for p in model.parameters()) < free / 2
 
@@ -223,7 +289,7 @@ def _probe(model: nn.Module) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (2, _PROBE_TOKENS)
     ids = torch.randint(0, config.get_text_config().vocab_size, shape, generator=generator)
-    return ids.to(next(model.parameters()).device)
+    return ids.to(_device_of(model))
 
 
 def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

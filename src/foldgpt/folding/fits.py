@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from foldgpt.errors import PlanError, did_you_mean
+from foldgpt.errors import PlanError, UnsupportedModelError, did_you_mean
 from foldgpt.families import Decoder
 from foldgpt.families.norms import weight_for
 from foldgpt.folding.donors import DONORS
@@ -85,6 +85,24 @@ def check_start(decoder: Decoder, group: Group) -> None:
             _zero_of(decoder.blocks[index].get_submodule(name))
 
 
+def check_weights(decoder: Decoder, group: Group, fit: GroupFit) -> None:
+    """Refuse to make shared weights of integers, which stand for numbers that only a quantiser knows.
+
+    Raises:
+        UnsupportedModelError: names the block and the weight.
+    """
+    if group.giver is not None and not fit.weights:
+        return
+    for index in group.blocks:
+        for name, parameter in _shared_parameters(decoder, group, index).items():
+            if not parameter.is_floating_point():
+                raise UnsupportedModelError(
+                    f"group {list(group.blocks)}: {name} of block {index} is quantised "
+                    f"({str(parameter.dtype).removeprefix('torch.')}), so donor {group.donor!r} cannot make shared "
+                    "weights of it. Take donor 'first', or share the plain model and quantise the result."
+                )
+
+
 @torch.no_grad()
 def write_fit_(decoder: Decoder, group: Group, fit: GroupFit) -> None:
     """Write a group's shared weights into its holder and the private norms into its members, in place.
@@ -96,6 +114,9 @@ def write_fit_(decoder: Decoder, group: Group, fit: GroupFit) -> None:
     """
     for name, owned in _shared_parameters(decoder, group, group.holder).items():
         owned.copy_(fit.weights[name] if name in fit.weights else _of_donor(decoder, group, name))
+    if group.donor in DONORS:
+        for name, buffer in _shared_buffers(decoder, group).items():
+            buffer.copy_(_of_donor(decoder, group, name))
     for index in group.blocks:
         # A norm's fit comes last: one that helps from the start takes the place of nothing.
         norms = {**_norms_at_start(decoder, group, index), **fit.members.get(index, MemberFit()).norms}
@@ -124,10 +145,11 @@ def values_without_fit(decoder: Decoder, group: Group, index: int) -> dict[str, 
 
 
 def _of_donor(decoder: Decoder, group: Group, name: str) -> Tensor:
-    """A shared parameter as the group's donor makes it."""
-    if group.giver is not None:
-        return decoder.blocks[group.giver].get_parameter(name).data
-    return DONORS[group.donor]([decoder.blocks[index].get_parameter(name).data for index in group.blocks])
+    """A shared parameter or buffer as the group's donor makes it."""
+    module, _, leaf = name.rpartition(".")
+    members = group.blocks if group.giver is None else (group.giver,)
+    values = [getattr(decoder.blocks[index].get_submodule(module), leaf).data for index in members]
+    return values[0] if group.giver is not None else DONORS[group.donor](values)
 
 
 def _norms_at_start(decoder: Decoder, group: Group, index: int) -> dict[str, Tensor]:
@@ -148,6 +170,20 @@ def _shared_parameters(decoder: Decoder, group: Group, index: int) -> dict[str, 
         f"{leaf}.{name}": parameter
         for leaf in shareable_leaves(decoder, index, group.sublayers)
         for name, parameter in block.get_submodule(leaf).named_parameters()
+    }
+
+
+def _shared_buffers(decoder: Decoder, group: Group) -> dict[str, Tensor]:
+    """Name inside the block → buffer, of the numbers that shared leaves save beside their parameters, in the holder.
+
+    Such as the correction that a DeepSeek router adds to its scores.
+    """
+    block = decoder.blocks[group.holder]
+    return {
+        f"{leaf}.{name}": buffer
+        for leaf in shareable_leaves(decoder, group.holder, group.sublayers)
+        for name, buffer in block.get_submodule(leaf).named_buffers()
+        if buffer.is_floating_point() and name in block.get_submodule(leaf).state_dict()
     }
 
 

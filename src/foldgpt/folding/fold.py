@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from foldgpt.errors import PlanError, UnsupportedModelError, did_you_mean
-from foldgpt.families import Decoder, brings_own_code, check_config, decoder_of, remap_config_
+from foldgpt.families import Decoder, attending_blocks, brings_own_code, check_config, decoder_of, remap_config_
 from foldgpt.folding.donors import DONORS, READY
-from foldgpt.folding.fits import check_fits, check_start, write_fit_
+from foldgpt.folding.fits import check_fits, check_start, check_weights, write_fit_
 from foldgpt.folding.fitted import GroupFit, MemberFit
 from foldgpt.folding.kinds import check_group, shareable_leaves, sublayer_modules
 from foldgpt.folding.private import LeafTerms, merged, terms_of_group, write_terms_
@@ -63,7 +63,8 @@ def fold_(model: nn.Module, plan: FoldPlan, fits: Mapping[int, GroupFit] | None 
 
     Raises:
         PlanError: the plan is for another model, or cannot be carried out on this one, or a fit is for another plan.
-        UnsupportedModelError: the model has something that depends on the block index and has no rule.
+        UnsupportedModelError: the model has something that depends on the block index and has no rule, or weights that
+            are to be made are offloaded or quantised.
     """
     decoder = decoder_of(model)
     _check_plan(decoder, plan)
@@ -72,6 +73,8 @@ def fold_(model: nn.Module, plan: FoldPlan, fits: Mapping[int, GroupFit] | None 
         check_start(decoder, group)
     fits = fits or {}
     check_fits(decoder, plan, fits)
+    for number, group in enumerate(plan.groups):
+        check_weights(decoder, group, fits.get(number, GroupFit()))
     terms = [terms_of_group(decoder, group) for group in plan.groups]
     layout = _layout_of(decoder, plan, terms)  # while source indices still hold
     remap_config_(decoder.config, plan.kept)
@@ -88,7 +91,7 @@ def unfold_(model: nn.Module) -> None:
     """Give every position weights of its own, in place: copies of what it borrows, its private terms merged into them.
 
     Sharing alone changes the logits not by a bit. Private terms are merged in fp64 and rounded once. A model without
-    removed sublayers becomes one of the source's own class.
+    removed sublayers becomes one of the source's own class; one with them stays folded, by its plan without groups.
 
     Raises:
         PlanError: the model shares nothing.
@@ -107,6 +110,7 @@ def unfold_(model: nn.Module) -> None:
         block.set_submodule(name, merged(block.get_submodule(name), name))
     if layout["absent"]:
         config.fold_layout = {**layout, "borrowed": [], "private": []}
+        config.fold_plan = {**config.fold_plan, "groups": [], "fitting": None}
         return
     config.__class__ = type(config).__mro__[1]
     for name in ("fold_layout", "fold_plan", "source_model_type", "auto_map"):
@@ -144,7 +148,9 @@ def _count(module: nn.Module) -> int:
 
 
 def _check_plan(decoder: Decoder, plan: FoldPlan) -> None:
-    if getattr(decoder.model.config, "fold_layout", None) is not None:
+    if (layout := getattr(decoder.model.config, "fold_layout", None)) is not None:
+        if layout["absent"]:
+            raise PlanError("sublayers of this model are removed already; fold the source itself, by one plan")
         raise PlanError("this model is folded already; unfold_ it first")
     num_blocks = len(decoder.blocks)
     if plan.source.num_blocks != num_blocks:
@@ -183,7 +189,16 @@ def _check_in_memory(decoder: Decoder, plan: FoldPlan) -> None:
 
 
 def _check_first_attention(decoder: Decoder, plan: FoldPlan) -> None:
-    """The KV cache's length is read from the first block of each attention type, so that one must attend."""
+    """The KV cache's length is read from the first block of each attention type, so that one must attend.
+
+    Blocks of other kinds (convolutions, linear attention) have no length to read.
+    """
+    attending = attending_blocks(decoder.config)
+    if attending and not set(attending) & set(plan.kept):
+        raise PlanError(
+            "cannot remove all blocks that attend: transformers reads the length of the KV cache from one of them. "
+            f"Keep at least one of {attending}."
+        )
     types = getattr(decoder.config, "layer_types", None) or ["attention"] * len(decoder.blocks)
     first_of: dict[str, int] = {}
     for index in plan.kept:

@@ -140,7 +140,7 @@ def kind_of(decoder: Decoder, index: int, sublayers: Sequence[Sublayer]) -> dict
     block = decoder.blocks[index]
     for name in shareable_leaves(decoder, index, sublayers):
         leaf = block.get_submodule(name)
-        shapes = {key: tuple(p.shape) for key, p in leaf.named_parameters()}
+        shapes = {key: tuple(p.shape) for key, p in (*leaf.named_parameters(), *leaf.named_buffers())}
         kind[name] = (type(leaf).__name__, shapes)
     return kind
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from .configuration_foldgpt import FoldedConfig, folded_config_class
@@ -132,15 +133,36 @@ class Absent(nn.Module):
 
     Args:
         returns_pair: whether the sublayer returned a pair (attention: output and weights).
+        layer_idx: slot of an attention in the KV cache; None where there is never a cache.
     """
 
-    def __init__(self, returns_pair: bool) -> None:
+    def __init__(self, returns_pair: bool, layer_idx: int | None = None) -> None:
         super().__init__()
         self.returns_pair = returns_pair
+        self.layer_idx = layer_idx
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         zeros = torch.zeros_like(hidden_states)
-        return (zeros, None) if self.returns_pair else zeros
+        if not self.returns_pair:
+            return zeros
+        if self.layer_idx is not None:
+            # Blocks hand the cache on under several names: cache, past_key_values, layer_past.
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, Cache):
+                    _pass_slot(value, self.layer_idx, hidden_states)
+        return zeros, None
+
+
+def _pass_slot(cache: Cache, layer_idx: int, hidden_states: torch.Tensor) -> None:
+    """Do for a slot of the KV cache that stays empty what must be done for each: keys and values of width 0 go in.
+
+    A sliding window that was never filled cannot be cropped, which assisted decoding does; and an offloaded cache
+    fetches the next slot whenever one is filled.
+    """
+    slot = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if cache.offloading or isinstance(slot, DynamicSlidingWindowLayer):
+        nothing = hidden_states.new_empty(hidden_states.shape[0], 1, hidden_states.shape[1], 0)
+        cache.update(nothing, nothing, layer_idx)
 
 
 def apply_layout_(model: nn.Module, layout: dict[str, Any]) -> None:
@@ -179,7 +201,7 @@ def apply_layout_(model: nn.Module, layout: dict[str, Any]) -> None:
     for entry in layout["absent"]:
         block = blocks[entry["position"]]
         for name in entry["returns_pair"]:
-            block.set_submodule(name, Absent(returns_pair=True))
+            block.set_submodule(name, Absent(returns_pair=True, layer_idx=entry["position"]))
         for name in entry["returns_tensor"]:
             block.set_submodule(name, Absent(returns_pair=False))
         for name in entry["passed_through"]:

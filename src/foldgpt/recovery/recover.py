@@ -264,6 +264,7 @@ def _cache(
     """The file of the teacher's states, made by the first process if it is not there."""
     if teacher is None or folder is None:
         return None
+
     def opened() -> CachedStates:
         return cache_states(
             teacher,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -85,6 +86,10 @@ class RecoverySettings:
             value = getattr(self, name)
             if value not in choices:
                 raise UsageError(f"unknown {name} {value!r}.{did_you_mean(str(value), choices)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{field.name} must be a finite number, not {value}")
         for name in ("kl", "lm", "last_error", "last_cosine", "states", "weight_decay", "rank"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name} must be at least 0, not {getattr(self, name)}")

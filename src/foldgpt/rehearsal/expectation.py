@@ -98,7 +98,8 @@ def expect(
     """Count what a recipe will take on the real model.
 
     Counted are the analysis, the search, the recovery with its measurements on held-out windows, and perplexity. Not
-    counted are the fit of the compensation, tasks, and reading and writing.
+    counted are the fits of the compensation and of shared weights, what the size solver and the choice of the best
+    donor measure, tasks, and reading and writing.
 
     Args:
         config: of the real model.
@@ -117,18 +118,25 @@ def expect(
     counts = [_count(model) for model in (source, decoder_of(source).blocks, student, decoder_of(student).blocks)]
     forward = _forward_flops(source, recipe.calibration.context)
     flops = {"analysis": forward * recipe.calibration.num_tokens}
-    passes = search_passes(
-        recipe.select.method, plan.source.num_blocks, _num_removed(recipe, source), recipe.select.options
-    )
     # Of each row of logits.
     head = 2.0 * config.vocab_size * _hidden_size(source)
+    select = recipe.select
+    searched = forward * select.num_tokens
+    per_block = 2 if select.sublayers else 1
+    passes = search_passes(
+        select.method,
+        per_block * plan.source.num_blocks,
+        per_block * _num_removed(recipe, source),
+        select.options,
+        head=head * num_positions(select.num_tokens) / searched,
+    )
     if passes:
-        flops["search"] = passes * (forward * recipe.select.num_tokens + head * num_positions(recipe.select.num_tokens))
+        flops["search"] = passes * searched
     measured = recipe.evaluate
     tokens = len(measured.texts) * (measured.max_windows or 0) * measured.context
     if tokens:
-        both = _forward_flops(source, measured.context) + _forward_flops(student, measured.context)
-        flops["perplexity"] = tokens * (both + 2 * head)
+        flops["source's perplexity"] = tokens * (_forward_flops(source, measured.context) + head)
+        flops["perplexity"] = tokens * (_forward_flops(student, measured.context) + head)
     weights = _bytes(source)
     states = recipe.select.num_tokens * _hidden_size(source) * (len(decoder_of(source).blocks) + 1) * dtype.itemsize
     memory = {
@@ -153,7 +161,9 @@ def expect(
         steps = section.num_tokens // (settings.batch_size * section.context)
         rounds = 2 + steps // settings.evaluate_every
         held_out = section.held_out_tokens * (there + 2 * head)
-        flops["recovery"] = section.num_tokens * (per_token + teacher + 3 * head) + rounds * held_out
+        if teacher:
+            flops["teacher"] = section.num_tokens * teacher
+        flops["recovery"] = section.num_tokens * (per_token + 3 * head) + rounds * held_out
         memory["recovery"] = Memory(
             folded_bytes,
             teacher=weights if settings.needs_teacher else 0,
@@ -172,19 +182,31 @@ def expect(
     )
 
 
-def search_passes(method: str, num_blocks: int, num_removed: int, options: Mapping[str, Any] | None = None) -> float:
-    """About how many forward passes over its windows a search takes.
+def search_passes(
+    method: str, num_units: int, num_removed: int, options: Mapping[str, Any] | None = None, *, head: float = 0.0
+) -> float:
+    """About how many forward passes over its windows a search takes, the recording of the source's states included.
 
-    Greedy removal tries every block that is left, each time, and what it tries shares what lies before it: half of
-    the blocks that are left run on average. Gates may spend a share of that, their option `effort`; the others look
-    at each block once.
+    Greedy removal tries every unit that is left, each time, and what it tries shares what lies before it: half of
+    the units that are left run on average. Gates may spend a share of that, their option `effort`; the others look
+    at each unit once.
+
+    Args:
+        method: the selector.
+        num_units: blocks, or twice as many where attention and MLP are removed apart.
+        num_removed: units that go. If small ones do, it takes more of them to make up the same size.
+        options: of the selector.
+        head: what the predictions of one set take, in forward passes of the blocks.
     """
-    greedy = 1 + sum((num_blocks - gone) ** 2 / (2 * num_blocks) for gone in range(num_removed))
+    greedy = 1.0
+    for left in range(num_units, num_units - num_removed, -1):
+        greedy += left * (0.5 * left / num_units + head)
     if method == "greedy":
         return greedy
     if method == "gates":
         return float((options or {}).get("effort", GATES_EFFORT)) * greedy
-    return {"loo": 1 + num_blocks / 2, "taylor": 3.0}.get(method, 0.0)
+    # Taylor: there, back to the gates for about twice as much, and the cost of what it removes.
+    return {"loo": 1 + num_units * (0.5 + head), "taylor": 4 + 2 * head}.get(method, 0.0)
 
 
 def _of_real_shapes(layout: Mapping[str, Any], student: Any, rank: int) -> dict[str, Any]:

@@ -33,6 +33,8 @@ _CONTEXT, _CALIBRATION, _SEARCH, _STEPS, _HELD_OUT, _TEST = 32, 8, 2, 2, 2, 2
 _SHORT_TRAINING = {"batch_size": 2, "micro_batch_size": 2, "evaluate_every": 1}
 #: Most columns of a low-rank term; a matrix of the tiny model may have no more rows.
 _RANK = 4
+#: Stages that are made once for the rows of a comparison; the teacher's states for those that compare the same ones.
+_IN_COMMON = ("analysis", "search", "source's perplexity", "teacher")
 #: Options of the learned gates.
 _SHORT_SEARCH = {"effort": 0.05, "steps": 3}
 
@@ -53,14 +55,14 @@ class Rehearsal:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of all; analyses and searches that rows have in common are counted once."""
+        """Floating-point operations of all; what rows have in common is counted once."""
         total = 0.0
         seen: set[tuple[str, float]] = set()
         for name, row in self.rows.items():
             for stage, flops in row.flops.items():
-                # A search serves its rows without and with recovery; the analysis serves all.
-                key = (stage if stage == "analysis" else f"{stage} of {name.removesuffix(' + recovery')}", flops)
-                if stage in ("analysis", "search") and key in seen:
+                # A search serves its rows without and with recovery.
+                key = (f"search of {name.removesuffix(' + recovery')}" if stage == "search" else stage, flops)
+                if stage in _IN_COMMON and key in seen:
                     continue
                 seen.add(key)
                 total += flops

@@ -46,7 +46,8 @@ def expectation_lines(rehearsal: Rehearsal, *, teraflops: float, devices: int = 
     whose = "one device" if devices == 1 else f"each of {devices} devices"
     lines.append(
         f"All together {_peta(rehearsal.flops)}: {total} at {teraflops:g} TFLOP/s sustained on {whose} (--tflops, "
-        "--devices). Not counted: the fit of the compensation, tasks, perplexity on whole texts, reading and writing."
+        "--devices). Not counted: the fits of the compensation and of shared weights (share.fit), what share.method "
+        "auto and donor best measure, tasks, perplexity on whole texts, reading and writing."
     )
     lines.append(f"In the rehearsal {'; '.join(rehearsal.left_out)}.")
     return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,42 @@ def read_recovery(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     recovery = read_json(path, "record of the recovery")
-    if not isinstance(recovery, dict) or not isinstance(recovery.get("history"), list):
+    if not isinstance(recovery, dict):
         raise ArtifactError(f"{path} is not the record of a recovery")
+    for name, is_right in _FIELDS.items():
+        if not is_right(recovery.get(name)):
+            raise ArtifactError(f"{path} is not the record of a recovery: {name!r} is missing or wrong")
+    if recovery["best_step"] > recovery["num_steps"]:
+        raise ArtifactError(f"{path} is not the record of a recovery: its best step is beyond the last one")
     return recovery
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _are_losses(value: Any) -> bool:
+    return isinstance(value, dict) and "loss" in value and all(map(_is_number, value.values()))
+
+
+def _is_history(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(entry, dict) and "step" in entry and all(map(_is_number, entry.values())) for entry in value
+    )
+
+
+#: What is read of a record, and what tells that it can be.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "before": _are_losses,
+    "after": _are_losses,
+    "history": _is_history,
+    "seconds": _is_number,
+    **dict.fromkeys(("best_step", "num_steps", "num_tokens", "num_trained"), _is_count),
+}
 
 
 def training_in_words(recovery: Mapping[str, Any], texts: Sequence[str]) -> str:
@@ -69,7 +102,11 @@ def training_curves(recovery: Mapping[str, Any]) -> dict[str, Any] | None:
     steps = [entry for entry in recovery["history"] if "loss" in entry and math.isfinite(entry["loss"])]
     # A run that ends at a measured step may log it twice.
     by_step = {entry["step"]: entry for entry in measured}
-    names = [name for name in _HELD_OUT if name in recovery["before"]]
+    names = [
+        name
+        for name in _HELD_OUT
+        if name in recovery["before"] and all(f"eval_{name}" in entry for entry in by_step.values())
+    ]
     if set(names) == {"loss", "kl"} and recovery["before"]["loss"] == recovery["before"]["kl"]:
         names = ["kl"]
     lines = [

@@ -11,7 +11,6 @@ from foldgpt.selection.selection import Request, Selection
 
 def angular(request: Request) -> Selection:
     """Remove the span of `num_remove` blocks whose input and output are nearest in angle."""
-    request.check_options("angular", {})
     analysis = request.need_analysis("angular")
     scores = tuple(analysis.angular_span(1))
     if request.num_remove == 0:

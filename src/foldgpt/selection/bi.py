@@ -7,7 +7,6 @@ from foldgpt.selection.selection import Request, Selection
 
 def bi(request: Request) -> Selection:
     """Remove the blocks of lowest BI. BI rates each block alone, in the whole model."""
-    request.check_options("bi", {})
     scores = request.need_analysis("bi").bi
     order = sorted(range(request.num_blocks), key=lambda index: (scores[index], index))
     return Selection("bi", tuple(scores), tuple(order), tuple(sorted(order[: request.num_remove])))

@@ -17,7 +17,6 @@ from foldgpt.selection.units import Removed
 
 def greedy(request: Request) -> Selection:
     """Remove one unit at a time, each time the one with which the model is nearest to the source."""
-    request.check_options("greedy", {})
     cost = request.need_cost("greedy")
     units = cost.units
     removed: Removed = frozenset()

@@ -8,7 +8,6 @@ from foldgpt.selection.selection import Request, Selection
 
 def loo(request: Request) -> Selection:
     """Measure the model without each unit in turn, and remove the cheapest ones."""
-    request.check_options("loo", {})
     cost = request.need_cost("loo")
     scores = leave_one_out(cost)
     order = ranked(scores)

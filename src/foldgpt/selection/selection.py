@@ -78,7 +78,7 @@ class Request:
         if self.sublayers:
             units = Units.sublayers(decoder, self.num_remove)
         else:
-            units = Units.blocks(self.num_blocks, self.num_remove)
+            units = Units.blocks(self.num_blocks, self.num_remove, decoder)
         # Searches look at a few micro-batches at a time, so there should be some.
         windows, tokens = self.ids_WT.shape if self.ids_WT.ndim == 2 else (1, 1)
         batch_size = max(1, min(_BATCH_TOKENS // max(1, tokens), windows // _LEAST_BATCHES))
@@ -90,7 +90,7 @@ class Request:
             seed=self.seed,
         )
 
-    def check_options(self, method: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    def options_over(self, method: str, known: Mapping[str, Any]) -> dict[str, Any]:
         """The options over their defaults.
 
         Args:
@@ -157,15 +157,3 @@ class Selection:
 
 
 Selector = Callable[[Request], Selection]
-
-
-def select(selectors: Mapping[str, Selector], method: str, request: Request) -> Selection:
-    """Call a selector by name after checking the request; see `foldgpt.selection.select`."""
-    if method not in selectors:
-        raise UsageError(f"unknown selector {method!r}.{did_you_mean(method, selectors)}")
-    if not 0 <= request.num_remove < request.num_blocks:
-        raise UsageError(
-            f"cannot remove {request.num_remove} of {request.num_blocks} blocks; "
-            f"a number from 0 to {request.num_blocks - 1} leaves at least one"
-        )
-    return selectors[method](request)

@@ -19,7 +19,6 @@ from foldgpt.selection.selection import Request, Selection
 
 def taylor(request: Request) -> Selection:
     """Score each block by the mean over micro-batches of |∂ loss / ∂ gate|, and remove the lowest ones."""
-    request.check_options("taylor", {})
     cost = replace(request, objective="lm").need_cost("taylor")
     open_N = torch.ones(request.num_blocks, dtype=torch.float64)
     total_N = torch.zeros_like(open_N)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from foldgpt.errors import UsageError
-from foldgpt.families import Decoder
+from foldgpt.families import WITHOUT_ATTENTION, Decoder
 from foldgpt.folding.kinds import sublayer_modules
 from foldgpt.plan import SUBLAYERS, Sublayer
 
@@ -37,9 +37,10 @@ class Units:
     attention_kinds: tuple[str, ...]
 
     @classmethod
-    def blocks(cls, num_blocks: int, num_remove: int) -> Units:
-        """Whole blocks, `num_remove` of which are to go."""
-        return cls(num_blocks, 1, (1,) * num_blocks, num_remove, ("attention",) * num_blocks)
+    def blocks(cls, num_blocks: int, num_remove: int, decoder: Decoder | None = None) -> Units:
+        """Whole blocks, `num_remove` of which are to go; of a model in which all attend alike, if none is given."""
+        kinds = ("attention",) * num_blocks if decoder is None else _attention_kinds(decoder)
+        return cls(num_blocks, 1, (1,) * num_blocks, num_remove, kinds)
 
     @classmethod
     def sublayers(cls, decoder: Decoder, num_remove: int) -> Units:
@@ -54,8 +55,7 @@ class Units:
             for block in decoder.blocks
             for sublayer in SUBLAYERS
         )
-        kinds = getattr(decoder.config, "layer_types", None) or ["attention"] * num_blocks
-        return cls(num_blocks, 2, sizes, round(num_remove * sum(sizes) / num_blocks), tuple(kinds))
+        return cls(num_blocks, 2, sizes, round(num_remove * sum(sizes) / num_blocks), _attention_kinds(decoder))
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -91,15 +91,18 @@ class Units:
         return tuple(sorted(self.whole_blocks(removed))), attention, mlp
 
     def is_allowed(self, removed: Iterable[int]) -> bool:
-        """Whether a model folded so can exist: a block is left, and the first of each kind of attention attends.
+        """Whether a model folded so can exist: a block that attends is left, and so does the first of each kind.
 
-        transformers reads the length of the KV cache from the latter.
+        transformers reads the length of the KV cache from these.
         """
         whole, lacking = self.whole_blocks(removed), self.lacking(removed)
         kept = [block for block in range(self.num_blocks) if block not in whole]
         first_of: dict[str, int] = {}
         for block in kept:
             first_of.setdefault(self.attention_kinds[block], block)
+        attending = set(self.attention_kinds) - WITHOUT_ATTENTION
+        if attending and not attending & first_of.keys():
+            return False
         return bool(kept) and all(lacking.get(block) != "attention" for block in first_of.values())
 
     def unreachable(self) -> UsageError:
@@ -155,6 +158,10 @@ def units_of(removed: Iterable[int], attentions: Iterable[int], mlps: Iterable[i
         return sorted(removed)
     whole = list(removed)
     return sorted([2 * block for block in [*whole, *attentions]] + [2 * block + 1 for block in [*whole, *mlps]])
+
+
+def _attention_kinds(decoder: Decoder) -> tuple[str, ...]:
+    return tuple(getattr(decoder.config, "layer_types", None) or ["attention"] * len(decoder.blocks))
 
 
 def _count(module: nn.Module) -> int:

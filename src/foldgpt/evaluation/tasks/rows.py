@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from foldgpt.corpus.texts import json_row
 from foldgpt.errors import SourceError, UsageError, did_you_mean
 
-Kind = Literal["text", "texts", "gap", "index", "one_or_two"]
+Kind = Literal["text", "gap", "choice", "choices", "index", "zero_or_one", "one_or_two"]
 
 _KINDS: dict[Kind, tuple[str, Callable[[Any], bool]]] = {
     "text": ("text", lambda value: isinstance(value, str)),
-    "texts": (
-        "a list of at least two texts",
-        lambda value: isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value),
-    ),
     "gap": ("text with a gap, written _", lambda value: isinstance(value, str) and "_" in value),
+    # Of an empty choice the harness would score the space before it.
+    "choice": ("text that is not empty", lambda value: _is_choice(value)),
+    "choices": (
+        "a list of at least two texts that are not empty",
+        lambda value: isinstance(value, list) and len(value) > 1 and all(map(_is_choice, value)),
+    ),
     # True and False are integers to Python, but not to whoever wrote the file.
     "index": ("an index, from 0", lambda value: type(value) is int and value >= 0),
+    "zero_or_one": ("0 or 1", lambda value: type(value) is int and value in (0, 1)),
     "one_or_two": ('"1" or "2"', lambda value: value in ("1", "2")),
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """One item, and where it stands."""
-
-    value: dict[str, Any]
-    place: str
-    """File and line, for messages."""
+def _is_choice(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def find_file(folder: Path, pattern: str, task: str) -> Path:
@@ -53,7 +50,7 @@ def find_file(folder: Path, pattern: str, task: str) -> Path:
     return files[0]
 
 
-def read_rows(file: Path, fields: Mapping[str, Kind]) -> list[Row]:
+def read_rows(file: Path, fields: Mapping[str, Kind]) -> list[dict[str, Any]]:
     """Read and check the rows of a JSON-lines file; empty lines are passed over.
 
     Args:
@@ -61,7 +58,8 @@ def read_rows(file: Path, fields: Mapping[str, Kind]) -> list[Row]:
         fields: what each row must have. Other fields are dropped.
 
     Raises:
-        SourceError: it cannot be read, holds no row, or a row is malformed; the message names file and line.
+        SourceError: it cannot be read, holds no row, or a row is malformed or has an answer that is not among its
+            choices; the message names file and line.
     """
     rows = []
     try:
@@ -70,8 +68,7 @@ def read_rows(file: Path, fields: Mapping[str, Kind]) -> list[Row]:
         raise SourceError(f"cannot read {file}: {error.strerror or error}") from error
     for number, line in enumerate(lines, 1):
         if line.strip():
-            place = f"{file} line {number}"
-            rows.append(Row(_checked(line, fields, place), place))
+            rows.append(_checked(line, fields, f"{file} line {number}"))
     if not rows:
         raise SourceError(f"{file} holds no rows")
     return rows
@@ -85,4 +82,9 @@ def _checked(line: bytes, fields: Mapping[str, Kind], place: str) -> dict[str, A
         wanted, is_right = _KINDS[kind]
         if not is_right(row[name]):
             raise SourceError(f"{place}: {name} must be {wanted}, not {row[name]!r}")
+    num_choices = sum(len(row[name]) if kind == "choices" else kind == "choice" for name, kind in fields.items())
+    for name, kind in fields.items():
+        # The harness would count an item whose answer is not among its choices as wrong.
+        if kind == "index" and row[name] >= num_choices:
+            raise SourceError(f"{place}: the answer is choice {row[name]}, but there are {num_choices} (from 0)")
     return {name: row[name] for name in fields}

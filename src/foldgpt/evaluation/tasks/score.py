@@ -10,7 +10,7 @@ from typing import Any
 
 from foldgpt.evaluation.errors import MeasurementError
 
-#: A source is better than guessing when it is so by this many standard errors.
+#: A source is better than guessing when it is so by this many standard errors of guessing.
 _CLEARLY = 2
 
 
@@ -70,7 +70,7 @@ class Retained:
     Attributes:
         raw: folded / source; None where the source is always wrong.
         above_chance: (folded − chance) / (source − chance), negative below chance; None unless the source is
-            better than chance by two standard errors, because noise would be divided by noise.
+            better than chance by two standard errors of guessing, because noise would be divided by noise.
         difference: folded − source.
         standard_error: of the difference. Both answer the same items, so their luck cancels; None for a
             single item.
@@ -92,7 +92,7 @@ def retained(folded: TaskScore, source: TaskScore) -> Retained:
         raise MeasurementError("two accuracies on different items cannot be compared")
     own, other = folded.accuracy, source.accuracy
     differences = [int(mine) - int(theirs) for mine, theirs in zip(own.hits, other.hits, strict=True)]
-    return _retained(own.value, other.value, source.chance, other.standard_error, _standard_error(differences))
+    return _retained(own.value, other.value, source.chance, _guessing_error(source), _standard_error(differences))
 
 
 def average(scores: Mapping[str, TaskScore]) -> float:
@@ -111,19 +111,26 @@ def retained_on_average(folded: Mapping[str, TaskScore], source: Mapping[str, Ta
         average(folded),
         average(source),
         fmean(score.chance for score in source.values()),
-        _of_mean([score.accuracy.standard_error for score in source.values()]),
+        _of_mean([_guessing_error(score) for score in source.values()]),
         _of_mean([one.standard_error for one in each]),
     )
 
 
-def _retained(own: float, other: float, chance: float, other_error: float | None, error: float | None) -> Retained:
-    clear = other_error is not None and other - chance > _CLEARLY * other_error
+def _retained(own: float, other: float, chance: float, guessing_error: float | None, error: float | None) -> Retained:
+    clear = guessing_error is not None and other - chance > _CLEARLY * guessing_error
     return Retained(
         raw=own / other if other else None,
         above_chance=(own - chance) / (other - chance) if clear else None,
         difference=own - other,
         standard_error=error,
     )
+
+
+def _guessing_error(score: TaskScore) -> float | None:
+    """Standard error that guessing would have; that of the answers is 0 where all are right. None for a single item."""
+    if score.num_items < 2:
+        return None
+    return math.sqrt(score.chance * (1 - score.chance) / score.num_items)
 
 
 def _standard_error(values: Sequence[float]) -> float | None:

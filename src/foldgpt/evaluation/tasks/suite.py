@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from foldgpt.artifacts import hash_of
 from foldgpt.errors import FoldGPTError, SourceError, UsageError, did_you_mean
 from foldgpt.evaluation.tasks.catalog import TASKS, TaskDefinition
-from foldgpt.evaluation.tasks.rows import Row, find_file, read_rows
+from foldgpt.evaluation.tasks.rows import find_file, read_rows
 from foldgpt.evaluation.tasks.score import Accuracy, TaskScore
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def load_suite(names: Sequence[str], *, data_dir: str | Path | None = None, limi
     if limit is not None and limit < 1:
         raise UsageError(f"limit is {limit}; at least one item of each task must be scored.")
     definitions = [TASKS[name] for name in names]
-    rows: dict[str, tuple[Path, list[Row]]] = {}
+    rows: dict[str, tuple[Path, list[dict[str, Any]]]] = {}
     if data_dir is not None:
         for definition in definitions:
             file = find_file(Path(data_dir).expanduser(), definition.files, definition.task)
@@ -150,7 +150,7 @@ def _check_names(names: Sequence[str]) -> None:
             raise UsageError(f"the task {name!r} is named twice")
 
 
-def _load(definition: TaskDefinition, file: Path | None, rows: list[Row] | None) -> _LoadedTask:
+def _load(definition: TaskDefinition, file: Path | None, rows: list[dict[str, Any]] | None) -> _LoadedTask:
     import lm_eval.tasks
 
     folder = Path(lm_eval.tasks.__file__).parent / definition.harness
@@ -161,9 +161,7 @@ def _load(definition: TaskDefinition, file: Path | None, rows: list[Row] | None)
     changes = {**definition.local, **_splits(rows)}
     # A group is the harness's way to load one of its tasks with some keys changed.
     spec = {"group": f"local {definition.task}", "task": [{"task": definition.task, **changes}]}
-    task = manager.load(spec)["tasks"][definition.task]
-    _check_answers(task, rows)
-    return _LoadedTask(task, definition, file.name)
+    return _LoadedTask(manager.load(spec)["tasks"][definition.task], definition, file.name)
 
 
 def _load_from_hub(definition: TaskDefinition, manager: Any) -> _LoadedTask:
@@ -177,11 +175,11 @@ def _load_from_hub(definition: TaskDefinition, manager: Any) -> _LoadedTask:
     return _LoadedTask(task, definition, " ".join(filter(None, (task.config.dataset_path, task.config.dataset_name))))
 
 
-def _splits(rows: list[Row]) -> dict[str, Any]:
+def _splits(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Keys of a task's definition that make it read these rows."""
     import datasets
 
-    table = datasets.Dataset.from_list([row.value for row in rows])
+    table = datasets.Dataset.from_list(rows)
     return {
         "custom_dataset": lambda **_: {_SPLIT: table},
         "training_split": None,
@@ -189,15 +187,6 @@ def _splits(rows: list[Row]) -> dict[str, Any]:
         "fewshot_split": None,
         "test_split": _SPLIT,
     }
-
-
-def _check_answers(task: Any, rows: list[Row]) -> None:
-    """Refuse an answer that is not among the choices; the harness would count such an item as wrong."""
-    for doc, row in zip(task.eval_docs, rows, strict=True):
-        choices = task.doc_to_choice(doc)
-        answer = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-        if not 0 <= answer < len(choices):
-            raise SourceError(f"{row.place}: the answer is choice {answer}, but there are {len(choices)} (from 0)")
 
 
 def _harness_version() -> str:

@@ -33,6 +33,8 @@ _OPTIONS = {
     "refine": True,
 }
 _ESTIMATORS = ("score", "concrete", "smoothed")
+#: An allowance that nothing spends; far above it, arithmetic with it overflows.
+_MOST_EFFORT = 1_000_000
 
 #: Shares of the allowance after which leave-one-out scores and the learning of gates must be done.
 _SCORES_UNTIL, _LEARNING_UNTIL = 0.25, 0.6
@@ -49,29 +51,42 @@ def gates(request: Request) -> Selection:
     forward passes, as a share of what greedy removal would take), "refine" (whether to refine by swaps).
 
     Raises:
-        UsageError: an unknown option or estimator, or a budget that no set meets.
+        UsageError: as `gates_options` says, or a budget that no set meets.
         FoldGPTError: a gate or a cost is not a number.
         ArtifactError: the checkpoint cannot be written.
     """
-    options = request.check_options("gates", _OPTIONS)
+    options = gates_options(request)
+    cost = request.need_cost("gates")
+    if cost.units.target == 0:
+        return selection_of("gates", cost, frozenset(), scores=None, order=(), report={"cost": 0.0})
+    return _Search(request, cost, options).run()
+
+
+def gates_options(request: Request) -> dict[str, Any]:
+    """The options of `gates` over their defaults.
+
+    Raises:
+        UsageError: an unknown option or estimator, a value that an option cannot have, or an estimator for whole blocks
+            where sublayers are asked for.
+    """
+    options = request.options_over("gates", _OPTIONS)
     if options["estimator"] not in _ESTIMATORS:
         raise UsageError(
             f"unknown gate estimator {options['estimator']!r}.{did_you_mean(str(options['estimator']), _ESTIMATORS)}"
         )
     if type(options["steps"]) is not int or options["steps"] < 1:
         raise UsageError(f"the gates' steps must be a whole number from 1 on, not {options['steps']!r}")
-    if type(options["effort"]) not in (int, float) or not 0 < options["effort"] < math.inf:
-        raise UsageError(f"the gates' effort must be a number above 0, not {options['effort']!r}")
+    if type(options["effort"]) not in (int, float) or not 0 < options["effort"] <= _MOST_EFFORT:
+        raise UsageError(
+            f"the gates' effort must be a number above 0 and at most {_MOST_EFFORT:,}, not {options['effort']!r}"
+        )
     if type(options["refine"]) is not bool:
         raise UsageError(f"the gates' refine must be true or false, not {options['refine']!r}")
     if request.sublayers and options["estimator"] != "score":
         raise UsageError(
             f"the gate estimator {options['estimator']!r} is for whole blocks; attention and MLP apart are for 'score'"
         )
-    cost = request.need_cost("gates")
-    if cost.units.target == 0:
-        return selection_of("gates", cost, frozenset(), scores=None, order=(), report={"cost": 0.0})
-    return _Search(request, cost, options).run()
+    return options
 
 
 class _Search:
@@ -260,7 +275,13 @@ def greedy_equivalents(cost: RemovalCost) -> float:
 
 
 def spans(units: Units) -> set[Removed]:
-    """All runs of consecutive blocks that meet the budget."""
-    if units.per_block > 1:
-        return set()
-    return {frozenset(range(start, start + units.target)) for start in range(units.num_blocks - units.target + 1)}
+    """All runs of consecutive whole blocks that just meet the budget."""
+    found: set[Removed] = set()
+    for start in range(units.num_blocks):
+        for stop in range(start + 1, units.num_blocks + 1):
+            run = frozenset(range(start * units.per_block, stop * units.per_block))
+            if units.missing(run) <= 0:
+                if units.is_allowed(run):
+                    found.add(run)
+                break
+    return found
