@@ -23,7 +23,7 @@ from foldgpt.recovery.trainable import make_trainable_
 from foldgpt.rehearsal import expect, rehearse
 from foldgpt.rehearsal.expectation import search_passes
 from foldgpt.rehearsal.tiny import config_of, shrunk
-from foldgpt.selection import Request, select
+from foldgpt.selection import Request, gates_effort, select
 from models import tiny_config, tiny_model, token_ids
 from run_inputs import tiny_recipe, tiny_source, tiny_text
 
@@ -169,7 +169,8 @@ def test_searches_take_about_as_many_passes_as_expected(tmp_path: Path) -> None:
             model = tiny_model("llama", num_hidden_layers=12)
             request = Request(12, 3, model=model, ids_WT=ids, sublayers=per_block == 2)
             took = select(method, request).report["forward_equivalents"]
-            expected = search_passes(method, 12 * per_block, 3 * per_block)
+            effort = {"effort": gates_effort(per_block == 2)}
+            expected = search_passes(method, 12 * per_block, 3 * per_block, effort)
             # Gates may end before they have spent what they may.
             assert 0.65 <= expected / took <= (3 if method == "gates" else 1.2), (method, per_block)
     assert search_passes("gates", 12, 4) == 0.9 * search_passes("greedy", 12, 4)

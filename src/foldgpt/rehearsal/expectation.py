@@ -26,14 +26,12 @@ from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings
 from foldgpt.recovery.trainable import make_trainable_
-from foldgpt.selection import number_for_target, number_to_remove, parameters_of
+from foldgpt.selection import gates_effort, number_for_target, number_to_remove, parameters_of
 from foldgpt.selection.cost import num_positions
 from foldgpt.sharing import limit_of
 from foldgpt.sizes import size
 from foldgpt.sources import DTYPES
 
-#: The share of a greedy removal's passes that gates may spend unless told otherwise.
-GATES_EFFORT = 0.9
 #: AdamW: two moments; and the gradient. Trained values are kept in fp32.
 _ADAM_BYTES, _GRADIENT_BYTES, _TRAINED_BYTES = 8, 4, 4
 #: The logits of a chunk of rows in fp32, of both models, with the gradient of one: see objectives/fused_logits.py.
@@ -127,7 +125,7 @@ def expect(
         select.method,
         per_block * plan.source.num_blocks,
         per_block * _num_removed(recipe, source),
-        select.options,
+        {"effort": gates_effort(select.sublayers), **select.options},
         head=head * num_positions(select.num_tokens) / searched,
     )
     if passes:
@@ -204,7 +202,7 @@ def search_passes(
     if method == "greedy":
         return greedy
     if method == "gates":
-        return float((options or {}).get("effort", GATES_EFFORT)) * greedy
+        return float((options or {}).get("effort", gates_effort(False))) * greedy
     # Taylor: there, back to the gates for about twice as much, and the cost of what it removes.
     return {"loo": 1 + num_units * (0.5 + head), "taylor": 4 + 2 * head}.get(method, 0.0)
 

@@ -11,7 +11,7 @@ from foldgpt.selection.bi import bi
 from foldgpt.selection.budget import flops_of, number_for_target, number_to_remove, parameters_of, seconds_of
 from foldgpt.selection.cost import Objective, RemovalCost
 from foldgpt.selection.fixed import last, random, random_options
-from foldgpt.selection.gating.gates import gates, gates_options
+from foldgpt.selection.gating.gates import gates, gates_effort, gates_options
 from foldgpt.selection.greedy import greedy
 from foldgpt.selection.loo import loo
 from foldgpt.selection.selection import Request, Selection, Selector
@@ -100,6 +100,7 @@ __all__ = [
     "Units",
     "check",
     "flops_of",
+    "gates_effort",
     "number_for_target",
     "number_to_remove",
     "parameters_of",

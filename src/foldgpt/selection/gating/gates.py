@@ -29,9 +29,11 @@ from foldgpt.selection.units import Removed, Units
 _OPTIONS = {
     "estimator": "score",
     "steps": 200,
-    "effort": 0.9,
     "refine": True,
 }
+#: Shares of greedy's passes that a search may take. Of twice as many units greedy makes at least twice as many
+#: removals, so that it takes four times as many passes; a search of sublayers then has about those of one of blocks.
+_EFFORT_OF_BLOCKS, _EFFORT_OF_SUBLAYERS = 0.9, 0.25
 _ESTIMATORS = ("score", "concrete", "smoothed")
 #: An allowance that nothing spends; far above it, arithmetic with it overflows.
 _MOST_EFFORT = 1_000_000
@@ -69,7 +71,7 @@ def gates_options(request: Request) -> dict[str, Any]:
         UsageError: an unknown option or estimator, a value that an option cannot have, or an estimator for whole blocks
             where sublayers are asked for.
     """
-    options = request.options_over("gates", _OPTIONS)
+    options = request.options_over("gates", {**_OPTIONS, "effort": gates_effort(request.sublayers)})
     if options["estimator"] not in _ESTIMATORS:
         raise UsageError(
             f"unknown gate estimator {options['estimator']!r}.{did_you_mean(str(options['estimator']), _ESTIMATORS)}"
@@ -87,6 +89,11 @@ def gates_options(request: Request) -> dict[str, Any]:
             f"the gate estimator {options['estimator']!r} is for whole blocks; attention and MLP apart are for 'score'"
         )
     return options
+
+
+def gates_effort(sublayers: bool) -> float:
+    """The allowance of a search, as a share of the passes of greedy removal, unless told otherwise."""
+    return _EFFORT_OF_SUBLAYERS if sublayers else _EFFORT_OF_BLOCKS
 
 
 class _Search:
