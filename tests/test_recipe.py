@@ -264,3 +264,13 @@ def test_what_a_change_replaces_goes_with_it() -> None:
     by_count = by_size.changed(select={"remove": 2})
     assert by_count.select.remove == 2 and by_count.share == Recipe(model="m").share
     assert by_size.changed(select={"remove": None}).share.size == by_size.share.size
+
+
+def test_another_model_has_neither_the_revision_nor_the_trust_of_the_first() -> None:
+    recipe = Recipe.from_dict({"model": "one/a", "revision": "v1", "trust_remote_code": True, "select": {"remove": 1}})
+    other = recipe.changed(model="two/b")
+    assert (other.revision, other.trust_remote_code) == (None, False)
+    same = recipe.changed(model="one/a", seed=1)
+    assert (same.revision, same.trust_remote_code) == ("v1", True)
+    given = recipe.changed(model="two/b", revision="v2", trust_remote_code=True)
+    assert (given.revision, given.trust_remote_code) == ("v2", True)

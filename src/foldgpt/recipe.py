@@ -352,6 +352,9 @@ class Recipe(_Section):
             UsageError: a value is wrong, or there is no such section or key.
         """
         value = self.model_dump(mode="json")
+        if sections.get("model") not in (None, self.model):
+            # A revision, and trust in code, are given to one model.
+            value.update(revision=None, trust_remote_code=False)
         parts = {}
         for name, change in sections.items():
             if isinstance(change, dict) and isinstance(value.get(name), dict):
