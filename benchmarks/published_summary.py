@@ -18,6 +18,8 @@ from foldgpt.artifacts import write_text
 from foldgpt.comparison import Comparison, difference_text, title_of
 from foldgpt.figures import save_figure
 
+#: Rows with more than this many times the source's perplexity are left out of the picture.
+_FAR = 12
 _COLOURS = {"source": "#6b7280", "bi": "#d97706", "gates": "#2563eb"}
 
 
@@ -86,8 +88,9 @@ def as_markdown(found: list[tuple[Path, Comparison]]) -> str:
 def draw(comparisons: list[Comparison], path_stem: Path) -> None:
     """Perplexity of each row, a panel for each comparison and text: hollow as folded, filled once trained."""
     columns = max(len(comparison.texts) for comparison in comparisons)
-    figure = Figure(figsize=(4.6 * columns, 0.9 + 0.95 * len(comparisons)), layout="constrained")
-    panels = figure.subplots(len(comparisons), columns, squeeze=False)
+    heights = [0.5 + 0.23 * len(drawn_rows(comparison)) for comparison in comparisons]
+    figure = Figure(figsize=(4.6 * columns, 0.9 + sum(heights)), layout="constrained")
+    panels = figure.subplots(len(comparisons), columns, squeeze=False, height_ratios=heights)
     for line, comparison in zip(panels, comparisons, strict=True):
         for axes in line[len(comparison.texts) :]:
             axes.set_axis_off()
@@ -100,8 +103,19 @@ def draw(comparisons: list[Comparison], path_stem: Path) -> None:
     save_figure(figure, path_stem)
 
 
+def drawn_rows(comparison: Comparison) -> list[str]:
+    """Names of the rows; those that are beyond all bounds would take the room of the others."""
+    source = comparison.methods[0]
+    near = [
+        method.name
+        for method in comparison.methods[1:]
+        if all(method.perplexities[text] < _FAR * source.perplexities[text] for text in comparison.texts)
+    ]
+    return list(dict.fromkeys(near))
+
+
 def draw_panel(axes: Axes, comparison: Comparison, text: str) -> None:
-    names = list(dict.fromkeys(method.name for method in comparison.methods if method.name != "source"))
+    names = drawn_rows(comparison)
     source = comparison.methods[0].perplexities[text]
     axes.axvline(source, color=_COLOURS["source"], linestyle=":")
     for row, name in enumerate(names):
@@ -111,7 +125,7 @@ def draw_panel(axes: Axes, comparison: Comparison, text: str) -> None:
         for recovered, value in ends:
             axes.scatter(value, row, s=36, facecolor=colour if recovered else "white", edgecolor=colour, zorder=2)
             axes.annotate(f"{value:.1f}", (value, row), (0, 6), textcoords="offset points", ha="center", fontsize=7)
-    values = [method.perplexities[text] for method in comparison.methods]
+    values = [source, *(method.perplexities[text] for method in comparison.methods if method.name in names)]
     axes.set_xscale("log")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_minor_locator(NullLocator())

@@ -19,7 +19,7 @@ from foldgpt.plan import Compensation, Fitting, FoldPlan, Group, SourceModel
 from foldgpt.recovery import RecoverySettings
 from foldgpt.selection import SELECTORS
 from foldgpt.sources import DTYPES
-from foldgpt.tables import plan_strip
+from foldgpt.strip import plan_strip
 from models import CONFIGS
 
 ROOT = Path(__file__).parent.parent

@@ -16,9 +16,20 @@ PACKAGE = Path(__file__).parent.parent / "src" / "foldgpt"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     # autoload reaches modeling by name, later
-    ("allocator", "artifacts", "assignments", "counts", "fingerprints", "progress", "environment", "autoload"),
+    (
+        "allocator",
+        "artifacts",
+        "assignments",
+        "counts",
+        "formats",
+        "fingerprints",
+        "progress",
+        "environment",
+        "autoload",
+    ),
     ("",),  # the package itself: it imports nothing but `autoload` until a name is asked for
     ("plan", "sizes"),
+    ("strip",),
     ("recipe", "architectures"),
     ("families", "attention"),
     ("modeling",),
@@ -31,7 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sharing",),
     ("selection",),
     ("recovery",),
-    ("evaluation", "export"),
+    ("evaluation",),
     ("tables",),
     ("comparison",),
     ("figures", "report", "hub"),

@@ -9,19 +9,12 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from foldgpt.cli.terminal import natural_width, split_to_width
 from foldgpt.evaluation import Evaluation, Measured, ModelSize, PeakMemory, Perplexity, Rate, Speed
 from foldgpt.evaluation.generations import Generation
 from foldgpt.plan import FoldPlan, Group, SourceModel
-from foldgpt.tables import (
-    as_wide_as,
-    comparison_table,
-    fates_of,
-    generation_lines,
-    group_letter,
-    natural_width,
-    plan_strip,
-    protocol_lines,
-)
+from foldgpt.strip import fates_of, group_letter, plan_strip
+from foldgpt.tables import comparison_table, generation_lines, protocol_lines
 
 
 def measured(name: str, num_blocks: int, **changes: Any) -> Measured:
@@ -154,7 +147,7 @@ def wide_table() -> Table:
 
 @pytest.mark.parametrize("width", [40, 80])
 def test_a_table_that_is_too_wide_goes_on_below_and_loses_nothing(width: int) -> None:
-    text = "".join(rendered(part, width) for part in as_wide_as(wide_table(), width))
+    text = "".join(rendered(part, width) for part in split_to_width(wide_table(), width))
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
     for column in range(7):
@@ -167,7 +160,7 @@ def test_a_table_that_is_too_wide_goes_on_below_and_loses_nothing(width: int) ->
 
 def test_a_table_that_fits_stays_as_it_is() -> None:
     table = wide_table()
-    assert as_wide_as(table, natural_width(table)) == [table]
+    assert split_to_width(table, natural_width(table)) == [table]
     assert max(map(len, rendered(table, 500).splitlines())) == natural_width(table)
 
 
@@ -176,7 +169,7 @@ def test_a_number_wider_than_the_terminal_is_whole_all_the_same() -> None:
     table.add_column("")
     table.add_column("against bi", no_wrap=True)
     table.add_row("name", "+41,000 [+38,000, +44,000] worse")
-    (part,) = as_wide_as(table, 30)
+    (part,) = split_to_width(table, 30)
     assert natural_width(part) > 30
     assert "+41,000 [+38,000, +44,000] worse" in rendered(part, natural_width(part))
 

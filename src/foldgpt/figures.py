@@ -19,7 +19,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from foldgpt.artifacts import write_bytes
 from foldgpt.plan import FoldPlan
-from foldgpt.tables import fates_of, group_letter
+from foldgpt.strip import fates_of, group_letter
 
 if TYPE_CHECKING:
     from foldgpt.analysis.result import Analysis, SublayerMeasures

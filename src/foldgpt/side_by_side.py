@@ -16,6 +16,7 @@ from foldgpt.errors import FoldGPTError, UsageError
 from foldgpt.evaluation import Evaluation
 from foldgpt.families import decoder_of
 from foldgpt.folding import predicted_parameters
+from foldgpt.formats import millions
 from foldgpt.pipeline import carry_out, make_up_plan
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note
@@ -23,7 +24,7 @@ from foldgpt.recipe import Recipe
 from foldgpt.report import write_comparison
 from foldgpt.run_folder import ENVIRONMENT, RunFolder, open_run
 from foldgpt.selection import ANALYSIS_FREE
-from foldgpt.tables import millions, protocol_lines
+from foldgpt.tables import protocol_lines
 from foldgpt.workbench import Workbench
 
 ROWS = "rows"

@@ -14,7 +14,7 @@ from foldgpt.compensation import Compensated, compensate_, why_not
 from foldgpt.corpus import OwnText, Windows, calibration_windows
 from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, UsageError
 from foldgpt.evaluation import Evaluation, Measured, Subject, evaluate
-from foldgpt.families import Decoder, decoder_of
+from foldgpt.families import Decoder, attention_kinds, decoder_of, first_of_each_kind
 from foldgpt.folding import GroupFit, Verification, fold_, predicted_parameters, save_folded, source_model_of
 from foldgpt.plan import CalibrationText, Compensation, FoldPlan, Group
 from foldgpt.progress import note
@@ -224,14 +224,11 @@ def _may_lose_attention(decoder: Decoder, removed: Collection[int]) -> tuple[int
     A block that would then be the first one with its kind of attention may not: the KV cache's length is read there.
     """
     num_blocks = len(decoder.blocks)
-    types = getattr(decoder.config, "layer_types", None) or ["attention"] * num_blocks
-    first: dict[str, int] = {}
-    for index in range(num_blocks):
-        if index not in removed:
-            first.setdefault(types[index], index)
-    returning = tuple(index for index in removed if index > first.get(types[index], num_blocks))
+    kinds = attention_kinds(decoder.config)
+    first = first_of_each_kind(kinds, (index for index in range(num_blocks) if index not in removed))
+    returning = tuple(index for index in removed if index > first.get(kinds[index], num_blocks))
     for index in sorted(set(removed) - set(returning)):
-        note(f"block {index} stays removed: without attention it cannot be the first kept block with {types[index]}")
+        note(f"block {index} stays removed: without attention it cannot be the first kept block with {kinds[index]}")
     return returning
 
 

@@ -1,19 +1,17 @@
-"""Results as text for a terminal: the comparison of two models, and a plan as a strip of blocks."""
+"""Results of the stages as tables and lines of text."""
 
 from __future__ import annotations
 
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from string import ascii_lowercase, ascii_uppercase
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from rich.cells import cell_len
-from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
-from foldgpt.plan import FoldPlan, Group, Sublayer
+from foldgpt.formats import megabytes, millions, percent, significant, whole
+from foldgpt.plan import FoldPlan
 
 if TYPE_CHECKING:
     from foldgpt.analysis import Analysis
@@ -21,40 +19,10 @@ if TYPE_CHECKING:
     from foldgpt.folding import Verification
     from foldgpt.recovery import RecoveryResult
 
-_LETTERS = ascii_uppercase + ascii_lowercase
-_GROUP_STYLES = ("cyan", "magenta", "yellow", "green", "blue", "red")
-_KEPT, _REMOVED = "█", "·"
-#: Columns that a heading may have where a table is too wide; what is longer goes on in the next line.
-_HEADING_WIDTH = 16
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def millions(value: float) -> str:
-    """A number of parameters, in millions from 100,000 on."""
-    return f"{value / 1e6:,.1f} M" if value >= 1e5 else _number(value)
-
-
-def megabytes(value: float) -> str:
-    """A number of bytes, in MB (10⁶) from 100 kB on."""
-    return f"{value / 1e6:,.1f} MB" if value >= 1e5 else f"{value / 1e3:,.1f} kB"
-
-
-def significant(value: float) -> str:
-    """A positive number with four digits that say something."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def percent(value: float) -> str:
-    """A ratio as a percentage."""
-    return f"{100 * value:.1f} %"
-
 
 #: Figure → label and how its values are written, in the order of the table.
 _ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "num_blocks": ("blocks", _number),
+    "num_blocks": ("blocks", whole),
     "unique_parameters": ("unique parameters", millions),
     "block_parameters": ("  of which in blocks", millions),
     "bytes_on_disk": ("size on disk", megabytes),
@@ -209,9 +177,7 @@ def _task_protocol(tasks: dict[str, TaskScore]) -> list[str]:
     items = "; ".join(f"{task} {score.protocol['items']} of {score.protocol['data']}" for task, score in tasks.items())
     truncated = sum(score.protocol["truncated_requests"] for score in tasks.values())
     cut = (
-        f" {_number(truncated)} requests were longer than the model's positions and cut on the left."
-        if truncated
-        else ""
+        f" {whole(truncated)} requests were longer than the model's positions and cut on the left." if truncated else ""
     )
     return [
         f"Tasks by {first['harness']}, {first['shots']}-shot, {first['dtype']}, ± standard error over items: {items}. "
@@ -226,7 +192,7 @@ def _written(protocol: dict[str, Any]) -> str:
         if isinstance(value, bool):
             value = "yes" if value else "no"
         elif isinstance(value, int):
-            value = _number(value)
+            value = whole(value)
         elif isinstance(value, list):
             value = " + ".join(map(repr, value)) if key == "join" else " + ".join(map(str, value))
         items.append(f"{key.replace('_', ' ')} {value}")
@@ -316,157 +282,4 @@ def candidates_table(plan: FoldPlan) -> Table:
             millions(candidate["parameters"]),
             f"{candidate['kl']:.4f}",
         )
-    return table
-
-
-Fate = int | Literal["kept", "removed"]
-
-
-def fates_of(plan: FoldPlan) -> dict[str, list[Fate]]:
-    """What becomes of each source block: "kept", "removed", or the number of the group it shares weights in.
-
-    Returns:
-        {"block": fates}, or {"attention": fates, "MLP": fates} where the two fare differently.
-    """
-    attention, mlp = _fates(plan, "attention"), _fates(plan, "mlp")
-    return {"block": attention} if attention == mlp else {"attention": attention, "MLP": mlp}
-
-
-def _fates(plan: FoldPlan, sublayer: Sublayer) -> list[Fate]:
-    fates: list[Fate] = ["kept"] * plan.source.num_blocks
-    for block in (*plan.removed, *(plan.removed_attention if sublayer == "attention" else plan.removed_mlp)):
-        fates[block] = "removed"
-    for number, group in enumerate(plan.groups):
-        if sublayer in group.sublayers:
-            for block in group.blocks:
-                fates[block] = number
-    return fates
-
-
-def group_letter(number: int) -> str:
-    """The letter of a group: A to Z, a to z, and again from A."""
-    return _LETTERS[number % len(_LETTERS)]
-
-
-def plan_strip(plan: FoldPlan, width: int | None = None) -> Text:
-    """A plan as one character per source block, with a ruler above and a legend below.
-
-    Kept blocks are `█`, removed ones `·`, and blocks that share weights bear the letter of their group. When
-    attention and MLP fare differently, each has a strip of its own. Groups that start at zero, or whose positions have
-    more for themselves than norms, follow one by one.
-
-    Args:
-        plan: the plan.
-        width: columns that the strip and its ruler may have; with more blocks they go on below. Ten blocks stay
-            together in any case.
-    """
-    rows = fates_of(plan)
-    margin = max(map(len, rows)) + 1
-    num_blocks = plan.source.num_blocks
-    # Whole tens, so that the ruler's numbers stand where the blocks are.
-    length = num_blocks if width is None else max(10, (width - margin) // 10 * 10)
-    text = Text(no_wrap=True)
-    for start in range(0, num_blocks, length):
-        stop = min(start + length, num_blocks)
-        text.append(" " * margin + _ruler(start, stop) + "\n", style="dim")
-        for label, fates in rows.items():
-            text.append(f"{label:<{margin}}")
-            for fate in fates[start:stop]:
-                text.append(*_cell(fate))
-            text.append("\n")
-    text.append(" " * margin + _legend(plan, rows), style="dim")
-    for number, group in enumerate(plan.groups):
-        if group.start == "zero" or len(group.private) > 1 or group.ranks:
-            text.append("\n" + " " * margin + group_letter(number), style=_cell(number)[1])
-            text.append(f"  {_group_line(group)}")
-    return text
-
-
-def _group_line(group: Group) -> str:
-    """Who shares what in a group, and what each position has for itself."""
-    what = " and ".join({"attention": "attention", "mlp": "MLP"}[sublayer] for sublayer in group.sublayers)
-    if group.start == "zero":
-        line = f"{what} of block {group.giver}, borrowed at {_listed(group.started_at_zero)}, starting at zero"
-    else:
-        line = f"{what} of blocks {_listed(group.blocks)}, donor {group.donor}"
-        line += "" if group.owner is None else f" ({group.owner})"
-    private: list[str] = [*group.private]
-    if isinstance(group.ranks, int):
-        private += [f"rank {group.ranks}"] if group.ranks else []
-    else:
-        private += [
-            f"rank {rank if isinstance(rank, int) else '/'.join(map(str, rank))} on {leaf}"
-            for leaf, rank in group.ranks.items()
-        ]
-    return f"{line}; private: {', '.join(private)}"
-
-
-def _listed(blocks: Sequence[int]) -> str:
-    return ", ".join(map(str, blocks))
-
-
-def _cell(fate: Fate) -> tuple[str, str]:
-    """Character and style of one block."""
-    if fate == "kept":
-        return _KEPT, ""
-    if fate == "removed":
-        return _REMOVED, "dim"
-    return group_letter(fate), f"bold {_GROUP_STYLES[fate % len(_GROUP_STYLES)]}"
-
-
-def _ruler(start: int, stop: int) -> str:
-    """Source indices, one every ten blocks."""
-    return "".join(f"{index:<10}" for index in range(start, stop, 10)).rstrip()
-
-
-def _legend(plan: FoldPlan, rows: dict[str, list[Fate]]) -> str:
-    fates = {fate for row in rows.values() for fate in row}
-    parts = [f"{plan.source.num_blocks} → {len(plan.kept)} blocks"]
-    if "kept" in fates:
-        parts.append(f"{_KEPT} kept")
-    if "removed" in fates:
-        parts.append(f"{_REMOVED} removed")
-    if plan.groups:
-        parts.append("same letter: shared weights")
-    return "   ".join(parts)
-
-
-def natural_width(table: Table) -> int:
-    """Columns that a table takes where nothing is wrapped or cut."""
-    console = Console(width=1 << 20, markup=False, emoji=False)
-    return console.measure(table).maximum
-
-
-def as_wide_as(table: Table, width: int) -> list[Table]:
-    """A table, or several that have its columns in turn, each behind the first one, so that they fit into `width`.
-
-    Names and headings go on in a next line where that is needed; numbers never do. A single column that is wider than
-    what is left beside the names makes a table that is wider than `width`.
-
-    Args:
-        table: its first column holds names.
-        width: columns of the terminal.
-    """
-    if natural_width(table) <= width:
-        return [table]
-    first, *others = table.columns
-    tables = []
-    chosen: list[Column] = []
-    for column in others:
-        if chosen and natural_width(_with_columns([first, *chosen, column], width)) > width:
-            tables.append(_with_columns([first, *chosen], width))
-            chosen = []
-        chosen.append(column)
-    return [*tables, _with_columns([first, *chosen], width)]
-
-
-def _with_columns(columns: Sequence[Column], width: int) -> Table:
-    """A table of some columns of another; the first one takes at most half of `width`, the others what cells need."""
-    table = Table()
-    for column in columns:
-        longest = max((cell_len(str(cell)) for cell in column.cells), default=0)
-        widest = width // 2 if column is columns[0] else max(longest, _HEADING_WIDTH)
-        table.add_column(column.header, justify=column.justify, max_width=widest, overflow="fold")
-    for cells in zip(*(column.cells for column in columns), strict=True):
-        table.add_row(*cells)
     return table

@@ -38,20 +38,20 @@ def print_shown(shown: RenderableType) -> None:
     """Print what rich can draw; a table whole, and in a terminal that is too narrow as several."""
     from rich.table import Table
 
-    from foldgpt.tables import as_wide_as, natural_width
+    from foldgpt.cli.terminal import natural_width, split_to_width
 
     width = _width()
     if not isinstance(shown, Table):
         _console(width).print(shown)
         return
-    for table in as_wide_as(shown, width) if _console().is_terminal else [shown]:
+    for table in split_to_width(shown, width) if _console().is_terminal else [shown]:
         # Never less than the table needs: rich would leave out digits, a terminal breaks lines.
         _console(max(width, natural_width(table))).print(table)
 
 
 def print_strip(plan: FoldPlan) -> None:
     """Print a plan as a strip of blocks."""
-    from foldgpt.tables import plan_strip
+    from foldgpt.strip import plan_strip
 
     print_shown(plan_strip(plan, _width()))
 

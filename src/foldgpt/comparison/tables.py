@@ -7,7 +7,7 @@ from rich.table import Table
 from foldgpt.comparison.bootstrap import Interval
 from foldgpt.comparison.result import Comparison, Method
 from foldgpt.comparison.training import in_words
-from foldgpt.tables import megabytes, millions, percent, significant
+from foldgpt.formats import duration, megabytes, millions, percent, significant
 
 _MISSING = "–"
 #: Put behind the name of a row that is not as large as the reference row.
@@ -119,13 +119,6 @@ def difference_text(method: Method, interval: Interval | None, scale: float, *, 
 def _signed(value: float) -> str:
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return f"{value:+,.{digits}f}".replace("-", "−")
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def notes_of(comparison: Comparison) -> list[str]:

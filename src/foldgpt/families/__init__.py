@@ -1,7 +1,8 @@
 """Model families as data: where blocks and sublayers live, and which config fields depend on the block index."""
 
+from foldgpt.families.attention_kinds import attending_blocks, attention_kinds, first_of_each_kind
 from foldgpt.families.code import brings_own_code
-from foldgpt.families.config_fields import WITHOUT_ATTENTION, attending_blocks, check_config, remap_config_
+from foldgpt.families.config_fields import check_config, remap_config_
 from foldgpt.families.decoder import Decoder, decoder_of
 from foldgpt.families.decoding import decode
 from foldgpt.families.table import FAMILIES, OUTPUT_MATRICES, Family, Sublayers, family_of
@@ -9,15 +10,16 @@ from foldgpt.families.table import FAMILIES, OUTPUT_MATRICES, Family, Sublayers,
 __all__ = [
     "FAMILIES",
     "OUTPUT_MATRICES",
-    "WITHOUT_ATTENTION",
     "Decoder",
     "Family",
     "Sublayers",
     "attending_blocks",
+    "attention_kinds",
     "brings_own_code",
     "check_config",
     "decode",
     "decoder_of",
     "family_of",
+    "first_of_each_kind",
     "remap_config_",
 ]

@@ -151,9 +151,6 @@ HARMLESS = frozenset(
 #: Model type → what its blocks compute from their own index, and no config field says.
 INDEX_IN_CODE: dict[str, str] = {"diffllama": "lambda_init"}
 
-#: Kinds of blocks (`layer_types`) that keep no keys and values: what mixes tokens there has a state, or nothing does.
-WITHOUT_ATTENTION = frozenset({"conv", "linear_attention", "mamba", "mlp", "moe", "recurrent"})
-
 _LOOKS_INDEXED = re.compile(
     r"(^|_)(layers?|blocks?|idxs?|indices)(_|$)|(^|_)(pattern|interval|period|freq|offset|every)(_|$)|_per_layer"
 )
@@ -217,12 +214,6 @@ def remap_config_(config: Any, kept: Sequence[int]) -> None:
         if value != fields[name]:
             setattr(config, name, value)
     config.num_hidden_layers = len(kept)
-
-
-def attending_blocks(config: Any) -> list[int]:
-    """Source indices of the blocks that keep keys and values, by the config's `layer_types`; all where it has none."""
-    types = getattr(config, "layer_types", None)
-    return [index for index in range(config.num_hidden_layers) if not types or types[index] not in WITHOUT_ATTENTION]
 
 
 def _dense_positions(config: Any, kept: tuple[int, ...]) -> list[int]:

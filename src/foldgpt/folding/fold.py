@@ -8,7 +8,16 @@ from typing import Any
 from torch import nn
 
 from foldgpt.errors import PlanError, UnsupportedModelError, did_you_mean
-from foldgpt.families import Decoder, attending_blocks, brings_own_code, check_config, decoder_of, remap_config_
+from foldgpt.families import (
+    Decoder,
+    attending_blocks,
+    attention_kinds,
+    brings_own_code,
+    check_config,
+    decoder_of,
+    first_of_each_kind,
+    remap_config_,
+)
 from foldgpt.folding.donors import DONORS, READY
 from foldgpt.folding.fits import check_fits, check_start, check_weights, write_fit_
 from foldgpt.folding.fitted import GroupFit, MemberFit
@@ -193,17 +202,14 @@ def _check_first_attention(decoder: Decoder, plan: FoldPlan) -> None:
 
     Blocks of other kinds (convolutions, linear attention) have no length to read.
     """
-    attending = attending_blocks(decoder.config)
+    kinds = attention_kinds(decoder.config)
+    attending = attending_blocks(kinds)
     if attending and not set(attending) & set(plan.kept):
         raise PlanError(
             "cannot remove all blocks that attend: transformers reads the length of the KV cache from one of them. "
             f"Keep at least one of {attending}."
         )
-    types = getattr(decoder.config, "layer_types", None) or ["attention"] * len(decoder.blocks)
-    first_of: dict[str, int] = {}
-    for index in plan.kept:
-        first_of.setdefault(types[index], index)
-    for kind, index in first_of.items():
+    for kind, index in first_of_each_kind(kinds, plan.kept).items():
         if index in plan.removed_attention:
             raise PlanError(
                 f"cannot remove the attention of block {index}: it is the first kept block with {kind}, from which "

@@ -15,6 +15,7 @@ from foldgpt import pipeline, side_by_side
 from foldgpt.artifacts import read_json
 from foldgpt.comparison import rows_of_recipe
 from foldgpt.errors import UnsupportedModelError, UsageError
+from foldgpt.formats import millions
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note, quiet_libraries, silently
 from foldgpt.recipe import Recipe
@@ -24,7 +25,6 @@ from foldgpt.run_folder import FOLDED
 from foldgpt.selection import parameters_of
 from foldgpt.sharing import limit_of
 from foldgpt.sizes import size
-from foldgpt.tables import millions
 from foldgpt.workbench import Workbench
 
 #: Tokens in a window, windows to calibrate on, to search on, to train on in steps, to judge and to measure on.

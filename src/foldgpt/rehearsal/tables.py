@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from foldgpt.comparison.tables import duration
+from foldgpt.formats import duration, gigabytes, millions, percent
 from foldgpt.rehearsal.expectation import Expectation
 from foldgpt.rehearsal.rehearse import Rehearsal
-from foldgpt.tables import millions, percent
 
 
 def expectation_table(rehearsal: Rehearsal, *, teraflops: float, devices: int = 1) -> Table:
@@ -66,11 +65,6 @@ def _memory_lines(row: Expectation) -> list[str]:
         shown = ", ".join(f"{name} {gigabytes(value)}" for name, value in parts.items() if value)
         lines.append(f"Memory, {stage}: {gigabytes(memory.total)} ({shown}).")
     return lines
-
-
-def gigabytes(value: float) -> str:
-    """A number of bytes in GB (10⁹)."""
-    return f"{value / 1e9:,.1f} GB" if value >= 1e8 else f"{value / 1e6:,.0f} MB"
 
 
 def _peta(flops: float) -> str:

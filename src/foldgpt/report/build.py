@@ -10,13 +10,15 @@ from typing import Any, TypeGuard
 
 from foldgpt.artifacts import write_text
 from foldgpt.evaluation import Evaluation
+from foldgpt.formats import millions
 from foldgpt.plan import FoldPlan, Group
 from foldgpt.report.headline import headlines, short_name
 from foldgpt.report.rows import rows_of
 from foldgpt.report.run import Run, read_run
 from foldgpt.report.templating import templates
 from foldgpt.report.training import training_curves
-from foldgpt.tables import comparison_table, fates_of, group_letter, millions, protocol_lines, task_table
+from foldgpt.strip import fates_of, group_letter
+from foldgpt.tables import comparison_table, protocol_lines, task_table
 
 REPORT = "report.html"
 

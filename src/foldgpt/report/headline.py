@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from foldgpt.evaluation import Evaluation
+from foldgpt.formats import megabytes, millions, percent, significant
 from foldgpt.plan import FoldPlan, Group
-from foldgpt.tables import megabytes, millions, percent, significant
 
 #: What the members of a group share, in a word.
 _SHARED = {

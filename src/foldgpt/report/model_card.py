@@ -19,7 +19,8 @@ from foldgpt.report.headline import block_ranges, headlines, short_name, what_is
 from foldgpt.report.rows import rows_of
 from foldgpt.report.templating import templates
 from foldgpt.report.training import read_recovery, training_in_words
-from foldgpt.tables import comparison_table, plan_strip, protocol_lines, task_table
+from foldgpt.strip import plan_strip
+from foldgpt.tables import comparison_table, protocol_lines, task_table
 
 CARD = "README.md"
 

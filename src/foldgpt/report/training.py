@@ -9,7 +9,7 @@ from typing import Any
 
 from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError
-from foldgpt.tables import millions
+from foldgpt.formats import millions
 
 #: A screen has no more columns than this to show steps in.
 _MAX_STEPS = 300

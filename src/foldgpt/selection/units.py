@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from foldgpt.errors import UsageError
-from foldgpt.families import WITHOUT_ATTENTION, Decoder
+from foldgpt.families import Decoder, attending_blocks, attention_kinds, first_of_each_kind
 from foldgpt.folding.kinds import sublayer_modules
 from foldgpt.plan import SUBLAYERS, Sublayer
 
@@ -39,7 +39,7 @@ class Units:
     @classmethod
     def blocks(cls, num_blocks: int, num_remove: int, decoder: Decoder | None = None) -> Units:
         """Whole blocks, `num_remove` of which are to go; of a model in which all attend alike, if none is given."""
-        kinds = ("attention",) * num_blocks if decoder is None else _attention_kinds(decoder)
+        kinds = ("attention",) * num_blocks if decoder is None else attention_kinds(decoder.config)
         return cls(num_blocks, 1, (1,) * num_blocks, num_remove, kinds)
 
     @classmethod
@@ -55,7 +55,7 @@ class Units:
             for block in decoder.blocks
             for sublayer in SUBLAYERS
         )
-        return cls(num_blocks, 2, sizes, round(num_remove * sum(sizes) / num_blocks), _attention_kinds(decoder))
+        return cls(num_blocks, 2, sizes, round(num_remove * sum(sizes) / num_blocks), attention_kinds(decoder.config))
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -97,13 +97,11 @@ class Units:
         """
         whole, lacking = self.whole_blocks(removed), self.lacking(removed)
         kept = [block for block in range(self.num_blocks) if block not in whole]
-        first_of: dict[str, int] = {}
-        for block in kept:
-            first_of.setdefault(self.attention_kinds[block], block)
-        attending = set(self.attention_kinds) - WITHOUT_ATTENTION
-        if attending and not attending & first_of.keys():
+        attending = attending_blocks(self.attention_kinds)
+        if not kept or (attending and not set(attending) & set(kept)):
             return False
-        return bool(kept) and all(lacking.get(block) != "attention" for block in first_of.values())
+        first_of = first_of_each_kind(self.attention_kinds, kept)
+        return all(lacking.get(block) != "attention" for block in first_of.values())
 
     def unreachable(self) -> UsageError:
         """The error where nothing more can go and the target is not met."""
@@ -158,10 +156,6 @@ def units_of(removed: Iterable[int], attentions: Iterable[int], mlps: Iterable[i
         return sorted(removed)
     whole = list(removed)
     return sorted([2 * block for block in [*whole, *attentions]] + [2 * block + 1 for block in [*whole, *mlps]])
-
-
-def _attention_kinds(decoder: Decoder) -> tuple[str, ...]:
-    return tuple(getattr(decoder.config, "layer_types", None) or ["attention"] * len(decoder.blocks))
 
 
 def _count(module: nn.Module) -> int:
