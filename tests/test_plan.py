@@ -30,18 +30,18 @@ def test_create_keeps_what_is_not_removed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parts", "identity", "removal_only"),
+    ("parts", "removal_only"),
     [
-        ({}, True, True),
-        ({"removed": [1]}, False, True),
-        ({"removed_attention": [1]}, False, False),
-        ({"removed_mlp": [1]}, False, False),
-        ({"groups": [Group(blocks=(0, 1))]}, False, False),
+        ({}, True),
+        ({"removed": [1]}, True),
+        ({"removed_attention": [1]}, False),
+        ({"removed_mlp": [1]}, False),
+        ({"groups": [Group(blocks=(0, 1))]}, False),
     ],
 )
-def test_what_a_plan_amounts_to(parts: dict[str, Any], identity: bool, removal_only: bool) -> None:
+def test_what_a_plan_amounts_to(parts: dict[str, Any], removal_only: bool) -> None:
     plan = FoldPlan.create(SOURCE, **parts)
-    assert (plan.is_identity, plan.is_removal_only) == (identity, removal_only)
+    assert plan.is_removal_only == removal_only
 
 
 def test_a_plan_is_frozen() -> None:

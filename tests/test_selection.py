@@ -14,7 +14,7 @@ from foldgpt.errors import ArtifactError, UsageError
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan, Group
-from foldgpt.selection import SELECTORS, Request, Selection, check, number_to_remove, select
+from foldgpt.selection import SELECTORS, Request, Selection, check_request, number_to_remove, select
 from foldgpt.sharing import adjacent_groups, zero_started_groups
 from models import NUM_BLOCKS, tiny_model
 
@@ -55,11 +55,11 @@ def test_what_a_simple_selector_cannot_do_is_refused(method: str) -> None:
 
 @pytest.mark.parametrize("method", SELECTORS)
 def test_what_no_model_can_change_is_refused_without_one(method: str) -> None:
-    check(method, Request(num_blocks=6, num_remove=2))
+    check_request(method, Request(num_blocks=6, num_remove=2))
     with pytest.raises(UsageError, match=f"selector '{method}' has no option 'anything'"):
-        check(method, Request(num_blocks=6, num_remove=2, options={"anything": 1}))
+        check_request(method, Request(num_blocks=6, num_remove=2, options={"anything": 1}))
     with pytest.raises(UsageError, match="cannot remove 6 of 6 blocks"):
-        check(method, Request(num_blocks=6, num_remove=6))
+        check_request(method, Request(num_blocks=6, num_remove=6))
 
 
 @pytest.mark.parametrize("seed", [-1, "one", 1.5, True])

@@ -30,7 +30,6 @@ from foldgpt.sources import (
     locate,
     model_fingerprint,
     resolve,
-    save_tokenizer,
     weights,
 )
 from tiny import tiny_tokenizer
@@ -107,7 +106,7 @@ def test_the_tokenizer_is_saved_with_its_chat_template(folder: Path, tmp_path: P
     (tmp_path / "out").mkdir()
     _edit_config(folder)
     shutil.copy(folder / "config.json", tmp_path / "out")
-    save_tokenizer(source, tmp_path / "out")
+    source.tokenizer.save_pretrained(tmp_path / "out")
     again = load_tokenizer(str(tmp_path / "out"))
     assert again.chat_template == source.tokenizer.chat_template is not None
     text = "Hello wörld\n\n 12"

@@ -40,6 +40,8 @@ _HOME = {
     "load_source": "foldgpt.sources",
     "load_suite": "foldgpt.evaluation",
     "perplexity": "foldgpt.evaluation",
+    "push": "foldgpt.hub",
+    "recover": "foldgpt.recovery",
     "run": "foldgpt.pipeline",
     "save_folded": "foldgpt.folding",
     "select": "foldgpt.selection",

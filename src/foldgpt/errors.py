@@ -43,6 +43,11 @@ class VerificationError(FoldGPTError):
     """A folded model that does not do what its plan promises. Nothing is left under the final name."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line; its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def did_you_mean(value: str, choices: Iterable[str]) -> str:
     """A suffix for an error message: the nearest valid choice, or all of them when none is near.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
+from foldgpt.errors import ArtifactError, FoldGPTError, UsageError, first_line
 from foldgpt.progress import note
 
 #: What makes a folder a checkpoint that others can use.
@@ -55,13 +55,13 @@ def push(folder: str | Path, repo: str, *, private: bool | None = None, revision
             ignore_patterns=[".foldgpt-partial-*"],
         )
     except HFValidationError as error:
-        raise UsageError(f"{repo!r} is not the name of a repository: {_first_line(error)}") from error
+        raise UsageError(f"{repo!r} is not the name of a repository: {first_line(error)}") from error
     except LocalTokenNotFoundError as error:
         raise FoldGPTError("no token for the hub: run `hf auth login`, or set HF_TOKEN") from error
     except HfHubHTTPError as error:
-        raise FoldGPTError(f"the hub refuses {repo}: {_first_line(error)}") from error
+        raise FoldGPTError(f"the hub refuses {repo}: {first_line(error)}") from error
     except Exception as error:  # which library raises when there is no network depends on the client's version
-        raise FoldGPTError(f"cannot reach the hub: {_first_line(error)}") from error
+        raise FoldGPTError(f"cannot reach the hub: {first_line(error)}") from error
     return str(address)
 
 
@@ -76,7 +76,7 @@ def check_card(path: Path) -> None:
     try:
         data = ModelCard.load(path).data.to_dict()
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ArtifactError(f"the hub could not read the model card {path}: {_first_line(error)}") from error
+        raise ArtifactError(f"the hub could not read the model card {path}: {first_line(error)}") from error
     if not data.get("library_name"):
         raise ArtifactError(
             f"the model card {path} has no metadata; foldgpt.report.write_model_card writes a whole one"
@@ -93,7 +93,3 @@ def _checkpoint_in(folder: Path) -> Path:
                 raise ArtifactError(f"{final} lacks {', '.join(missing)}: it is not a folded checkpoint with its card")
             return final
     raise ArtifactError(f"{folder} is neither a folded checkpoint nor the folder of a run that has one")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -201,7 +201,7 @@ class Compensation(CalibrationText):
     The fit is made when the model is folded, on this text, and merged into weights that are there already.
 
     Attributes:
-        method: "linear": a linear map on the MLP's output; see docs/compensation.md.
+        method: "linear": a linear map into the stream behind the MLP; see docs/compensation.md.
         features: what the map reads: what the MLP's output matrix is given ("inner"), or what it puts out ("output").
         ridge: as a multiple of the Gram matrix's mean diagonal; "auto" takes the best on held-out tokens.
         rounds: rounds of alternating least squares where a norm stands behind the MLP.
@@ -390,11 +390,6 @@ class FoldPlan(_Frozen):
             fitting=self.fitting,
             origin=self.origin,
         )
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether the plan changes nothing."""
-        return not (self.removed or self.removed_attention or self.removed_mlp or self.groups)
 
     @property
     def is_removal_only(self) -> bool:

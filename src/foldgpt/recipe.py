@@ -171,7 +171,7 @@ class Evaluate(_Section):
     context: int = Field(default=512, ge=2)
     """Tokens in one window."""
     stride: int | None = Field(default=None, ge=1)
-    """Tokens from one window to the next; the context by default (no overlap)."""
+    """Tokens from one window to the next; without overlap by default, each token scored once."""
     max_windows: int | None = Field(default=40, ge=1)
     """Use the first windows only; null for all."""
     speed: bool = True

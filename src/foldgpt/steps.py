@@ -369,7 +369,8 @@ def make_evaluation(
     """
     recipe, section = bench.recipe, bench.recipe.evaluate
     windows, tasks = bench.test, bench.tasks
-    place = resolve(str(folded))
+    # The model itself, measured alone, may be of a revision of its own.
+    place = bench.place if not compare and str(folded) == recipe.model else resolve(str(folded))
     note(f"loading {folded}")
     measured = load_source(
         str(place), dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code

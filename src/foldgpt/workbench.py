@@ -19,8 +19,7 @@ from foldgpt.plan import Compensation, Fitting, explain
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings, TrainingWindows, check_loggers, packed_windows
-from foldgpt.selection import SELECTORS, Request, number_to_remove
-from foldgpt.selection import check as check_selection
+from foldgpt.selection import Request, check_name, check_request, number_to_remove
 from foldgpt.sources import Source, load_config, load_source, load_tokenizer, model_fingerprint, resolve
 
 #: What depends on model, texts and measurements alone.
@@ -43,9 +42,7 @@ class Workbench:
         Raises:
             UsageError: the selector, the donor or a setting of the recovery does not exist.
         """
-        method = recipe.select.method
-        if method not in SELECTORS:
-            raise UsageError(f"unknown selector {method!r}.{did_you_mean(method, SELECTORS)}")
+        check_name(recipe.select.method)
         donors = ("best", *(name for name in (*READY, *DONORS) if name != "owner"))
         if recipe.share.donor not in donors:
             raise UsageError(f"unknown donor {recipe.share.donor!r}.{did_you_mean(recipe.share.donor, donors)}")
@@ -100,7 +97,7 @@ class Workbench:
                     f"select.{asked}, and {self.recipe.model} has {num_blocks} blocks, of which one must stay"
                 )
             request = Request(num_blocks, num_remove, sublayers=select.sublayers, options=select.options)
-            check_selection(select.method, request)
+            check_request(select.method, request)
         fitted = {
             "compensate.method": self.recipe.compensate.method != "none" and removes,
             "share.fit": share.fit,

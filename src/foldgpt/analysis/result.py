@@ -110,11 +110,6 @@ class Analysis(_Value):
         """Mean cosine of each block's input and output, one entry per block."""
         return [1 - bi for bi in self.bi]
 
-    @property
-    def output_cosine(self) -> list[list[float]]:
-        """Mean cosine of each pair of block outputs, shape [N, N]."""
-        return [row[1:] for row in self.cosine[1:]]
-
     def angular_span(self, num_blocks: int, *, last_token: bool = False) -> list[float]:
         """Angular distance across each run of `num_blocks` blocks, indexed by the run's first block.
 

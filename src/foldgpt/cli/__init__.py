@@ -1,7 +1,7 @@
 """The command line: one verb for each step, and `run` for all of them.
 
-Only typer is imported at the top of these files: everything heavy waits until a verb really runs, so that `--help`
-answers at once.
+Nothing heavy is imported at the top of these files: it waits until a verb really runs, so that `--help` answers at
+once.
 """
 
 from __future__ import annotations

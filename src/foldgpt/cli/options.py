@@ -105,7 +105,7 @@ MaxMemory = Annotated[
     float | None,
     typer.Option(
         "--max-memory-gb",
-        help="Memory for the weights; what does not fit is read from disk block by block.",
+        help="Memory for the weights, in GB. An analysis reads what does not fit from disk; to be folded, all must.",
         show_default="80 % of what is free",
     ),
 ]

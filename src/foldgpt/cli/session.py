@@ -36,6 +36,8 @@ def session(quiet: bool) -> Iterator[None]:
 
 def _in_words(error: OSError) -> str:
     """Which file or folder, and what is wrong with it; for an error of a library its own first line."""
+    from foldgpt.errors import first_line
+
     if error.filename is not None and error.strerror is not None:
         return f"{error.filename}: {error.strerror}"
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return first_line(error)

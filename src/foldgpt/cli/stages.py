@@ -185,7 +185,7 @@ def fold(
         from dataclasses import asdict
 
         from foldgpt import steps
-        from foldgpt.folding.checkpoint import check_place
+        from foldgpt.folding import check_place
         from foldgpt.plan import FoldPlan
         from foldgpt.report import write_model_card
         from foldgpt.tables import verification_lines
@@ -260,7 +260,7 @@ def recover(
     """Train a folded model, briefly, to predict what its source predicts."""
     with session(quiet):
         from foldgpt import steps
-        from foldgpt.folding.checkpoint import check_place
+        from foldgpt.folding import check_place
         from foldgpt.report import write_model_card
         from foldgpt.tables import recovery_lines
         from foldgpt.workbench import Workbench
@@ -307,7 +307,7 @@ def evaluate(
     ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens in one window.", show_default="512")] = None,
     stride: Annotated[
-        int | None, typer.Option(help="Tokens from one window to the next.", show_default="the context")
+        int | None, typer.Option(help="Tokens from one window to the next.", show_default="without overlap")
     ] = None,
     max_windows: Annotated[int, typer.Option(help="Use the first windows only; 0 for all.")] = 0,
     tasks: Annotated[

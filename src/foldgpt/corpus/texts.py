@@ -15,7 +15,7 @@ import pyarrow.parquet
 from foldgpt.artifacts import hash_of, hash_of_file
 from foldgpt.corpus.own_text import SELF, OwnText, Sampling
 from foldgpt.demo import demo_text, demo_text_identity
-from foldgpt.errors import FoldGPTError, SourceError, UsageError, did_you_mean
+from foldgpt.errors import FoldGPTError, SourceError, UsageError, did_you_mean, first_line
 
 _DEFAULT_COLUMN = "text"
 _HUB_OPTIONS = ("config", "split", "column", "revision")
@@ -298,8 +298,7 @@ def _hub_text(spec: str) -> Text:
         except FoldGPTError:
             raise
         except Exception as error:  # the client passes on errors of many libraries
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise SourceError(f"cannot read the hub data set {name}: {reason}") from error
+            raise SourceError(f"cannot read the hub data set {name}: {first_line(error)}") from error
 
     return Text(spec, "\n\n", read, lambda: spec)
 

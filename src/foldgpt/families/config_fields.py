@@ -77,7 +77,6 @@ RULES: dict[str, Rule] = {
     # One entry per block.
     "activation_sparsity_pattern": _slice_per_block,
     "attention_layers": _slice_per_block,
-    "full_attn_idxs": _remap_indices,
     "indexer_types": _slice_indexers,
     "intermediate_size": _slice_per_block,
     "layer_rope_theta": _slice_per_block,
@@ -88,6 +87,7 @@ RULES: dict[str, Rule] = {
     "num_attention_heads_per_layer": _slice_per_block,
     # Lists of block indices.
     "attn_layer_indices": _remap_indices,
+    "full_attn_idxs": _remap_indices,
     "mlp_only_layers": _remap_indices,
     "moe_layers": _remap_indices,
     # Counts of leading blocks.

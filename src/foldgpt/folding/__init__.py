@@ -1,11 +1,12 @@
 """Doing what a plan says to a model, undoing it, and saving the result so that it is known to be right."""
 
-from foldgpt.folding.checkpoint import Verification, save_folded, verify_checkpoint
+from foldgpt.folding.checkpoint import check_place, save_folded
 from foldgpt.folding.donors import DONORS
 from foldgpt.folding.fitted import GroupFit, LowRank, MemberFit
 from foldgpt.folding.fold import fold_, predicted_parameters, source_model_of, unfold_
 from foldgpt.folding.kinds import kind_of, same_kind
 from foldgpt.folding.private import private_modules
+from foldgpt.folding.verify import Verification, verify_checkpoint
 
 __all__ = [
     "DONORS",
@@ -13,6 +14,7 @@ __all__ = [
     "LowRank",
     "MemberFit",
     "Verification",
+    "check_place",
     "fold_",
     "kind_of",
     "predicted_parameters",

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainingArguments
 
-from foldgpt.artifacts import check_free, hash_of
+from foldgpt.artifacts import hash_of
 from foldgpt.attention import attention_in_tiles
 from foldgpt.errors import ArtifactError, UsageError
 from foldgpt.fingerprints import weights_fingerprint
-from foldgpt.folding import save_folded
+from foldgpt.folding import check_place, save_folded
 from foldgpt.objectives import Head
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note, quiet_libraries
@@ -36,7 +36,7 @@ from foldgpt.recovery.trainer import COMPLETE, RecoveryTrainer
 from foldgpt.recovery.windows import TrainingWindows
 from foldgpt.recovery.work_folder import finish, latest_checkpoint, prepare
 
-#: Beside the checkpoint of the recovered model.
+#: In the folder of the recovered model.
 RECOVERY = "recovery.json"
 
 
@@ -69,13 +69,13 @@ def recover(
         train: training windows.
         held_out: windows that are never trained on; the state that does best on them is kept.
         settings: losses, trained parameters, schedule.
-        out: where the recovered model is saved, with `recovery.json` beside it.
+        out: where the recovered model is saved, with `recovery.json` in it.
         tokenizer: saved with it.
         work: folder of the checkpoints while it runs, new or empty; by default beside `out`. It is removed at the end.
         teacher_cache: keep the teacher's states on the training windows in this folder, for this and later runs.
         report_to: loggers as transformers names them: "tensorboard", "wandb", "trackio". TensorBoard's files are kept
             beside `out`, in a folder of its name with `.logs` behind it.
-        replace: replace an existing `out`.
+        replace: replace an existing `out`, if it holds a folded model.
 
     Raises:
         UsageError: settings, windows and models do not fit each other, or a logger is not there.
@@ -86,7 +86,7 @@ def recover(
         VerificationError: the saved model does not do what the trained one does.
     """
     out = Path(out)
-    check_free(out, replace=replace)
+    check_place(out, replace=replace)
     check_loggers(report_to)
     work = out.parent / f".{out.name}.recovery" if work is None else Path(work)
     check_inputs(student, teacher, plan, settings, train, held_out)

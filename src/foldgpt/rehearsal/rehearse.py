@@ -14,7 +14,7 @@ import torch
 from foldgpt import pipeline, side_by_side
 from foldgpt.artifacts import read_json
 from foldgpt.comparison import rows_of_recipe
-from foldgpt.errors import UnsupportedModelError, UsageError
+from foldgpt.errors import UnsupportedModelError, UsageError, first_line
 from foldgpt.formats import millions
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note, quiet_libraries, silently
@@ -109,7 +109,7 @@ def _expect(config: Any, recipe: Recipe, run: Path) -> Expectation:
         # Kernels that know no meta tensors, in this format or at all, and models that look at the values of a mask.
         raise UnsupportedModelError(
             f"the recipe runs through on a tiny {config.model_type}, but what the real one takes cannot be counted on "
-            f"PyTorch's meta device: {str(error).strip().splitlines()[0]}"
+            f"PyTorch's meta device: {first_line(error)}"
         ) from error
 
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from foldgpt.architectures import known_architectures
-from foldgpt.errors import SourceError, UnsupportedModelError
+from foldgpt.errors import SourceError, UnsupportedModelError, first_line
 from foldgpt.sources import load_config, resolve
 
 #: One head's channels, most heads, tokens of the vocabulary, most experts.
@@ -39,7 +39,7 @@ def config_of(model: str, *, revision: str | None = None) -> Any:
         return AutoConfig.from_pretrained(model, revision=revision)
     except (OSError, ValueError) as error:
         raise SourceError(
-            f"cannot read the config of {model}: {str(error).splitlines()[0]}. Known by shape, without a network: "
+            f"cannot read the config of {model}: {first_line(error)}. Known by shape, without a network: "
             f"{', '.join(known)}."
         ) from error
 

@@ -7,7 +7,7 @@ error, because a block with random weights looks like any other block.
 
 from foldgpt.sources.configs import load_config
 from foldgpt.sources.gguf_files import load_gguf
-from foldgpt.sources.load import DTYPES, Source, load_source, load_tokenizer, save_tokenizer
+from foldgpt.sources.load import DTYPES, Source, load_source, load_tokenizer
 from foldgpt.sources.locate import resolve
 from foldgpt.sources.weights import model_fingerprint
 
@@ -20,5 +20,4 @@ __all__ = [
     "load_tokenizer",
     "model_fingerprint",
     "resolve",
-    "save_tokenizer",
 ]

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from foldgpt.errors import SourceError, UnsupportedModelError
+from foldgpt.errors import SourceError, UnsupportedModelError, first_line
 from foldgpt.progress import quiet_libraries
-from foldgpt.sources.reading import as_source_errors, first_line
+from foldgpt.sources.reading import as_source_errors
 
 
 def load_config(place: Path, *, trust_remote_code: bool = False) -> Any:
@@ -41,6 +41,7 @@ def load_config(place: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def read_config(place: Path) -> dict[str, Any]:
+    """The raw values of config.json; a `SourceError` where it is no JSON object."""
     path = place / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -52,6 +53,7 @@ def read_config(place: Path) -> dict[str, Any]:
 
 
 def gguf_config(path: Path) -> Any:
+    """The config that a GGUF file amounts to; refuses what is no decoder-only language model."""
     with quiet_libraries(), as_source_errors(path):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     _check_decoder_only(config, path)

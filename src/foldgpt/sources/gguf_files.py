@@ -10,10 +10,10 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from foldgpt.artifacts import staged_folder
-from foldgpt.errors import SourceError
+from foldgpt.errors import SourceError, first_line
 from foldgpt.progress import note, quiet_libraries
 from foldgpt.sources.configs import gguf_config
-from foldgpt.sources.reading import as_source_errors, first_line
+from foldgpt.sources.reading import as_source_errors
 from foldgpt.sources.weights import check_complete
 
 
@@ -73,6 +73,7 @@ def gguf_metadata(path: Path) -> dict[str, gguf.ReaderField]:
 
 
 def gguf_tokenizer(path: Path, metadata: dict[str, gguf.ReaderField]) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file, cutting text as in training."""
     with quiet_libraries(), as_source_errors(path):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     scheme = metadata.get("tokenizer.ggml.pre")

@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from foldgpt.errors import SourceError, UsageError, did_you_mean
+from foldgpt.errors import SourceError, UsageError, did_you_mean, first_line
 from foldgpt.progress import quiet_libraries
 from foldgpt.sources.configs import load_config
 from foldgpt.sources.gguf_files import gguf_metadata, gguf_tokenizer, load_gguf
 from foldgpt.sources.locate import is_hub_snapshot, resolve
-from foldgpt.sources.reading import as_source_errors, first_line
+from foldgpt.sources.reading import as_source_errors
 from foldgpt.sources.weights import check_complete, loaded_bytes, model_fingerprint, weight_headers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -117,11 +116,6 @@ def load_tokenizer(
             return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # each tokenizer class fails in its own way
         raise SourceError(f"{place} has no tokenizer that can be read: {first_line(error)}") from error
-
-
-def save_tokenizer(source: Source, folder: str | Path) -> None:
-    """Save the source's tokenizer, chat template included, beside a model in `folder`."""
-    source.tokenizer.save_pretrained(folder)
 
 
 def _dtype_of(name: str) -> torch.dtype | None:

@@ -52,6 +52,7 @@ def resolve(spec: str, *, revision: str | None = None) -> Path:
 
 
 def is_hub_snapshot(place: Path) -> bool:
+    """Whether a folder is one commit of a model in the hub's cache, whose name is that of the commit."""
     return place.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", place.name) is not None
 
 

@@ -68,6 +68,7 @@ def _hash_of_samples(path: Path) -> str:
 
 
 def weight_headers(place: Path) -> list[dict[str, Any]]:
+    """The headers of a checkpoint's safetensors files; a `SourceError` where one is missing or cut off."""
     return [_safetensors_header(file) for file in _weight_files(place)]
 
 
@@ -112,12 +113,14 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
 
 
 def loaded_bytes(entry: dict[str, Any], dtype: torch.dtype | None) -> int:
+    """Bytes that a tensor takes once it is loaded in a dtype, or as it is stored if that is None."""
     stored = _VALUE_BYTES.get(entry["dtype"], 1)
     first, last = entry["data_offsets"]
     return (last - first) // stored * (dtype.itemsize if dtype else stored)
 
 
 def check_complete(report: dict[str, Any], place: Path) -> None:
+    """Refuse a model that was loaded with weights missing, left over or of another shape."""
     problems = {
         "missing": report["missing_keys"],
         "of another shape": [key[0] for key in report["mismatched_keys"]],

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from foldgpt.artifacts import hash_of
-from foldgpt.errors import FoldGPTError, SourceError, UsageError, did_you_mean
+from foldgpt.errors import FoldGPTError, SourceError, UsageError, did_you_mean, first_line
 from foldgpt.evaluation.tasks.catalog import TASKS, TaskDefinition
 from foldgpt.evaluation.tasks.rows import find_file, read_rows
 from foldgpt.evaluation.tasks.score import Accuracy, TaskScore
@@ -168,9 +168,9 @@ def _load_from_hub(definition: TaskDefinition, manager: Any) -> _LoadedTask:
     try:
         task = manager.load(definition.task)["tasks"][definition.task]
     except Exception as error:  # the client passes on errors of many libraries
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceError(
-            f"cannot read the rows of {definition.task} from the hub: {reason}. Rows from local files: --data-dir"
+            f"cannot read the rows of {definition.task} from the hub: {first_line(error)}. "
+            "Rows from local files: --data-dir"
         ) from error
     return _LoadedTask(task, definition, " ".join(filter(None, (task.config.dataset_path, task.config.dataset_name))))
 

@@ -1,0 +1,111 @@
+"""All selectors and what each can do. A selector is one function in one file and one row here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from foldgpt.errors import UsageError, did_you_mean
+from foldgpt.selection.angular import angular
+from foldgpt.selection.bi import bi
+from foldgpt.selection.fixed import last, random, random_options
+from foldgpt.selection.gating.gates import gates, gates_options
+from foldgpt.selection.greedy import greedy
+from foldgpt.selection.loo import loo
+from foldgpt.selection.selection import Request, Selection, Selector
+from foldgpt.selection.taylor import taylor
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A selector.
+
+    Attributes:
+        run: the function.
+        reads_analysis: whether it reads the redundancy analysis.
+        measures: whether it measures the model on the calibration windows.
+        by_sublayer: whether it can remove the attention and the MLP of a block apart.
+        options: what checks its options and fills in their defaults; None where it has none.
+    """
+
+    run: Selector
+    reads_analysis: bool = False
+    measures: bool = False
+    by_sublayer: bool = False
+    options: Callable[[Request], dict[str, Any]] | None = None
+
+
+_ROWS: dict[str, _Row] = {
+    "gates": _Row(gates, measures=True, by_sublayer=True, options=gates_options),
+    "bi": _Row(bi, reads_analysis=True),
+    "angular": _Row(angular, reads_analysis=True),
+    "loo": _Row(loo, measures=True, by_sublayer=True),
+    "greedy": _Row(greedy, measures=True, by_sublayer=True),
+    # A norm behind a sublayer would undo its gate, so the gradient that taylor takes is for whole blocks.
+    "taylor": _Row(taylor, measures=True),
+    "last": _Row(last),
+    "random": _Row(random, options=random_options),
+}
+
+SELECTORS: dict[str, Selector] = {name: row.run for name, row in _ROWS.items()}
+#: Selectors that do not read the redundancy analysis.
+ANALYSIS_FREE = frozenset(name for name, row in _ROWS.items() if not row.reads_analysis)
+#: Selectors that measure the model on the calibration windows.
+MEASURED = frozenset(name for name, row in _ROWS.items() if row.measures)
+#: Selectors that can remove the attention and the MLP of a block apart.
+BY_SUBLAYER = frozenset(name for name, row in _ROWS.items() if row.by_sublayer)
+
+
+def check_name(method: str) -> None:
+    """Refuse a selector that there is not.
+
+    Raises:
+        UsageError: names the nearest one that there is.
+    """
+    if method not in _ROWS:
+        raise UsageError(f"unknown selector {method!r}.{did_you_mean(method, _ROWS)}")
+
+
+def check_request(method: str, request: Request) -> None:
+    """Refuse what is wrong in a request whatever the model and the analysis; neither is needed.
+
+    Args:
+        method: a key of `SELECTORS`.
+        request: what is asked.
+
+    Raises:
+        UsageError: an unknown method or option, a number that cannot be removed, or sublayers for a method that
+            rates blocks.
+    """
+    check_name(method)
+    if not 0 <= request.num_remove < request.num_blocks:
+        raise UsageError(
+            f"cannot remove {request.num_remove} of {request.num_blocks} blocks; "
+            f"a number from 0 to {request.num_blocks - 1} leaves at least one"
+        )
+    row = _ROWS[method]
+    if request.sublayers and not row.by_sublayer:
+        raise UsageError(
+            f"the selector {method!r} removes whole blocks; attention and MLP apart can be selected by "
+            f"{', '.join(sorted(BY_SUBLAYER))}"
+        )
+    if row.options is None:
+        request.options_over(method, {})
+    else:
+        row.options(request)
+
+
+def select(method: str, request: Request) -> Selection:
+    """Select blocks by a method.
+
+    Args:
+        method: a key of `SELECTORS`.
+        request: what is asked.
+
+    Raises:
+        UsageError: as `check_request` says, or an analysis, a model or windows that are missing or do not fit.
+        FoldGPTError: a search that cannot give an answer; the message says why.
+    """
+    check_request(method, request)
+    return _ROWS[method].run(request)
