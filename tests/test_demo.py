@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from foldgpt import demo
+from foldgpt import demo, wikipedia
 from foldgpt.demo import Payload, Wheel, demo_model, demo_text, fetch_payload
 from foldgpt.errors import SourceError, UsageError
 from foldgpt.sources import resolve
@@ -184,7 +184,7 @@ def test_markup_is_taken_out() -> None:
         "[[File:a.png|thumb|a [[caption]]]]\n{| class=x\n| cell\n|}\n== Use ==\n* paper\n"
         "== References ==\n* nothing\n[[Category:Verbs]]"
     )
-    assert demo._plain_text(markup, parser) == "Fold is a word. It means more.\n\nUse\npaper"
+    assert wikipedia._plain_text(markup, parser) == "Fold is a word. It means more.\n\nUse\npaper"
 
 
 @pytest.mark.real_model

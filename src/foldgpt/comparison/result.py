@@ -260,14 +260,8 @@ def _method(row: Finished, references: dict[bool, Finished], section: Compare, s
 
 
 def _perplexities(measured: Measured) -> dict[str, Perplexity]:
-    """Text → perplexity, the first text first."""
-    if measured.perplexity is None:
-        return {}
-    found: dict[str, Perplexity] = {}
-    for text, scores in {"text": measured.perplexity, **(measured.further_perplexities or {})}.items():
-        short = " + ".join(scores.protocol.get("texts", []))
-        found[text if not short or short in found else short] = scores
-    return found
+    """Name of the text → perplexity, the first text first."""
+    return dict(measured.perplexities().values())
 
 
 def _values(measured: Measured) -> dict[str, float]:

@@ -19,7 +19,7 @@ from filelock import FileLock
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from foldgpt.artifacts import hash_of, write_text
-from foldgpt.demo import cache_folder
+from foldgpt.cache import cache_folder
 from foldgpt.errors import SourceError, UsageError, did_you_mean
 from foldgpt.progress import bar, quiet_libraries
 

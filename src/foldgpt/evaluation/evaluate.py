@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +51,10 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase | None = None
 
 
+def _text_of(scores: Perplexity) -> str:
+    return " + ".join(scores.protocol.get("texts", [])) or "text"
+
+
 @dataclass(frozen=True)
 class Measured:
     """What was measured of one model; None where a measurement was not asked for or not possible.
@@ -77,6 +82,24 @@ class Measured:
     last_word: LastWord | None = None
     generations: list[Generation] | None = None
     further_perplexities: dict[str, Perplexity] | None = None
+
+    def perplexities(self) -> dict[str, tuple[str, Perplexity]]:
+        """Figure → what the text is called and its perplexity, the first text first.
+
+        A text is called by its name without folders, and in full if another one has that name. Of the first one no
+        more than the name is known.
+        """
+        if self.perplexity is None:
+            return {}
+        further = self.further_perplexities or {}
+        names = Counter(map(_text_of, (self.perplexity, *further.values())))
+        return {
+            "perplexity": (_text_of(self.perplexity), self.perplexity),
+            **{
+                f"perplexity.{text}": (text if names[_text_of(scores)] > 1 else _text_of(scores), scores)
+                for text, scores in further.items()
+            },
+        }
 
     def figures(self) -> dict[str, float | None]:
         """The headline numbers by name, in the order in which a table shows them.
