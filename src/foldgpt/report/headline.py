@@ -134,8 +134,8 @@ def _cut(plan: FoldPlan, compensated: bool) -> Headline:
             sets = "set" if len(alike) == 1 else "sets"
             details.append(f"{number} {noun} share {len(alike)} {sets} of weights")
     if at_zero:
-        lenders = block_ranges([group.holder for group in at_zero])
-        details.append(f"only positions left, with the weights of {lenders}: {block_ranges(started)}")
+        owners = block_ranges([group.holder for group in at_zero])
+        details.append(f"only positions left, with the weights of {owners}: {block_ranges(started)}")
     if "selector" in plan.origin:
         details.append(f"chosen by {plan.origin['selector']}")
     if compensated:
