@@ -42,11 +42,12 @@ def removed(comparison: Comparison) -> int:
 
 
 def heading(comparison: Comparison) -> str:
-    """Model and size, as in "smollm2-135m, 6 blocks removed (−20 % of the parameters in blocks)"."""
+    """As in "smollm2-135m, 6 blocks removed (−20% of the parameters in blocks), trained on 50,000 tokens"."""
     model = comparison.model.rpartition(":")[2]
     source, first = (method.figures["block_parameters"] for method in comparison.methods[:2])
     assert source and first
-    return f"{model}, {removed(comparison)} blocks removed (−{1 - first / source:.0%} of the parameters in blocks)"
+    saved = f"−{1 - first / source:.0%} of the parameters in blocks"
+    return f"{model}, {removed(comparison)} blocks removed ({saved}), trained on {comparison.recovery_tokens:,} tokens"
 
 
 def as_markdown(found: list[tuple[Path, Comparison]]) -> str:
@@ -77,7 +78,7 @@ def as_markdown(found: list[tuple[Path, Comparison]]) -> str:
             )
         where = comparison.environment
         details = (
-            f"Recovery on {comparison.recovery_tokens:,} tokens, seed {comparison.seed}. In full: `{path.stem}.md`. "
+            f"Seed {comparison.seed}. In full: `{path.stem}.md`. "
             f"{where['cpu']}, {where['torch_threads']} threads, torch {where['torch']}, transformers "
             f"{where['transformers']}, {where['date']}."
         )
