@@ -261,7 +261,8 @@ class _Solver:
         if attention.groups == mlp.groups:
             return  # nothing that has not been measured
         shared = [sum(len(blocks) - 1 for blocks in found.groups) for found in apart]
-        name = f"remove {number}, share {shared[0]} attentions and {shared[1]} MLPs in measured groups, fitted"
+        what = f"{shared[0]} attention{'s' * (shared[0] != 1)} and {shared[1]} MLP{'s' * (shared[1] != 1)}"
+        name = f"remove {number}, share {what} in measured groups, fitted"
         self._measure_fitted(name, removed, {("attention",): attention, ("mlp",): mlp})
 
     def _measure_fitted(
