@@ -76,6 +76,16 @@ def run(folder: Path, changes: dict[str, Any], *launcher: str) -> dict[str, Any]
     return found
 
 
+def recovered_by(
+    teacher: Any, plan: FoldPlan, out: Path, settings: RecoverySettings, *, windows: tuple[int, int], **options: Any
+) -> RecoveryResult:
+    """Fold a teacher by a plan, and recover it on so many windows, judged on so many others."""
+    student = copy.deepcopy(teacher)
+    fold_(student, plan)
+    train, held_out = (TrainingWindows(tiny_windows(number, seed)) for seed, number in enumerate(windows, 1))
+    return recover(student, teacher, plan, train, held_out, settings, out, **options)
+
+
 def recovered_on(train: TrainingWindows, out: Path, settings: dict[str, Any] | None = None, **options: Any) -> Any:
     """A recovery of the tiny pair on some windows, four in a step."""
     student, teacher, plan = tiny_pair()

@@ -35,7 +35,7 @@ from foldgpt.recovery.teacher import Teacher
 from foldgpt.recovery.trainer import RecoveryTrainer
 from foldgpt.recovery.windows import places_in_documents
 from models import CONFIGS, tiny_model
-from recovery_case import recovered_on, run, step_losses, tiny_pair, tiny_recovery, tiny_windows
+from recovery_case import recovered_by, recovered_on, run, step_losses, tiny_pair, tiny_recovery, tiny_windows
 
 
 def test_recovery_brings_the_student_nearer_and_saves_what_it_measured(tmp_path: Path) -> None:
@@ -232,17 +232,8 @@ def test_a_position_that_starts_at_zero_grows_and_its_scales_have_a_rate_of_thei
     for rate in (1.0, 10.0):
         teacher = tiny_model("llama")
         plan = FoldPlan.create(source_model_of(teacher), groups=[zero])
-        student = copy.deepcopy(teacher)
-        fold_(student, plan)
-        result = recover(
-            student,
-            teacher,
-            plan,
-            TrainingWindows(tiny_windows(48, seed=1)),
-            TrainingWindows(tiny_windows(8, seed=2)),
-            RecoverySettings(batch_size=4, evaluate_every=3, rank=4, learning_rate=3e-3, scale_rate=rate),
-            tmp_path / f"recovered-{rate}",
-        )
+        settings = RecoverySettings(batch_size=4, evaluate_every=3, rank=4, learning_rate=3e-3, scale_rate=rate)
+        result = recovered_by(teacher, plan, tmp_path / f"recovered-{rate}", settings, windows=(48, 8))
         assert result.after["loss"] < result.before["loss"]
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"recovered-{rate}")
         terms = saved.model.layers[2].mlp.down_proj
@@ -421,10 +412,7 @@ def test_weight_decay_leaves_private_scales_and_norms_alone(tmp_path: Path, monk
     teacher = tiny_model("llama")
     group = Group(blocks=(1, 2), donor="mean", private=("norms", "scales"), ranks=2)
     plan = FoldPlan.create(source_model_of(teacher), groups=[group])
-    student = copy.deepcopy(teacher)
-    fold_(student, plan)
-    windows = TrainingWindows(tiny_windows(4, seed=1))
-    recover(student, teacher, plan, windows, windows, RecoverySettings(weight_decay=0.1, rank=2), tmp_path / "out")
+    recovered_by(teacher, plan, tmp_path / "out", RecoverySettings(weight_decay=0.1, rank=2), windows=(4, 4))
     assert any(name.endswith(".up") for name in decayed)
     assert not [name for name in decayed if name.endswith(".scale") or "norm" in name]
 

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from foldgpt.folding import fold_, source_model_of
+from foldgpt.folding import source_model_of
 from foldgpt.plan import FoldPlan
 from foldgpt.recovery import (
     RecoverySettings,
     TrainingWindows,
-    recover,
 )
 from foldgpt.recovery.states import States
 from foldgpt.recovery.teacher import Teacher, cache_states
 from foldgpt.recovery.windows import places_in_documents
 from models import tiny_model
-from recovery_case import recovered_on, step_losses, tiny_windows
+from recovery_case import recovered_by, recovered_on, step_losses, tiny_windows
 
 
 def test_the_teacher_may_be_read_from_a_file(tmp_path: Path) -> None:
@@ -42,18 +40,9 @@ def test_the_cache_holds_the_stream_in_front_of_the_cut(tmp_path: Path, dtype: t
     for name in ("fresh", "cached"):
         teacher = tiny_model("llama").to(dtype)
         plan = FoldPlan.create(source_model_of(teacher), removed=[4])
-        student = copy.deepcopy(teacher)
-        fold_(student, plan)
-        result = recover(
-            student,
-            teacher,
-            plan,
-            TrainingWindows(tiny_windows(8, seed=1)),
-            TrainingWindows(tiny_windows(4, seed=2)),
-            RecoverySettings(batch_size=4, rank=2, train_blocks="behind"),
-            tmp_path / name,
-            teacher_cache=None if name == "fresh" else tmp_path / "cache",
-        )
+        settings = RecoverySettings(batch_size=4, rank=2, train_blocks="behind")
+        cache = None if name == "fresh" else tmp_path / "cache"
+        result = recovered_by(teacher, plan, tmp_path / name, settings, windows=(8, 4), teacher_cache=cache)
         losses.append(list(step_losses(result.history).values()))
     assert losses[1] == pytest.approx(losses[0], rel=1e-3 if dtype == torch.bfloat16 else 2e-2)
     (file,) = (tmp_path / "cache").iterdir()

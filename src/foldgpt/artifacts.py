@@ -228,7 +228,8 @@ def check_free_folder(path: str | Path, *, replace: bool = False) -> None:
     check_free(path, replace=replace)
     if path.is_file():
         raise ArtifactError(f"{path} is a file, and a folder is to be written there. Choose another place.")
-    _check_writable(path, path.parent)
+    if path.is_dir():  # else its parent has been looked at
+        _check_writable(path, path.parent)
 
 
 def _check_writable(path: Path, folder: Path) -> None:

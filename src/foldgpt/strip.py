@@ -79,9 +79,14 @@ def plan_strip(plan: FoldPlan, width: int | None = None) -> Text:
     return text
 
 
+def what_is_shared(group: Group) -> str:
+    """Attention, MLP or both, in words."""
+    return " and ".join({"attention": "attention", "mlp": "MLP"}[sublayer] for sublayer in group.sublayers)
+
+
 def _group_line(group: Group) -> str:
     """Who shares what in a group, and what each position has for itself."""
-    what = " and ".join({"attention": "attention", "mlp": "MLP"}[sublayer] for sublayer in group.sublayers)
+    what = what_is_shared(group)
     if group.start == "zero":
         line = f"{what} of block {group.giver}, borrowed at {_listed(group.started_at_zero)}, starting at zero"
     else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from foldgpt.evaluation import Evaluation
 from foldgpt.formats import megabytes, millions, percent, significant
-from foldgpt.plan import FoldPlan, Group
+from foldgpt.plan import FoldPlan
 
 #: What the members of a group share, in a word.
 _SHARED = {
@@ -43,11 +43,6 @@ def headlines(plan: FoldPlan, evaluation: Evaluation | None, *, compensated: boo
 def short_name(model: str) -> str:
     """The last part of a model's name, without the folders or the account before it."""
     return model.rstrip("/").rpartition("/")[2] or model
-
-
-def what_is_shared(group: Group) -> str:
-    """Attention, MLP or both, in words."""
-    return " and ".join({"attention": "attention", "mlp": "MLP"}[sublayer] for sublayer in group.sublayers)
 
 
 def block_ranges(blocks: Sequence[int]) -> str:

@@ -15,11 +15,11 @@ from foldgpt.errors import ArtifactError
 from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan
 from foldgpt.report.compensation import was_compensated
-from foldgpt.report.headline import block_ranges, headlines, short_name, what_is_shared
+from foldgpt.report.headline import block_ranges, headlines, short_name
 from foldgpt.report.rows import rows_of
 from foldgpt.report.templating import templates
 from foldgpt.report.training import read_recovery, training_in_words
-from foldgpt.strip import plan_strip
+from foldgpt.strip import plan_strip, what_is_shared
 from foldgpt.tables import comparison_table, protocol_lines, task_table
 
 CARD = "README.md"

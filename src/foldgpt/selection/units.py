@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -97,11 +98,15 @@ class Units:
         """
         whole, lacking = self.whole_blocks(removed), self.lacking(removed)
         kept = [block for block in range(self.num_blocks) if block not in whole]
-        attending = attending_blocks(self.attention_kinds)
-        if not kept or (attending and not set(attending) & set(kept)):
+        if not kept or (self._attending and self._attending.isdisjoint(kept)):
             return False
         first_of = first_of_each_kind(self.attention_kinds, kept)
         return all(lacking.get(block) != "attention" for block in first_of.values())
+
+    @cached_property
+    def _attending(self) -> frozenset[int]:
+        # Searches ask for every set that they draw.
+        return frozenset(attending_blocks(self.attention_kinds))
 
     def unreachable(self) -> UsageError:
         """The error where nothing more can go and the target is not met."""
@@ -121,20 +126,20 @@ class Units:
     def filled(self, order: Sequence[int], start: Removed = frozenset()) -> tuple[Removed, int]:
         """As `fill`, and how many units at the beginning of the order it took to know the set."""
         taken: list[int] = []
-        left = [unit for unit in order if unit not in start]
+        left = [(place, unit) for place, unit in enumerate(order, 1) if unit not in start]
         seen = 0
         while self.missing([*start, *taken]) > 0:
             before = len(taken)
-            for unit in left:
+            for place, unit in left:
                 if self.missing([*start, *taken]) <= 0:
                     break
-                seen = max(seen, order.index(unit) + 1)
+                seen = max(seen, place)
                 if self.is_allowed([*start, *taken, unit]):
                     taken.append(unit)
             if len(taken) == before:
                 raise self.unreachable()
             # An attention that had to stay may go once the rest of its block is gone.
-            left = [unit for unit in left if unit not in taken]
+            left = [(place, unit) for place, unit in left if unit not in taken]
         # The last in the order first: they are the ones worth keeping most.
         for unit in taken[::-1]:
             rest = [other for other in taken if other != unit]

@@ -11,11 +11,16 @@ from foldgpt.errors import SourceError, UsageError, did_you_mean
 
 Kind = Literal["text", "gap", "choice", "choices", "index", "zero_or_one", "one_or_two"]
 
+
+def _is_choice(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 _KINDS: dict[Kind, tuple[str, Callable[[Any], bool]]] = {
     "text": ("text", lambda value: isinstance(value, str)),
     "gap": ("text with a gap, written _", lambda value: isinstance(value, str) and "_" in value),
     # Of an empty choice the harness would score the space before it.
-    "choice": ("text that is not empty", lambda value: _is_choice(value)),
+    "choice": ("text that is not empty", _is_choice),
     "choices": (
         "a list of at least two texts that are not empty",
         lambda value: isinstance(value, list) and len(value) > 1 and all(map(_is_choice, value)),
@@ -25,10 +30,6 @@ _KINDS: dict[Kind, tuple[str, Callable[[Any], bool]]] = {
     "zero_or_one": ("0 or 1", lambda value: type(value) is int and value in (0, 1)),
     "one_or_two": ('"1" or "2"', lambda value: value in ("1", "2")),
 }
-
-
-def _is_choice(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
 
 
 def find_file(folder: Path, pattern: str, task: str) -> Path:
