@@ -8,7 +8,18 @@ from typing import Any
 from command import as_typed, command_line
 from foldgpt.environment import describe_environment
 
-_KEPT = ("foldgpt", "python", "torch", "transformers", "cpu", "torch_threads", "ram_gb", "gpu", "date")
+_KEPT = (
+    "foldgpt",
+    "python",
+    "torch",
+    "transformers",
+    "cpu",
+    "torch_threads",
+    "omp_wait_policy",
+    "ram_gb",
+    "gpu",
+    "date",
+)
 
 
 def measured_by() -> dict[str, Any]:
@@ -31,9 +42,11 @@ def provenance_of(result: Mapping[str, Any]) -> str:
     """The command, the seed if there is one, and the machine of a result that one call has measured."""
     environment, seed = result["environment"], result.get("seed")
     machine = ", ".join(filter(None, (environment["cpu"], environment.get("gpu"))))
+    waiting = environment.get("omp_wait_policy")
     return (
         f"`{as_typed(result['command'])}`{'' if seed is None else f', seed {seed}'}.\n"
-        f"{machine}, {environment['torch_threads']} threads, {environment['ram_gb']} GB RAM,\n"
+        f"{machine}, {environment['torch_threads']} threads{f' waiting {waiting}' if waiting else ''}, "
+        f"{environment['ram_gb']} GB RAM,\n"
         f"foldgpt {environment['foldgpt']}, torch {environment['torch']}, transformers "
         f"{environment['transformers']}, {environment['date'].partition('T')[0]}."
     )

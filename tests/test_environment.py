@@ -28,6 +28,14 @@ def test_versions_are_those_that_run() -> None:
     assert json.loads(json.dumps(described)) == described, "plain JSON values"
 
 
+@pytest.mark.parametrize("policy", [None, "passive"])
+def test_how_openmp_waits_is_told_where_it_is_set(monkeypatch: pytest.MonkeyPatch, policy: str | None) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    assert describe_environment()["omp_wait_policy"] == policy
+
+
 def test_hardware_is_what_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
     described = describe_environment()

@@ -18,7 +18,8 @@ def describe_environment() -> dict[str, Any]:
     Returns:
         A dict with the version of Python and of each package ("foldgpt", "python", "torch", …; None if not
         installed), "cpu", "num_cores" (that this process may use), "ram_gb" (10⁹ bytes), "gpu" (name or
-        None), "os", "torch_threads" and "date" (UTC, ISO 8601).
+        None), "os", "torch_threads", "omp_wait_policy" (how OpenMP's
+        threads wait, if that is set: with "passive", small operations pay for waking them) and "date" (UTC, ISO 8601).
     """
     import psutil
     import torch
@@ -32,6 +33,7 @@ def describe_environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "os": platform.platform(),
         "torch_threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
