@@ -224,8 +224,20 @@ def test_eval_prints_what_models_write(model: Path, text: Path) -> None:
     made = foldgpt(*plain, "--perplexity", text)
     assert made.exit_code == 0, made.output
     assert made.stdout.splitlines().count("  model:") == 2
-    made = foldgpt(*plain)
-    assert made.exit_code == 2 and "name the text with --perplexity" in made.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--generations", 2, "--stride", 8), "--stride and --generations without --perplexity"),
+        (("--context", 32, "--tasks", "piqa"), "--context without --perplexity"),
+        (("--max-windows", 2), "--max-windows without --perplexity"),
+        (("--limit", 5, "--data-dir", "items"), "--data-dir and --limit without --tasks"),
+    ],
+)
+def test_eval_refuses_flags_that_have_nothing_to_apply_to(model: Path, flags: tuple[Any, ...], message: str) -> None:
+    made = foldgpt("eval", model, *flags, "--no-speed", "--no-memory")
+    assert made.exit_code == 2 and message in made.stderr
 
 
 def test_a_long_strip_is_cut_at_whole_tens_in_a_narrow_terminal(

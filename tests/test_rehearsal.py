@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from foldgpt import pipeline
 from foldgpt.architectures import known_architectures
 from foldgpt.cli import app
+from foldgpt.comparison.rows import known_rows
 from foldgpt.errors import SourceError, UnsupportedModelError, UsageError
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan
@@ -81,6 +82,19 @@ def test_the_teacher_s_passes_are_counted_once_in_a_comparison() -> None:
     only_once = sum(row.flops["analysis"] + row.flops["source's perplexity"] for row in list(found.rows.values())[1:])
     whole = sum(sum(row.flops.values()) for row in found.rows.values())
     assert found.flops == pytest.approx(whole - only_once - teachers[0])
+
+
+def test_a_search_is_counted_once_for_the_rows_that_select_alike() -> None:
+    recipe = Recipe.load(next(path for path in LARGE if path.stem == "llama-3.2-1b-36"))
+    compensated = {"compensate": {"method": "linear"}}
+    rows = {"bi": None, "gates": None, "the same": known_rows(recipe)["gates"], "other": compensated}
+    found = rehearse(recipe.changed(compare={"rows": rows, "recovered": ["gates"]}), compare=True)
+    assert found.searches["gates"] == found.searches["the same"] == found.searches["gates + recovery"]
+    assert len({found.searches[name] for name in ("bi", "gates", "other")}) == 3
+    flops = [row.flops for row in found.rows.values()]
+    once = sum(row["analysis"] + row["source's perplexity"] for row in flops[1:])
+    alike = 2 * found.rows["gates"].flops["search"]
+    assert found.flops == pytest.approx(sum(sum(row.values()) for row in flops) - once - alike)
 
 
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)

@@ -341,8 +341,11 @@ def evaluate(
         from foldgpt.tables import generation_lines
         from foldgpt.workbench import Workbench
 
-        if generations and not perplexity:
-            raise UsageError("--generations continues the beginnings of a text: name the text with --perplexity")
+        about_text = {"context": context, "stride": stride, "max-windows": max_windows, "generations": generations}
+        about_tasks = {"data-dir": data_dir, "limit": limit}
+        for flags, needed, given in ((about_text, "perplexity", perplexity), (about_tasks, "tasks", tasks)):
+            if (idle := [f"--{flag}" for flag, value in flags.items() if value]) and not given:
+                raise UsageError(f"{' and '.join(idle)} without --{needed}: there is nothing to apply that to")
         if out is not None:
             check_free_file(out, replace=overwrite)
         recipe = recipe_of(

@@ -21,7 +21,7 @@ from foldgpt.progress import note, quiet_libraries, silently
 from foldgpt.recipe import Recipe
 from foldgpt.rehearsal.expectation import Expectation, expect, on_meta
 from foldgpt.rehearsal.tiny import config_of, save_tiny, shrunk, write_text_file
-from foldgpt.run_folder import FOLDED
+from foldgpt.run_folder import FOLDED, RunFolder
 from foldgpt.selection import parameters_of
 from foldgpt.sharing import limit_of
 from foldgpt.sizes import size
@@ -47,21 +47,22 @@ class Rehearsal:
         model: the model of the recipe.
         rows: name of each run → what the real one takes; one, named "run", unless methods are compared.
         left_out: what a rehearsal cannot do, in words.
+        searches: name of each run → identity of its search; rows that select alike share one.
     """
 
     model: str
     rows: dict[str, Expectation]
     left_out: list[str]
+    searches: dict[str, str | None]
 
     @property
     def flops(self) -> float:
         """Floating-point operations of all; what rows have in common is counted once."""
         total = 0.0
-        seen: set[tuple[str, float]] = set()
+        seen: set[tuple[str, str | None, float]] = set()
         for name, row in self.rows.items():
             for stage, flops in row.flops.items():
-                # A search serves its rows without and with recovery.
-                key = (f"search of {name.removesuffix(' + recovery')}" if stage == "search" else stage, flops)
+                key = (stage, self.searches[name] if stage == "search" else None, flops)
                 if stage in _IN_COMMON and key in seen:
                     continue
                 seen.add(key)
@@ -93,10 +94,11 @@ def rehearse(recipe: Recipe, *, compare: bool = False) -> Rehearsal:
             pipeline.run(toy, folder / "run")
             places = {"run": (recipe, folder / "run")}
         rows = {name: _expect(config, one, place) for name, (one, place) in places.items()}
+        searches = {name: RunFolder(run).inputs_of("selection") for name, (_, run) in places.items()}
     left_out = ["texts are made up"]
     if recipe.evaluate.tasks:
         left_out.append(f"tasks are left out ({', '.join(recipe.evaluate.tasks)})")
-    return Rehearsal(recipe.model, rows, left_out)
+    return Rehearsal(recipe.model, rows, left_out, searches)
 
 
 def _expect(config: Any, recipe: Recipe, run: Path) -> Expectation:
