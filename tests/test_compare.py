@@ -38,6 +38,7 @@ from foldgpt.evaluation import MeasurementError, Perplexity, TaskScore
 from foldgpt.evaluation.tasks import Accuracy
 from foldgpt.recipe import Recipe
 from foldgpt.report import as_markdown, write_comparison
+from report_inputs import recovery
 from run_inputs import tiny_recipe, tiny_source, tiny_text
 
 RECOVER = {
@@ -515,14 +516,14 @@ def test_rows_that_were_not_trained_alike_are_named_and_not_judged(recipe: Recip
 
 
 def test_what_ended_a_training_is_read_from_its_record(tmp_path: Path) -> None:
-    record = {"num_tokens": 995, "ended": "time", "settings": {"kl": 1.0, "minutes": 0.5}}
+    record = {**recovery(), "num_tokens": 995, "ended": "time", "settings": {"kl": 1.0, "minutes": 0.5}}
     write_json(tmp_path / "recovery.json", record)
     short = Training.load(tmp_path)
     whole = Training(1000, "tokens", {"kl": 1.0, "minutes": None})
     assert (short.num_tokens, short.ended, short.differing_from(whole)) == (995, "time", ["minutes"])
     # What does not fill a last step makes no difference, a twentieth does.
     assert short.is_as_long_as(whole) and not replace(short, num_tokens=950).is_as_long_as(whole)
-    for damaged in ({**record, "settings": 3}, {"num_tokens": 3}, []):
+    for damaged in ({**record, "settings": 3}, {**record, "ended": "soon"}, {"num_tokens": 3}, []):
         write_json(tmp_path / "recovery.json", damaged)
         with pytest.raises(ArtifactError, match="not the record of a recovery"):
             Training.load(tmp_path)

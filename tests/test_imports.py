@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "autoload",
     ),
     ("",),  # the package itself: it imports nothing but `autoload` until a name is asked for
-    ("plan", "sizes", "wikipedia"),
+    ("plan", "sizes", "wikipedia", "recovery_result"),
     ("strip",),
     ("recipe", "architectures"),
     ("families", "attention"),

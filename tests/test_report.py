@@ -220,11 +220,13 @@ def test_recovery_that_is_long_short_or_broken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"before": None}, "'before' is missing or wrong"),
-        ({"after": {"kl": 1.0}}, "'after' is missing or wrong"),
-        ({"history": [{"loss": "low", "step": 1}]}, "'history' is missing or wrong"),
-        ({"num_steps": "many"}, "'num_steps' is missing or wrong"),
-        ({"best_step": 61}, "best step is beyond the last one"),
+        ({"before": None}, "before: Input should be a valid dictionary"),
+        ({"after": {"kl": 1.0}}, "after: there is no loss"),
+        ({"history": [{"loss": "low", "step": 1}]}, r"history\.0\.loss.*: Input should be a valid"),
+        ({"history": [{"loss": 1.0}]}, "history: an entry has no step"),
+        ({"num_steps": "many"}, "num_steps: Input should be a valid integer"),
+        ({"num_trained": -1}, "num_trained: Input should be greater than or equal to 0"),
+        ({"best_step": 61}, "best_step: beyond the last step"),
     ],
     ids=str,
 )

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foldgpt.artifacts import read_json
-from foldgpt.errors import ArtifactError
+from foldgpt.recovery_result import RecoveryResult
 
 #: Share of the tokens by which two trainings may differ and count as equal: a last step that is not full is left out.
 _TOLERANCE = 0.01
@@ -41,12 +40,8 @@ class Training:
         Raises:
             ArtifactError: it is missing, or is not what a recovery writes.
         """
-        path = folder / "recovery.json"
-        record = read_json(path, "record of the recovery")
-        try:
-            return cls(int(record["num_tokens"]), str(record["ended"]), dict(record["settings"]))
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ArtifactError(f"{path} is not the record of a recovery") from error
+        done = RecoveryResult.load(folder)
+        return cls(done.num_tokens, done.ended, done.settings)
 
     def is_as_long_as(self, other: Training) -> bool:
         """Whether both saw as many tokens, but for what does not fill a step."""

@@ -4,11 +4,11 @@ from foldgpt.recovery.chat import chat_windows
 from foldgpt.recovery.errors import DivergenceError
 from foldgpt.recovery.loggers import check_loggers
 from foldgpt.recovery.packing import packed_windows
-from foldgpt.recovery.recover import RECOVERY, recover
-from foldgpt.recovery.result import RecoveryResult
+from foldgpt.recovery.recover import recover
 from foldgpt.recovery.settings import RecoverySettings
 from foldgpt.recovery.trainable import make_trainable_, merge_trained_
 from foldgpt.recovery.windows import TrainingWindows
+from foldgpt.recovery_result import RECOVERY, RecoveryResult
 
 __all__ = [
     "RECOVERY",

@@ -27,7 +27,6 @@ from foldgpt.recovery.common import common_blocks
 from foldgpt.recovery.distillation import Distillation
 from foldgpt.recovery.inputs import check_inputs
 from foldgpt.recovery.loggers import check_loggers, keep_logs_
-from foldgpt.recovery.result import Ended, RecoveryResult
 from foldgpt.recovery.settings import RecoverySettings
 from foldgpt.recovery.states import aligned_blocks
 from foldgpt.recovery.teacher import CachedStates, Teacher, cache_states
@@ -35,9 +34,7 @@ from foldgpt.recovery.trainable import make_trainable_, merge_trained_, trained_
 from foldgpt.recovery.trainer import COMPLETE, RecoveryTrainer
 from foldgpt.recovery.windows import TrainingWindows
 from foldgpt.recovery.work_folder import finish, latest_checkpoint, prepare
-
-#: In the folder of the recovered model.
-RECOVERY = "recovery.json"
+from foldgpt.recovery_result import RECOVERY, Ended, RecoveryResult
 
 
 def recover(

@@ -12,6 +12,7 @@ from foldgpt.artifacts import write_text
 from foldgpt.evaluation import Evaluation
 from foldgpt.formats import millions
 from foldgpt.plan import FoldPlan, Group
+from foldgpt.recovery_result import RecoveryResult
 from foldgpt.report.headline import headlines, short_name
 from foldgpt.report.rows import rows_of
 from foldgpt.report.run import Run, read_run
@@ -134,15 +135,15 @@ def _calibration(run: Run) -> str | None:
     return f"Similarities are means over {run.analysis.num_tokens:,} tokens in {run.analysis.num_windows} windows{on}."
 
 
-def _training(recovery: dict[str, Any]) -> str:
+def _training(recovery: RecoveryResult) -> str:
     """What the recovery did, in a sentence or two."""
-    before, after = recovery["before"]["loss"], recovery["after"]["loss"]
-    saved = f"the state after step {recovery['best_step']:,} of {recovery['num_steps']:,} is the one that was saved"
-    if not recovery["best_step"]:
+    before, after = recovery.before["loss"], recovery.after["loss"]
+    saved = f"the state after step {recovery.best_step:,} of {recovery.num_steps:,} is the one that was saved"
+    if not recovery.best_step:
         saved = "nothing was better than the start, and the model is as it was"
-    trained = millions(recovery["num_trained"])
+    trained = millions(recovery.num_trained)
     return (
-        f"{recovery['num_tokens']:,} tokens in {recovery['seconds']:,.0f} s, {trained} trained parameters, merged at "
+        f"{recovery.num_tokens:,} tokens in {recovery.seconds:,.0f} s, {trained} trained parameters, merged at "
         f"the end. The held-out loss went from {before:.4f} to {after:.4f}; {saved}."
     )
 

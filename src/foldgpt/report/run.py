@@ -11,6 +11,7 @@ from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError
 from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan
+from foldgpt.recovery_result import RecoveryResult
 from foldgpt.report.compensation import was_compensated
 from foldgpt.report.training import read_recovery
 
@@ -22,7 +23,7 @@ class Run:
     plan: FoldPlan
     analysis: Analysis | None
     evaluation: Evaluation | None
-    recovery: dict[str, Any] | None
+    recovery: RecoveryResult | None
     """What `recovery.json` in the recovered model says."""
     compensated: bool
     """Whether the folded model carries what was fitted to make up for the cuts; False where that is not known."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from foldgpt.artifacts import read_json
-from foldgpt.errors import ArtifactError
 from foldgpt.formats import millions
+from foldgpt.recovery_result import RECOVERY, RecoveryResult
 
 #: A screen has no more columns than this to show steps in.
 _MAX_STEPS = 300
@@ -19,55 +18,16 @@ _HELD_OUT = {"loss": "held-out loss", "kl": "held-out KL"}
 _SCHEMES = ("demo:", "hub:", "self:")
 
 
-def read_recovery(folder: Path) -> dict[str, Any] | None:
+def read_recovery(folder: Path) -> RecoveryResult | None:
     """What the recovery of a checkpoint did; None if it was not recovered.
 
     Raises:
-        ArtifactError: the file cannot be read, or is not what a recovery writes.
+        ArtifactError: the record cannot be read, or is not what a recovery writes.
     """
-    path = folder / "recovery.json"
-    if not path.is_file():
-        return None
-    recovery = read_json(path, "record of the recovery")
-    if not isinstance(recovery, dict):
-        raise ArtifactError(f"{path} is not the record of a recovery")
-    for name, is_right in _FIELDS.items():
-        if not is_right(recovery.get(name)):
-            raise ArtifactError(f"{path} is not the record of a recovery: {name!r} is missing or wrong")
-    if recovery["best_step"] > recovery["num_steps"]:
-        raise ArtifactError(f"{path} is not the record of a recovery: its best step is beyond the last one")
-    return recovery
+    return RecoveryResult.load(folder) if (folder / RECOVERY).is_file() else None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _are_losses(value: Any) -> bool:
-    return isinstance(value, dict) and "loss" in value and all(map(_is_number, value.values()))
-
-
-def _is_history(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(entry, dict) and "step" in entry and all(map(_is_number, entry.values())) for entry in value
-    )
-
-
-#: What is read of a record, and what tells that it can be.
-_FIELDS: dict[str, Callable[[Any], bool]] = {
-    "before": _are_losses,
-    "after": _are_losses,
-    "history": _is_history,
-    "seconds": _is_number,
-    **dict.fromkeys(("best_step", "num_steps", "num_tokens", "num_trained"), _is_count),
-}
-
-
-def training_in_words(recovery: Mapping[str, Any], texts: Sequence[str]) -> str:
+def training_in_words(recovery: RecoveryResult, texts: Sequence[str]) -> str:
     """What the recovery did to a checkpoint, in a sentence.
 
     Args:
@@ -76,17 +36,17 @@ def training_in_words(recovery: Mapping[str, Any], texts: Sequence[str]) -> str:
     """
     # A card is for others: folders of one's own machine are nothing to them.
     names = " + ".join(text if text.startswith(_SCHEMES) else Path(text).name for text in texts)
-    on = f"{recovery['num_tokens']:,} tokens{f' of {names}' if names else ''}"
-    if not recovery["best_step"]:
+    on = f"{recovery.num_tokens:,} tokens{f' of {names}' if names else ''}"
+    if not recovery.best_step:
         return f"Training on {on} made nothing better, so the weights are as they were when it was folded."
-    trained = f"After it was folded, {millions(recovery['num_trained'])} parameters were trained on {on}, and merged"
-    if recovery["best_step"] == recovery["num_steps"]:
+    trained = f"After it was folded, {millions(recovery.num_trained)} parameters were trained on {on}, and merged"
+    if recovery.best_step == recovery.num_steps:
         return f"{trained}."
-    seen = round(recovery["num_tokens"] * recovery["best_step"] / recovery["num_steps"])
+    seen = round(recovery.num_tokens * recovery.best_step / recovery.num_steps)
     return f"{trained}; the state after {seen:,} of them did best on held-out text, and is this one."
 
 
-def training_curves(recovery: Mapping[str, Any]) -> dict[str, Any] | None:
+def training_curves(recovery: RecoveryResult) -> dict[str, Any] | None:
     """Curves over tokens: losses on held-out windows where they were measured, and the training loss of each step.
 
     Returns:
@@ -94,25 +54,25 @@ def training_curves(recovery: Mapping[str, Any]) -> dict[str, Any] | None:
         "steps", tokens and training loss; "best", the number of the measurement whose state was saved. None if there
         is nothing to draw.
     """
-    num_steps = recovery.get("num_steps") or 0
+    num_steps = recovery.num_steps
     if not num_steps:
         return None
-    per_step = recovery["num_tokens"] / num_steps
-    measured = [entry for entry in recovery["history"] if "eval_loss" in entry]
-    steps = [entry for entry in recovery["history"] if "loss" in entry and math.isfinite(entry["loss"])]
+    per_step = recovery.num_tokens / num_steps
+    measured = [entry for entry in recovery.history if "eval_loss" in entry]
+    steps = [entry for entry in recovery.history if "loss" in entry and math.isfinite(entry["loss"])]
     # A run that ends at a measured step may log it twice.
     by_step = {entry["step"]: entry for entry in measured}
     names = [
         name
         for name in _HELD_OUT
-        if name in recovery["before"] and all(f"eval_{name}" in entry for entry in by_step.values())
+        if name in recovery.before and all(f"eval_{name}" in entry for entry in by_step.values())
     ]
-    if set(names) == {"loss", "kl"} and recovery["before"]["loss"] == recovery["before"]["kl"]:
+    if set(names) == {"loss", "kl"} and recovery.before["loss"] == recovery.before["kl"]:
         names = ["kl"]
     lines = [
         {
             "name": _HELD_OUT[name],
-            "values": _rounded([recovery["before"][name], *(entry[f"eval_{name}"] for entry in by_step.values())]),
+            "values": _rounded([recovery.before[name], *(entry[f"eval_{name}"] for entry in by_step.values())]),
         }
         for name in names
     ]
@@ -126,7 +86,7 @@ def training_curves(recovery: Mapping[str, Any]) -> dict[str, Any] | None:
             "tokens": [round(entry["step"] * per_step) for entry in shown],
             "values": _rounded([entry["loss"] for entry in shown]),
         },
-        "best": order.index(recovery["best_step"]) if recovery["best_step"] in order else None,
+        "best": order.index(recovery.best_step) if recovery.best_step in order else None,
     }
 
 

@@ -1,0 +1,83 @@
+"""What a recovery did, in figures, and the record of it that lies in the recovered model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from foldgpt.artifacts import read_json
+from foldgpt.errors import ArtifactError
+
+#: In the folder of a recovered model.
+RECOVERY = "recovery.json"
+
+Count = Annotated[int, Field(ge=0)]
+Ended = Literal["tokens", "time", "patience"]
+Figures = dict[str, int | float]
+
+
+@dataclass(frozen=True)
+class RecoveryResult:
+    """A recovery that stands.
+
+    Attributes:
+        before: mean losses on the held-out windows before training; "loss" is their weighted sum.
+        after: the same of the merged model that was saved (under FSDP: before it was merged).
+        best_step: the step whose state was saved; 0 if training made nothing better, and the student is as it was.
+        num_steps: steps that were made.
+        num_tokens: tokens in them.
+        ended: what ended the training: all tokens used, the time, or no better state for `patience` measurements.
+        num_trained: parameters that were trained; merged, they add none.
+        seconds: time of training in this process; of the last part alone if it was interrupted.
+        history: what was logged, each with its "step".
+        settings: how it was done.
+    """
+
+    before: Figures
+    after: Figures
+    best_step: Count
+    num_steps: Count
+    num_tokens: Count
+    ended: Ended
+    num_trained: Count
+    seconds: float
+    history: list[Figures]
+    settings: dict[str, Any]
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """The result as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def load(cls, folder: Path) -> RecoveryResult:
+        """Read the record in a recovered model.
+
+        Raises:
+            ArtifactError: it is missing, cannot be read, or is not what a recovery writes.
+        """
+        path = folder / RECOVERY
+        try:
+            result = _ADAPTER.validate_python(read_json(path, "record of the recovery"))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise ArtifactError(f"{path} is not the record of a recovery: {place}: {first['msg']}") from error
+        wrong = result._contradiction()
+        if wrong is not None:
+            raise ArtifactError(f"{path} is not the record of a recovery: {wrong}")
+        return result
+
+    def _contradiction(self) -> str | None:
+        """What no recovery writes, if there is such; None otherwise."""
+        for name, losses in (("before", self.before), ("after", self.after)):
+            if "loss" not in losses:
+                return f"{name}: there is no loss"
+        if any("step" not in entry for entry in self.history):
+            return "history: an entry has no step"
+        return "best_step: beyond the last step" if self.best_step > self.num_steps else None
+
+
+_ADAPTER = TypeAdapter(RecoveryResult)
