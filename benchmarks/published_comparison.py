@@ -113,7 +113,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
                 "generations": 0,
                 "tasks": [] if arguments.no_tasks else list(TASKS),
                 "data_dir": None if arguments.no_tasks else arguments.data_dir,
-                "limit": arguments.limit or None,
+                "limit": None if arguments.no_tasks else arguments.limit or None,
             },
             "compare": {"rows": {name: ROWS[name] for name in names}, "recovered": arguments.recovered},
         }

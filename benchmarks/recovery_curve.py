@@ -241,8 +241,7 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"{config['batch_size'] * config['context']:,} tokens; trained on {', '.join(config['text'])}, measured on "
         f"{config['windows'] or 'all'} windows of {config['context']} tokens of {config['evaluate']}"
         f"{items if with_tasks else ''}. "
-        "Won back: of the log-perplexity and of the average accuracy that the removal alone lost. Seconds are those "
-        "of the last part of a training that was interrupted.",
+        "Won back: of the log-perplexity and of the average accuracy that the removal alone lost.",
         "",
         "| | perplexity | KL | won back | " + "accuracy | won back | " * bool(tasks) + "held-out loss | seconds |",
         "|---|---|---|---|" + "---|---|" * bool(tasks) + "---|---|",

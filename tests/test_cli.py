@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner, Result
 
@@ -149,7 +150,7 @@ def test_a_place_below_a_file_is_refused_before_anything_is_loaded(
         assert made.stderr.startswith(f"error: cannot write {out}") and "Not a directory" in made.stderr
 
 
-def test_measurements_are_shown_before_they_are_written(
+def test_measurements_are_shown_whatever_becomes_of_their_file(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -162,6 +163,18 @@ def test_measurements_are_shown_before_they_are_written(
     )
     assert made.exit_code == 1 and "No space left" in made.stderr
     assert "perplexity" in made.stdout
+    assert "evaluation.json" not in made.stdout
+
+
+def test_measurements_are_written_before_a_reader_has_enough(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("foldgpt.cli.stages.print_evaluation", closed)
+    foldgpt("eval", model, "--no-speed", "--no-memory", "--out", tmp_path / "evaluation.json", "-q")
+    assert json.loads((tmp_path / "evaluation.json").read_text())["folded"]["size"]["num_blocks"] == 6
 
 
 def test_overwrite_replaces_a_folded_model_and_nothing_else(model: Path, text: Path, tmp_path: Path) -> None:
@@ -219,11 +232,50 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path, monkeypatch: pytes
     assert "error" not in foldgpt("show", tmp_path).stderr
 
 
+@pytest.mark.parametrize(
+    ("error", "amount"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …"), " (2.00 GiB more"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."), " (4096 bytes"),
+        (RuntimeError("MPS backend out of memory"), ". "),
+        (MemoryError(), ". "),
+    ],
+)
+def test_out_of_memory_is_one_line_with_remedies(
+    error: Exception, amount: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path) -> bool:
+        raise error
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    made = foldgpt("show", tmp_path)
+    assert made.exit_code == 1 and made.stderr.startswith(f"error: out of memory{amount}")
+    assert made.stderr.count("\n") == 1
+    for remedy in ("--dtype", "--device", "micro_batch_size", "gradient_checkpointing"):
+        assert remedy in made.stderr
+
+
+def test_a_fault_of_our_own_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_file", lambda self: (_ for _ in ()).throw(RuntimeError("a fault")))
+    made = foldgpt("show", tmp_path)
+    assert isinstance(made.exception, RuntimeError) and "error" not in made.stderr
+
+
 def test_eval_prints_what_models_write(model: Path, text: Path) -> None:
     plain = ("eval", model, "--generations", 2, "--context", 32, "--max-windows", 2, "--no-speed", "--no-memory", "-q")
     made = foldgpt(*plain, "--perplexity", text)
     assert made.exit_code == 0, made.output
     assert made.stdout.splitlines().count("  model:") == 2
+
+
+def test_eval_tells_texts_of_one_name_apart(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "eval").mkdir()
+    monkeypatch.chdir(tmp_path)
+    texts = [tiny_text(Path("eval/test.txt"), 500), tiny_text(Path("test.txt"), 900)]
+    plain = ("eval", model, "--context", 32, "--max-windows", 2, "--no-speed", "--no-memory", "-q")
+    made = foldgpt(*plain, *(part for text in texts for part in ("--perplexity", text)))
+    assert made.exit_code == 0, made.output
+    assert [f"perplexity, {text}" in made.stdout for text in texts] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -358,6 +410,14 @@ def test_selectors_that_look_at_nothing_measure_nothing(model: Path, tmp_path: P
     assert FoldPlan.load(tmp_path / "p").removed == (4, 5)
 
 
+def test_search_tokens_are_also_for_the_best_donors(model: Path, text: Path, tmp_path: Path) -> None:
+    made = foldgpt(
+        *("plan", model, "--text", text, *CALIBRATION, "--select", "last", "--remove", 1, "--compensate", "none"),
+        *("--share", "adjacent", "--donor", "best", "--search-tokens", 64, "--out", tmp_path / "plan.json", "-q"),
+    )
+    assert made.exit_code == 0, made.output
+
+
 def test_run_takes_a_recipe_and_flags(model: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(model, text)))
     out = tmp_path / "run"
@@ -399,6 +459,16 @@ def test_json_is_alone_on_standard_output(model: Path, text: Path, tmp_path: Pat
         (["plan", "MODEL", "--select", "last", "--remove", "6", "--out", "OUT"], 2, "of which one must stay"),
         (["plan", "MODEL", "--remove", "1", "--remove-ratio", "0.1", "--out", "OUT"], 2, "not both"),
         (["plan", "MODEL", "--out", "OUT"], 2, "nothing is to be removed and nothing to be shared"),
+        (
+            ["plan", "MODEL", "--analysis", "run", "--remove", "2", "--out", "OUT"],
+            2,
+            "--analysis with the selector 'gates', which reads none: leave it out, or --select one of angular, bi",
+        ),
+        (
+            ["plan", "MODEL", "--search-tokens", "64", "--select", "bi", "--remove", "2", "--out", "OUT"],
+            2,
+            "--search-tokens with the selector 'bi', which measures nothing on them",
+        ),
         (["analyze", "MODEL", "--text", "TEXT", "--seed", "-1", "--out", "OUT"], 2, "seed"),
         (
             ["analyze", "MODEL", "--text", "TEXT", "--tokens", "200", "--context", "200", "--out", "OUT"],
@@ -461,7 +531,8 @@ def test_an_existing_output_is_not_overwritten(model: Path, text: Path, tmp_path
 def test_an_analysis_of_another_model_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
     other = tiny_source(tmp_path / "other", seed=1)
     foldgpt("analyze", other, "--text", text, *CALIBRATION, "--out", tmp_path / "run", "-q")
-    made = foldgpt("plan", model, "--analysis", tmp_path / "run", "--remove", 1, "--out", tmp_path / "plan.json")
+    asked = ("--select", "bi", "--remove", 1, "--out", tmp_path / "plan.json")
+    made = foldgpt("plan", model, "--analysis", tmp_path / "run", *asked)
     assert made.exit_code == 1 and "analysis of another model" in made.stderr
 
 

@@ -19,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from comparison_inputs import comparison
-from foldgpt import pipeline, side_by_side
+from foldgpt import pipeline, run_folder, side_by_side
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.cli import app
 from foldgpt.cli.printing import print_comparison
@@ -33,11 +33,12 @@ from foldgpt.comparison import (
     rows_of_recipe,
     verdict,
 )
-from foldgpt.errors import ArtifactError, UsageError
+from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
 from foldgpt.evaluation import MeasurementError, Perplexity, TaskScore
 from foldgpt.evaluation.tasks import Accuracy
 from foldgpt.recipe import Recipe
 from foldgpt.report import as_markdown, write_comparison
+from foldgpt.workbench import Workbench
 from report_inputs import recovery
 from run_inputs import tiny_recipe, tiny_source, tiny_text
 
@@ -379,7 +380,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_comparison_makes_nothing_twice_and_says_what_is_certain(
-    recipe: Recipe, tmp_path: Path, made: list[str]
+    recipe: Recipe, tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = recipe.changed(compare={"recovered": ["bi", "bi + plain LoRA"]})
     result = side_by_side.compare(wanted, tmp_path / "c")
@@ -422,6 +423,7 @@ def test_a_comparison_makes_nothing_twice_and_says_what_is_certain(
     assert Comparison.load(tmp_path / "c") == result
 
     made.clear()
+    monkeypatch.setattr(Workbench, "training_windows", lambda *_: made.append("windows"))
     again = side_by_side.compare(wanted, tmp_path / "c")
     assert made == []
     assert again.methods == result.methods
@@ -487,6 +489,72 @@ def test_unequal_budgets_are_refused_before_anything_is_folded(recipe: Recipe, t
     assert less.budget_gap == pytest.approx(0.25) and not less.is_fair
     assert verdict(less, Interval(-9.0, -10.0, -8.0), less_is_better=True) == "other budget"
     assert "less †" in (tmp_path / "c" / "comparison.md").read_text("utf-8")
+
+
+def test_a_take_over_never_leaves_numbers_of_one_recipe_beside_another(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = recipe.changed(compare={"rows": {"bi": None, "last": None}, "recovered": []})
+    out = tmp_path / "c"
+    result = side_by_side.compare(before, out)
+    unequal = before.changed(
+        compare={"rows": {"bi": None, "less": {"select": {"method": "last", "remove": 1}}}}, evaluate={"context": 16}
+    )
+
+    def is_whole() -> bool:
+        return Recipe.load(out / "recipe.yaml") == before and Comparison.load(out) == result
+
+    # Refused before anything is made: the folder is what it was.
+    with pytest.raises(FoldGPTError, match="nowhere"):
+        side_by_side.compare(unequal.changed(evaluate={"texts": ["nowhere.txt"]}), out, overwrite=True)
+    assert is_whole()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "remove", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            side_by_side.compare(unequal, out, overwrite=True)
+    assert is_whole()
+    # Stopped later: nothing is shown of it.
+    with pytest.raises(UsageError, match="unequal budgets"):
+        side_by_side.compare(unequal, out, overwrite=True)
+    assert Recipe.load(out / "recipe.yaml") == unequal and not list(out.glob("comparison.*"))
+    with pytest.raises(UsageError, match="unequal budgets"):
+        side_by_side.compare(unequal, out)
+
+
+def _killed(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_runs_and_comparisons_do_not_take_each_others_folders(recipe: Recipe, tmp_path: Path, made: list[str]) -> None:
+    recipe = recipe.changed(compare={"rows": {"bi": None, "last": None}, "recovered": []}, recover={"num_tokens": 0})
+    pipeline.run(recipe, tmp_path / "run")
+    side_by_side.compare(recipe, tmp_path / "c")
+    made.clear()
+    other = recipe.changed(select={"remove": 1})
+    with pytest.raises(ArtifactError, match="run holds a run, and a comparison is to be made there"):
+        side_by_side.compare(other, tmp_path / "run", overwrite=True)
+    with pytest.raises(ArtifactError, match="c holds a comparison, and a run is to be made there"):
+        pipeline.run(other, tmp_path / "c", overwrite=True)
+    # Its rows are one before it is finished.
+    (tmp_path / "c" / "comparison.json").unlink()
+    with pytest.raises(ArtifactError, match="c holds a comparison, and a run is to be made there"):
+        pipeline.run(recipe, tmp_path / "c")
+    assert made == []
+
+
+def test_a_recovery_that_cannot_start_shows_before_anything_is_made(
+    recipe: Recipe, tmp_path: Path, made: list[str]
+) -> None:
+    rows = {"bi": None, "large": {"recover": {"settings": {"batch_size": 9}}}}
+    with pytest.raises(UsageError, match=r"row 'large \+ recovery': recover.num_tokens is 256, .* at least 288 tokens"):
+        side_by_side.compare(recipe.changed(compare={"rows": rows, "recovered": list(rows)}), tmp_path / "c")
+    # The text as well, whatever a comparison of before had enough of.
+    own = recipe.changed(compare={"rows": {"bi": None}, "recovered": ["bi"]})
+    result = side_by_side.compare(own, tmp_path / "c")
+    made.clear()
+    with pytest.raises(FoldGPTError, match="too short"):
+        side_by_side.compare(own.changed(recover={"num_tokens": 10_000_000}), tmp_path / "c", overwrite=True)
+    assert made == [] and Comparison.load(tmp_path / "c") == result
 
 
 def test_rows_that_were_not_trained_alike_are_named_and_not_judged(recipe: Recipe, tmp_path: Path) -> None:

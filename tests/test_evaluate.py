@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from foldgpt.artifacts import write_json
 from foldgpt.corpus import Windows
 from foldgpt.errors import ArtifactError, UsageError
 from foldgpt.evaluation import Evaluation, Subject, evaluate
+from foldgpt.progress import console
 
 PROTOCOL = {"context": 8, "stride": 8, "bos": True, "vocabulary_size": 61}
 
@@ -85,6 +88,56 @@ def test_each_text_has_a_perplexity_of_its_own() -> None:
     ).folded
     assert both.further_perplexities == {"second.txt": alone}
     assert alone is not None and both.figures()["perplexity.second.txt"] == alone.value != both.figures()["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "names"),
+    [
+        # The whole name of the one is the short name of the other.
+        ("eval/test.txt", "test.txt", ["eval/test.txt", "test.txt"]),
+        ("test.txt", "eval/test.txt", ["test.txt", "eval/test.txt"]),
+        ("eval/test.txt", "other.txt", ["test.txt", "other.txt"]),
+    ],
+)
+def test_texts_of_one_name_are_all_told_apart(first: str, second: str, names: list[str]) -> None:
+    windows = {
+        text: Windows(
+            torch.arange(24).view(3, 8),
+            torch.ones(3, dtype=torch.int64),
+            {**PROTOCOL, "texts": [Path(text).name]},
+        )
+        for text in (first, second)
+    }
+    measured = evaluate(
+        subject("m", 2),
+        windows=windows[first],
+        text=first,
+        further_windows={second: windows[second]},
+        speed=False,
+        memory=False,
+    ).folded
+    assert [name for name, _ in measured.perplexities().values()] == names
+    assert list(measured.perplexities()) == ["perplexity", f"perplexity.{second}"]
+
+
+def test_an_offloaded_model_is_not_loaded_whole_for_its_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "nothing must be started")
+    large = subject("large", 2, tmp_path / "large")
+    cpu_offload(large.model.model.layers[1], torch.device("cpu"))
+    with console.capture() as notes:
+        assert evaluate(large, speed=False).folded.peak_memory is None
+    assert "without peak memory of large: it is offloaded" in notes.get()
+
+
+def test_a_full_memory_costs_the_peak_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "python").write_text("#!/bin/sh\nkill -9 $$\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    windows = Windows(torch.arange(24).view(3, 8), torch.ones(3, dtype=torch.int64), PROTOCOL)
+    with console.capture() as notes:
+        measured = evaluate(subject("m", 2, tmp_path / "m"), windows=windows, speed=False).folded
+    assert measured.peak_memory is None and measured.perplexity is not None
+    assert "without peak memory of m: measuring" in notes.get() and "the process was killed" in notes.get()
 
 
 def test_survives_json(evaluation: Evaluation, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from foldgpt.errors import ArtifactError
-from foldgpt.evaluation import MeasurementError, peak_memory
+from foldgpt.evaluation import MeasurementError, NotEnoughMemoryError, peak_memory
 
 MB = 2**20
 
@@ -54,14 +55,34 @@ def test_a_large_parent_does_not_inflate_the_figure(small: Path) -> None:
 
 
 def test_dtype_and_short_positions(tmp_path: Path) -> None:
-    save_llama(tmp_path, 64, max_position_embeddings=20)
+    save_llama(tmp_path, 64, max_position_embeddings=8)
     assert peak_memory(tmp_path, dtype="bfloat16").dtype == "bfloat16"
 
 
 def test_failure_names_folder_and_reason(tmp_path: Path) -> None:
     with pytest.raises(MeasurementError, match=rf"{tmp_path.name} failed: .*config\.json|model_type") as error:
         peak_memory(tmp_path)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and not isinstance(error.value, NotEnoughMemoryError)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "kill -9 $$",
+        "echo 'torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.' >&2; exit 1",
+        'echo "RuntimeError: DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 8 bytes." >&2; exit 1',
+        "echo MemoryError >&2; exit 1",
+    ],
+)
+def test_a_process_without_enough_memory_is_told_apart(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(NotEnoughMemoryError, match=f"peak memory of {tmp_path}.*(killed|failed: .)"):
+        peak_memory(tmp_path)
 
 
 def test_missing_folder_is_named(tmp_path: Path) -> None:

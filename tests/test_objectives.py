@@ -15,7 +15,7 @@ from models import tiny_model, token_ids
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(divergence, "_CHUNK_BYTES", 4 * 128 * 3)  # three rows, so that the last chunk is ragged
+    monkeypatch.setattr(divergence, "CHUNK_BYTES", 4 * 128 * 3)  # three rows, so that the last chunk is ragged
 
 
 def _hidden(rows: int = 10) -> tuple[Head, torch.Tensor, torch.Tensor]:

@@ -81,10 +81,26 @@ def test_training_flag_is_restored() -> None:
     assert model.training
 
 
-def test_more_tokens_than_positions_are_refused() -> None:
-    small = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4, n_positions=10))
-    with pytest.raises(UsageError, match=r"speed of small .* 11 tokens, but it has 10 positions"):
-        measure_speed({"source": llama(), "small": small}, **SHORT)
+def with_positions(num: int) -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4, n_positions=num))
+
+
+@pytest.mark.parametrize(("positions", "tokens"), [(11, (8, 3)), (10, (7, 3)), (3, (1, 2)), (2, (1, 1))])
+def test_few_positions_shorten_the_prompt_of_all_models(positions: int, tokens: tuple[int, int]) -> None:
+    speeds = measure_speed({"source": llama(), "small": with_positions(positions)}, **SHORT)
+    for speed in speeds.values():
+        assert (speed.protocol["prompt_tokens"], speed.protocol["decode_tokens"]) == tokens
+
+
+def test_rates_count_the_tokens_of_the_shortened_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(performance, "prefill_and_decode", lambda *_: (1.0, 1.0))
+    speed = measure_speed({"small": with_positions(10)}, **SHORT)["small"]
+    assert (speed.prefill.median, speed.decode.median) == (7, 3)
+
+
+def test_a_model_without_positions_for_a_step_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"small has 1 position\(s\).*--no-speed.*evaluate.speed: false"):
+        measure_speed({"source": llama(), "small": with_positions(1)}, **SHORT)
 
 
 @pytest.mark.parametrize("name", ["prompt_tokens", "decode_tokens", "repeats", "batch_size"])

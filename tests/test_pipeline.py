@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
-from foldgpt import pipeline, steps
-from foldgpt.artifacts import write_text
+from foldgpt import artifacts, pipeline, run_folder, steps
+from foldgpt.analysis import sweep
+from foldgpt.artifacts import write_json, write_text
+from foldgpt.cli import app
 from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, UsageError
 from foldgpt.evaluation import perplexity
 from foldgpt.plan import FoldPlan
@@ -230,6 +233,29 @@ def test_a_run_is_whole_where_its_take_over_is_refused(
     assert stages_run == []
 
 
+def test_a_folder_in_which_nothing_was_made_is_anybodys(recipe: Recipe, tmp_path: Path) -> None:
+    """The first mistake would keep the corrected command out of its folder."""
+    with pytest.raises(UsageError, match="has 6 blocks"):
+        pipeline.run(recipe.changed(select={"remove": 6}), tmp_path / "run")
+    with pytest.raises(FoldGPTError, match="nowhere"):
+        pipeline.run(recipe.changed(evaluate={"texts": ["nowhere.txt"]}), tmp_path / "run")
+    # Hours of an analysis are something.
+    checkpoint = tmp_path / "run" / ".analysis-checkpoint.json"
+    write_text(checkpoint, "{}")
+    with pytest.raises(ArtifactError, match="a run of another recipe"):
+        pipeline.run(recipe, tmp_path / "run")
+    checkpoint.unlink()
+    with open_run(tmp_path / "run", recipe):
+        assert Recipe.load(tmp_path / "run" / "recipe.yaml") == recipe
+
+
+def test_a_recipe_beside_which_nothing_ran_is_not_replaced(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.save(tmp_path / "recipe.yaml")
+    with pytest.raises(ArtifactError, match="a run of another recipe"):
+        pipeline.run(recipe.changed(select={"remove": 1}), tmp_path)
+    assert Recipe.load(tmp_path / "recipe.yaml") == recipe
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -305,6 +331,11 @@ def test_mistakes_in_what_is_measured_show_before_anything_runs(
     [
         ({"recover": {"num_tokens": 4096, "texts": ["nowhere.txt"]}}, "nowhere.txt"),
         ({"recover": {"num_tokens": 10_000_000, "context": 32}}, "too short: .* 10,0.* are asked for"),
+        (
+            {"recover": {"num_tokens": 127, "context": 32, "settings": {"batch_size": 4}}},
+            r"recover.num_tokens is 127, and one step takes 128: 4 windows \(batch_size .* at least 128 tokens",
+        ),
+        ({"recover": {"num_tokens": 4096, "context": 32, "held_out_tokens": 31}}, "held_out_tokens is 31,.* least 32"),
         ({"select": {"remove": 6}}, "select.remove is 6, .* has 6 blocks"),
         ({"select": {"remove_ratio": 0.95}}, "select.remove_ratio is 0.95, .* has 6 blocks"),
         ({"select": {"options": {"colour": 1}}}, "'bi' has no option 'colour'"),
@@ -334,6 +365,20 @@ def test_mistakes_in_what_is_trained_on_show_before_anything_runs(
 ) -> None:
     with pytest.raises(FoldGPTError, match=message):
         pipeline.run(recipe.changed(**changes), tmp_path / "run")
+    assert stages_run == []
+
+
+def test_a_text_too_short_for_another_recipe_shows_before_anything_runs(
+    inputs: tuple[Path, Path], tmp_path: Path, stages_run: list[str]
+) -> None:
+    """The recovered model that is there says nothing of it."""
+    recover = {"num_tokens": 128, "context": 16, "held_out_tokens": 32, "settings": {"batch_size": 2, "rank": 2}}
+    recipe = Recipe.from_dict(tiny_recipe(*inputs, recover=recover))
+    pipeline.run(recipe, tmp_path / "run")
+    stages_run.clear()
+    longer = recipe.changed(select={"remove": 1}, recover={"num_tokens": 10_000_000})
+    with pytest.raises(FoldGPTError, match="too short"):
+        pipeline.run(longer, tmp_path / "run", overwrite=True)
     assert stages_run == []
 
 
@@ -439,6 +484,67 @@ def test_a_killed_run_goes_on_where_it_was(stage: str, recipe: Recipe, tmp_path:
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
     pipeline.run(recipe, tmp_path / "run")
     assert stages_run == STAGES[STAGES.index(stage) :]
+
+
+@pytest.mark.parametrize("full", ["analysis.json", "run.json"])
+def test_a_sweep_is_not_repeated_where_its_result_could_not_be_written(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    monkeypatch.setattr(sweep, "_CHECKPOINT_SECONDS", 0.0)
+    checkpoint = tmp_path / "run" / ".analysis-checkpoint.json"
+    with monkeypatch.context() as patch:
+        for module in (pipeline, run_folder):
+            patch.setattr(module, "write_json", _disk_full_at(full))
+        with pytest.raises(ArtifactError, match="disk full"):
+            pipeline.run(recipe, tmp_path / "run")
+    assert json.loads(checkpoint.read_text())["windows_done"] == 8
+    pipeline.run(recipe, tmp_path / "run")
+    assert not checkpoint.exists()
+
+
+def test_a_search_is_not_repeated_where_the_ledger_could_not_be_written(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "run" / ".search-checkpoint.json"
+
+    def selected(*arguments: Any) -> Selection:
+        write_text(arguments[-1], "{}")
+        monkeypatch.setattr(run_folder, "write_json", _disk_full_at("run.json"))
+        return steps.make_selection(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "make_selection", selected)
+        with pytest.raises(ArtifactError, match="disk full"):
+            pipeline.run(recipe, tmp_path / "run")
+    assert checkpoint.is_file()
+    monkeypatch.undo()
+    pipeline.run(recipe, tmp_path / "run")
+    assert not checkpoint.exists()
+
+
+def test_analyze_keeps_the_sweep_until_its_result_is_written(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "_CHECKPOINT_SECONDS", 0.0)
+    model, text = map(str, inputs)
+    command = ["analyze", model, "--text", text, "--context", "32", "--tokens", "256", "--out", str(tmp_path), "-q"]
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "write_json", _disk_full_at("analysis.json"))
+        assert "disk full" in CliRunner().invoke(app, command).output
+    assert (tmp_path / ".analysis-checkpoint.json").is_file()
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert not (tmp_path / ".analysis-checkpoint.json").exists()
+
+
+def _disk_full_at(name: str) -> Any:
+    """`write_json` on a disk that has no room for one file."""
+
+    def write(path: Path, value: Any) -> None:
+        if Path(path).name == name:
+            raise ArtifactError("disk full")
+        write_json(path, value)
+
+    return write
 
 
 def test_killed_while_saving_leaves_no_folded_model(recipe: Recipe, tmp_path: Path) -> None:
@@ -655,6 +761,8 @@ def test_a_run_with_recovery_ends_in_a_recovered_model(recipe: Recipe, tmp_path:
     stages_run.clear()
     pipeline.run(trained, tmp_path / "run")
     assert stages_run == []
+    # Nor is the text packed again.
+    assert not (tmp_path / "run" / ".recovered.windows").exists()
 
 
 def test_recovery_runs_again_when_its_text_or_seed_changed_and_not_for_its_loggers(

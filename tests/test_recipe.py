@@ -123,6 +123,9 @@ def test_every_field_is_documented_in_the_schema() -> None:
             {"model": "x", "share": {"method": "adjacent", "sublayers": ["mlp", "mlp"]}},
             "share: sublayers are named twice: ['mlp', 'mlp']",
         ),
+        ({"model": "x", "evaluate": {"limit": 5}}, "evaluate: limit is for tasks, and there are none"),
+        ({"model": "x", "evaluate": {"data_dir": "d"}}, "evaluate: data_dir is for tasks, and there are none"),
+        ({"model": "x", "evaluate": {"texts": [], "stride": 8}}, "evaluate: stride is for texts, and there are none"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:50],
 )

@@ -58,7 +58,7 @@ def test_certain_models_that_disagree_give_finite_gradients(kind: Divergence) ->
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
 def test_the_fused_losses_are_those_of_full_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Soft-capping and factors of the head included, with chunks that do not divide the rows."""
-    monkeypatch.setattr(divergence, "_CHUNK_BYTES", 4 * VOCABULARY * 3)
+    monkeypatch.setattr(divergence, "CHUNK_BYTES", 4 * VOCABULARY * 3)
     teacher, student = tiny_model(family, seed=0).double(), tiny_model(family, seed=1).double()
     teacher_head, student_head = Head(teacher), Head(student)
     # Head gives logits in fp32.
@@ -94,7 +94,7 @@ def test_no_table_of_all_rows_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     head = Head(model)
     sizes = []
     logits = head.logits
-    monkeypatch.setattr(divergence, "_CHUNK_BYTES", 4 * VOCABULARY * 2)
+    monkeypatch.setattr(divergence, "CHUNK_BYTES", 4 * VOCABULARY * 2)
     monkeypatch.setattr(head, "logits", lambda hidden: sizes.append(len(hidden)) or logits(hidden))
     states = torch.randn(ROWS, 32, requires_grad=True)
     fused_logit_losses(head, states, torch.zeros(ROWS, dtype=torch.int64), lm_weight=1.0)[0].backward()

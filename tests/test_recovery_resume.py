@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,7 +168,10 @@ def test_a_best_state_that_is_gone_is_said(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "while" / "recovered").exists()
 
 
-def test_how_long_it_may_take_is_said_by_the_call_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("minutes", [60, None])
+def test_how_long_it_may_take_is_said_by_the_call_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float | None
+) -> None:
     class Stopped(Exception):
         pass
 
@@ -182,9 +187,36 @@ def test_how_long_it_may_take_is_said_by_the_call_that_goes_on(tmp_path: Path, m
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(RecoveryTrainer, "training_step", stopped)
-        tiny_recovery(tmp_path, minutes=60)
+        tiny_recovery(tmp_path, minutes=minutes)
     result = tiny_recovery(tmp_path, minutes=1e-6)
     assert result.ended == "time" and result.num_steps == 4
+
+
+@pytest.mark.parametrize(("kept", "seconds"), [(True, 240), (False, 180)])
+def test_seconds_are_those_of_all_steps_that_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool, seconds: int
+) -> None:
+    """24 micro-batches of ten seconds, stopped in the ninth; those since the last checkpoint are made again."""
+    now = 0
+    step = RecoveryTrainer.training_step
+
+    def slow(self: Any, *arguments: Any, **named: Any) -> Any:
+        nonlocal now
+        if now == 80 and self.state.global_step == 4:
+            raise KeyboardInterrupt
+        now += 10
+        return step(self, *arguments, **named)
+
+    monkeypatch.setattr("foldgpt.recovery.callbacks.time", SimpleNamespace(monotonic=lambda: now))
+    stopped(tmp_path, monkeypatch, RecoveryTrainer, "training_step", slow)
+    if not kept:  # as another version may have left it
+        path = tmp_path / ".recovered.recovery" / "checkpoint-3" / "trainer_state.json"
+        state = json.loads(path.read_text())
+        del state["stateful_callbacks"]["TimeBudget"]
+        path.write_text(json.dumps(state))
+    monkeypatch.setattr(RecoveryTrainer, "training_step", slow)
+    result = tiny_recovery(tmp_path)
+    assert result.num_steps == 12 and result.seconds == seconds
 
 
 def test_another_unfinished_recovery_is_dropped_where_the_output_is_to_be_replaced(

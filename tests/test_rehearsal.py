@@ -22,9 +22,9 @@ from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings
 from foldgpt.recovery.trainable import make_trainable_
 from foldgpt.rehearsal import expect, rehearse
-from foldgpt.rehearsal.expectation import search_passes
 from foldgpt.rehearsal.tiny import config_of, shrunk
-from foldgpt.selection import Request, gates_effort, select
+from foldgpt.selection import Request, search_passes, select
+from foldgpt.workbench import Workbench
 from models import tiny_config, tiny_model, token_ids
 from run_inputs import tiny_recipe, tiny_source, tiny_text
 
@@ -174,7 +174,7 @@ def test_searches_take_about_as_many_passes_as_expected(tmp_path: Path) -> None:
         recipe = Recipe.from_dict(tiny_recipe(source, text, compensate={"method": "none"}))
         recipe = recipe.changed(select={"method": method, "remove": 4, "num_tokens": 128})
         took = pipeline.run(recipe, tmp_path / method).plan.origin["report"]["forward_equivalents"]
-        assert 0.5 <= search_passes(method, 12, 4) / took <= 2
+        assert 0.5 <= search_passes(method, Request(12, 4)) / took <= 2
     ids = token_ids(tiny_model("llama"), (8, 32))
     for method in ("greedy", "loo", "taylor", "gates"):
         for per_block in (1, 2):
@@ -183,12 +183,94 @@ def test_searches_take_about_as_many_passes_as_expected(tmp_path: Path) -> None:
             model = tiny_model("llama", num_hidden_layers=12)
             request = Request(12, 3, model=model, ids_WT=ids, sublayers=per_block == 2)
             took = select(method, request).report["forward_equivalents"]
-            effort = {"effort": gates_effort(per_block == 2)}
-            expected = search_passes(method, 12 * per_block, 3 * per_block, effort)
+            expected = search_passes(method, request)
             # Gates may end before they have spent what they may.
             assert 0.65 <= expected / took <= (3 if method == "gates" else 1.2), (method, per_block)
-    assert search_passes("gates", 12, 4) == 0.9 * search_passes("greedy", 12, 4)
-    assert search_passes("bi", 12, 4) == 0
+    assert search_passes("gates", Request(12, 4)) == 0.9 * search_passes("greedy", Request(12, 4))
+    assert search_passes("bi", Request(12, 4)) == 0
+
+
+def test_a_search_is_counted_on_the_windows_that_it_has(tmp_path: Path) -> None:
+    """Those of the calibration, of which it measures on the first, and on one at least."""
+    source, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
+    plan = FoldPlan.create(source_model_of(tiny_model("llama"), name="m"), removed=[2, 3])
+    searched, flops = {}, {}
+    for num_tokens in (20, 100, 256, 8192):
+        select = {"method": "loo", "remove": 2, "num_tokens": num_tokens}
+        recipe = Recipe.from_dict({**tiny_recipe(source, text, select=select), "dtype": "float32"})
+        found = expect(tiny_config("llama"), recipe, plan, RecoverySettings())
+        searched[num_tokens] = Workbench(recipe).selection_ids().numel()
+        states = searched[num_tokens] * 7 * tiny_config("llama").hidden_size * 4
+        assert found.memory["search"].activations == states
+        flops[num_tokens] = found.flops["search"]
+    assert searched == {20: 32, 100: 96, 256: 256, 8192: 256}
+    assert flops[8192] == flops[256] == pytest.approx(8 * flops[20])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"effort": "high"}, "the gates' effort must be a number above 0 and at most 1,000,000, not 'high'"),
+        ({"effort": -1}, "not -1"),
+        ({"steps": 0}, "the gates' steps must be a whole number from 1 on, not 0"),
+    ],
+    ids=str,
+)
+def test_options_that_the_real_run_refuses_are_refused(
+    tmp_path: Path, options: dict[str, object], message: str
+) -> None:
+    """The toy has an effort and steps of its own."""
+    source, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
+    select = {"method": "gates", "remove": 2, "options": options}
+    recipe = Recipe.from_dict(tiny_recipe(source, text, select=select))
+    with pytest.raises(UsageError, match=message):
+        rehearse(recipe)
+    compared = {"rows": {"bi": None, "wrong": {"select": select}}}
+    recipe = Recipe.from_dict(tiny_recipe(source, text, compare=compared))
+    with pytest.raises(UsageError, match=f"row 'wrong': .*{message}"):
+        rehearse(recipe, compare=True)
+
+
+def test_what_is_refused_at_once_names_the_real_model(tmp_path: Path) -> None:
+    source, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
+    recipe = Recipe.from_dict(tiny_recipe(source, text, select={"remove": 6}))
+    with pytest.raises(UsageError, match=f"{source} has 6 blocks, of which one must stay"):
+        rehearse(recipe)
+
+
+def test_a_dry_run_takes_neither_a_revision_nor_code_that_it_cannot_look_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
+    recipe = Recipe.from_dict(tiny_recipe(source, text))
+    with pytest.raises(UsageError, match="--revision is for hub models only"):
+        rehearse(recipe.changed(revision="v1"))
+    with pytest.raises(UsageError, match="--revision is for hub models only"):
+        config_of("demo:smollm2-135m", revision="v1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    # The shape that comes with foldgpt is that of no revision in particular.
+    with pytest.raises(SourceError, match=r"config of google/gemma-2b at revision 'v1': .* without a network and a"):
+        config_of("google/gemma-2b", revision="v1")
+    assert rehearse(recipe.changed(trust_remote_code=True)).rows, "trust in a model that brings none is no obstacle"
+    path = source / "config.json"
+    config = {**json.loads(path.read_text()), "auto_map": {"AutoModelForCausalLM": "own.OwnForCausalLM"}}
+    path.write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=f"a dry run cannot use a model's own code, which {source} brings"):
+        rehearse(recipe.changed(trust_remote_code=True))
+    assert rehearse(recipe).rows, "transformers knows this one without its code"
+
+
+def test_the_config_of_a_hub_model_is_that_of_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--some--model"
+    for revision, commit, num_blocks in (("main", "a" * 40, 4), ("v1", "b" * 40, 5)):
+        tiny_config("llama", num_hidden_layers=num_blocks).save_pretrained(repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    assert config_of("some/model").num_hidden_layers == 4
+    assert config_of("some/model", revision="v1").num_hidden_layers == 5
+    with pytest.raises(SourceError, match="config of some/model at revision 'v2'"):
+        config_of("some/model", revision="v2")
 
 
 def test_the_tiny_model_is_of_the_same_make() -> None:
@@ -273,7 +355,10 @@ def test_a_local_model_needs_no_known_shape_and_an_unknown_one_says_so(
 
 def test_on_the_command_line(tmp_path: Path) -> None:
     source, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
-    recipe = Recipe.from_dict(tiny_recipe(source, text, compare={"rows": {"bi": None, "last": None}}))
+    evaluate = {"texts": [str(text)], "context": 32, "max_windows": 4, "tasks": ["piqa"], "limit": 5}
+    recipe = Recipe.from_dict(
+        tiny_recipe(source, text, evaluate=evaluate, compare={"rows": {"bi": None, "last": None}})
+    )
     recipe.save(tmp_path / "recipe.yaml")
     arguments = [str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out"), "--dry-run", "--quiet"]
     shown = CliRunner().invoke(app, ["run", *arguments, "--tflops", "0.5", "--devices", "2"])
@@ -284,6 +369,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
         "at 0.5 TFLOP/s sustained on each of 2 devices",
         "share.method auto",
         "texts are made up",
+        "tasks are left out (piqa)",
     ):
         assert part in shown.output
     as_json = CliRunner().invoke(app, ["compare", *arguments, "--json"])

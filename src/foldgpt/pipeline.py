@@ -15,12 +15,14 @@ from foldgpt.recipe import Recipe
 from foldgpt.report import CARD, REPORT, build_report, write_model_card
 from foldgpt.run_folder import (
     ANALYSIS,
+    ANALYSIS_CHECKPOINT,
     ENVIRONMENT,
     EVALUATION,
     FIGURES,
     FOLDED,
     PLAN,
     RECOVERED,
+    SEARCH_CHECKPOINT,
     SELECTION,
     SOURCE,
     RunFolder,
@@ -86,10 +88,9 @@ def carry_out(folder: RunFolder, bench: Workbench) -> Result:
     """Run the recipe of a workbench in an open run folder; see `run`."""
     bench.check_plan()
     bench.check()
-    out = folder.path / RECOVERED
-    if bench.recipe.recover.num_tokens and not out.exists():
+    if bench.recipe.recover.num_tokens and not is_recovered(folder, bench):
         # A text that is too short is to show before the search, not behind it.
-        bench.training_windows(out)
+        bench.training_windows(folder.path / RECOVERED)
     analysis, plan = make_up_plan(folder, bench)
     _fold_stage(folder, bench, plan)
     final = _recovery_stage(folder, bench)
@@ -107,25 +108,24 @@ def make_up_plan(folder: RunFolder, bench: Workbench) -> tuple[Analysis, FoldPla
 
 def _analysis_stage(folder: RunFolder, bench: Workbench) -> Analysis:
     path = folder.path / ANALYSIS
-    return folder.stage(
+    checkpoint = folder.path / ANALYSIS_CHECKPOINT
+    analysis = folder.stage(
         "analysis",
         {"model": bench.fingerprint, "windows": bench.calibration.fingerprint, **bench.numerics},
         [ANALYSIS],
-        lambda: write_json(path, make_analysis(bench, folder.path / ".analysis-checkpoint.json").to_json_dict()),
+        lambda: write_json(path, make_analysis(bench, checkpoint).to_json_dict()),
         lambda: Analysis.from_json_dict(read_json(path, "analysis")),
     )
+    # Only now: a stage that the ledger does not know of is made again.
+    checkpoint.unlink(missing_ok=True)
+    return analysis
 
 
 def _selection_stage(folder: RunFolder, bench: Workbench, analysis: Analysis) -> Selection:
     """The search, apart from what is shared: another way to share does not repeat it."""
     path = folder.path / SELECTION
     recipe = bench.recipe
-    checkpoint = folder.path / ".search-checkpoint.json"
-
-    def make() -> None:
-        write_json(path, make_selection(bench, analysis, checkpoint).to_json_dict())
-        checkpoint.unlink(missing_ok=True)
-
+    checkpoint = folder.path / SEARCH_CHECKPOINT
     inputs = {
         "analysis": _measures(analysis),
         "fingerprint": bench.fingerprint,
@@ -135,9 +135,16 @@ def _selection_stage(folder: RunFolder, bench: Workbench, analysis: Analysis) ->
         "size": recipe.share.size,
         "seed": recipe.seed,
     }
-    return folder.stage(
-        "selection", inputs, [SELECTION], make, lambda: Selection.from_json_dict(read_json(path, "selection"))
+    selection = folder.stage(
+        "selection",
+        inputs,
+        [SELECTION],
+        lambda: write_json(path, make_selection(bench, analysis, checkpoint).to_json_dict()),
+        lambda: Selection.from_json_dict(read_json(path, "selection")),
     )
+    # Only now, as that of the analysis.
+    checkpoint.unlink(missing_ok=True)
+    return selection
 
 
 def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis, selection: Selection) -> FoldPlan:
@@ -177,11 +184,30 @@ def _fold_stage(folder: RunFolder, bench: Workbench, plan: FoldPlan) -> None:
 
 def _recovery_stage(folder: RunFolder, bench: Workbench) -> str:
     """Train the folded model if the recipe asks for it; returns the name of the folder of the final model."""
-    recipe = bench.recipe
-    if not recipe.recover.num_tokens:
+    if not bench.recipe.recover.num_tokens:
         folder.drop("recovery")
         return FOLDED
-    inputs = {
+    out = folder.path / RECOVERED
+    folder.stage(
+        "recovery",
+        _recovery_inputs(folder, bench),
+        [RECOVERED],
+        lambda: make_recovered(bench, folder.path / FOLDED, out, replace=True),
+        lambda: None,
+    )
+    return RECOVERED
+
+
+def is_recovered(folder: RunFolder, bench: Workbench) -> bool:
+    """Whether the recovery stands for the folded model that is there, and so for the text that it trains on."""
+    return folder.inputs_of("fold") is not None and folder.stands(
+        "recovery", _recovery_inputs(folder, bench), [RECOVERED]
+    )
+
+
+def _recovery_inputs(folder: RunFolder, bench: Workbench) -> dict[str, Any]:
+    recipe = bench.recipe
+    return {
         "model": bench.fingerprint,
         "folded": folder.key_of("fold"),
         "texts": bench.recovery_texts,
@@ -190,15 +216,6 @@ def _recovery_stage(folder: RunFolder, bench: Workbench) -> str:
         "seed": recipe.seed,
         **bench.numerics,
     }
-    out = folder.path / RECOVERED
-    folder.stage(
-        "recovery",
-        inputs,
-        [RECOVERED],
-        lambda: make_recovered(bench, folder.path / FOLDED, out, replace=True),
-        lambda: None,
-    )
-    return RECOVERED
 
 
 def _source_stage(folder: RunFolder, bench: Workbench) -> Evaluation:

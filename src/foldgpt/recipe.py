@@ -187,6 +187,18 @@ class Evaluate(_Section):
     generations: int = Field(default=3, ge=0)
     """How many beginnings of the test text each model continues, to be read side by side."""
 
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> Self:
+        if not self.tasks:
+            for name in ("data_dir", "limit"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is for tasks, and there are none: name some in tasks, or leave {name} out"
+                    )
+        if self.stride is not None and not self.texts:
+            raise ValueError("stride is for texts, and there are none: name some in texts, or leave stride out")
+        return self
+
 
 class Compare(_Section):
     """What `foldgpt compare` puts side by side."""

@@ -31,7 +31,8 @@ class RecoveryResult:
         num_tokens: tokens in them.
         ended: what ended the training: all tokens used, the time, or no better state for `patience` measurements.
         num_trained: parameters that were trained; merged, they add none.
-        seconds: time of training in this process; of the last part alone if it was interrupted.
+        seconds: time of training, with its measurements and checkpoints, over all parts if it was interrupted. What a
+            part did after its last checkpoint was done again, and is in neither `num_tokens` nor this.
         history: what was logged, each with its "step".
         settings: how it was done.
     """

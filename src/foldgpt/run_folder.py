@@ -1,4 +1,4 @@
-"""The run folder: artefacts, and the ledger that knows from which inputs each of them was made."""
+"""The folder of a run or a comparison: artefacts, and the ledger that knows from which inputs each was made."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from foldgpt.artifacts import (
     take_over,
     write_json,
 )
+from foldgpt.comparison import COMPARISON
 from foldgpt.errors import ArtifactError, FoldGPTError
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
@@ -31,17 +32,18 @@ RECIPE, LEDGER, ENVIRONMENT = "recipe.yaml", "run.json", "environment.json"
 ANALYSIS, SELECTION, PLAN, EVALUATION = "analysis.json", "selection.json", "plan.json", "evaluation.json"
 SOURCE = "source.json"
 FOLDED, RECOVERED, FIGURES = "folded", "recovered", "figures"
+#: Folder of the runs of a comparison.
+ROWS = "rows"
+#: How far a stage is; whoever has its result in the ledger removes it.
+ANALYSIS_CHECKPOINT, SEARCH_CHECKPOINT = ".analysis-checkpoint.json", ".search-checkpoint.json"
+_LOCK = ".lock"
 _FORMAT = "foldgpt.run"
 #: All that stages make.
 _MADE = (ANALYSIS, SELECTION, PLAN, FOLDED, RECOVERED, SOURCE, EVALUATION, ENVIRONMENT, FIGURES, REPORT)
-#: What else is written there: how far a stage is, and the files of a comparison.
-_WRITTEN = (
-    RECIPE,
-    LEDGER,
-    ".analysis-checkpoint.json",
-    ".search-checkpoint.json",
-    *(f"comparison.{kind}" for kind in ("json", "csv", "md", "html")),
-)
+#: The files of a comparison, last the one by which it is known.
+_COMPARED = ("comparison.csv", "comparison.md", "comparison.html", COMPARISON)
+#: What else is written there.
+_WRITTEN = (RECIPE, LEDGER, ANALYSIS_CHECKPOINT, SEARCH_CHECKPOINT, *_COMPARED)
 #: Stage → those that are made of its outputs; what is left of them is out of date once it made others.
 _DEPENDENTS = {
     "analysis": ("selection", "figures", "report"),
@@ -64,8 +66,8 @@ class RunFolder:
     Args:
         path: the folder.
         beside: a folder of runs; a stage that one of them has made from the same inputs is taken from there.
-        to_come: the recipe to which the folder is handed over when the first stage is made for it; None where the
-            folder's own is the one that is run.
+        to_come: the recipe to which the folder is handed over when the first stage is made for it, or `hand_over` is
+            called; None where the folder's own is the one that is run.
 
     Attributes:
         path: the folder.
@@ -107,12 +109,15 @@ class RunFolder:
             make: writes them.
             read: reads the result back, always from disk, so that what is used is what was written.
         """
-        key = hash_of({**inputs, "foldgpt": foldgpt.__version__})
-        known = self._stages.get(name, {})
-        if known.get("inputs") == key and known.get("outputs") == self._contents(outputs):
+        if self.stands(name, inputs, outputs):
             note(f"{name}: unchanged")
             return read()
-        self._hand_over(name)
+        if self._to_come is not None:
+            # What the stage makes stale goes before the folder is another recipe's.
+            self._drop_dependents(name)
+            self.drop(name)
+            self.hand_over()
+        key = _key(inputs)
         taken = self._take(name, key, outputs)
         if taken is not None:
             self._enter(name, taken, outputs)
@@ -122,6 +127,11 @@ class RunFolder:
         seconds = round(time.perf_counter() - started, 1)
         self._enter(name, {"inputs": key, "outputs": self._contents(outputs), "seconds": seconds}, outputs)
         return read()
+
+    def stands(self, name: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> bool:
+        """Whether a stage's outputs are there, made from these inputs."""
+        known = self._stages.get(name, {})
+        return known.get("inputs") == _key(inputs) and known.get("outputs") == self._contents(outputs)
 
     def drop(self, name: str) -> None:
         """Remove what a stage made, if it did, and what was made of it: it belongs to inputs of before."""
@@ -134,15 +144,15 @@ class RunFolder:
         del self._stages[name]
         self._save()
 
-    def _hand_over(self, name: str) -> None:
-        """Make the folder that of the recipe to come, of which a stage is now made.
+    def hand_over(self) -> None:
+        """Make the folder that of the recipe to come, if it is another's.
 
-        What it makes stale goes first: whenever the process is killed, what is shown of the folder is of one recipe.
+        A comparison of before goes first: whenever the process is killed, what is shown of the folder is of one recipe.
         """
         if self._to_come is None:
             return
-        self._drop_dependents(name)
-        self.drop(name)
+        for name in _COMPARED:
+            remove(self.path / name)
         self._to_come.save(self.path / RECIPE)
         self._to_come = None
 
@@ -198,6 +208,10 @@ class RunFolder:
         return contents
 
 
+def _key(inputs: Mapping[str, Any]) -> str:
+    return hash_of({**inputs, "foldgpt": foldgpt.__version__})
+
+
 def _read_stages(ledger: Path) -> dict[str, dict[str, Any]]:
     """Stage → what the ledger says of it; none if there is no ledger."""
     if not ledger.is_file():
@@ -226,11 +240,17 @@ def _identity(file: Path) -> str:
 
 @contextmanager
 def open_run(
-    path: str | Path, recipe: Recipe, *, overwrite: bool = False, beside: Path | None = None
+    path: str | Path,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    beside: Path | None = None,
+    comparison: bool = False,
 ) -> Iterator[RunFolder]:
-    """Open a run folder for one recipe, and keep other processes out of it meanwhile.
+    """Open the folder of a run or a comparison for one recipe, and keep other processes out of it meanwhile.
 
-    A folder that holds an interrupted or finished run of the same recipe is continued.
+    A folder that holds an interrupted or finished run of the same recipe is continued. One in which nothing was made
+    for its recipe, because that was refused, is anybody's.
 
     Args:
         path: the folder; made if it does not exist.
@@ -239,16 +259,19 @@ def open_run(
             its stages made is made again only where the inputs differ; all of it where the ledger is damaged.
         beside: a folder of runs that no other process works in; what one of them has made from the same inputs is
             taken from there.
+        comparison: a comparison is to be made there: it makes no stage, and takes over by `RunFolder.hand_over`.
 
     Raises:
-        ArtifactError: the folder holds another run or something else, is in use, or cannot be written.
+        ArtifactError: the folder holds another run or something else, is in use, or cannot be written; or, also with
+            `overwrite`, it holds a comparison and a run is to be made there, or the other way round.
     """
     path = Path(path)
+    _check_kind(path, comparison)
     if not ((path / RECIPE).is_file() or (path / LEDGER).is_file()):
         check_free(path, replace=overwrite)
     elif not overwrite:
         _check_same(path, recipe)
-    lock = FileLock(path / ".lock")
+    lock = FileLock(path / _LOCK)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -263,7 +286,7 @@ def open_run(
             if overwrite:
                 _drop_what_no_ledger_knows(path)
             there = _recipe_there(path)
-            if (path / LEDGER).is_file() and there != recipe:
+            if there != recipe and _is_begun(path):
                 yield RunFolder(path, beside, recipe)
                 if there is None:
                     # All stages stand, so it was this one that cannot be read.
@@ -274,6 +297,23 @@ def open_run(
                 yield RunFolder(path, beside)
         finally:
             lock.release()
+
+
+def _check_kind(path: Path, comparison: bool) -> None:
+    """Keep runs and comparisons apart: neither knows what the other made of its recipe, so it could not drop that."""
+    if comparison and (path / LEDGER).is_file():
+        raise ArtifactError(f"{path} holds a run, and a comparison is to be made there. Choose another folder.")
+    if not comparison and _holds_comparison(path):
+        raise ArtifactError(f"{path} holds a comparison, and a run is to be made there. Choose another folder.")
+
+
+def _holds_comparison(path: Path) -> bool:
+    return (path / COMPARISON).is_file() or any((path / ROWS).glob(f"*/{RECIPE}"))
+
+
+def _is_begun(path: Path) -> bool:
+    """Whether anything was made for the recipe of a folder."""
+    return bool(_read_stages(path / LEDGER)) or _holds_comparison(path) or (path / ANALYSIS_CHECKPOINT).is_file()
 
 
 def _recipe_there(path: Path) -> Recipe | None:
@@ -306,7 +346,9 @@ def _drop_what_no_ledger_knows(path: Path) -> None:
 
 def _check_same(path: Path, asked: Recipe) -> None:
     try:
-        _read_stages(path / LEDGER)
+        # Without a lock no run was here: the recipe is a file of the user's own.
+        if not _is_begun(path) and (path / _LOCK).is_file():
+            return
         there = Recipe.load(path / RECIPE) if (path / RECIPE).is_file() else asked
     except FoldGPTError as error:
         raise ArtifactError(

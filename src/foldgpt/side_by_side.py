@@ -11,23 +11,22 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from foldgpt.artifacts import read_json
-from foldgpt.comparison import COMPARISON, Comparison, Finished, Row, Training, rows_of_recipe
-from foldgpt.errors import FoldGPTError, UsageError
+from foldgpt.comparison import Comparison, Finished, Row, Training, rows_of_recipe
+from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
 from foldgpt.evaluation import Evaluation
 from foldgpt.families import decoder_of
 from foldgpt.folding import predicted_parameters
 from foldgpt.formats import millions
-from foldgpt.pipeline import carry_out, make_up_plan
+from foldgpt.pipeline import carry_out, is_recovered, make_up_plan
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 from foldgpt.report import write_comparison
-from foldgpt.run_folder import ENVIRONMENT, RunFolder, open_run
+from foldgpt.run_folder import ENVIRONMENT, ROWS, RunFolder, open_run
 from foldgpt.selection import ANALYSIS_FREE
 from foldgpt.tables import protocol_lines
 from foldgpt.workbench import Workbench
 
-ROWS = "rows"
 #: Training windows and what the teacher says of them; removed once all rows stand.
 _COMMON = ".common"
 #: Stages that a method consists of; the others measure and draw.
@@ -47,10 +46,12 @@ def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comp
     Args:
         recipe: its `compare` section says which rows there are.
         out: the folder of the comparison; comparison.json, .csv, .md and .html are written there.
-        overwrite: take over the folder of another comparison; what its rows made is kept where the inputs are the same.
+        overwrite: take over the folder of another comparison, once nothing is wrong with this one; what its rows made
+            is kept where the inputs are the same.
 
     Raises:
-        UsageError: the section is wrong, or budgets are unequal.
+        UsageError: the section is wrong, budgets are unequal, or a row's recovery has tokens for less than one step.
+        ArtifactError: the folder holds another comparison, a run or something else, is in use, or cannot be written.
         FoldGPTError: a row failed; the message names it, and what is finished is kept.
     """
     rows = rows_of_recipe(recipe)
@@ -59,16 +60,20 @@ def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comp
         # Names that only the code can check are checked before anything is loaded.
         with _named(row):
             Workbench(row.recipe)
-    with open_run(out, recipe, overwrite=overwrite) as folder:
+    with open_run(out, recipe, overwrite=overwrite, comparison=True) as folder:
         bench.check()
+        is_trained = True
         for row in rows:
             bench = bench.for_method(row.recipe)
             with _named(row):
                 bench.check_plan()
-        if any(row.recovered for row in rows) and not (folder.path / COMPARISON).is_file():
+                is_trained = is_trained and (not row.recovered or _is_recovered(folder.path, row, bench))
+        if not is_trained:
             # A text that is too short is to show before all searches, not behind them.
             bench = bench.for_method(recipe)
             bench.training_windows(folder.path)
+        # Before a row is: what its stages make is no longer what the comparison of before says.
+        folder.hand_over()
         bench = _check_budgets(rows, folder.path, bench, recipe)
         finished = []
         for number, row in enumerate(rows, 1):
@@ -158,6 +163,14 @@ def _seconds(run: RunFolder, recipe: Recipe) -> float:
 def _open_row(folder: Path, row: Row) -> AbstractContextManager[RunFolder]:
     # The comparison is locked, so nobody else works in its rows; a row of another recipe is an older version of it.
     return open_run(folder / ROWS / row.folder, row.recipe, overwrite=True, beside=folder / ROWS)
+
+
+def _is_recovered(folder: Path, row: Row, bench: Workbench) -> bool:
+    try:
+        return is_recovered(RunFolder(folder / ROWS / row.folder), bench)
+    except ArtifactError:
+        # A damaged ledger: the row begins anew.
+        return False
 
 
 @contextmanager

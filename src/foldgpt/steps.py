@@ -49,7 +49,12 @@ _PROBE = "The 2nd fold (of 30) costs $1.50; naïve café, 東京, Привет!\
 
 
 def make_analysis(bench: Workbench, checkpoint: Path | None = None) -> Analysis:
-    """Measure the redundancy of the recipe's model on its calibration text."""
+    """Measure the redundancy of the recipe's model on its calibration text.
+
+    Args:
+        bench: the inputs.
+        checkpoint: where a long sweep keeps its progress. It stays: whoever has saved the analysis drops it.
+    """
     recipe = bench.recipe
     windows = bench.calibration
     source = bench.source
@@ -347,6 +352,7 @@ def make_source_evaluation(bench: Workbench) -> Evaluation:
     return evaluate(
         Subject("source", bench.source.model, bench.place, bench.source.tokenizer),
         windows=windows,
+        text=next(iter(bench.tests), None),
         further_windows=bench.further_tests,
         speed=False,
         memory=section.memory,
@@ -388,6 +394,7 @@ def make_evaluation(
         Subject("folded" if compare else "model", measured.model, place, measured.tokenizer),
         baseline,
         windows=windows,
+        text=next(iter(bench.tests), None),
         further_windows=bench.further_tests,
         speed=speed,
         memory=section.memory,

@@ -19,7 +19,7 @@ from foldgpt.plan import Compensation, Fitting, explain
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings, TrainingWindows, check_loggers, packed_windows
-from foldgpt.selection import Request, check_name, check_request, number_to_remove
+from foldgpt.selection import Request, check_name, check_request, number_to_remove, search_windows
 from foldgpt.sources import Source, load_config, load_source, load_tokenizer, model_fingerprint, resolve
 
 #: What depends on model, texts and measurements alone.
@@ -70,12 +70,13 @@ class Workbench:
             self._check_context(f"recover.context is {recover.context}", recover.context)
 
     def check_plan(self) -> None:
-        """Look at what is to be cut, and whether there is text enough to fit on, before anything is measured for it.
+        """Look at what is to be cut, and for tokens enough to fit and train on, before anything is measured for it.
 
         Raises:
             UsageError: nothing is asked for, or more blocks than the model can lose, or what the selector cannot do, or
-                one window to fit on.
+                one window to fit on, or too few tokens to train on.
         """
+        self.check_training_tokens()
         select, share, text = self.recipe.select, self.recipe.share, self.recipe.calibration
         if select.remove is None and select.remove_ratio is None and share.method == "none":
             raise UsageError(
@@ -109,6 +110,28 @@ class Workbench:
                 f"calibration.num_tokens is {text.num_tokens:,}, which makes one window of {text.context:,}: what is "
                 f"fitted ({', '.join(asking)}) is judged on other windows, so there must be two. Give more tokens or a "
                 "shorter context, or do without what is fitted."
+            )
+
+    def check_training_tokens(self) -> None:
+        """Look whether the recovery, if there is one, has tokens for one step and to judge by; nothing is loaded.
+
+        Raises:
+            UsageError: it has not.
+        """
+        section, batch_size = self.recipe.recover, self.recovery_settings.batch_size
+        if not section.num_tokens:
+            return
+        step = batch_size * section.context
+        if section.num_tokens < step:
+            raise UsageError(
+                f"recover.num_tokens is {section.num_tokens:,}, and one step takes {step:,}: {batch_size} windows "
+                f"(batch_size in recover.settings) of {section.context:,} tokens (recover.context). Give at least "
+                f"{step:,} tokens, fewer windows or a shorter context."
+            )
+        if section.held_out_tokens < section.context:
+            raise UsageError(
+                f"recover.held_out_tokens is {section.held_out_tokens:,}, less than one window of {section.context:,} "
+                f"(recover.context). Give at least {section.context:,}, or a shorter context."
             )
 
     def training_windows(self, out: Path) -> tuple[TrainingWindows, TrainingWindows]:
@@ -234,8 +257,8 @@ class Workbench:
 
     def selection_ids(self) -> Tensor:
         """Calibration windows for selectors that measure, [W, T]: the first ones; they are in random order."""
-        num_windows = max(1, self.recipe.select.num_tokens // self.recipe.calibration.context)
-        return self.calibration.ids[:num_windows]
+        ids_WT = self.calibration.ids
+        return ids_WT[: search_windows(self.recipe.select.num_tokens, ids_WT.shape[1], len(ids_WT))]
 
     @cached_property
     def tests(self) -> dict[str, Windows]:

@@ -57,7 +57,7 @@ def analyze(
         batch_size: windows per micro-batch. By default about 512 tokens on the CPU, elsewhere as many as keep
             the stored states under 256 MiB (1 GiB when the model is offloaded); at least one window.
         checkpoint: a file for the partial sums, written about every 30 s. If it exists and belongs to the
-            same request, the sweep goes on from there; at the end it is removed.
+            same request, the sweep goes on from there. It stays: whoever has saved the analysis drops it.
         source: which model this is; recorded in the result, and in what makes a checkpoint fit.
         calibration: which text this is; recorded in the result.
 
@@ -97,7 +97,6 @@ def analyze(
             windows_done = batch.stop
             progress.save(moments, windows_done, seconds_before + time.perf_counter() - started)
 
-    progress.remove()
     return _result(
         decoder,
         moments,
@@ -328,10 +327,6 @@ class _Checkpoint:
         }
         write_json(self._path, value)
         self._saved = time.monotonic()
-
-    def remove(self) -> None:
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
 
 
 def _result(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
+
+#: What PyTorch says where the memory of the machine, or of a device, is full.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 
 
 @contextmanager
@@ -32,6 +37,25 @@ def session(quiet: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("stopped; what was finished is kept", err=True)
         raise typer.Exit(130) from None
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        asked = re.search(r"allocate (\d[\d.]* \w+)", str(error))
+        amount = f" ({asked[1]} more were asked for)" if asked else ""
+        typer.echo(
+            f"error: out of memory{amount}. --dtype bfloat16 takes less and, in a recovery, the settings "
+            "micro_batch_size=1 and gradient_checkpointing=true do; another --device may have more.",
+            err=True,
+        )
+        raise typer.Exit(FoldGPTError.exit_code) from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # Looked up: importing torch would take seconds, and who has not imported it did not run out of memory in it.
+    of_torch = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+    if isinstance(error, (MemoryError, of_torch)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def _in_words(error: OSError) -> str:

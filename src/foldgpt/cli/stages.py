@@ -63,7 +63,7 @@ def analyze(
     with session(quiet):
         from foldgpt import steps
         from foldgpt.artifacts import check_free_file, write_json
-        from foldgpt.run_folder import ANALYSIS, FIGURES
+        from foldgpt.run_folder import ANALYSIS, ANALYSIS_CHECKPOINT, FIGURES
         from foldgpt.tables import analysis_lines, analysis_table
         from foldgpt.workbench import Workbench
 
@@ -79,8 +79,10 @@ def analyze(
             trust_remote_code=trust_remote_code,
             calibration=calibration_of(text, context, tokens),
         )
-        analysis = steps.make_analysis(Workbench(recipe), out / ".analysis-checkpoint.json")
+        checkpoint = out / ANALYSIS_CHECKPOINT
+        analysis = steps.make_analysis(Workbench(recipe), checkpoint)
         write_json(path, analysis.to_json_dict())
+        checkpoint.unlink(missing_ok=True)
         figures = steps.draw(analysis, None, out / FIGURES)
         if as_json:
             print_json(analysis.to_json_dict())
@@ -97,7 +99,8 @@ def plan(
     analysis: Annotated[
         Path | None,
         typer.Option(
-            help="An analysis made before (file or run folder), instead of measuring anew.", show_default=False
+            help="For bi and angular: an analysis made before (file or run folder), instead of measuring anew.",
+            show_default=False,
         ),
     ] = None,
     select: Select = None,
@@ -129,7 +132,8 @@ def plan(
     with session(quiet):
         from foldgpt import steps
         from foldgpt.artifacts import check_free_file
-        from foldgpt.selection import ANALYSIS_FREE
+        from foldgpt.errors import UsageError
+        from foldgpt.selection import ANALYSIS_FREE, MEASURED, SELECTORS
         from foldgpt.workbench import Workbench
 
         check_free_file(out, replace=overwrite)
@@ -147,11 +151,23 @@ def plan(
             share=share_of(share, size, group_size, donor, fit, rank, scales, start),
         )
         bench = Workbench(recipe)
+        method = recipe.select.method
+        if analysis is not None and method in ANALYSIS_FREE:
+            raise UsageError(
+                f"--analysis with the selector {method!r}, which reads none: leave it out, or --select one of "
+                f"{', '.join(sorted(SELECTORS.keys() - ANALYSIS_FREE))}"
+            )
+        # The best donors are measured on these tokens too, whichever blocks are removed.
+        if search_tokens is not None and method not in MEASURED and recipe.share.donor != "best":
+            raise UsageError(
+                f"--search-tokens with the selector {method!r}, which measures nothing on them: leave it out, or "
+                f"--select one of {', '.join(sorted(MEASURED))}"
+            )
         bench.check_plan()
         measured = None
         if analysis is not None:
             measured = steps.read_analysis(analysis, bench)
-        elif recipe.select.method not in ANALYSIS_FREE:
+        elif method not in ANALYSIS_FREE:
             measured = steps.make_analysis(bench)
         search = out.with_name(f".{out.name}.search")
         selection = steps.make_selection(bench, measured, search)
@@ -368,14 +384,16 @@ def evaluate(
             },
         ).changed_to(("evaluate", "max_windows"), max_windows or None)
         evaluation = steps.make_evaluation(Workbench(recipe), folder, compare=baseline is not None)
-        # What was measured is shown, whatever becomes of the file.
-        if as_json:
-            print_json(evaluation.to_dict())
-        else:
-            print_evaluation(evaluation)
-            if evaluation.folded.generations:
-                print_shown(generation_lines(evaluation))
-        if out is not None:
-            write_json(out, evaluation.to_dict())
-            if not as_json:
-                print_paths([out])
+        # Written first: a reader that has enough, such as `head`, ends the process. Shown whatever becomes of the file.
+        try:
+            if out is not None:
+                write_json(out, evaluation.to_dict())
+        finally:
+            if as_json:
+                print_json(evaluation.to_dict())
+            else:
+                print_evaluation(evaluation)
+                if evaluation.folded.generations:
+                    print_shown(generation_lines(evaluation))
+        if out is not None and not as_json:
+            print_paths([out])

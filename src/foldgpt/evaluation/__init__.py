@@ -1,6 +1,6 @@
 """What a model costs and how well it still predicts: perplexity, size, speed, memory, tasks, in one result."""
 
-from foldgpt.evaluation.errors import MeasurementError
+from foldgpt.evaluation.errors import MeasurementError, NotEnoughMemoryError
 from foldgpt.evaluation.evaluate import Evaluation, Measured, Subject, evaluate
 from foldgpt.evaluation.generations import Generation, generations
 from foldgpt.evaluation.last_word import LastWord, last_word
@@ -18,6 +18,7 @@ __all__ = [
     "Measured",
     "MeasurementError",
     "ModelSize",
+    "NotEnoughMemoryError",
     "PeakMemory",
     "Perplexity",
     "Rate",

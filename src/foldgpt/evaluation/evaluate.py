@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError, UsageError
+from foldgpt.evaluation.errors import NotEnoughMemoryError
 from foldgpt.evaluation.generations import Generation, generations
 from foldgpt.evaluation.last_word import LastWord, last_word
 from foldgpt.evaluation.memory import PeakMemory, peak_memory
@@ -21,6 +22,7 @@ from foldgpt.evaluation.size import ModelSize, folder_bytes, size_of
 from foldgpt.evaluation.tasks import Retained, Suite, TaskScore, retained, retained_on_average
 from foldgpt.evaluation.tasks.score import average
 from foldgpt.families import brings_own_code
+from foldgpt.progress import note
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,6 +72,7 @@ class Measured:
         last_word: how well it finds the last word of passages.
         generations: what it writes.
         further_perplexities: text → perplexity, of texts beyond the first.
+        text: the first text in full. None where that is not known, as in results of earlier versions.
     """
 
     name: str
@@ -82,23 +85,21 @@ class Measured:
     last_word: LastWord | None = None
     generations: list[Generation] | None = None
     further_perplexities: dict[str, Perplexity] | None = None
+    text: str | None = None
 
     def perplexities(self) -> dict[str, tuple[str, Perplexity]]:
         """Figure → what the text is called and its perplexity, the first text first.
 
-        A text is called by its name without folders, and in full if another one has that name. Of the first one no
-        more than the name is known.
+        A text is called by its name without folders, and in full if another one has that name.
         """
         if self.perplexity is None:
             return {}
-        further = self.further_perplexities or {}
-        names = Counter(map(_text_of, (self.perplexity, *further.values())))
+        texts = {"perplexity": (self.text or _text_of(self.perplexity), self.perplexity)}
+        texts |= {f"perplexity.{text}": (text, scores) for text, scores in (self.further_perplexities or {}).items()}
+        names = Counter(_text_of(scores) for _, scores in texts.values())
         return {
-            "perplexity": (_text_of(self.perplexity), self.perplexity),
-            **{
-                f"perplexity.{text}": (text if names[_text_of(scores)] > 1 else _text_of(scores), scores)
-                for text, scores in further.items()
-            },
+            figure: (text if names[_text_of(scores)] > 1 else _text_of(scores), scores)
+            for figure, (text, scores) in texts.items()
         }
 
     def figures(self) -> dict[str, float | None]:
@@ -191,6 +192,7 @@ def evaluate(
     baseline: Subject | None = None,
     *,
     windows: Windows | None = None,
+    text: str | None = None,
     further_windows: Mapping[str, Windows] | None = None,
     speed: bool = True,
     memory: bool = True,
@@ -205,9 +207,12 @@ def evaluate(
         folded: the model in question.
         baseline: usually its source; the ratios refer to it.
         windows: text for the perplexity, the same for both; None leaves perplexity out.
-        further_windows: further texts for it, by name. Last words and generations are of `windows` alone.
+        text: what that text is called in full, should a further one have the same name in another folder.
+        further_windows: further texts for it, by what they are called in full. Last words and generations are of
+            `windows` alone.
         speed: measure prefill and decode speed, the two models taking turns.
-        memory: measure peak memory, for subjects saved as a Hugging Face folder.
+        memory: measure peak memory, for subjects saved as a Hugging Face folder. It is left out, with a note, for one
+            that is offloaded, and where there is not enough memory to load a model once more.
         tasks: multiple-choice tasks; they need `windows`, on which last words are measured beside them, because
             choosing an answer may still work where writing one does not.
         num_generations: continue the beginnings of the first so many windows.
@@ -242,6 +247,7 @@ def evaluate(
             size=size_of(subject.model),
             bytes_on_disk=None if subject.folder is None else folder_bytes(subject.folder),
             perplexity=None if windows is None else perplexity(subject.model, windows),
+            text=None if windows is None else text,
             further_perplexities={text: perplexity(subject.model, each) for text, each in further.items()} or None,
             speed=speeds.get(subject.name),
             peak_memory=_peak_memory(subject) if memory else None,
@@ -284,13 +290,21 @@ def _peak_memory(subject: Subject) -> PeakMemory | None:
     # A GGUF file is dequantised on the way in, so it has no peak of its own to compare.
     if subject.folder is None or not subject.folder.is_dir():
         return None
+    if any(parameter.is_meta for parameter in subject.model.parameters()):
+        note(f"without peak memory of {subject.name}: it is offloaded, and a process of its own would load it whole")
+        return None
     dtype = str(subject.model.dtype).removeprefix("torch.")
-    return peak_memory(
-        subject.folder,
-        dtype=dtype,
-        device=str(subject.model.device),
-        trust_remote_code=brings_own_code(subject.model),
-    )
+    try:
+        return peak_memory(
+            subject.folder,
+            dtype=dtype,
+            device=str(subject.model.device),
+            trust_remote_code=brings_own_code(subject.model),
+        )
+    except NotEnoughMemoryError as error:
+        # Beside the models that are loaded already; what was measured of them is worth keeping.
+        note(f"without peak memory of {subject.name}: {error}")
+        return None
 
 
 def _ratios(folded: Measured, baseline: Measured) -> dict[str, float | None]:

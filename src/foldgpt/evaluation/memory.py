@@ -14,15 +14,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from foldgpt.errors import ArtifactError
-from foldgpt.evaluation.errors import MeasurementError
+from foldgpt.evaluation.errors import MeasurementError, NotEnoughMemoryError
 
 _PROMPT_TOKENS = 128
 _DECODE_TOKENS = 8
+#: What the last line of a Python that ran out of memory has in it: its own, PyTorch's on a CPU and an accelerator, and
+#: the system's.
+_OUT_OF_MEMORY = ("MemoryError", "can't allocate memory", "out of memory", "Cannot allocate memory")
 
 
 @dataclass(frozen=True)
 class PeakMemory:
     """Memory of a fresh process that loads a model, reads a prompt of 128 tokens and decodes 8 more.
+
+    A model with fewer positions reads a shorter prompt.
 
     Attributes:
         baseline_rss: resident bytes after the imports, before loading: Python, PyTorch and transformers.
@@ -53,7 +58,8 @@ def peak_memory(
 
     Raises:
         ArtifactError: there is no such folder.
-        MeasurementError: the process failed; the message ends with the last line that it wrote.
+        NotEnoughMemoryError: the process ran out of memory, or was killed, which is most likely the same.
+        MeasurementError: it failed otherwise; the message ends with the last line that it wrote.
     """
     if not Path(model_folder).is_dir():
         raise ArtifactError(f"model folder not found: {model_folder}")
@@ -63,14 +69,15 @@ def peak_memory(
     command += ["--trust-remote-code"] if trust_remote_code else []
     process = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if process.returncode == -getattr(signal, "SIGKILL", 9):
-        raise MeasurementError(
+        raise NotEnoughMemoryError(
             f"measuring the peak memory of {model_folder}: the process was killed, most likely because the "
             "machine ran out of memory."
         )
     if process.returncode != 0:
         lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
         reason = lines[-1] if lines else f"exit status {process.returncode}"
-        raise MeasurementError(f"measuring the peak memory of {model_folder} failed: {reason}")
+        kind = NotEnoughMemoryError if any(words in reason for words in _OUT_OF_MEMORY) else MeasurementError
+        raise kind(f"measuring the peak memory of {model_folder} failed: {reason}")
     return PeakMemory(**json.loads(process.stdout.splitlines()[-1]))
 
 
@@ -115,7 +122,7 @@ def _measure(model_folder: str, dtype: str, device: str, trust_remote_code: bool
     import torch
     from transformers import AutoModelForCausalLM
 
-    from foldgpt.evaluation.performance import prefill_and_decode, random_tokens
+    from foldgpt.evaluation.performance import prefill_and_decode, random_tokens, tokens_that_fit
 
     gc.collect()
     _forget_peak()
@@ -123,10 +130,9 @@ def _measure(model_folder: str, dtype: str, device: str, trust_remote_code: bool
     model = AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code
     ).to(device)
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    decode_tokens = _DECODE_TOKENS
-    prompt_tokens = min(_PROMPT_TOKENS, (positions or sys.maxsize) - decode_tokens)
-    ids_BT = random_tokens({"the model": model}, 1, prompt_tokens + decode_tokens, seed=0)
+    models = {"the model": model}
+    prompt_tokens, decode_tokens = tokens_that_fit(models, _PROMPT_TOKENS, _DECODE_TOKENS)
+    ids_BT = random_tokens(models, 1, prompt_tokens + decode_tokens, seed=0)
     prefill_and_decode(model, ids_BT, prompt_tokens)
     return PeakMemory(
         baseline_rss=baseline_rss,

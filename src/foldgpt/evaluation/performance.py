@@ -65,8 +65,8 @@ def measure_speed(
 
     Args:
         models: name → model; the first is what ratios refer to.
-        prompt_tokens: length of the random prompt.
-        decode_tokens: number of steps on the KV cache after the prompt.
+        prompt_tokens: length of the random prompt; less where a model has fewer positions, see `tokens_that_fit`.
+        decode_tokens: number of steps on the KV cache after the prompt; likewise.
         repeats: timed turns per model.
         batch_size: sequences at once; rates count the tokens of all.
         seed: of the random tokens.
@@ -75,7 +75,7 @@ def measure_speed(
         name → speed, in the order given.
 
     Raises:
-        UsageError: a number below 1, no model, or more tokens than a model has positions.
+        UsageError: a number below 1, no model, or one without positions for a prompt and a step.
     """
     numbers = {
         "prompt_tokens": prompt_tokens,
@@ -88,6 +88,7 @@ def measure_speed(
             raise UsageError(f"{name} is {number}; it must be at least 1.")
     if not models:
         raise UsageError("no model to measure the speed of.")
+    prompt_tokens, decode_tokens = tokens_that_fit(models, prompt_tokens, decode_tokens)
     ids_BT = random_tokens(models, batch_size, prompt_tokens + decode_tokens, seed)
 
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
@@ -106,6 +107,8 @@ def measure_speed(
             decode=_rate(batch_size * decode_tokens, [t[1] for t in times[name]], [t[1] for t in first]),
             protocol=numbers
             | {
+                "prompt_tokens": prompt_tokens,
+                "decode_tokens": decode_tokens,
                 "seed": seed,
                 "device": model.device.type,
                 "dtype": str(model.dtype).removeprefix("torch."),
@@ -116,18 +119,34 @@ def measure_speed(
     }
 
 
+def tokens_that_fit(models: Mapping[str, PreTrainedModel], prompt_tokens: int, decode_tokens: int) -> tuple[int, int]:
+    """Both numbers, shortened, the prompt first, where one of the models has fewer positions.
+
+    Raises:
+        UsageError: a model has no positions for a prompt of one token and one decode step.
+    """
+    for name, model in models.items():
+        positions = getattr(_text_config(model), "max_position_embeddings", None)
+        if positions is None:
+            continue
+        if positions < 2:
+            raise UsageError(
+                f"{name} has {positions} position(s), and a prompt and one decode step take 2: leave out speed and "
+                "peak memory (--no-speed, --no-memory; in a recipe evaluate.speed: false, evaluate.memory: false)."
+            )
+        decode_tokens = min(decode_tokens, positions - 1)
+        prompt_tokens = min(prompt_tokens, positions - decode_tokens)
+    return prompt_tokens, decode_tokens
+
+
+def _text_config(model: PreTrainedModel) -> Any:
+    return model.config.get_text_config(decoder=True)
+
+
 def random_tokens(models: Mapping[str, PreTrainedModel], batch_size: int, num_tokens: int, seed: int) -> Tensor:
     """The same random ids [batch_size, num_tokens] for all models, inside every vocabulary."""
-    configs: list[Any] = [model.config.get_text_config(decoder=True) for model in models.values()]
-    for name, config in zip(models, configs, strict=True):
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions is not None and num_tokens > positions:
-            raise UsageError(
-                f"the speed of {name} would be measured over {num_tokens} tokens, but it has {positions} "
-                "positions: choose fewer prompt_tokens or decode_tokens."
-            )
     generator = torch.Generator().manual_seed(seed)
-    vocab_size = min(config.vocab_size for config in configs)
+    vocab_size = min(_text_config(model).vocab_size for model in models.values())
     return torch.randint(vocab_size, (batch_size, num_tokens), generator=generator)
 
 

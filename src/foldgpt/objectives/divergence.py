@@ -16,7 +16,7 @@ from foldgpt.objectives.head import Head
 
 #: What the logits of one chunk may take, in bytes of fp32: enough rows for an efficient product with a vocabulary
 #: of 262k, and little beside the model.
-_CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 64 * 2**20
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def cross_entropy_loss(head: Head, hidden_RH: Tensor, targets_R: Tensor) -> Tens
 
 def chunk_rows(head: Head) -> int:
     """Rows whose logits are made at once: a power of two, which products of matrices like."""
-    return 1 << max(0, (_CHUNK_BYTES // (4 * head.vocab_size)).bit_length() - 1)
+    return 1 << max(0, (CHUNK_BYTES // (4 * head.vocab_size)).bit_length() - 1)
 
 
 def _kl_rows(teacher_RV: Tensor, student_RV: Tensor) -> Tensor:

@@ -13,23 +13,35 @@ from foldgpt.progress import note
 
 
 class TimeBudget(TrainerCallback, ExportableState):
-    """Stops after some minutes of training, counted over interruptions. All processes go by the first one's clock.
+    """Counts the time of training over interruptions, and stops after some minutes of it.
+
+    All processes go by the first one's clock.
 
     Args:
-        minutes: the budget.
+        minutes: the budget; None for none.
     """
 
-    def __init__(self, minutes: float) -> None:
+    def __init__(self, minutes: float | None) -> None:
         self.minutes = minutes
         self.spent = 0.0
         self.is_over = False
-        self._since = time.monotonic()
+        self._since: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Time so far; of an interrupted part that up to the checkpoint from which the training goes on."""
+        return self.spent if self._since is None else self.spent + time.monotonic() - self._since
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._since = time.monotonic()
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.spent, self._since = self.seconds, None
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        over = torch.tensor(float(self._total() > 60 * self.minutes), device=args.device)
+        if self.minutes is None:
+            return
+        over = torch.tensor(float(self.seconds > 60 * self.minutes), device=args.device)
         if torch.distributed.is_initialized():
             torch.distributed.broadcast(over, src=0)
         if bool(over):
@@ -38,10 +50,7 @@ class TimeBudget(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
-        return {"args": {"minutes": self.minutes}, "attributes": {"spent": self._total()}}
-
-    def _total(self) -> float:
-        return self.spent + time.monotonic() - self._since
+        return {"args": {"minutes": self.minutes}, "attributes": {"spent": self.seconds}}
 
 
 class MeasureAtEnd(TrainerCallback):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from foldgpt.folding import check_place, save_folded
 from foldgpt.objectives import Head
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note, quiet_libraries
-from foldgpt.recovery.callbacks import TimeBudget
 from foldgpt.recovery.common import common_blocks
 from foldgpt.recovery.distillation import Distillation
 from foldgpt.recovery.inputs import check_inputs
@@ -90,7 +88,6 @@ def recover(
     pairs = aligned_blocks(plan, settings.states_at) if settings.states else []
     if settings.states and not pairs:
         raise UsageError("states are to be compared at the cuts, but nothing follows on a removed part of the plan")
-    begun = time.monotonic()
     device_is_cpu = next(student.parameters()).device.type == "cpu"
     args, train = _arguments(settings, train, work, cpu=device_is_cpu, report_to=report_to)
     is_main = args.process_index == 0
@@ -113,13 +110,17 @@ def recover(
         _checkpointing_(student, True)
     teacher_head = None if taught is None else taught.head
     module = Distillation(student, settings, head, teacher_head, [position for position, _ in pairs], common)
-    budget = None if settings.minutes is None else TimeBudget(settings.minutes)
-    callbacks: list[Any] = [] if budget is None else [budget]
-    if settings.patience is not None:
-        callbacks.append(EarlyStoppingCallback(settings.patience))
+    callbacks = [] if settings.patience is None else [EarlyStoppingCallback(settings.patience)]
     with quiet_libraries(), attention_in_tiles(student, teacher):
         trainer = RecoveryTrainer(
-            module, args, train=train, held_out=held_out, teacher=taught, cache=cache, callbacks=callbacks
+            module,
+            args,
+            train=train,
+            held_out=held_out,
+            teacher=taught,
+            cache=cache,
+            minutes=settings.minutes,
+            callbacks=callbacks,
         )
         if trainer.is_fsdp_enabled and (getattr(student.config, "fold_layout", None) or {}).get("borrowed"):
             raise UsageError(
@@ -164,7 +165,7 @@ def recover(
         num_tokens=state.global_step * settings.batch_size * train.ids_WT.shape[1],
         ended=_ended(trainer, state),
         num_trained=num_trained,
-        seconds=round(time.monotonic() - begun, 1),
+        seconds=round(trainer.clock.seconds, 1),
         history=state.log_history,
         settings=dataclasses.asdict(settings),
     )
@@ -296,7 +297,7 @@ def _checkpointing_(student: Any, on: bool) -> None:
 def _ended(trainer: RecoveryTrainer, state: Any) -> Ended:
     if state.global_step >= state.max_steps:
         return "tokens"
-    return "time" if trainer.time_is_over else "patience"
+    return "time" if trainer.clock.is_over else "patience"
 
 
 def _wait() -> None:

@@ -41,6 +41,7 @@ class RecoveryTrainer(Trainer):
         held_out: windows that are never trained on.
         teacher: the source; None where nothing is compared with it.
         cache: the teacher's states on the training windows, if they were computed before.
+        minutes: how long the training may take; None for as long as it does.
         callbacks: further callbacks.
     """
 
@@ -55,6 +56,7 @@ class RecoveryTrainer(Trainer):
         held_out: TrainingWindows,
         teacher: Teacher | None,
         cache: CachedStates | None = None,
+        minutes: float | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
         super().__init__(
@@ -63,7 +65,7 @@ class RecoveryTrainer(Trainer):
             train_dataset=train,
             eval_dataset=held_out,
             data_collator=default_collate,
-            callbacks=[*(callbacks or []), MeasureAtEnd(), Narrator()],
+            callbacks=[TimeBudget(minutes), *(callbacks or []), MeasureAtEnd(), Narrator()],
         )
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -147,19 +149,16 @@ class RecoveryTrainer(Trainer):
             if not (best / COMPLETE).is_file():
                 raise ArtifactError(f"the checkpoint of the best state, {best}, is gone. Remove {best.parent}.")
             self.state.best_model_checkpoint = str(best)
-        given = [callback.minutes for callback in self._time_budgets]
+        minutes = self.clock.minutes
+        # A checkpoint in which no time was kept would fail when the next one is written.
+        self.state.stateful_callbacks.setdefault(TimeBudget.__name__, self.clock.state())
         super()._load_callback_state()
-        for budget, minutes in zip(self._time_budgets, given, strict=True):
-            budget.minutes = minutes
+        self.clock.minutes = minutes
 
     @property
-    def _time_budgets(self) -> list[TimeBudget]:
-        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, TimeBudget)]
-
-    @property
-    def time_is_over(self) -> bool:
-        """Whether the training was ended by its time. Callbacks are made anew when a training is resumed."""
-        return any(budget.is_over for budget in self._time_budgets)
+    def clock(self) -> TimeBudget:
+        """How long the training has taken. Callbacks are made anew when a training is resumed."""
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, TimeBudget))
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)

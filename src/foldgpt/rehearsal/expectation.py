@@ -22,11 +22,19 @@ from foldgpt.families import decoder_of
 from foldgpt.folding import fold_
 from foldgpt.folding.private import sizes_of_leaf
 from foldgpt.modeling.modeling_foldgpt import apply_layout_
+from foldgpt.objectives.divergence import CHUNK_BYTES
 from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings
 from foldgpt.recovery.trainable import make_trainable_
-from foldgpt.selection import gates_effort, number_for_target, number_to_remove, parameters_of
+from foldgpt.selection import (
+    Request,
+    number_for_target,
+    number_to_remove,
+    parameters_of,
+    search_passes,
+    search_windows,
+)
 from foldgpt.selection.cost import num_positions
 from foldgpt.sharing import limit_of
 from foldgpt.sizes import size
@@ -35,7 +43,7 @@ from foldgpt.sources import DTYPES
 #: AdamW: two moments; and the gradient. Trained values are kept in fp32.
 _ADAM_BYTES, _GRADIENT_BYTES, _TRAINED_BYTES = 8, 4, 4
 #: The logits of a chunk of rows in fp32, of both models, with the gradient of one: see objectives/fused_logits.py.
-_LOGIT_CHUNK_BYTES = 3 * 64 * 2**20
+_LOGIT_BYTES = 3 * CHUNK_BYTES
 
 
 @dataclass(frozen=True)
@@ -118,27 +126,24 @@ def expect(
     flops = {"analysis": forward * recipe.calibration.num_tokens}
     # Of each row of logits.
     head = 2.0 * config.vocab_size * _hidden_size(source)
-    select = recipe.select
-    searched = forward * select.num_tokens
-    per_block = 2 if select.sublayers else 1
-    passes = search_passes(
-        select.method,
-        per_block * plan.source.num_blocks,
-        per_block * _num_removed(recipe, source),
-        {"effort": gates_effort(select.sublayers), **select.options},
-        head=head * num_positions(select.num_tokens) / searched,
+    select, text = recipe.select, recipe.calibration
+    num_searched = text.context * search_windows(select.num_tokens, text.context, text.num_tokens // text.context)
+    search = Request(
+        plan.source.num_blocks, _num_removed(recipe, source), sublayers=select.sublayers, options=select.options
     )
+    one_pass = forward * num_searched
+    passes = search_passes(select.method, search, head=head * num_positions(num_searched) / one_pass)
     if passes:
-        flops["search"] = passes * searched
+        flops["search"] = passes * one_pass
     measured = recipe.evaluate
     tokens = len(measured.texts) * (measured.max_windows or 0) * measured.context
     if tokens:
         flops["source's perplexity"] = tokens * (_forward_flops(source, measured.context) + head)
         flops["perplexity"] = tokens * (_forward_flops(student, measured.context) + head)
     weights = _bytes(source)
-    states = recipe.select.num_tokens * _hidden_size(source) * (len(decoder_of(source).blocks) + 1) * dtype.itemsize
+    states = num_searched * _hidden_size(source) * (len(decoder_of(source).blocks) + 1) * dtype.itemsize
     memory = {
-        "search": Memory(weights, activations=states if passes else 0, other=_LOGIT_CHUNK_BYTES),
+        "search": Memory(weights, activations=states if passes else 0, other=_LOGIT_BYTES),
         "fold and verify": Memory(weights, teacher=_bytes(student)),
     }
     num_trained = 0
@@ -167,7 +172,7 @@ def expect(
             teacher=weights if settings.needs_teacher else 0,
             activations=kept,
             optimizer=num_trained * (_ADAM_BYTES + _GRADIENT_BYTES + _TRAINED_BYTES),
-            other=_LOGIT_CHUNK_BYTES,
+            other=_LOGIT_BYTES,
         )
     return Expectation(
         parameters=counts[0],
@@ -178,33 +183,6 @@ def expect(
         memory=memory,
         flops=flops,
     )
-
-
-def search_passes(
-    method: str, num_units: int, num_removed: int, options: Mapping[str, Any] | None = None, *, head: float = 0.0
-) -> float:
-    """About how many forward passes over its windows a search takes, the recording of the source's states included.
-
-    Greedy removal tries every unit that is left, each time, and what it tries shares what lies before it: half of
-    the units that are left run on average. Gates may spend a share of that, their option `effort`; the others look
-    at each unit once.
-
-    Args:
-        method: the selector.
-        num_units: blocks, or twice as many where attention and MLP are removed apart.
-        num_removed: units that go. If small ones do, it takes more of them to make up the same size.
-        options: of the selector.
-        head: what the predictions of one set take, in forward passes of the blocks.
-    """
-    greedy = 1.0
-    for left in range(num_units, num_units - num_removed, -1):
-        greedy += left * (0.5 * left / num_units + head)
-    if method == "greedy":
-        return greedy
-    if method == "gates":
-        return float((options or {}).get("effort", gates_effort(False))) * greedy
-    # Taylor: there, back to the gates for about twice as much, and the cost of what it removes.
-    return {"loo": 1 + num_units * (0.5 + head), "taylor": 4 + 2 * head}.get(method, 0.0)
 
 
 def _of_real_shapes(layout: Mapping[str, Any], student: Any, rank: int) -> dict[str, Any]:

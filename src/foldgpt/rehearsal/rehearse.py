@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 
 from foldgpt import pipeline, side_by_side
 from foldgpt.artifacts import read_json
-from foldgpt.comparison import rows_of_recipe
-from foldgpt.errors import UnsupportedModelError, UsageError, first_line
+from foldgpt.comparison import Row, rows_of_recipe
+from foldgpt.errors import FoldGPTError, UnsupportedModelError, UsageError, first_line
 from foldgpt.formats import millions
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note, quiet_libraries, silently
@@ -78,14 +79,16 @@ def rehearse(recipe: Recipe, *, compare: bool = False) -> Rehearsal:
 
     Raises:
         SourceError: the model's config cannot be had.
-        UnsupportedModelError: the model cannot be made small, or not be counted on the meta device.
+        UnsupportedModelError: the model runs code of its own, cannot be made small, or not be counted on the meta
+            device.
         FoldGPTError: what the real run would raise as well.
     """
-    config = config_of(recipe.model, revision=recipe.revision)
+    config = config_of(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     note(f"rehearsing {recipe.model} on a tiny random model")
     with tempfile.TemporaryDirectory(prefix="foldgpt-dry-run-") as name, silently(), quiet_libraries(), _one_thread():
         folder = Path(name)
         rows_of_real = rows_of_recipe(recipe) if compare else []
+        _check(recipe, rows_of_real, config)
         toy = _toy(recipe, config, folder)
         if compare:
             side_by_side.compare(toy, folder / "run")
@@ -99,6 +102,29 @@ def rehearse(recipe: Recipe, *, compare: bool = False) -> Rehearsal:
     if recipe.evaluate.tasks:
         left_out.append(f"tasks are left out ({', '.join(recipe.evaluate.tasks)})")
     return Rehearsal(recipe.model, rows, left_out, searches)
+
+
+def _check(recipe: Recipe, rows: Sequence[Row], config: Any) -> None:
+    """Refuse what the real run, or that of a row, refuses before it measures anything."""
+    if not rows:
+        _RealBench(recipe, config).check_plan()
+    for row in rows:
+        try:
+            _RealBench(row.recipe, config).check_plan()
+        except FoldGPTError as error:
+            raise type(error)(f"row {row.title!r}: {error}") from error
+
+
+class _RealBench(Workbench):
+    """The inputs of the real run as far as its config tells. The toy has budgets of its own."""
+
+    def __init__(self, recipe: Recipe, config: Any) -> None:
+        super().__init__(recipe)
+        self._config = config
+
+    @cached_property
+    def _text_config(self) -> Any:
+        return self._config.get_text_config(decoder=True)
 
 
 def _expect(config: Any, recipe: Recipe, run: Path) -> Expectation:
@@ -136,6 +162,7 @@ def _toy(recipe: Recipe, config: Any, folder: Path) -> Recipe:
         "max_windows": _TEST,
         "tasks": [],
         "data_dir": None,
+        "limit": None,
         "speed": False,
         "memory": False,
         "generations": 0,

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from foldgpt.architectures import known_architectures
 from foldgpt.errors import SourceError, UnsupportedModelError, first_line
 from foldgpt.sources import load_config, resolve
+from foldgpt.sources.configs import read_config
 
 #: One head's channels, most heads, tokens of the vocabulary, most experts.
 _HEAD_DIM, _MOST_HEADS, _VOCABULARY, _MOST_EXPERTS = 8, 4, 320, 4
@@ -23,24 +25,42 @@ _SPECIAL = ("<bos>", "<eos>", "<unk>")
 _WORDS = ("the", "stream", "passes", "each", "block", "and", "few", "of", "them", "change", "it", "much", "so", "go")
 
 
-def config_of(model: str, *, revision: str | None = None) -> Any:
+def config_of(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The config of a model: from its files, or, for hub models that are known by shape, without a network.
+
+    Args:
+        model: as in `resolve`.
+        revision: branch, tag or commit of a hub model; its shape is that of its files.
+        trust_remote_code: whether the real model runs code that comes with it.
 
     Raises:
         SourceError: there is no such model, or its config cannot be had.
+        UsageError: a revision of a model that has none.
+        UnsupportedModelError: the model is not a decoder-only language model, is quantised, or runs code of its own.
     """
     known = known_architectures()
-    if model in known and not Path(model).exists():
+    is_here = Path(model).expanduser().exists() or model.startswith("demo:")
+    if model in known and revision is None and not is_here:
         values = dict(known[model].config)
         return AutoConfig.for_model(values.pop("model_type"), **values)
-    if Path(model).expanduser().exists() or model.startswith("demo:"):
-        return load_config(resolve(model))
+    place = resolve(model, revision=revision) if is_here else _fetched(model, revision)
+    if trust_remote_code and place.is_dir() and "auto_map" in read_config(place):
+        raise UnsupportedModelError(
+            f"a dry run cannot use a model's own code, which {model} brings and trust_remote_code asks for. If "
+            "transformers knows the model without it, leave trust_remote_code out."
+        )
+    return load_config(place)
+
+
+def _fetched(model: str, revision: str | None) -> Path:
+    """A folder with the config of a hub model."""
     try:
-        return AutoConfig.from_pretrained(model, revision=revision)
-    except (OSError, ValueError) as error:
+        return Path(hf_hub_download(model, "config.json", revision=revision)).parent
+    except Exception as error:  # the hub client raises errors of several libraries
+        at = "" if revision is None else f" at revision {revision!r}"
         raise SourceError(
-            f"cannot read the config of {model}: {first_line(error)}. Known by shape, without a network: "
-            f"{', '.join(known)}."
+            f"cannot read the config of {model}{at}: {first_line(error)}. Known by shape, without a network and a "
+            f"revision: {', '.join(known_architectures())}."
         ) from error
 
 

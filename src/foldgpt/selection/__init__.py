@@ -1,8 +1,7 @@
 """Which blocks to remove."""
 
 from foldgpt.selection.budget import flops_of, number_for_target, number_to_remove, parameters_of, seconds_of
-from foldgpt.selection.cost import Objective, RemovalCost
-from foldgpt.selection.gating.gates import gates_effort
+from foldgpt.selection.cost import Objective, RemovalCost, search_windows
 from foldgpt.selection.registry import (
     ANALYSIS_FREE,
     BY_SUBLAYER,
@@ -10,6 +9,7 @@ from foldgpt.selection.registry import (
     SELECTORS,
     check_name,
     check_request,
+    search_passes,
     select,
 )
 from foldgpt.selection.selection import Request, Selection, Selector
@@ -29,10 +29,11 @@ __all__ = [
     "check_name",
     "check_request",
     "flops_of",
-    "gates_effort",
     "number_for_target",
     "number_to_remove",
     "parameters_of",
+    "search_passes",
+    "search_windows",
     "seconds_of",
     "select",
 ]

@@ -71,6 +71,17 @@ def num_positions(num_tokens: int, share: float = _POSITION_SHARE, most: int = _
     return max(1, min(int(share * num_tokens), most))
 
 
+def search_windows(num_tokens: int, context: int, num_windows: int) -> int:
+    """On how many of the calibration windows a search measures.
+
+    Args:
+        num_tokens: tokens that it is to measure on.
+        context: tokens in one window.
+        num_windows: the calibration windows that there are.
+    """
+    return max(1, min(num_tokens // context, num_windows))
+
+
 class RemovalCost:
     """Costs of sets of removed units.
 

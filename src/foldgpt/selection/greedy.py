@@ -47,6 +47,31 @@ def greedy(request: Request) -> Selection:
     return selection_of("greedy", cost, kept_out, scores=scores, order=order, report=report)
 
 
+def removal_passes(num_units: int, num_removed: float, *, head: float) -> float:
+    """About how many forward passes over its windows greedy removal takes, the recording of the source included.
+
+    It tries every unit that is left, each time, and what it tries shares what lies before it: half of the units that
+    are left run on average.
+
+    Args:
+        num_units: units that may be removed.
+        num_removed: how many are, on average over those of unlike size.
+        head: what the predictions of one set take, in forward passes of the blocks.
+    """
+    passes = 1.0
+    left = num_units
+    while num_removed > 0:
+        passes += min(num_removed, 1.0) * (left * (0.5 * left / num_units + head))
+        left -= 1
+        num_removed -= 1
+    return passes
+
+
+def greedy_passes(request: Request, head: float) -> float:
+    """What `greedy` takes if units are of one size; see `removal_passes`."""
+    return removal_passes(request.num_units, request.per_block * request.num_remove, head=head)
+
+
 def _next_costs(cost: RemovalCost, removed: Removed) -> list[float]:
     """The cost of also removing each further unit; infinite for those that cannot go."""
     cost.walk(removed)

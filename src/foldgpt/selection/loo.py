@@ -14,3 +14,8 @@ def loo(request: Request) -> Selection:
     removed = cost.units.fill(order)
     value = cost.cost(removed)
     return selection_of("loo", cost, removed, scores=scores, order=order, report={"cost": value})
+
+
+def loo_passes(request: Request, head: float) -> float:
+    """What `loo` takes: the recording, and each unit once, behind which half of the blocks lie on average."""
+    return 1 + request.num_units * (0.5 + head)

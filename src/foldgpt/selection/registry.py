@@ -10,11 +10,11 @@ from foldgpt.errors import UsageError, did_you_mean
 from foldgpt.selection.angular import angular
 from foldgpt.selection.bi import bi
 from foldgpt.selection.fixed import last, random, random_options
-from foldgpt.selection.gating.gates import gates, gates_options
-from foldgpt.selection.greedy import greedy
-from foldgpt.selection.loo import loo
+from foldgpt.selection.gating.gates import gates, gates_options, gates_passes
+from foldgpt.selection.greedy import greedy, greedy_passes
+from foldgpt.selection.loo import loo, loo_passes
 from foldgpt.selection.selection import Request, Selection, Selector
-from foldgpt.selection.taylor import taylor
+from foldgpt.selection.taylor import taylor, taylor_passes
 
 
 @dataclass(frozen=True)
@@ -24,26 +24,28 @@ class _Row:
     Attributes:
         run: the function.
         reads_analysis: whether it reads the redundancy analysis.
-        measures: whether it measures the model on the calibration windows.
+        passes: about how many forward passes over its windows its search takes, the recording of the source's states
+            included, from a request and from what the predictions of one set take, in forward passes of the blocks;
+            None where it does not measure the model on the calibration windows.
         by_sublayer: whether it can remove the attention and the MLP of a block apart.
         options: what checks its options and fills in their defaults; None where it has none.
     """
 
     run: Selector
     reads_analysis: bool = False
-    measures: bool = False
+    passes: Callable[[Request, float], float] | None = None
     by_sublayer: bool = False
     options: Callable[[Request], dict[str, Any]] | None = None
 
 
 _ROWS: dict[str, _Row] = {
-    "gates": _Row(gates, measures=True, by_sublayer=True, options=gates_options),
+    "gates": _Row(gates, passes=gates_passes, by_sublayer=True, options=gates_options),
     "bi": _Row(bi, reads_analysis=True),
     "angular": _Row(angular, reads_analysis=True),
-    "loo": _Row(loo, measures=True, by_sublayer=True),
-    "greedy": _Row(greedy, measures=True, by_sublayer=True),
+    "loo": _Row(loo, passes=loo_passes, by_sublayer=True),
+    "greedy": _Row(greedy, passes=greedy_passes, by_sublayer=True),
     # A norm behind a sublayer would undo its gate, so the gradient that taylor takes is for whole blocks.
-    "taylor": _Row(taylor, measures=True),
+    "taylor": _Row(taylor, passes=taylor_passes),
     "last": _Row(last),
     "random": _Row(random, options=random_options),
 }
@@ -52,7 +54,7 @@ SELECTORS: dict[str, Selector] = {name: row.run for name, row in _ROWS.items()}
 #: Selectors that do not read the redundancy analysis.
 ANALYSIS_FREE = frozenset(name for name, row in _ROWS.items() if not row.reads_analysis)
 #: Selectors that measure the model on the calibration windows.
-MEASURED = frozenset(name for name, row in _ROWS.items() if row.measures)
+MEASURED = frozenset(name for name, row in _ROWS.items() if row.passes is not None)
 #: Selectors that can remove the attention and the MLP of a block apart.
 BY_SUBLAYER = frozenset(name for name, row in _ROWS.items() if row.by_sublayer)
 
@@ -94,6 +96,26 @@ def check_request(method: str, request: Request) -> None:
         request.options_over(method, {})
     else:
         row.options(request)
+
+
+def search_passes(method: str, request: Request, *, head: float = 0.0) -> float:
+    """About how many forward passes over its windows a search takes, the recording of the source's states included.
+
+    Args:
+        method: a key of `SELECTORS`.
+        request: what is asked; neither a model nor windows are needed. If small units go, it takes more of them to
+            make up the same size, and more passes than this.
+        head: what the predictions of one set take, in forward passes of the blocks.
+
+    Returns:
+        The number of passes; 0 for a selector that measures nothing.
+
+    Raises:
+        UsageError: as `check_request` says.
+    """
+    check_request(method, request)
+    passes = _ROWS[method].passes
+    return 0.0 if passes is None else passes(request, head)
 
 
 def select(method: str, request: Request) -> Selection:

@@ -53,6 +53,16 @@ class Request:
     checkpoint: Path | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def per_block(self) -> int:
+        """Units in a block: two where its attention and its MLP are removed apart."""
+        return 2 if self.sublayers else 1
+
+    @property
+    def num_units(self) -> int:
+        """Units of the whole model."""
+        return self.per_block * self.num_blocks
+
     def need_analysis(self, method: str) -> Analysis:
         """The analysis, or an error that says who needs it."""
         if self.analysis is None:

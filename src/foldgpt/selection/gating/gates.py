@@ -22,6 +22,7 @@ from foldgpt.selection.gating.refine import measured_in_refinement, refine
 from foldgpt.selection.gating.score_function import ScoreFunction
 from foldgpt.selection.gating.smoothed import SmoothedL0
 from foldgpt.selection.gating.surrogate import Measurement, Surrogate
+from foldgpt.selection.greedy import greedy_passes, removal_passes
 from foldgpt.selection.measured import leave_one_out, ranked, selection_of
 from foldgpt.selection.selection import Request, Selection
 from foldgpt.selection.units import Removed, Units
@@ -71,7 +72,7 @@ def gates_options(request: Request) -> dict[str, Any]:
         UsageError: an unknown option or estimator, a value that an option cannot have, or an estimator for whole blocks
             where sublayers are asked for.
     """
-    options = request.options_over("gates", {**_OPTIONS, "effort": gates_effort(request.sublayers)})
+    options = request.options_over("gates", {**_OPTIONS, "effort": _effort(request.sublayers)})
     if options["estimator"] not in _ESTIMATORS:
         raise UsageError(
             f"unknown gate estimator {options['estimator']!r}.{did_you_mean(str(options['estimator']), _ESTIMATORS)}"
@@ -91,7 +92,7 @@ def gates_options(request: Request) -> dict[str, Any]:
     return options
 
 
-def gates_effort(sublayers: bool) -> float:
+def _effort(sublayers: bool) -> float:
     """The allowance of a search, as a share of the passes of greedy removal, unless told otherwise."""
     return _EFFORT_OF_SUBLAYERS if sublayers else _EFFORT_OF_BLOCKS
 
@@ -271,14 +272,13 @@ def greedy_equivalents(cost: RemovalCost) -> float:
     """What greedy removal of the same budget would count in forward passes."""
     units = cost.units
     removals = units.target * len(units) / sum(units.sizes)
-    total = 1.0
-    left = float(len(units))
-    while removals > 0:
-        share_run = 0.5 * left / len(units)
-        total += min(removals, 1.0) * cost.predicted_equivalents(round(left), cost.everything, share_run=share_run)
-        left -= 1
-        removals -= 1
-    return total
+    head = cost.predicted_equivalents(1, cost.everything, share_run=0)
+    return removal_passes(len(units), removals, head=head)
+
+
+def gates_passes(request: Request, head: float) -> float:
+    """What `gates` may spend; it often ends before."""
+    return float(gates_options(request)["effort"]) * greedy_passes(request, head)
 
 
 def spans(units: Units) -> set[Removed]:
