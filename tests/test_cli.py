@@ -101,6 +101,8 @@ def test_recover_trains_a_folded_model(model: Path, text: Path, tmp_path: Path) 
     hub.check_card(tmp_path / "recovered" / "README.md")
     wrong = foldgpt(*arguments, "--set", "rank", "--out", tmp_path / "other", "-q")
     assert wrong.exit_code == 2 and "--set takes NAME=VALUE, not 'rank'" in wrong.stderr
+    few = foldgpt(*arguments, "--tokens", 96, "--out", tmp_path / "other", "-q")
+    assert few.exit_code == 2 and "recover.num_tokens is 96, and one step takes 128" in few.stderr
     wrong = foldgpt("recover", folded, "--teacher", model, "--tokens", "2Q", "--out", tmp_path / "other")
     assert wrong.exit_code == 2 and "2Q" in wrong.stderr
 

@@ -311,9 +311,10 @@ def make_recovered(bench: Workbench, folded: Path, out: Path, *, replace: bool =
         replace: replace an existing `out`.
 
     Raises:
-        UsageError: the two have different tokenizers.
+        UsageError: too few tokens for one step, or the two have different tokenizers.
         FoldGPTError: the folded model does not fit in memory, or the recovery failed.
     """
+    bench.check_training_tokens()
     recipe, section = bench.recipe, bench.recipe.recover
     plan = FoldPlan.load(folded)
     note(f"loading {folded}")
