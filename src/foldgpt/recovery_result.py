@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from foldgpt.artifacts import read_json
-from foldgpt.errors import ArtifactError
+from foldgpt.errors import ArtifactError, first_problem
 
 #: In the folder of a recovered model.
 RECOVERY = "recovery.json"
@@ -63,9 +63,7 @@ class RecoveryResult:
         try:
             result = _ADAPTER.validate_python(read_json(path, "record of the recovery"))
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise ArtifactError(f"{path} is not the record of a recovery: {place}: {first['msg']}") from error
+            raise ArtifactError(f"{path} is not the record of a recovery: {first_problem(error)}") from error
         wrong = result._contradiction()
         if wrong is not None:
             raise ArtifactError(f"{path} is not the record of a recovery: {wrong}")

@@ -58,14 +58,14 @@ def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comp
     bench = Workbench(recipe, common=Path(out) / _COMMON)
     for row in rows:
         # Names that only the code can check are checked before anything is loaded.
-        with _named(row):
+        with named(row):
             Workbench(row.recipe)
     with open_run(out, recipe, overwrite=overwrite, comparison=True) as folder:
         bench.check()
         is_trained = True
         for row in rows:
             bench = bench.for_method(row.recipe)
-            with _named(row):
+            with named(row):
                 bench.check_plan()
                 is_trained = is_trained and (not row.recovered or _is_recovered(folder.path, row, bench))
         if not is_trained:
@@ -79,7 +79,7 @@ def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comp
         for number, row in enumerate(rows, 1):
             note(f"row {number} of {len(rows)}: {row.title}")
             bench = bench.for_method(row.recipe)
-            with _named(row), _open_row(folder.path, row) as run:
+            with named(row), _open_row(folder.path, row) as run:
                 result = carry_out(run, bench)
                 seconds = _seconds(run, row.recipe)
             place = f"{ROWS}/{row.folder}"
@@ -126,7 +126,7 @@ def _check_budgets(rows: Sequence[Row], folder: Path, bench: Workbench, recipe: 
         if row.name in sizes:
             continue
         bench = bench.for_method(row.recipe)
-        with _named(row), _open_row(folder, row) as run:
+        with named(row), _open_row(folder, row) as run:
             _, plan = make_up_plan(run, bench)
             sizes[row.name] = _block_parameters(bench.source.model, plan)
     reference = sizes[section.reference]
@@ -174,7 +174,7 @@ def _is_recovered(folder: Path, row: Row, bench: Workbench) -> bool:
 
 
 @contextmanager
-def _named(row: Row) -> Iterator[None]:
+def named(row: Row) -> Iterator[None]:
     """Let an error say which row it is of."""
     try:
         yield

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from foldgpt.errors import ArtifactError, UsageError
+from foldgpt.errors import ArtifactError, UsageError, first_problem
 
 
 class _Value(BaseModel):
@@ -154,6 +154,4 @@ class Analysis(_Value):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "analysis"
-            raise ArtifactError(f"invalid analysis: {place}: {first['msg']}") from error
+            raise ArtifactError(f"invalid analysis: {first_problem(error)}") from error

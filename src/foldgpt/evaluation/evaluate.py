@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from foldgpt.artifacts import read_json
-from foldgpt.errors import ArtifactError, UsageError
+from foldgpt.errors import ArtifactError, UsageError, first_problem
 from foldgpt.evaluation.errors import NotEnoughMemoryError
 from foldgpt.evaluation.generations import Generation, generations
 from foldgpt.evaluation.last_word import LastWord, last_word
@@ -173,9 +173,7 @@ class Evaluation:
         try:
             return _ADAPTER.validate_python({name: value.get(name) for name in _NAMES})
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise ArtifactError(f"{where}: {place}: {first['msg']}") from error
+            raise ArtifactError(f"{where}: {first_problem(error)}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:

@@ -15,7 +15,7 @@ import torch
 from foldgpt import pipeline, side_by_side
 from foldgpt.artifacts import read_json
 from foldgpt.comparison import Row, rows_of_recipe
-from foldgpt.errors import FoldGPTError, UnsupportedModelError, UsageError, first_line
+from foldgpt.errors import UnsupportedModelError, UsageError, first_line
 from foldgpt.formats import millions
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note, quiet_libraries, silently
@@ -109,10 +109,8 @@ def _check(recipe: Recipe, rows: Sequence[Row], config: Any) -> None:
     if not rows:
         _RealBench(recipe, config).check_plan()
     for row in rows:
-        try:
+        with side_by_side.named(row):
             _RealBench(row.recipe, config).check_plan()
-        except FoldGPTError as error:
-            raise type(error)(f"row {row.title!r}: {error}") from error
 
 
 class _RealBench(Workbench):

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from foldgpt.analysis import Analysis
-from foldgpt.errors import ArtifactError, UsageError, did_you_mean
+from foldgpt.errors import ArtifactError, UsageError, did_you_mean, first_problem
 from foldgpt.families import decoder_of
 from foldgpt.replay import Replay
 from foldgpt.selection.cost import Objective, RemovalCost
@@ -162,8 +162,7 @@ class Selection:
         try:
             return TypeAdapter(cls).validate_python(fields)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise ArtifactError(f"invalid selection: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+            raise ArtifactError(f"invalid selection: {first_problem(error)}") from error
 
 
 Selector = Callable[[Request], Selection]
