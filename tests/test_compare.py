@@ -19,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from comparison_inputs import comparison
-from foldgpt import pipeline, run_folder, side_by_side
+from foldgpt import pipeline, side_by_side
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.cli import app
 from foldgpt.cli.printing import print_comparison
@@ -38,6 +38,7 @@ from foldgpt.evaluation import MeasurementError, Perplexity, TaskScore
 from foldgpt.evaluation.tasks import Accuracy
 from foldgpt.recipe import Recipe
 from foldgpt.report import as_markdown, write_comparison
+from foldgpt.run_folder import folder
 from foldgpt.workbench import Workbench
 from report_inputs import recovery
 from run_inputs import tiny_recipe, tiny_source, tiny_text
@@ -509,7 +510,7 @@ def test_a_take_over_never_leaves_numbers_of_one_recipe_beside_another(
         side_by_side.compare(unequal.changed(evaluate={"texts": ["nowhere.txt"]}), out, overwrite=True)
     assert is_whole()
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder, "remove", _killed)
+        patch.setattr(folder, "remove", _killed)
         with pytest.raises(KeyboardInterrupt):
             side_by_side.compare(unequal, out, overwrite=True)
     assert is_whole()

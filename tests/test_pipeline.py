@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from foldgpt import artifacts, pipeline, run_folder, steps
+from foldgpt import artifacts, pipeline, steps
 from foldgpt.analysis import sweep
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.cli import app
@@ -23,7 +23,7 @@ from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, UsageError
 from foldgpt.evaluation import perplexity
 from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Recipe
-from foldgpt.run_folder import open_run
+from foldgpt.run_folder import ledger, open_run
 from foldgpt.selection import Selection
 from foldgpt.workbench import Workbench
 from models import token_ids
@@ -493,7 +493,7 @@ def test_a_sweep_is_not_repeated_where_its_result_could_not_be_written(
     monkeypatch.setattr(sweep, "_CHECKPOINT_SECONDS", 0.0)
     checkpoint = tmp_path / "run" / ".analysis-checkpoint.json"
     with monkeypatch.context() as patch:
-        for module in (pipeline, run_folder):
+        for module in (pipeline, ledger):
             patch.setattr(module, "write_json", _disk_full_at(full))
         with pytest.raises(ArtifactError, match="disk full"):
             pipeline.run(recipe, tmp_path / "run")
@@ -509,7 +509,7 @@ def test_a_search_is_not_repeated_where_the_ledger_could_not_be_written(
 
     def selected(*arguments: Any) -> Selection:
         write_text(arguments[-1], "{}")
-        monkeypatch.setattr(run_folder, "write_json", _disk_full_at("run.json"))
+        monkeypatch.setattr(ledger, "write_json", _disk_full_at("run.json"))
         return steps.make_selection(*arguments)
 
     with monkeypatch.context() as patch:

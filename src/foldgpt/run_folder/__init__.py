@@ -1,0 +1,35 @@
+"""The folder of a run or a comparison: what it holds, what that was made from, and who may work in it."""
+
+from foldgpt.run_folder.folder import RunFolder
+from foldgpt.run_folder.layout import (
+    ANALYSIS,
+    ANALYSIS_CHECKPOINT,
+    ENVIRONMENT,
+    EVALUATION,
+    FIGURES,
+    FOLDED,
+    PLAN,
+    RECOVERED,
+    ROWS,
+    SEARCH_CHECKPOINT,
+    SELECTION,
+    SOURCE,
+)
+from foldgpt.run_folder.opening import open_run
+
+__all__ = [
+    "ANALYSIS",
+    "ANALYSIS_CHECKPOINT",
+    "ENVIRONMENT",
+    "EVALUATION",
+    "FIGURES",
+    "FOLDED",
+    "PLAN",
+    "RECOVERED",
+    "ROWS",
+    "SEARCH_CHECKPOINT",
+    "SELECTION",
+    "SOURCE",
+    "RunFolder",
+    "open_run",
+]
