@@ -92,6 +92,13 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     return model.eval()
 
 
+def tiny_hybrid(*attending: int, **changes: Any) -> PreTrainedModel:
+    """A tiny random LFM2, of which the given blocks attend and the others are convolutions."""
+    torch.manual_seed(0)
+    common = {**_COMMON, "block_multiple_of": 8, "full_attn_idxs": list(attending), "layer_types": None}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("lfm2", **{**common, **changes})).eval()
+
+
 def model_of_an_unknown_family(num_blocks: int) -> PreTrainedModel:
     """A tiny random model whose family has no entry: what its sublayers are is not known."""
     torch.manual_seed(0)

@@ -7,17 +7,21 @@ import errno
 import functools
 import json
 import os
+import pickle
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
 import numpy
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.llama import modeling_llama
@@ -33,6 +37,7 @@ from foldgpt.folding import (
     unfold_,
     verify_checkpoint,
 )
+from foldgpt.modeling import configuration_foldgpt, modeling_foldgpt
 from foldgpt.plan import FoldPlan, Group, SourceModel
 from foldgpt.rehearsal.tiny import config_of, shrunk
 from foldgpt.sources import load_config, load_source
@@ -150,6 +155,80 @@ def test_tokenizer_and_generation_config_come_along(tmp_path: Path, shared: bool
     assert again("a text")["input_ids"] == tokenizer("a text")["input_ids"]
     generation = AutoModelForCausalLM.from_pretrained(tmp_path / "folded").generation_config
     assert (generation.temperature, generation.top_k, generation.eos_token_id) == (0.25, 7, [2, 5])
+
+
+def test_an_upload_while_saving_has_the_code_that_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers uploads what is newer than what lay there when it began; the code is written before."""
+    uploaded: set[str] = set()
+
+    class Hub:
+        def create_repo(self, repo_id: str, **_: Any) -> Any:
+            return SimpleNamespace(repo_id=repo_id)
+
+        def create_commit(self, operations: Any, **_: Any) -> None:
+            uploaded.update(operation.path_in_repo for operation in operations)
+
+    monkeypatch.setattr(transformers.modeling_utils, "hf_api", Hub)
+    monkeypatch.setattr(transformers.utils.hub, "hf_api", Hub)
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("card"))
+    monkeypatch.setattr(transformers.modeling_utils, "create_and_tag_model_card", lambda *_, **__: card)
+    model, _ = folded(shared=True)
+    (tmp_path / "mine.txt").write_text("")
+    written = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    code = {"configuration_foldgpt.py", "modeling_foldgpt.py"}
+    for _ in range(2):  # the second time, all of it lies there already
+        model.save_pretrained(tmp_path, push_to_hub=True, repo_id="owner/name")
+        assert uploaded == written | code
+        uploaded.clear()
+
+
+@torch.no_grad()
+def test_a_pickled_model_can_be_read_where_nothing_has_been_imported(tmp_path: Path) -> None:
+    model, _ = folded(shared=True)
+    ids = token_ids(model)
+    (tmp_path / "pickle").write_bytes(pickle.dumps((model, copy.deepcopy(model.config))))
+    reading = """
+import pickle, sys
+with open(sys.argv[1], "rb") as file:
+    model, config = pickle.load(file)
+import torch
+print(type(model).__name__, type(config).__name__, type(model).__bases__[1].__name__)
+torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[2])
+"""
+    torch.save(ids, tmp_path / "tensor")
+    command = [sys.executable, "-c", reading, str(tmp_path / "pickle"), str(tmp_path / "tensor")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["FoldedLlamaForCausalLM", "FoldedLlamaConfig", "LlamaForCausalLM"]
+    assert torch.equal(torch.load(tmp_path / "tensor"), model(ids).logits)
+
+
+@pytest.mark.parametrize("module", [configuration_foldgpt, modeling_foldgpt])
+def test_classes_that_no_folded_model_has_are_not_made(module: Any) -> None:
+    for name in ("FoldedNonsense", "FoldedPreTrainedModel", "FoldedPreTrainedConfig", "LlamaConfig"):
+        with pytest.raises(AttributeError, match=f"has no attribute '{name}'"):
+            getattr(module, name)
+
+
+@torch.no_grad()
+def test_code_that_a_source_names_but_was_loaded_without_is_not_named_again(tmp_path: Path) -> None:
+    """Whoever trusts remote code would be sent to files that are not there."""
+    source = tiny_model("phi3")
+    source.config.auto_map = {
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    }
+    source.save_pretrained(tmp_path / "source")
+    with pytest.raises(OSError, match=r"configuration_phi3\.py"):  # so it would go with the folded one
+        AutoModelForCausalLM.from_pretrained(tmp_path / "source", trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source").eval()
+    assert model.config.auto_map
+    plan = FoldPlan.create(source_model_of(model), removed=[1])
+    fold_(model, plan)
+    save_folded(model, plan, tmp_path / "folded")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded", trust_remote_code=True)
+    ids = token_ids(model)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -14,6 +14,7 @@ import typer
 
 from foldgpt.cli import app
 from foldgpt.families import FAMILIES, config_fields
+from foldgpt.families.table import INDEX_IN_CODE, SPECIAL_FIRST_BLOCK
 from foldgpt.folding import DONORS
 from foldgpt.plan import Compensation, Fitting, FoldPlan, Group, SourceModel
 from foldgpt.recovery import RecoverySettings
@@ -154,6 +155,12 @@ def test_every_config_field_with_a_rule_is_in_the_docs() -> None:
     known = {*config_fields.RULES, *config_fields.GENERATORS, *config_fields.NEUTRAL}
     assert known <= named
     assert named <= known
+
+
+def test_every_family_that_is_refused_in_part_is_in_the_docs() -> None:
+    behind = page("families").partition("A refusal is deliberate")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`([\w-]+)`", behind)) - {"INDEX_IN_CODE", "SPECIAL_FIRST_BLOCK"}
+    assert named == {*INDEX_IN_CODE, *SPECIAL_FIRST_BLOCK}
 
 
 def test_the_selectors_in_the_docs_are_those_in_the_code() -> None:

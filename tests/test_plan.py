@@ -150,6 +150,12 @@ def test_a_broken_invariant_is_named(changes: dict[str, Any], message: str) -> N
     assert "\n" not in str(caught.value)
 
 
+def test_which_sublayer_a_kept_block_lacks() -> None:
+    plan = FoldPlan.create(SOURCE, removed=[1], removed_attention=[0, 3], removed_mlp=[2])
+    assert plan.absent_sublayers == {0: "attention", 2: "mlp", 3: "attention"}
+    assert FoldPlan.create(SOURCE, removed=[1]).absent_sublayers == {}
+
+
 def test_attention_and_mlp_may_be_shared_in_different_groups() -> None:
     groups = [Group(blocks=(0, 2), sublayers=("attention",)), Group(blocks=(2, 3), sublayers=("mlp",))]
     plan = FoldPlan.create(SOURCE, groups=groups, removed_mlp=[0], removed_attention=[3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import (
 
 from foldgpt.errors import PlanError, UnsupportedModelError
 from foldgpt.families import check_config, decode, decoder_of, remap_config_
-from foldgpt.folding import fold_, save_folded, source_model_of
+from foldgpt.folding import fold_, predicted_parameters, save_folded, source_model_of
 from foldgpt.modeling.modeling_foldgpt import Absent
 from foldgpt.plan import FoldPlan
 from foldgpt.selection.units import Units
@@ -236,6 +237,116 @@ def test_r4_blocks_that_compute_with_their_own_index_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"model type 'diffllama' compute lambda_init from their own index"):
         fold_(model, plan)
     assert len(decoder_of(model).blocks) == 6
+
+
+def test_r4_beam_whose_residual_sums_know_their_depth_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="'beam' compute the weights of their residual sums"):
+        check_config(AutoConfig.for_model("beam", num_hidden_layers=6))
+
+
+def modernbert() -> Any:
+    """A tiny decoder whose first block has no norm before its attention."""
+    return small("modernbert-decoder", num_key_value_heads=4, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+
+
+@pytest.mark.parametrize("removed", [[0], [0, 1, 3]])
+def test_r4_a_first_block_unlike_the_others_must_stay(removed: list[int]) -> None:
+    model = modernbert()
+    assert isinstance(model.model.layers[0].attn_norm, torch.nn.Identity)
+    plan = FoldPlan.create(source_model_of(model), removed=removed)
+    first = plan.kept[0]
+    message = rf"cannot remove block 0: .*'modernbert-decoder'.* no norm before its attention, and block {first} would"
+    for refusing in (fold_, predicted_parameters):
+        with pytest.raises(PlanError, match=message):
+            refusing(model, plan)
+    with pytest.raises(PlanError, match=message):
+        remap_config_(model.config, plan.kept)
+    assert len(decoder_of(model).blocks) == model.config.num_hidden_layers == 6
+
+
+def test_r4_the_blocks_behind_such_a_first_block_can_go(tmp_path: Path) -> None:
+    model = modernbert()
+    plan = FoldPlan.create(source_model_of(model), removed=[1, 4])
+    fold_(model, plan)
+    assert save_folded(model, plan, tmp_path / "folded").logits_identical
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values", "expected"),
+    [
+        ("qwen3_5_text", {"mtp_num_hidden_layers": 1}, {"mtp_num_hidden_layers": 0}),
+        (
+            "mellum",
+            {"num_mtp_layers": 1, "mtp_layer_types": ["sliding_attention"], "mtp_mlp_layer_types": ["sparse"]},
+            {"num_mtp_layers": 0},
+        ),
+    ],
+)
+def test_r4_blocks_for_multi_token_prediction_are_not_counted(
+    model_type: str, values: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    """transformers does not load them: the folded model has none."""
+    config = AutoConfig.for_model(model_type, num_hidden_layers=6, **values)
+    types = list(config.layer_types)
+    remap_config_(config, (0, 2, 3, 5))
+    assert {name: getattr(config, name) for name in expected} == expected
+    again = AutoConfig.for_model(**config.to_dict())
+    assert {name: getattr(again, name) for name in expected} == expected
+    assert again.layer_types == [types[index] for index in (0, 2, 3, 5)]
+
+
+def test_r4_the_order_of_cohere2s_pattern_is_no_index() -> None:
+    config = AutoConfig.for_model("cohere2", num_hidden_layers=6, order_of_interleaved_layers="local_attn_first")
+    types = list(config.layer_types)
+    remap_config_(config, (1, 3, 4))
+    assert config.layer_types == [types[index] for index in (1, 3, 4)]
+
+
+KIMI = {"kda_layers": [1, 2, 3, 5, 6, 7], "full_attn_layers": [4, 8], "head_dim": 8, "num_heads": 4}
+
+
+@pytest.mark.parametrize("kept", [(0, 2, 3, 5, 7), (3, 7), (4, 5, 7)])
+def test_r4_lists_of_blocks_inside_a_nested_config_are_remapped(kept: tuple[int, ...]) -> None:
+    """Kimi Linear's lists count from 1. Programs that do not read `layer_types` read these."""
+    config = AutoConfig.for_model("kimi_linear", num_hidden_layers=8, linear_attn_config=KIMI)
+    types = list(config.layer_types)
+    assert types == (["linear_attention"] * 3 + ["full_attention"]) * 2
+    remap_config_(config, kept)
+    assert config.layer_types == [types[index] for index in kept]
+    values = config.to_dict()
+    del values["layer_types"]
+    assert AutoConfig.for_model(**values).layer_types == config.layer_types
+    assert {name: config.linear_attn_config[name] for name in ("head_dim", "num_heads")} == {
+        "head_dim": 8,
+        "num_heads": 4,
+    }
+    assert KIMI["kda_layers"] == [1, 2, 3, 5, 6, 7], "the caller's lists are the caller's"
+
+
+def test_r4_nested_lists_that_do_not_count_from_1_are_refused() -> None:
+    config = AutoConfig.for_model("kimi_linear", num_hidden_layers=8)
+    config.linear_attn_config = {"kda_layers": [0, 1, 2], "full_attn_layers": [3]}
+    with pytest.raises(UnsupportedModelError, match=r"linear_attn_config\.kda_layers' = \[0, 1, 2\] should number"):
+        remap_config_(config, (0, 1))
+    assert config.num_hidden_layers == 8
+
+
+@pytest.mark.parametrize(
+    ("value", "refused"),
+    [
+        ({"dense_layers": [0, 2]}, True),
+        ({"block_indices": (1,)}, True),
+        ({"dense_layers": []}, False),
+        ({"sections": [16, 24, 24]}, False),
+        ({"every": 2.0, 3: [1, 2]}, False),
+    ],
+)
+def test_r4_an_unknown_list_of_blocks_in_a_nested_config_is_refused(value: dict[Any, Any], refused: bool) -> None:
+    config = tiny_config("llama")
+    config.my_settings = value
+    expected = pytest.raises(UnsupportedModelError, match=rf"my_settings\.{next(iter(value))}")
+    with expected if refused else nullcontext():
+        check_config(config)
 
 
 def test_r4_embeddings_for_each_block_are_refused() -> None:

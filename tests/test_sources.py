@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -219,6 +220,121 @@ def test_a_hub_snapshot_gives_its_commit(folder: Path, monkeypatch: pytest.Monke
     assert load_source("owner/name", device="cpu").revision == commit
 
 
+class Hub:
+    """A hub of one repository, whose files are those of a folder; what is fetched goes into a snapshot."""
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def __init__(self, files: Path, place: Path) -> None:
+        self.files = files
+        self.place = place / "snapshots" / self.commit
+        self.revisions: list[str | None] = []
+
+    def snapshot_download(self, repository: str, *, revision: str | None = None, **patterns: Any) -> str:
+        self.revisions.append(revision)
+        names = [str(path.relative_to(self.files)) for path in self.files.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(names, **patterns):
+            (self.place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.files / name, self.place / name)
+        return str(self.place)
+
+    @property
+    def fetched(self) -> set[str]:
+        return {str(path.relative_to(self.place)) for path in self.place.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A hub with the tiny Llama, and beside it what other programs need of it."""
+    hub = Hub(folder, tmp_path / "cache")
+    for name in (
+        "consolidated.safetensors",
+        "original/consolidated.00.pth",
+        "original/params.json",
+        "original/tokenizer.model",
+        "onnx/model.safetensors",
+        "onnx/config.json",
+        "checkpoint-500/model.safetensors",
+        "checkpoint-500/trainer_state.json",
+        "pytorch_model.bin",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"large")
+    monkeypatch.setattr(locate, "snapshot_download", hub.snapshot_download)
+    return hub
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_only_the_weights_that_are_read_are_fetched(folder: Path, hub: Hub, sharded: bool) -> None:
+    if sharded:
+        (folder / "model.safetensors").unlink()
+        LlamaForCausalLM(_tiny_config()).save_pretrained(folder, max_shard_size="50KB")
+        # An index may name files in a folder of their own.
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        last = sorted(set(index["weight_map"].values()))[-1]
+        (folder / "shards").mkdir()
+        (folder / last).rename(folder / "shards" / last)
+        index["weight_map"] = {
+            key: f"shards/{name}" if name == last else name for key, name in index["weight_map"].items()
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("additional_chat_templates/tools.jinja", "README.md"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{{ messages }}")
+    own = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    own = {name for name in own if not name.startswith(("consolidated", "original/", "onnx/", "checkpoint", "pytorch"))}
+    source = load_source("owner/name", device="cpu", revision="main")
+    assert source.revision == hub.commit
+    assert hub.fetched == own
+    assert hub.revisions == ["main", hub.commit], "a branch may move between the two"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\)"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "not a decoder-only language model"),
+        ({"model_type": "no_such_type"}, "cannot read .*config.json"),
+    ],
+)
+def test_what_the_config_refuses_is_refused_before_the_weights_are_fetched(
+    folder: Path, hub: Hub, changes: dict[str, Any], message: str
+) -> None:
+    _edit_config(folder, **changes)
+    with pytest.raises(SourceError, match=message):
+        resolve("owner/name")
+    assert "config.json" in hub.fetched
+    assert not [name for name in hub.fetched if name.endswith(".safetensors")]
+
+
+def test_a_hub_model_with_its_own_code_is_fetched_with_it(folder: Path, hub: Hub) -> None:
+    """Whether the code is trusted is asked when the model is loaded."""
+    (folder / "own.py").write_text(OWN_CODE.replace('"llama"', '"my_own"'))
+    (folder / "parts").mkdir()
+    (folder / "parts" / "more.py").write_text("")
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    _edit_config(folder, model_type="my_own", auto_map=auto_map)
+    assert {"own.py", "parts/more.py", "model.safetensors"} <= {
+        str(path.relative_to(hub.place)) for path in resolve("owner/name").rglob("*")
+    }
+    with pytest.raises(UnsupportedModelError, match="--trust-remote-code"):
+        load_source("owner/name")
+    assert type(load_source("owner/name", trust_remote_code=True).model).__name__ == "OwnForCausalLM"
+
+
+def test_a_hub_repository_without_a_config_is_no_model(folder: Path, hub: Hub) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(SourceError, match=r"owner/name has no config\.json"):
+        resolve("owner/name")
+
+
+def test_a_broken_index_is_named_when_the_weights_are_read(folder: Path, hub: Hub) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    with pytest.raises(SourceError, match="is not a safetensors index"):
+        load_source("owner/name", device="cpu")
+
+
 @pytest.mark.parametrize(
     ("config", "model"),
     [
@@ -246,6 +362,22 @@ def test_a_quantised_checkpoint_is_refused(folder: Path) -> None:
     _edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(UnsupportedModelError, match=r"quantised \(gptq\)\. Fold full-precision weights"):
         load_source(str(folder))
+
+
+@pytest.mark.parametrize("value", [{}, {"bits": 4}, ["gptq"]])
+def test_a_checkpoint_quantised_in_an_unknown_way_is_refused(folder: Path, value: Any) -> None:
+    _edit_config(folder, quantization_config=value)
+    with pytest.raises(UnsupportedModelError, match=r"quantised \(unknown method\)"):
+        load_source(str(folder))
+
+
+def test_a_config_that_says_it_is_not_quantised_is_taken_at_its_word(folder: Path, tmp_path: Path) -> None:
+    _edit_config(folder, quantization_config=None)
+    source = load_source(str(folder), device="cpu")
+    plan = FoldPlan.create(source_model_of(source.model), removed=[2])
+    fold_(source.model, plan)
+    save_folded(source.model, plan, tmp_path / "folded", tokenizer=source.tokenizer)
+    assert load_source(str(tmp_path / "folded"), device="cpu").model.config.num_hidden_layers == 3
 
 
 def test_a_checkpoint_with_its_own_code_is_refused_unless_trusted(folder: Path) -> None:

@@ -370,6 +370,13 @@ class FoldPlan(_Frozen):
         return {source: position for position, source in enumerate(self.kept)}
 
     @property
+    def absent_sublayers(self) -> dict[int, Sublayer]:
+        """Source index of each kept block that lacks a sublayer → which of the two."""
+        absent: dict[int, Sublayer] = dict.fromkeys(self.removed_attention, "attention")
+        absent.update(dict.fromkeys(self.removed_mlp, "mlp"))
+        return absent
+
+    @property
     def at_start(self) -> FoldPlan:
         """The plan in which what starts at zero is removed; before any fit or training, both models compute the same.
 

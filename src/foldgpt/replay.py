@@ -138,9 +138,8 @@ class Replay:
         """The block while one sublayer is out of it, with the norms that serve it alone (as `fold_` does it)."""
         block, sublayers = self.decoder.blocks[index], self._sublayers
         attention = sublayer == "attention"
-        *before, output = sublayers.attention if attention else sublayers.mlp
-        norms = sublayers.attention_norms if attention else sublayers.mlp_norms
-        originals = {name: block.get_submodule(name) for name in (*before, output, *norms)}
+        *before, output = sublayers.modules(sublayer)
+        originals = {name: block.get_submodule(name) for name in (*before, output, *sublayers.norms(sublayer))}
         try:
             for name in originals:
                 block.set_submodule(name, Absent(returns_pair=attention) if name == output else nn.Identity())

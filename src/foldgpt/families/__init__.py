@@ -2,7 +2,7 @@
 
 from foldgpt.families.attention_kinds import attending_blocks, attention_kinds, first_of_each_kind
 from foldgpt.families.code import brings_own_code
-from foldgpt.families.config_fields import check_config, remap_config_
+from foldgpt.families.config_fields import check_config, check_kept, remap_config_
 from foldgpt.families.decoder import Decoder, decoder_of
 from foldgpt.families.decoding import decode
 from foldgpt.families.table import FAMILIES, OUTPUT_MATRICES, Family, Sublayers, family_of
@@ -17,6 +17,7 @@ __all__ = [
     "attention_kinds",
     "brings_own_code",
     "check_config",
+    "check_kept",
     "decode",
     "decoder_of",
     "family_of",

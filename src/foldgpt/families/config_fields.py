@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from foldgpt.errors import PlanError, UnsupportedModelError
+from foldgpt.families.table import INDEX_IN_CODE, SPECIAL_FIRST_BLOCK
 
 Rule = Callable[[Any, str, tuple[int, ...], int], Any]
 
@@ -49,6 +50,25 @@ def _remap_indices(config: Any, name: str, kept: tuple[int, ...], num_blocks: in
     """A list of block indices: the positions of those that are kept."""
     position_of = {source: position for position, source in enumerate(kept)}
     return [position_of[index] for index in getattr(config, name) if index in position_of]
+
+
+def _remap_linear_attention(config: Any, name: str, kept: tuple[int, ...], num_blocks: int) -> Any:
+    """Settings of linear attention, with two lists of block numbers that count from 1 (Kimi Linear)."""
+    value = getattr(config, name)
+    if not isinstance(value, dict):
+        return value
+    number_of = {source + 1: position + 1 for position, source in enumerate(kept)}
+    remapped = dict(value)
+    for key in ("kda_layers", "full_attn_layers"):
+        numbers = value.get(key) or []
+        if not all(1 <= number <= num_blocks for number in numbers):
+            raise UnsupportedModelError(
+                f"config field '{name}.{key}' = {_shown(numbers)} should number blocks from 1 to {num_blocks}; "
+                "cannot tell which belong to which."
+            )
+        if numbers:
+            remapped[key] = [number_of[number] for number in numbers if number in number_of]
+    return remapped
 
 
 def _count_first(config: Any, name: str, kept: tuple[int, ...], num_blocks: int) -> Any:
@@ -88,6 +108,7 @@ RULES: dict[str, Rule] = {
     # Lists of block indices.
     "attn_layer_indices": _remap_indices,
     "full_attn_idxs": _remap_indices,
+    "linear_attn_config": _remap_linear_attention,
     "mlp_only_layers": _remap_indices,
     "moe_layers": _remap_indices,
     # Counts of leading blocks.
@@ -96,6 +117,7 @@ RULES: dict[str, Rule] = {
     "num_dense_layers": _count_first,
     # Others.
     "decoder_sparse_step": _sparse_step,
+    "mtp_num_hidden_layers": _none_left,
     "num_nextn_predict_layers": _none_left,
     "scale_depth": _scale_with_depth,
 }
@@ -136,20 +158,21 @@ HARMLESS = frozenset(
         "layerdrop",
         "layernorm_embedding",
         # Of blocks for multi-token prediction, which transformers does not load.
+        "mtp_layer_types",
         "mtp_layers_block_type",
+        "mtp_mlp_layer_types",
         "n_layer",
         "n_layers",
         "num_hidden_layers",
         "num_layers",
+        # Says in which order the pattern has the kinds of attention; `layer_types` lists them (Cohere 2).
+        "order_of_interleaved_layers",
         "qk_layernorm",
         "vocab_size_per_layer_input",
         "word_embed_proj_dim",
         "_remove_final_layer_norm",
     }
 )
-
-#: Model type → what its blocks compute from their own index, and no config field says.
-INDEX_IN_CODE: dict[str, str] = {"diffllama": "lambda_init"}
 
 _LOOKS_INDEXED = re.compile(
     r"(^|_)(layers?|blocks?|idxs?|indices)(_|$)|(^|_)(pattern|interval|period|freq|offset|every)(_|$)|_per_layer"
@@ -186,6 +209,31 @@ def check_config(config: Any) -> None:
         named_so = bool(_LOOKS_INDEXED.search(name)) and value not in (None, False, [], {}, "")
         if per_block or named_so:
             raise _refusal(config, name, value)
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if _LOOKS_INDEXED.search(str(key)) and _is_index_list(inner):
+                    raise _refusal(config, f"{name}.{key}", inner)
+
+
+def check_kept(config: Any, kept: Sequence[int]) -> None:
+    """Refuse to remove a block that no other can stand in for.
+
+    Args:
+        config: the (text) config of a decoder.
+        kept: source indices of the kept blocks, increasing.
+
+    Raises:
+        PlanError: the first block is removed, and the family builds it unlike all others.
+    """
+    if kept[0] != 0 and config.model_type in SPECIAL_FIRST_BLOCK:
+        raise PlanError(
+            f"cannot remove block 0: in model type {config.model_type!r} the first block "
+            f"{SPECIAL_FIRST_BLOCK[config.model_type]}, and block {kept[0]} would have to take its place. Keep block 0."
+        )
+
+
+def _is_index_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, int) for item in value)
 
 
 def remap_config_(config: Any, kept: Sequence[int]) -> None:
@@ -196,11 +244,12 @@ def remap_config_(config: Any, kept: Sequence[int]) -> None:
         kept: source indices of the kept blocks, increasing.
 
     Raises:
-        PlanError: a kept block reads what a removed one made.
+        PlanError: a kept block reads what a removed one made, or would have to stand in for it; see `check_kept`.
         UnsupportedModelError: a field cannot express the result, or has no rule; the config is unchanged.
     """
     check_config(config)
     kept = tuple(kept)
+    check_kept(config, kept)
     num_blocks = config.num_hidden_layers
     if len(kept) == num_blocks:
         return
@@ -230,11 +279,13 @@ def _own_fields(config: Any) -> dict[str, Any]:
 
 
 def _refusal(config: Any, name: str, value: Any) -> UnsupportedModelError:
-    shown = repr(value)
-    if len(shown) > 60:
-        shown = shown[:57] + "..."
     return UnsupportedModelError(
-        f"config field {name!r} = {shown} of model type {config.model_type!r} seems to depend on the block index, "
-        "and foldgpt has no rule that rewrites it. Refusing rather than guessing; "
+        f"config field {name!r} = {_shown(value)} of model type {config.model_type!r} seems to depend on the block "
+        "index, and foldgpt has no rule that rewrites it. Refusing rather than guessing; "
         "a rule is one row in foldgpt/families/config_fields.py."
     )
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."

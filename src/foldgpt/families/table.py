@@ -1,4 +1,4 @@
-"""The table of families. A new architecture is one row here; no code depends on a model's name elsewhere."""
+"""The tables of families. A new architecture is one row here; what depends on a model's name stands nowhere else."""
 
 from __future__ import annotations
 
@@ -41,6 +41,10 @@ class Sublayers:
     def modules(self, sublayer: Sublayer) -> tuple[str, ...]:
         """The modules of one sublayer; the last one returns its output."""
         return self.attention if sublayer == "attention" else self.mlp
+
+    def norms(self, sublayer: Sublayer) -> tuple[str, ...]:
+        """The norms that serve one sublayer alone, and go when it is removed."""
+        return self.attention_norms if sublayer == "attention" else self.mlp_norms
 
     def norm_behind(self, sublayer: Sublayer) -> str | None:
         """The norm between a sublayer's output and the residual stream, if the family has one there."""
@@ -168,6 +172,12 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
 }
+
+#: Model type → what its blocks compute from their own index, and no config field says. Such a model is refused.
+INDEX_IN_CODE: dict[str, str] = {"beam": "the weights of their residual sums", "diffllama": "lambda_init"}
+
+#: Model type → what its first block, and no other, is built with or without. That block must stay.
+SPECIAL_FIRST_BLOCK: dict[str, str] = {"modernbert-decoder": "has no norm before its attention"}
 
 #: A decoder that follows the usual shape works without an entry; its sublayers are then unknown.
 USUAL_SHAPE = Family()

@@ -3,7 +3,7 @@
 from foldgpt.folding.checkpoint import check_place, save_folded
 from foldgpt.folding.donors import DONORS
 from foldgpt.folding.fitted import GroupFit, LowRank, MemberFit
-from foldgpt.folding.fold import fold_, predicted_parameters, source_model_of, unfold_
+from foldgpt.folding.fold import check_foldable, fold_, predicted_parameters, source_model_of, unfold_
 from foldgpt.folding.kinds import kind_of, same_kind
 from foldgpt.folding.private import private_modules
 from foldgpt.folding.verify import Verification, verify_checkpoint
@@ -14,6 +14,7 @@ __all__ = [
     "LowRank",
     "MemberFit",
     "Verification",
+    "check_foldable",
     "check_place",
     "fold_",
     "kind_of",

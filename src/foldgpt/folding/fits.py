@@ -205,8 +205,7 @@ def _roots(decoder: Decoder, group: Group) -> tuple[str, ...] | None:
         return None
     (sublayer,) = group.sublayers
     assert decoder.sublayers is not None
-    norms = decoder.sublayers.attention_norms if sublayer == "attention" else decoder.sublayers.mlp_norms
-    return (*sublayer_modules(decoder, sublayer), *norms)
+    return (*sublayer_modules(decoder, sublayer), *decoder.sublayers.norms(sublayer))
 
 
 def _norms_behind(decoder: Decoder, group: Group) -> list[str]:

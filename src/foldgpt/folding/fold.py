@@ -14,6 +14,7 @@ from foldgpt.families import (
     attention_kinds,
     brings_own_code,
     check_config,
+    check_kept,
     decoder_of,
     first_of_each_kind,
     remap_config_,
@@ -76,10 +77,7 @@ def fold_(model: nn.Module, plan: FoldPlan, fits: Mapping[int, GroupFit] | None 
             are to be made are offloaded or quantised.
     """
     decoder = decoder_of(model)
-    _check_plan(decoder, plan)
-    _check_in_memory(decoder, plan)
-    for group in plan.groups:
-        check_start(decoder, group)
+    _check(decoder, plan)
     fits = fits or {}
     check_fits(decoder, plan, fits)
     for number, group in enumerate(plan.groups):
@@ -90,10 +88,30 @@ def fold_(model: nn.Module, plan: FoldPlan, fits: Mapping[int, GroupFit] | None 
     for number, group in enumerate(plan.groups):
         write_fit_(decoder, group, fits.get(number, GroupFit()))
     _keep_(decoder, plan.kept)
+    _forget_unused_code_(model)
     if not plan.is_removal_only:
         apply_layout_(model, layout)
         _write_terms_(model, plan, terms, fits)
         _become_folded_(model, plan, layout)
+
+
+def check_foldable(model: nn.Module, plan: FoldPlan) -> None:
+    """What `fold_` would refuse of a model and a plan, before anything is fitted for it.
+
+    Args:
+        model: the source.
+        plan: the plan; what it says is to be fitted is taken to be.
+
+    Raises:
+        PlanError: as `fold_`.
+        UnsupportedModelError: likewise.
+    """
+    decoder = decoder_of(model)
+    _check(decoder, plan)
+    if plan.fitting is None:
+        check_fits(decoder, plan, {})
+    for group in plan.groups:
+        check_weights(decoder, group, GroupFit())
 
 
 def unfold_(model: nn.Module) -> None:
@@ -156,6 +174,13 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def _check(decoder: Decoder, plan: FoldPlan) -> None:
+    _check_plan(decoder, plan)
+    _check_in_memory(decoder, plan)
+    for group in plan.groups:
+        check_start(decoder, group)
+
+
 def _check_plan(decoder: Decoder, plan: FoldPlan) -> None:
     if (layout := getattr(decoder.model.config, "fold_layout", None)) is not None:
         if layout["absent"]:
@@ -173,6 +198,7 @@ def _check_plan(decoder: Decoder, plan: FoldPlan) -> None:
             f"this one is {decoder.model_type!r}"
         )
     check_config(decoder.config)
+    check_kept(decoder.config, plan.kept)
     if not plan.is_removal_only and brings_own_code(decoder.model):
         raise UnsupportedModelError(
             f"{type(decoder.model).__name__} comes with code of its own: whole blocks can be removed, but sharing and "
@@ -220,14 +246,10 @@ def _check_first_attention(decoder: Decoder, plan: FoldPlan) -> None:
 def _absent_modules(decoder: Decoder, plan: FoldPlan) -> dict[int, tuple[tuple[str, ...], tuple[str, ...]]]:
     """Source index → (modules replaced by zero, modules replaced by the identity) for removed sublayers."""
     absent: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}
-    for index in plan.removed_attention:
-        *before, output = sublayer_modules(decoder, "attention")
+    for index, sublayer in plan.absent_sublayers.items():
+        *before, output = sublayer_modules(decoder, sublayer)
         assert decoder.sublayers is not None
-        absent[index] = ((output,), (*before, *decoder.sublayers.attention_norms))
-    for index in plan.removed_mlp:
-        *before, output = sublayer_modules(decoder, "mlp")
-        assert decoder.sublayers is not None
-        absent[index] = ((output,), (*before, *decoder.sublayers.mlp_norms))
+        absent[index] = ((output,), (*before, *decoder.sublayers.norms(sublayer)))
     return absent
 
 
@@ -293,6 +315,16 @@ def _keep_(decoder: Decoder, kept: tuple[int, ...]) -> None:
                 if isinstance(getattr(module, name, None), int):
                     setattr(module, name, position)
     decoder.set_blocks(nn.ModuleList(blocks))
+
+
+def _forget_unused_code_(model: nn.Module) -> None:
+    """Drop what the config says of code of its own, where the model was loaded without it.
+
+    That code is not saved with the model, and whoever trusts remote code would be sent to files that are not there.
+    """
+    config: Any = model.config
+    if hasattr(config, "auto_map") and not brings_own_code(model):
+        del config.auto_map
 
 
 def _become_folded_(model: nn.Module, plan: FoldPlan, layout: dict[str, Any]) -> None:

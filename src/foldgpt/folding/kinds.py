@@ -26,15 +26,16 @@ _KIND_FIELDS: dict[Sublayer, tuple[str, ...]] = {
 
 
 def sublayer_modules(decoder: Decoder, sublayer: Sublayer) -> tuple[str, ...]:
-    """Names inside a block of the modules of one sublayer.
+    """Names inside a block of the modules of one sublayer; the last one returns its output.
 
     Raises:
         UnsupportedModelError: the family has no entry, so its sublayers are not known.
     """
     if decoder.sublayers is None:
         raise UnsupportedModelError(
-            f"the sublayers of model type {decoder.model_type!r} are not known (with this config), so its blocks "
-            "can be removed and shared whole, but not attention and MLP apart. Add a row to foldgpt/families/table.py."
+            f"the sublayers of model type {decoder.model_type!r} are not known (with this config), so its blocks can "
+            "be removed and shared whole, but not attention and MLP apart, and what is removed cannot be compensated. "
+            "Add a row to foldgpt/families/table.py, or switch off what needs them."
         )
     return decoder.sublayers.modules(sublayer)
 
@@ -108,19 +109,32 @@ def output_parameter(sublayer: Sublayer, name: str, leaf: nn.Module) -> tuple[st
 
     Args:
         sublayer: whose leaf it is.
-        name: the leaf's name inside the block.
-        leaf: the leaf itself.
+        name: the leaf's name inside the block, or any end of it.
+        leaf: the leaf itself; only parameters that it holds itself count.
 
     Returns:
         The parameter's name inside the leaf, and its dimension along which the outputs run.
     """
     names = OUTPUT_MATRICES[sublayer]
-    if name.rpartition(".")[2] in names:
+    own = [key for key, _ in leaf.named_parameters(recurse=False)]
+    # What only has the name may hold its matrix in another form (quantised), or be a container.
+    if name.rpartition(".")[2] in names and "weight" in own:
         return "weight", -1 if isinstance(leaf, Conv1D) else -2
-    for key, _ in leaf.named_parameters(recurse=False):
+    for key in own:
         if key in names:  # the experts of a mixture as one parameter
             return key, -1 if getattr(leaf, "is_transposed", False) else -2
     return None
+
+
+def output_bias(leaf: nn.Module, name: str) -> nn.Parameter | None:
+    """The bias beside a leaf's matrix, if it has one.
+
+    Args:
+        leaf: the leaf.
+        name: the matrix's name inside it: "weight", or that of the experts of a mixture, such as "down_proj".
+    """
+    bias: nn.Parameter | None = getattr(leaf, "bias" if name == "weight" else f"{name}_bias", None)
+    return bias
 
 
 def kind_of(decoder: Decoder, index: int, sublayers: Sequence[Sublayer]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from foldgpt.errors import PlanError, UnsupportedModelError, did_you_mean
 from foldgpt.families import Decoder, decoder_of
 from foldgpt.folding.fitted import LowRank, MemberFit
-from foldgpt.folding.kinds import low_rank_leaves, output_parameter, scale_leaves, shareable_leaves
+from foldgpt.folding.kinds import low_rank_leaves, output_bias, output_parameter, scale_leaves, shareable_leaves
 from foldgpt.modeling.modeling_foldgpt import PrivateTerms
 from foldgpt.plan import SUBLAYERS, Group
 
@@ -154,7 +154,7 @@ def merged(terms: Any, leaf: str) -> nn.Module:
     else:
         key, dimension = _output_parameter(module, leaf)
     weight = module.get_parameter(key)
-    bias = getattr(module, "bias" if key == "weight" else f"{key}_bias", None)
+    bias = output_bias(module, key)
     value = weight.double()
     if terms.scale is not None:
         scale_O = terms.scale.double()

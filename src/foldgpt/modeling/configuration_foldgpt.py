@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 MODEL_TYPE = "foldgpt"
@@ -84,3 +85,12 @@ def _make_config_class(source_model_type: str) -> type:
     )
     globals()[name] = folded  # so that instances can be pickled by name
     return folded
+
+
+def __getattr__(name: str) -> Any:
+    """Make the class `Folded<X>` of a class X of transformers: a pickle names it where nothing has asked for it yet."""
+    source_class: Any = getattr(transformers, name.removeprefix("Folded"), None) if name.startswith("Folded") else None
+    is_of_transformers = isinstance(source_class, type) and issubclass(source_class, transformers.PreTrainedConfig)
+    if is_of_transformers and source_class.model_type in CONFIG_MAPPING:
+        return folded_config_class(source_class.model_type)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

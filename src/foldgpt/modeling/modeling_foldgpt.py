@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from .configuration_foldgpt import FoldedConfig, folded_config_class
@@ -37,6 +39,10 @@ AUTO_MAP = {
     "AutoModel": "modeling_foldgpt.FoldedModel",
     "AutoModelForCausalLM": "modeling_foldgpt.FoldedForCausalLM",
 }
+
+
+#: The files that load a folded checkpoint, and lie beside it.
+_CODE = ("configuration_foldgpt.py", "modeling_foldgpt.py")
 
 
 class Borrowed:
@@ -262,11 +268,16 @@ class FoldedMixin:
         copy_code_to(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
+    def _get_files_timestamps(self, working_dir: Any) -> dict[str, float]:
+        """As in transformers, without the code: what is not named here counts as new, so an upload has it too."""
+        timestamps = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
+        return {name: time for name, time in timestamps.items() if name not in _CODE}
+
 
 def copy_code_to(folder: Any) -> None:
     """Put the files that load a folded checkpoint beside it."""
     here = Path(__file__).parent
-    for name in ("configuration_foldgpt.py", "modeling_foldgpt.py"):
+    for name in _CODE:
         if (here / name).resolve() != (Path(folder) / name).resolve():
             shutil.copyfile(here / name, Path(folder) / name)
 
@@ -288,6 +299,15 @@ def folded_model_class(source_class: Any) -> Any:
     )
     setattr(sys.modules[__name__], name, folded)  # so that instances can be pickled by name
     return folded
+
+
+def __getattr__(name: str) -> Any:
+    """Make the class `Folded<X>` of a class X of transformers: a pickle names it where nothing has asked for it yet."""
+    source_class: Any = getattr(transformers, name.removeprefix("Folded"), None) if name.startswith("Folded") else None
+    is_of_transformers = isinstance(source_class, type) and issubclass(source_class, PreTrainedModel)
+    if is_of_transformers and getattr(source_class.config_class, "model_type", None) in CONFIG_MAPPING:
+        return folded_model_class(source_class)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 #: Arguments of `from_pretrained` that say where files come from.

@@ -94,8 +94,8 @@ class _Fitting:
         self.aligned = aligned
         self.head = Head(replay.model)
         self.start = plan.at_start
-        self.student = Student(replay, _absent(self.start))
-        self.absent = _absent(plan)
+        self.student = Student(replay, self.start.absent_sublayers)
+        self.absent = plan.absent_sublayers
         self.fitted, self.held = split(replay)
         self.shared: dict[int, Shared | None] = {}
         self.members: dict[int, dict[int, MemberFit]] = {number: {} for number in range(len(plan.groups))}
@@ -243,13 +243,6 @@ class _Fitting:
         for number in numbers:
             self.members[number][index] = place.member_fit(number, found)
         return with_WTH
-
-
-def _absent(plan: FoldPlan) -> dict[int, Sublayer]:
-    """Kept blocks that lack a sublayer, and which."""
-    absent: dict[int, Sublayer] = dict.fromkeys(plan.removed_attention, "attention")
-    absent.update(dict.fromkeys(plan.removed_mlp, "mlp"))
-    return absent
 
 
 class _Place:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from foldgpt.artifacts import finite
 from foldgpt.folding.fitted import GroupFit
 from foldgpt.plan import Sublayer
 
@@ -69,11 +70,14 @@ class SharingFit:
     passes: float
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Figures alone, without the weights."""
-        return {
-            "kl": self.kl,
-            "num_tokens": self.num_tokens,
-            "num_held_out": self.num_held_out,
-            "passes": self.passes,
-            "members": [asdict(member) for member in self.members],
-        }
+        """Figures alone, without the weights; None for those that are not finite, which JSON cannot hold."""
+        figures: dict[str, Any] = finite(
+            {
+                "kl": self.kl,
+                "num_tokens": self.num_tokens,
+                "num_held_out": self.num_held_out,
+                "passes": self.passes,
+                "members": [asdict(member) for member in self.members],
+            }
+        )
+        return figures

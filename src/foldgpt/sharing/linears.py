@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from foldgpt.errors import UnsupportedModelError
-from foldgpt.families import OUTPUT_MATRICES, Decoder
-from foldgpt.folding.kinds import shareable_leaves, sublayer_modules
+from foldgpt.families import Decoder
+from foldgpt.folding.kinds import output_parameter, shareable_leaves, sublayer_modules
 from foldgpt.plan import SUBLAYERS, Sublayer
 
 
@@ -51,7 +51,7 @@ def linears_of(decoder: Decoder, index: int, sublayers: Sequence[Sublayer] = SUB
                     f"{name} in block {index} is a {type(module).__name__}, not a linear layer: its {sublayer} can be "
                     "shared as it is, but nothing can be fitted for it"
                 )
-            found.append(Linear(name, sublayer, name.rpartition(".")[2] in OUTPUT_MATRICES[sublayer]))
+            found.append(Linear(name, sublayer, output_parameter(sublayer, name, module) is not None))
     return found
 
 

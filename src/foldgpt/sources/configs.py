@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from foldgpt.errors import SourceError, UnsupportedModelError, first_line
 from foldgpt.progress import quiet_libraries
 from foldgpt.sources.reading import as_source_errors
+
+
+class UntrustedCodeError(UnsupportedModelError):
+    """The model needs code that comes with its checkpoint, and that is not trusted."""
 
 
 def load_config(place: Path, *, trust_remote_code: bool = False) -> Any:
@@ -24,20 +29,35 @@ def load_config(place: Path, *, trust_remote_code: bool = False) -> Any:
     if place.is_file():
         return gguf_config(place)
     values = read_config(place)
-    if "quantization_config" in values:
-        method = (values["quantization_config"] or {}).get("quant_method", "unknown method")
+    if (quantisation := values.get("quantization_config")) is not None:
+        named = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+        method = named or "unknown method"
         raise UnsupportedModelError(f"{place} is quantised ({method}). Fold full-precision weights, quantise last.")
     try:
         with quiet_libraries():
             config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
         if "auto_map" in values and not trust_remote_code:
-            raise UnsupportedModelError(
+            raise UntrustedCodeError(
                 f"{place} needs code that comes with the checkpoint. Read it, then pass --trust-remote-code."
             ) from error
         raise SourceError(f"cannot read {place / 'config.json'}: {first_line(error)}") from error
     _check_decoder_only(config, place)
     return config
+
+
+def check_config_file(place: Path) -> None:
+    """Refuse the model in a folder by its config.json alone; the weights need not be there.
+
+    Whether code that comes with it is trusted is not known here: what only that code could tell is left to
+    `load_config`.
+
+    Raises:
+        SourceError: the config cannot be read.
+        UnsupportedModelError: the model is not a decoder-only language model, or is quantised.
+    """
+    with suppress(UntrustedCodeError):
+        load_config(place)
 
 
 def read_config(place: Path) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import glob
+import json
 import re
 from pathlib import Path
 
@@ -10,10 +12,18 @@ from huggingface_hub import snapshot_download
 
 from foldgpt.demo import demo_model
 from foldgpt.errors import SourceError, UsageError
+from foldgpt.sources.configs import check_config_file
 from foldgpt.sources.gguf_files import convert_gguf
 
-#: What is fetched of a hub model. The card names licence and languages; code is for those who trust it.
-_HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "README.md", "*.py"]
+#: What is fetched of a hub model before its weights. The card names licence and languages; code is for those who
+#: trust it.
+_HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "README.md", "*.py"]
+
+#: Other forms of the model, and states of its training, lie in subfolders. Code and chat templates there are its own.
+_HUB_FILES_LEFT = ["*/*.json", "*/*.txt", "*/*.model"]
+
+#: Where a run keeps its models, the final one first.
+_OF_A_RUN = ("recovered", "folded")
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -30,6 +40,7 @@ def resolve(spec: str, *, revision: str | None = None) -> Path:
 
     Raises:
         SourceError: there is no such model, or it cannot be fetched.
+        UnsupportedModelError: the config of a hub model says that it cannot be folded; its weights are not fetched.
         UsageError: an unknown demo model, or a revision of something that has none.
     """
     if spec.startswith("demo:"):
@@ -45,9 +56,7 @@ def resolve(spec: str, *, revision: str | None = None) -> Path:
     if place.is_file() and place.suffix != ".gguf":
         raise SourceError(f"{spec} is a file, but not a GGUF file. Give the folder that holds config.json.")
     if place.is_dir() and not (place / "config.json").is_file():
-        ggufs = sorted(file.name for file in place.glob("*.gguf"))
-        advice = f" It holds {ggufs[0]}: give that file." if ggufs else ""
-        raise SourceError(f"{spec} is not a model folder: it has no config.json.{advice}")
+        raise SourceError(f"{spec} is not a model folder: it has no config.json.{_model_inside(place)}")
     return place
 
 
@@ -63,6 +72,15 @@ def _looks_like_path(spec: str) -> bool:
     return "/" in spec and Path(spec).parent.is_dir()
 
 
+def _model_inside(folder: Path) -> str:
+    """A suffix that names the model in a folder that is none: that of a run, or a GGUF file."""
+    for name in _OF_A_RUN:
+        if (folder / name / "config.json").is_file():
+            return f" It is the folder of a run, whose model is {str(folder / name)!r}."
+    ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+    return f" It holds {ggufs[0]}: give that file." if ggufs else ""
+
+
 def _near_names(place: Path) -> str:
     """A suffix that names the nearest entry of the folder that was meant, or that folder's absence."""
     parent = place.parent
@@ -74,14 +92,33 @@ def _near_names(place: Path) -> str:
 
 
 def _fetch(repository: str, revision: str | None) -> Path:
-    """Bring a hub model into the hub's own cache, or find it there."""
-    try:
-        place = Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub client raises errors of several libraries
-        raise SourceError(_why_not_fetched(repository, revision, error)) from error
+    """Bring a hub model into the hub's own cache, or find it there: first what is small, then the weights."""
+
+    def download(at: str | None, files: list[str], left: list[str] | None = None) -> Path:
+        try:
+            return Path(snapshot_download(repository, revision=at, allow_patterns=files, ignore_patterns=left))
+        except Exception as error:  # the hub client raises errors of several libraries
+            raise SourceError(_why_not_fetched(repository, revision, error)) from error
+
+    place = download(revision, _HUB_FILES, _HUB_FILES_LEFT)
     if not (place / "config.json").is_file():
         raise SourceError(f"the hub repository {repository} has no config.json: it is not a model")
-    return place
+    check_config_file(place)
+    # A branch may move between the two, so the weights are those of the commit that the config is of.
+    return download(place.name if is_hub_snapshot(place) else revision, _weights_named_in(place))
+
+
+def _weights_named_in(place: Path) -> list[str]:
+    """The files that hold a model's weights, by its index: a repository may hold them in other forms too.
+
+    What is wrong with the index is said when the weights are read.
+    """
+    try:
+        index = json.loads((place / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        shards = {glob.escape(name) for name in index["weight_map"].values()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        shards = set()
+    return ["model.safetensors", *sorted(shards)]
 
 
 def _why_not_fetched(repository: str, revision: str | None, error: Exception) -> str:
