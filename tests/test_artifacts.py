@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ from foldgpt.artifacts import (
     check_free,
     check_free_file,
     check_free_folder,
+    finite,
     hash_of,
     hash_of_file,
     read_json,
@@ -106,6 +108,15 @@ def test_what_is_not_json_is_refused_and_the_old_file_stays(tmp_path: Path, valu
         write_json(tmp_path / "value.json", value)
     assert read_json(tmp_path / "value.json") == 1
     assert names(tmp_path) == ["value.json"]
+
+
+def test_numbers_that_json_has_not_are_none_where_they_may_be() -> None:
+    value = {"kl": math.nan, "cuts": [{"after": math.inf, "kept": True, "name": "x"}], "members": (1.5, -math.inf, 2)}
+    assert finite(value) == {
+        "kl": None,
+        "cuts": [{"after": None, "kept": True, "name": "x"}],
+        "members": [1.5, None, 2],
+    }
 
 
 def test_text_that_cannot_be_encoded_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -311,6 +322,49 @@ def test_an_empty_folder_is_replaced_and_a_file_never_is(tmp_path: Path) -> None
     with pytest.raises(ArtifactError, match="file is a file, and a folder is to be written there"):
         write_folder(tmp_path / "file", "new", replace=True)
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_folder_that_cannot_be_moved_away_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in (".", tmp_path):
+        with pytest.raises(ArtifactError, match=r"is the current folder, .* Choose a folder in it"):
+            check_free_folder(place)
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path)
+    with pytest.raises(ArtifactError, match="is a mounted folder"):
+        check_free_folder(tmp_path, replace=True)
+    check_free_folder(tmp_path / "in_it")
+
+
+def test_one_that_cannot_be_moved_away_leaves_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    rename = Path.rename
+
+    def busy(self: Path, target: Any) -> Path:
+        if self == tmp_path / "out":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(ArtifactError, match=r"busy\. Nothing was left behind"), staged_folder(tmp_path / "out"):
+        pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path: Path, there: bool) -> None:
+    disk = tmp_path / "disk" / "model"
+    if there:
+        disk.mkdir(parents=True)
+        (disk / "old.txt").write_text("old")
+    (tmp_path / "link").symlink_to(disk)
+    with staged_folder(tmp_path / "link", replace=True) as staging:
+        (staging / "new.txt").write_text("new")
+        assert staging.parent == disk.parent
+    assert (tmp_path / "link").is_symlink() and [entry.name for entry in disk.iterdir()] == ["new.txt"]
+    assert [entry.name for entry in disk.parent.iterdir()] == ["model"]
 
 
 def test_a_place_is_free_if_nothing_would_be_lost(tmp_path: Path) -> None:

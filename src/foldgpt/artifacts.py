@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import FileLock
 
 from foldgpt.errors import ArtifactError
 
@@ -60,6 +63,15 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. NaN and infinities are refused: they are not JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with None in place of what JSON has no number for: NaN and the infinities."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def read_json(path: str | Path, what: str = "file") -> Any:
@@ -116,7 +128,7 @@ def staged_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Build a folder beside its final place and move it there only when the block ends without error.
 
     Args:
-        path: the final folder.
+        path: the final folder; a link stands for the folder that it leads to.
         replace: replace an existing folder; otherwise an existing one is an error. A file always is.
 
     Yields:
@@ -127,6 +139,7 @@ def staged_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     check_free_folder(path, replace=replace)
+    path = path.resolve() if path.is_symlink() else path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
@@ -145,21 +158,37 @@ def staged_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextmanager
+def alone(path: str | Path) -> Iterator[None]:
+    """Wait for other processes that are writing a file: what one has so far looks like a killed one's leftovers.
+
+    Args:
+        path: the file; its folder must exist.
+    """
+    lock = Path(path).with_suffix(".lock")
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # a file that is open, on Windows
+                lock.unlink()
+
+
 def _move_into_place(staging: Path, path: Path) -> None:
     """Rename `staging` to `path`; an existing folder is moved aside first and dropped after."""
-    retired: Path | None = None
-    if path.exists():
-        retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_STAGING_MARK}{path.name}-")) / "old"
-        path.rename(retired)
-    try:
+    if not path.exists():
         staging.rename(path)
-    except OSError:
-        if retired is not None:
-            retired.rename(path)
-        raise
+        return
+    retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_STAGING_MARK}{path.name}-"))
+    try:
+        path.rename(retired / "old")
+        try:
+            staging.rename(path)
+        except BaseException:
+            (retired / "old").rename(path)
+            raise
     finally:
-        if retired is not None:
-            shutil.rmtree(retired.parent, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 def take_over(there: str | Path, here: str | Path, *, leave: frozenset[str] = frozenset()) -> None:
@@ -223,13 +252,20 @@ def check_free_file(path: str | Path, *, replace: bool = False) -> None:
 
 
 def check_free_folder(path: str | Path, *, replace: bool = False) -> None:
-    """`check_free` for an output that is a folder, moved there as a whole: a file is in the way in any case."""
+    """`check_free` for an output that is a folder, moved there as a whole.
+
+    A file is in the way in any case, and so is a folder that cannot be moved away: the current one, or a mounted one.
+    """
     path = Path(path)
     check_free(path, replace=replace)
     if path.is_file():
         raise ArtifactError(f"{path} is a file, and a folder is to be written there. Choose another place.")
     if path.is_dir():  # else its parent has been looked at
-        _check_writable(path, path.parent)
+        there = path.resolve()
+        fixed = "the current folder" if there == Path.cwd() else "a mounted folder" if path.is_mount() else None
+        if fixed is not None:
+            raise ArtifactError(f"{path} is {fixed}, which cannot be replaced as a whole. Choose a folder in it.")
+        _check_writable(path, there.parent)
 
 
 def _check_writable(path: Path, folder: Path) -> None:
