@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from compensation_case import correction
 from foldgpt.compensation import Compensator, Correction, compensate, compensate_, judge, merge_
@@ -16,11 +20,14 @@ from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import decoder_of
 from foldgpt.families.norms import effective_scale, weight_for
 from foldgpt.folding import fold_, save_folded, source_model_of
+from foldgpt.folding.kinds import scale_leaves
 from foldgpt.objectives import Head, forward_kl
 from foldgpt.plan import FoldPlan, Group
 from foldgpt.replay import Replay
+from foldgpt.report.compensation import was_compensated
 from models import CONFIGS, tiny_model, token_ids
 from reference import blocks_of
+from report_inputs import compensation
 
 
 def folded(model: Any, plan: FoldPlan, corrections: dict[int, Correction]) -> Any:
@@ -176,6 +183,41 @@ def test_only_the_carriers_matrices_change_and_the_source_does_not() -> None:
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed == {f"transformer.h.{i}.mlp.c_proj.{p}" for i in (1, 3) for p in ("weight", "bias")}
     assert all(after[name].shape == value.shape and after[name].dtype == value.dtype for name, value in before.items())
+
+
+@torch.no_grad()
+def test_a_matrix_of_a_class_derived_from_conv1d_is_corrected_along_its_outputs() -> None:
+    model = tiny_model("gpt2")
+
+    class Derived(Conv1D):
+        pass
+
+    expected = copy.deepcopy(model)
+    blocks_of(model)[1].mlp.c_proj.__class__ = Derived
+    ids = token_ids(model, (4, 20))
+    for changed in (model, expected):
+        merge_(changed, compensate(changed, [2], ids))
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())
+
+
+@torch.no_grad()
+def test_a_matrix_that_is_not_there_by_its_name_is_refused() -> None:
+    model = tiny_model("llama")
+    mlp = blocks_of(model)[1].mlp
+
+    class Packed(torch.nn.Module):
+        def __init__(self, plain: torch.nn.Linear) -> None:
+            super().__init__()
+            self.packed = torch.nn.Parameter(plain.weight.detach().clone())
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(rows, self.packed)
+
+    mlp.down_proj = Packed(mlp.down_proj)
+    with pytest.raises(UnsupportedModelError, match=r"mlp of block 1 .* has no output matrix of a known name"):
+        compensate(model, [2], token_ids(model, (4, 20)))
+    with pytest.raises(UnsupportedModelError, match=r"mlp of block 1 .* ends in no matrix of a known name"):
+        scale_leaves(decoder_of(model), 1, ("mlp",))
 
 
 @torch.no_grad()
@@ -448,6 +490,70 @@ def test_folding_drops_a_compensation_that_hurts(monkeypatch: pytest.MonkeyPatch
     done = compensate_(model, plan, _ids(model))
     assert not done.kept and done.kl_after > done.kl_before
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def _half_with_a_silent_mlp(block: int) -> Any:
+    """A model in float16, and an MLP so quiet that float16 does not hold a map on what its matrix is given."""
+    model = tiny_model("llama").half()
+    with torch.no_grad():
+        blocks_of(model)[block].mlp.up_proj.weight.mul_(3e-6)
+    return model
+
+
+def test_a_map_beyond_float16_is_left_out_and_the_other_cuts_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    model = _half_with_a_silent_mlp(2)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).float()
+        assert compensate(exact, [3], _ids(model))[2].map_KH.abs().max() > torch.finfo(torch.float16).max
+    corrections = compensate(model, [3, 5], _ids(model))
+    assert list(corrections) == [4]
+    assert (
+        "block 2 makes up for nothing that is removed: with the map for its mlp it would put out more than float16"
+        in capsys.readouterr().err
+    )
+    # The cut behind it is fitted on the stream that is there, with nothing made up for yet.
+    replay = Replay(model, _ids(model))
+    with torch.no_grad():
+        stream = torch.cat([replay.block(2, part) for part in replay.split(replay.states[2])])
+    compensator, inner = Compensator(replay), []
+    output, mlp = compensator.run(4, replay.split(stream), inner=inner)
+    expected = compensator.correct(4, output, mlp, replay.states[6], inner_RI=torch.cat(inner))[1]
+    torch.testing.assert_close(corrections[4].map_KH, expected.map_KH)
+    before = copy.deepcopy(model.state_dict())
+    done = compensate_(model, FoldPlan.create(source_model_of(model), removed=[3, 5]), _ids(model))
+    assert done.kept and done.kl_after < done.kl_before
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"model.layers.4.mlp.down_proj.weight"}
+
+
+def test_weights_beyond_float16_are_left_out_and_the_folded_model_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama").half()
+    plan = FoldPlan.create(source_model_of(model), removed=[3])
+    before = copy.deepcopy(model.state_dict())
+    fit = judge.compensate
+
+    def beyond(*args: Any, **kwargs: Any) -> Any:
+        return {
+            index: dataclasses.replace(
+                correction,
+                map_KH=1e6 * correction.map_KH,
+                report=dataclasses.replace(correction.report, after=math.inf),
+            )
+            for index, correction in fit(*args, **kwargs).items()
+        }
+
+    monkeypatch.setattr(judge, "compensate", beyond)
+    done = compensate_(model, plan, _ids(model))
+    assert not done.kept and not math.isfinite(done.kl_after)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    fold_(model, plan)
+    save_folded(model, plan, tmp_path / "folded", notes={"compensation.json": done.to_json_dict()})
+    record = json.loads((tmp_path / "folded" / "compensation.json").read_text())
+    assert record["kl_after"] is None and record["kl_before"] == done.kl_before
+    assert record["cuts"][0]["after"] is None and record["cuts"][0]["before"] > 0
+    assert not was_compensated(tmp_path / "folded", plan.model_copy(update={"compensation": compensation()}))
 
 
 def test_one_window_is_too_few_to_judge() -> None:

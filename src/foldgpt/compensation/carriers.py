@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from foldgpt.compensation.correction import Correction
 from foldgpt.errors import UnsupportedModelError
 from foldgpt.families import OUTPUT_MATRICES, Decoder
+from foldgpt.folding.kinds import output_bias, output_parameter, sublayer_modules
 from foldgpt.plan import Sublayer
 
 
@@ -46,23 +47,13 @@ class OutputMatrix:
         return weight, bias if correction.bias_H is None else bias + correction.bias_H.to(bias)
 
 
-def sublayer_names(decoder: Decoder, sublayer: Sublayer) -> tuple[str, ...]:
-    """Names of a sublayer's modules; the last one returns its output.
+def output_module(decoder: Decoder, index: int, sublayer: Sublayer) -> nn.Module:
+    """The module of block `index` that returns the sublayer's output.
 
     Raises:
         UnsupportedModelError: the family's sublayers are not known.
     """
-    if decoder.sublayers is None:
-        raise UnsupportedModelError(
-            f"the sublayers of model type {decoder.model_type!r} are not known (with this config), so removed blocks "
-            "cannot be compensated. Add a row to foldgpt/families/table.py, or switch compensation off."
-        )
-    return decoder.sublayers.modules(sublayer)
-
-
-def output_module(decoder: Decoder, index: int, sublayer: Sublayer) -> nn.Module:
-    """The module of block `index` that returns the sublayer's output."""
-    return decoder.blocks[index].get_submodule(sublayer_names(decoder, sublayer)[-1])
+    return decoder.blocks[index].get_submodule(sublayer_modules(decoder, sublayer)[-1])
 
 
 def norm_behind(decoder: Decoder, index: int, sublayer: Sublayer) -> nn.Module | None:
@@ -81,9 +72,10 @@ def output_matrices(decoder: Decoder, index: int, sublayer: Sublayer, module: nn
         module: what `output_module` gives, or a copy of it.
 
     Raises:
-        UnsupportedModelError: there are none with a known name, or they are not plain matrices in memory.
+        UnsupportedModelError: the family's sublayers are not known, there are none with a known name, or they are not
+            plain matrices in memory.
     """
-    found = list(_matrices(module, sublayer_names(decoder, sublayer)[-1], OUTPUT_MATRICES[sublayer]))
+    found = _matrices(module, sublayer_modules(decoder, sublayer)[-1], sublayer)
     place = f"the {sublayer} of block {index} of model type {decoder.model_type!r}"
     if not found:
         known = ", ".join(sorted(OUTPUT_MATRICES[sublayer]))
@@ -94,17 +86,14 @@ def output_matrices(decoder: Decoder, index: int, sublayer: Sublayer, module: nn
     return found
 
 
-def _matrices(root: nn.Module, root_name: str, names: frozenset[str]) -> Iterator[OutputMatrix]:
+def _matrices(root: nn.Module, root_name: str, sublayer: Sublayer) -> list[OutputMatrix]:
+    matrices = []
     for path, module in root.named_modules():
-        name = (path or root_name).rpartition(".")[2]
-        weight = getattr(module, "weight", None)
-        if name in names and isinstance(weight, nn.Parameter):
-            # Conv1D keeps its weight as [inputs, outputs].
-            yield OutputMatrix(weight, getattr(module, "bias", None), type(module).__name__ == "Conv1D")
-        for key, parameter in module.named_parameters(recurse=False):
-            if key in names:
-                bias = getattr(module, f"{key}_bias", None)
-                yield OutputMatrix(parameter, bias, getattr(module, "is_transposed", False))
+        found = output_parameter(sublayer, path or root_name, module)
+        if found is not None:
+            name, dimension = found
+            matrices.append(OutputMatrix(module.get_parameter(name), output_bias(module, name), dimension == -1))
+    return matrices
 
 
 def inner_module(module: nn.Module, matrices: Sequence[OutputMatrix]) -> nn.Module | None:

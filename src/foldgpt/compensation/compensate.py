@@ -54,7 +54,9 @@ def compensate(
     is corrected so that the stream behind it comes near the source's, and the later blocks see the corrected stream.
     A kept block that loses its attention carries the correction in its MLP, one that loses its MLP in its attention.
     Nothing stands before a cut at block 0, so that one is left as it is; so is one behind a block that shares the
-    carrying sublayer with others, which would all be changed. Sharing itself is not part of the student here.
+    carrying sublayer with others, which would all be changed, and one that would put out more than the model's dtype
+    holds (float16, with the large map that a nearly silent sublayer needs). Sharing itself is not part of the student
+    here.
 
     Args:
         model: the source, not folded.
@@ -108,7 +110,7 @@ def compensate(
             output_WTH, carried_WTH = compensator.run(
                 index, replay.split(stream_WTH), sublayer=carrier, absent=absent.get(index), inner=inner
             )
-            stream_WTH, corrections[index] = compensator.correct(
+            stream_WTH, correction = compensator.correct(
                 index,
                 output_WTH,
                 carried_WTH,
@@ -116,6 +118,16 @@ def compensate(
                 sublayer=carrier,
                 inner_RI=torch.cat(inner) if inner else None,
             )
+            if bool(stream_WTH.isfinite().all()):
+                corrections[index] = correction
+            else:
+                # Merged, it would spoil every prediction; behind it no stream would be left to fit on.
+                dtype = str(output_WTH.dtype).removeprefix("torch.")
+                note(
+                    f"block {index} makes up for nothing that is removed: with the map for its {carrier} it would put "
+                    f"out more than {dtype} holds"
+                )
+                stream_WTH = output_WTH
         is_own = is_own and begins[index] == index + 1
     return corrections
 
@@ -125,8 +137,7 @@ def _parts(removal: FoldPlan | Iterable[int]) -> tuple[set[int], dict[int, Subla
     shared: dict[Sublayer, set[int]] = {"attention": set(), "mlp": set()}
     if not isinstance(removal, FoldPlan):
         return set(removal), {}, shared
-    absent: dict[int, Sublayer] = dict.fromkeys(removal.removed_attention, "attention")
-    absent.update(dict.fromkeys(removal.removed_mlp, "mlp"))
+    absent = removal.absent_sublayers
     for group in removal.groups:
         for sublayer in group.sublayers:
             shared[sublayer] |= set(group.blocks)

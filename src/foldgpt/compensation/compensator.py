@@ -45,9 +45,10 @@ class Compensator:
             by default none.
         rounds: rounds of alternating least squares where a norm stands behind the sublayer (Gemma 2 and 3, OLMo 2).
         parts: with more than 1, the windows are split into so many parts, and each part of the stream is corrected by
-            a map that was fitted on the others (cross-fitting). For whoever measures on the windows that are fitted
-            on: maps that fit them alone would pass for good ones, the more of them the better. The correction that is
-            returned is fitted on all windows either way.
+            a map that was fitted on the others (cross-fitting). Fewer windows than that make as many parts as there
+            are of them, and a single one is cut in two. For whoever measures on the windows that are fitted on: maps
+            that fit them alone would pass for good ones, the more of them the better. The correction that is returned
+            is fitted on all windows either way.
 
     Raises:
         UsageError: a number that makes no sense.
@@ -345,8 +346,12 @@ def _replaced(output: Any, put: Tensor) -> Any:
 
 
 def _split(target_WTH: Tensor, parts: int) -> list[slice]:
-    """Rows of so many parts, in whole windows if there are enough of them."""
+    """Rows of so many parts in whole windows, or of as many as there are windows; one window is cut in two.
+
+    A window that stood in two parts would be corrected by a map that was fitted on the rest of its own text.
+    """
     windows, tokens = target_WTH.shape[0], target_WTH.shape[:-1].numel()
+    parts = min(parts, max(windows, 2))
     grain = tokens // windows if windows >= parts else 1
     borders = [round(tokens // grain * i / parts) * grain for i in range(parts + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(borders) if stop > start]

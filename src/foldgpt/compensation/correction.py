@@ -1,4 +1,4 @@
-"""What a correction is: a linear map on a sublayer's output, and how well it was fitted."""
+"""What a correction is: a linear map on what a sublayer's output matrix is given, or puts out, and how well it fits."""
 
 from __future__ import annotations
 

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from foldgpt.artifacts import finite
 from foldgpt.compensation.compensate import compensate
 from foldgpt.compensation.correction import Correction
 from foldgpt.compensation.merge import merge_
 from foldgpt.errors import UsageError
 from foldgpt.objectives import Head, forward_kl
-from foldgpt.plan import FoldPlan, Sublayer
+from foldgpt.plan import FoldPlan
 from foldgpt.progress import note
 from foldgpt.replay import Replay
 
@@ -29,7 +30,7 @@ class Compensated:
     Attributes:
         kept: whether the corrections were merged; False when the predictions on held-out windows got worse.
         kl_before: mean KL(source ‖ folded) without it, in nats per token, on the held-out windows.
-        kl_after: with it.
+        kl_after: with it; not finite where the merged weights are beyond what the model's dtype holds (float16).
         num_tokens: tokens fitted on.
         num_held_out: tokens judged on.
         corrections: by source index of the carrying block.
@@ -43,18 +44,21 @@ class Compensated:
     corrections: Mapping[int, Correction]
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Figures alone, without the maps."""
-        return {
-            "kept": self.kept,
-            "kl_before": self.kl_before,
-            "kl_after": self.kl_after,
-            "num_tokens": self.num_tokens,
-            "num_held_out": self.num_held_out,
-            "cuts": [
-                {"block": index, "sublayer": correction.sublayer, **asdict(correction.report)}
-                for index, correction in self.corrections.items()
-            ],
-        }
+        """Figures alone, without the maps; None for those that are not finite, which JSON cannot hold."""
+        figures: dict[str, Any] = finite(
+            {
+                "kept": self.kept,
+                "kl_before": self.kl_before,
+                "kl_after": self.kl_after,
+                "num_tokens": self.num_tokens,
+                "num_held_out": self.num_held_out,
+                "cuts": [
+                    {"block": index, "sublayer": correction.sublayer, **asdict(correction.report)}
+                    for index, correction in self.corrections.items()
+                ],
+            }
+        )
+        return figures
 
 
 @torch.no_grad()
@@ -144,8 +148,7 @@ def _kl(replay: Replay, head: Head, plan: FoldPlan) -> float:
 
     The source's states are those that were recorded; the blocks run with the weights they have now.
     """
-    absent: dict[int, Sublayer] = dict.fromkeys(plan.removed_attention, "attention")
-    absent.update(dict.fromkeys(plan.removed_mlp, "mlp"))
+    absent = plan.absent_sublayers
     total = 0.0
     for rows in replay.batches():
         stream_BTH = replay.states[0][rows]
