@@ -19,8 +19,9 @@ from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan
 from foldgpt.replay import Replay
 from foldgpt.selection import RemovalCost, Request, Units, select
+from foldgpt.selection.gated_pass import gradient_equivalents
 from foldgpt.selection.gating import score_function
-from foldgpt.selection.gating.gates import spans
+from foldgpt.selection.gating.gates import greedy_equivalents, spans
 from foldgpt.selection.gating.hard_concrete import HardConcrete
 from foldgpt.selection.gating.refine import double_swaps, refine, swaps
 from foldgpt.selection.gating.score_function import ScoreFunction, draw, log_probability
@@ -28,7 +29,7 @@ from foldgpt.selection.gating.smoothed import SmoothedL0
 from foldgpt.selection.gating.surrogate import Measurement, Surrogate
 from foldgpt.selection.measured import leave_one_out
 from foldgpt.selection.units import units_of
-from models import tiny_model, token_ids
+from models import tiny_hybrid, tiny_model, token_ids
 
 NUM_BLOCKS = 10
 
@@ -128,11 +129,11 @@ def test_a_stopped_search_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyte
             raise KeyboardInterrupt
         return step(self)
 
-    monkeypatch.setattr("foldgpt.selection.gating.progress_file._SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr("foldgpt.selection.checkpoint._SECONDS_BETWEEN", 0.0)
     monkeypatch.setattr(kind, "step", stopped_at_four)
     with pytest.raises(KeyboardInterrupt):
         select("gates", _request(3, checkpoint=checkpoint, options=options))
-    assert len(json.loads(checkpoint.read_text())["progress"]["trace"]) == 3
+    assert len(json.loads(checkpoint.read_text())["trace"]) == 3
     monkeypatch.setattr(kind, "step", step)
     resumed = select("gates", _request(3, checkpoint=checkpoint, options=options))
     # States kept for sets that begin alike are made anew, so the end may come earlier; the recording is not counted.
@@ -146,6 +147,71 @@ def test_a_stopped_search_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyte
     again = select("gates", _request(3, checkpoint=checkpoint, options=options))
     assert again.removed == resumed.removed and again.report["cost"] == resumed.report["cost"]
     assert again.report["refined"] == resumed.report["refined"]
+
+
+@pytest.mark.parametrize("estimator", ["score", "concrete"])
+def test_a_search_stopped_at_its_first_scores_goes_on_and_finds_the_same(
+    estimator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head is large: what is set up behind the interruption has to be taken from the allowance, as without one."""
+    model = tiny_model("llama", num_hidden_layers=NUM_BLOCKS, vocab_size=4096)
+    request = Request(NUM_BLOCKS, 3, model=model, ids_WT=token_ids(model, (16, 32)), options={"estimator": estimator})
+    stopped = replace(request, checkpoint=tmp_path / "progress.json")
+    monkeypatch.setattr("foldgpt.selection.checkpoint._SECONDS_BETWEEN", 0.0)
+    whole = select("gates", request)
+    measure, measured = RemovalCost.cost, []
+
+    def counted(self: RemovalCost, removed: frozenset[int], *arguments: Any, **named: Any) -> float:
+        if len(measured) == 6:
+            raise KeyboardInterrupt
+        measured.append(removed)
+        return measure(self, removed, *arguments, **named)
+
+    monkeypatch.setattr(RemovalCost, "cost", counted)
+    with pytest.raises(KeyboardInterrupt):
+        select("gates", stopped)
+    again: list[frozenset[int]] = []
+    monkeypatch.setattr(RemovalCost, "cost", lambda self, s, *a, **k: again.append(s) or measure(self, s, *a, **k))
+    resumed = select("gates", stopped)
+    assert again[:4] == [frozenset({block}) for block in (6, 7, 8, 9)]
+    assert (resumed.removed, resumed.order, resumed.scores) == (whole.removed, whole.order, whole.scores)
+    taken = ("seconds", "forward_equivalents")
+    assert {k: v for k, v in resumed.report.items() if k not in taken} == {
+        k: v for k, v in whole.report.items() if k not in taken
+    }
+    # What is set up a second time is paid for, and is no part of the allowance.
+    assert resumed.report["forward_equivalents"] > whole.report["forward_equivalents"] + 1
+
+
+@pytest.mark.parametrize("estimator", ["concrete", "smoothed"])
+def test_the_steps_with_gradients_that_are_planned_are_those_that_are_paid_for(
+    estimator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head of a small model takes as much as its blocks. Schedules run over all planned steps, so all are taken."""
+    model = tiny_model("llama", num_hidden_layers=NUM_BLOCKS, vocab_size=8192)
+    options = {"estimator": estimator, "steps": 1000, "refine": False, "effort": 2.0}
+    monkeypatch.setattr("foldgpt.selection.checkpoint._SECONDS_BETWEEN", 0.0)
+    checkpoint = tmp_path / "progress.json"
+    request = Request(NUM_BLOCKS, 3, model=model, ids_WT=token_ids(model, (16, 32)), options=options)
+    cost = request.need_cost("test")
+    step = gradient_equivalents(cost, cost.sample(0, 1))
+    assert step > 1.5 * 3 / 8, "the head is no small part"
+    report = select("gates", replace(request, checkpoint=checkpoint)).report
+    assert report["steps"] == json.loads(checkpoint.read_text())["num_steps"] > 5
+    judged = cost.predicted_equivalents(1, cost.everything, share_run=1)
+    learned = 0.6 * 2.0 * greedy_equivalents(cost)
+    assert learned - step <= report["forward_equivalents"] <= learned + judged
+
+
+@pytest.mark.parametrize("estimator", ["score", "concrete", "smoothed"])
+def test_the_only_block_that_attends_is_kept(estimator: str) -> None:
+    """It cannot go alone, so that its score is infinite."""
+    model = tiny_hybrid(3, num_hidden_layers=6)
+    request = Request(6, 2, model=model, ids_WT=token_ids(model, (8, 24)), options={"estimator": estimator})
+    selection = select("gates", request)
+    assert len(selection.removed) == 2 and 3 not in selection.removed
+    assert all(math.isfinite(score) for score in selection.scores)
+    fold_(model, FoldPlan.create(source_model_of(model), removed=selection.removed))
 
 
 @pytest.mark.parametrize("content", ["{", '{"format": "other"}', "[]"])

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "autoload",
     ),
     ("",),  # the package itself: it imports nothing but `autoload` until a name is asked for
-    ("plan", "sizes", "wikipedia", "recovery_result"),
+    ("plan", "sizes", "wikipedia", "recovery_result", "progress_file"),
     ("strip",),
     ("recipe", "architectures"),
     ("families", "attention"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,15 +17,18 @@ from foldgpt.selection import (
     ANALYSIS_FREE,
     MEASURED,
     SELECTORS,
+    RemovalCost,
     Request,
+    Selection,
     flops_of,
     number_for_target,
     number_to_remove,
     parameters_of,
+    search_passes,
     seconds_of,
     select,
 )
-from foldgpt.selection.gated_pass import gradient_of_gates
+from foldgpt.selection.gated_pass import gradient_equivalents, gradient_of_gates
 from models import NUM_BLOCKS, tiny_model, token_ids
 
 
@@ -86,8 +91,96 @@ def test_leave_one_out_removes_the_cheapest_blocks() -> None:
     assert list(selection.scores) == pytest.approx([cost.cost(frozenset({b})) for b in range(NUM_BLOCKS)], rel=1e-5)
 
 
-def test_the_gradient_of_the_gates_is_that_of_finite_differences() -> None:
-    request = _request(objective="lm")
+def _stopped_after(number: int, monkeypatch: pytest.MonkeyPatch) -> list[frozenset[int]]:
+    """Stop the search at the cost of one set more than a number; returns what is measured, from now on."""
+    measured: list[frozenset[int]] = []
+    cost = RemovalCost.cost
+
+    def counted(self: RemovalCost, removed: frozenset[int], *arguments: Any, **named: Any) -> float:
+        if len(measured) == number:
+            raise KeyboardInterrupt
+        measured.append(removed)
+        return cost(self, removed, *arguments, **named)
+
+    monkeypatch.setattr(RemovalCost, "cost", counted)
+    return measured
+
+
+def _found(selection: Selection) -> tuple[Any, ...]:
+    """All that a search finds, without what it took."""
+    steps = selection.report.get("trace", [])
+    trace = [{k: v for k, v in step.items() if k not in ("seconds", "forward_equivalents")} for step in steps]
+    return selection.scores, selection.order, selection.removed, selection.report["cost"], trace
+
+
+@pytest.mark.parametrize("changes", [{}, {"sublayers": True}, {"compensate": True}], ids=str)
+@pytest.mark.parametrize(("method", "stage"), [("greedy", "first"), ("greedy", "second"), ("loo", "first")])
+def test_a_search_that_was_stopped_finds_what_it_would_have_found(
+    method: str, stage: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foldgpt.selection.checkpoint._SECONDS_BETWEEN", 0.0)
+    whole = select(method, _request(3, **changes))
+    request = _request(3, checkpoint=tmp_path / "search.json", **changes)
+    with monkeypatch.context() as patch:
+        before = _stopped_after(4 if stage == "first" else request.num_units + 2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            select(method, request)
+    with monkeypatch.context() as patch:
+        behind = _stopped_after(10**6, patch)
+        resumed = select(method, request)
+    assert _found(resumed) == _found(whole)
+    # Of greedy a removal that was decided is not measured again, of leave-one-out nothing is.
+    decided = {"loo": set(before), "greedy": {found for found in before if len(found) == 1}}[method]
+    nothing_yet = (method, stage) == ("greedy", "first")
+    assert decided.isdisjoint(behind) or nothing_yet
+    # The recording is made twice, and all that was measured until it was last saved is paid for.
+    spent, at_once = (selection.report["forward_equivalents"] for selection in (resumed, whole))
+    assert spent == pytest.approx(at_once) if nothing_yet else spent >= at_once + 1
+    with monkeypatch.context() as patch:
+        finished = _stopped_after(1, patch)
+        assert _found(select(method, request)) == _found(whole)
+        assert all(len(found) > 1 for found in finished), "no more than what was removed, as a whole"
+
+
+def test_a_search_does_not_go_on_from_that_of_another_method(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "search.json"
+    for method in ("greedy", "loo", "gates", "greedy"):
+        assert _found(select(method, _request(2, checkpoint=checkpoint))) == _found(select(method, _request(2)))
+
+
+@pytest.mark.parametrize("objective", ["lm", "kl"])
+def test_logits_of_a_pass_with_gradients_are_counted(objective: Any) -> None:
+    """There and back, and with the KL those of the source."""
+    model = tiny_model("llama", vocab_size=2048)
+    cost = Request(NUM_BLOCKS, 2, model=model, ids_WT=token_ids(model, (8, 24)), objective=objective).need_cost("test")
+    sample = cost.sample(2, 5)
+    blocks = sum(p.numel() for p in model.model.layers.parameters())
+    head = len(sample.rows_R) * model.lm_head.weight.numel() / blocks / (8 * 24)
+    before = cost.forward_equivalents
+    gradient_of_gates(cost, sample, torch.ones(NUM_BLOCKS, dtype=torch.float64))
+    took = cost.forward_equivalents - before
+    assert head > 0.1
+    assert took == pytest.approx(3 * 3 / 8 + {"lm": 2, "kl": 3}[objective] * head)
+    assert took == pytest.approx(gradient_equivalents(cost, sample))
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (16, 512)], ids=["few", "more positions than a set is measured at"])
+def test_taylor_takes_as_much_of_the_head_as_expected(shape: tuple[int, int]) -> None:
+    model = tiny_model("llama", vocab_size=2048, max_position_embeddings=512)
+    request = Request(NUM_BLOCKS, 2, model=model, ids_WT=token_ids(model, shape))
+    cost = replace(request, objective="lm").need_cost("test")
+    head = cost.predicted_equivalents(1, cost.everything, share_run=0)
+    assert head > 0.2
+    selection = select("taylor", request)
+    # For the cost of what is removed half of the blocks are expected to run.
+    run = (NUM_BLOCKS - selection.removed[0] - 2) / NUM_BLOCKS
+    took = selection.report["forward_equivalents"] - run + 0.5
+    assert search_passes("taylor", request, head=head) == pytest.approx(took, abs=0.01)
+
+
+@pytest.mark.parametrize("objective", ["lm", "kl"])
+def test_the_gradient_of_the_gates_is_that_of_finite_differences(objective: Any) -> None:
+    request = _request(objective=objective)
     cost = request.need_cost("test")
     gates = torch.full((NUM_BLOCKS,), 0.8, dtype=torch.float64)
     _, gradient = gradient_of_gates(cost, cost.everything, gates)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from foldgpt.errors import UnsupportedModelError
-from foldgpt.objectives import Head, cross_entropy, divergence, forward_kl, forward_kl_loss
+from foldgpt.objectives import Head, SourcePredictions, cross_entropy, divergence, forward_kl
 from models import tiny_model, token_ids
 
 
@@ -35,15 +35,48 @@ def test_forward_kl_equals_the_plain_one() -> None:
     assert forward_kl(head, teacher, teacher).abs().max() < 1e-5
 
 
-def test_loss_and_gradient_equal_the_plain_ones() -> None:
-    head, teacher, student = _hidden()
-    student.requires_grad_()
-    plain = _plain(head, teacher, student).mean()
-    (expected,) = torch.autograd.grad(plain, student)
-    loss = forward_kl_loss(head, teacher, student)
-    (2 * loss).backward()
-    torch.testing.assert_close(loss, plain)
-    torch.testing.assert_close(student.grad, 2 * expected)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "granite", "gemma2"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_predictions_once_reduced_give_the_plain_divergence(family: str, biased: bool) -> None:
+    """A factor, a cap and a bias of the head included, and more tokens than are kept one by one."""
+    model: Any = tiny_model(family).requires_grad_(False)
+    if biased:
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(128), requires_grad=False)
+    torch.manual_seed(0)
+    head, teacher, student = Head(model), torch.randn(10, 32), torch.randn(10, 32)
+    found = SourcePredictions(head, teacher).kl(student)
+    torch.testing.assert_close(found, _plain(head, teacher, student), rtol=1e-4, atol=1e-5)
+
+
+def test_the_rounding_of_a_head_in_bf16_is_no_noise_in_a_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logsumexp is of rounded logits. Against Σ p z that is not rounded, a likely token's error is all there."""
+    monkeypatch.setattr(divergence, "CHUNK_BYTES", 2**22)
+    torch.manual_seed(0)
+    weight = 0.12 * torch.randn(4096, 128)
+    # Each row likes one token, as a language model does.
+    teacher = (3 * torch.randn(256, 128) + weight[torch.randint(4096, (256,))] / 0.12).bfloat16()
+    student = teacher + 0.1 * torch.randn(256, 128).bfloat16()
+    exact, rounded = (_head_of(weight.bfloat16().to(dtype)) for dtype in (torch.float32, torch.bfloat16))
+    expected = forward_kl(exact, teacher.float(), student.float())
+    predictions = SourcePredictions(rounded, teacher)
+    assert float(predictions.kl(teacher).abs().max()) < 1e-5, "of the source itself, nothing"
+    noise = (predictions.kl(student) - expected).std()
+    of_both_tables = (forward_kl(rounded, teacher, student) - expected).std()
+    assert float(noise) < 1.2 * float(of_both_tables)
+    assert float(predictions.kl(student).min()) > -0.01 * float(expected.mean())
+    # The trap: the logsumexp of rounded logits, beside a product that is not.
+    log_p = exact.logits(teacher.float()).log_softmax(-1)
+    mixed = (log_p.exp() * (log_p - exact.logits(student.float()))).sum(-1) + rounded.logits(student).logsumexp(-1)
+    assert float((mixed - expected).std()) > 3 * float(noise)
+
+
+def _head_of(weight: torch.Tensor) -> Any:
+    """A head without a model."""
+    linear = torch.nn.Linear(*weight.shape[::-1], bias=False).requires_grad_(False)
+    linear.weight.data = weight
+    head = object.__new__(Head)
+    head._output, head._cap, head.factor, head.vocab_size = linear, None, 1.0, len(weight)
+    return head
 
 
 def test_cross_entropy_equals_the_plain_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from foldgpt.compensation import compensate, merge_
+from foldgpt.errors import FoldGPTError
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan
@@ -135,3 +137,41 @@ def test_a_compensated_set_costs_what_it_costs_merged_and_folded(family: str, mo
     assert got == pytest.approx(expected, rel=2e-3, abs=1e-4)
     plain = RemovalCost(replay, units=Units.sublayers(replay.decoder, 1)).cost(frozenset({5, 6, 7, 10}))
     assert abs(got - plain) > 0.01 * plain
+
+
+@pytest.mark.parametrize("ask", ["cost", "walk"])
+def test_a_sample_that_is_made_on_the_way_is_timed_once(ask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    made, run = RemovalCost._make_sample, RemovalCost._run
+
+    def tick(seconds: float, method: Any) -> Any:
+        def ticking(*arguments: Any, **named: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return method(*arguments, **named)
+
+        return ticking
+
+    monkeypatch.setattr(cost_module, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(RemovalCost, "_make_sample", tick(100, made))
+    monkeypatch.setattr(RemovalCost, "_run", tick(1, run))
+    model = tiny_model("llama")
+    cost = RemovalCost(Replay(model, token_ids(model)))
+    getattr(cost, ask)(frozenset({2}))
+    assert cost.seconds == 101
+
+
+@pytest.mark.parametrize(
+    ("removed", "words"),
+    [
+        ({2, 3, 5, 8}, r"blocks \[1\], the attention of blocks \[4\], the MLP of blocks \[2\]"),
+        ({5}, r"the MLP of blocks \[2\]"),
+    ],
+)
+def test_what_is_not_finite_is_said_in_blocks_and_not_in_units(removed: set[int], words: str) -> None:
+    model = tiny_model("llama")
+    replay = Replay(model, token_ids(model))
+    cost = RemovalCost(replay, units=Units.sublayers(replay.decoder, 1))
+    replay.finish = lambda hidden: hidden * float("nan")  # type: ignore[method-assign]
+    with pytest.raises(FoldGPTError, match=f"without {words} the model's predictions are not finite"):
+        cost.cost(frozenset(removed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import pytest
 
 from foldgpt.analysis import Analysis
 from foldgpt.artifacts import read_json, write_json
-from foldgpt.errors import ArtifactError, UsageError
+from foldgpt.errors import ArtifactError, PlanError, UsageError
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan, Group
 from foldgpt.selection import SELECTORS, Request, Selection, check_request, number_to_remove, select
 from foldgpt.sharing import adjacent_groups, zero_started_groups
-from models import NUM_BLOCKS, tiny_model
+from models import NUM_BLOCKS, tiny_hybrid, tiny_model
 
 
 def analysis_of(bi: list[float], spans: dict[int, list[float]] | None = None) -> Analysis:
@@ -131,6 +132,41 @@ def test_random_draws_every_block_equally_often() -> None:
             counts[block] += 1
     # 180 each, with a standard deviation of 11; five of those is never exceeded by chance.
     assert all(125 < count < 235 for count in counts), counts
+
+
+# ------------------------------------------------------------------------- models in which few blocks attend
+
+
+@pytest.mark.parametrize(("method", "num_remove"), [("last", 4), ("bi", 2), ("angular", 2)])
+def test_a_set_that_cannot_be_folded_is_refused_in_the_words_of_the_fold(method: str, num_remove: int) -> None:
+    analysis = analysis_of(BI, {2: [0.5, 0.4, 0.1, 0.3, 0.6]})
+    request = Request(num_blocks=6, num_remove=num_remove, analysis=analysis, model=tiny_hybrid(3))
+    chosen = select(method, replace(request, model=None)).removed
+    assert 3 in chosen, "without a model nothing is known of its blocks"
+    with pytest.raises(PlanError) as of_the_fold:
+        fold_(tiny_hybrid(3), FoldPlan.create(source_model_of(tiny_hybrid(3)), removed=chosen))
+    with pytest.raises(PlanError, match=r"cannot remove all blocks that attend.* Keep at least one of \[3\]") as found:
+        select(method, request)
+    assert str(found.value) == str(of_the_fold.value)
+    # Another block that attends is enough.
+    assert select(method, replace(request, model=tiny_hybrid(0, 3))).removed == chosen
+
+
+@pytest.mark.parametrize("num_remove", range(6))
+def test_random_draws_sets_that_can_be_folded(num_remove: int) -> None:
+    model = tiny_hybrid(1, 4)
+    source = source_model_of(model)
+    drawn = [select("random", Request(6, num_remove, model=model, seed=seed)) for seed in range(30)]
+    for selection in drawn:
+        assert len(selection.removed) == num_remove and not {1, 4} <= set(selection.removed)
+        assert selection.removed == tuple(sorted(selection.order[:num_remove]))
+        assert sorted(selection.order) == list(range(6))
+    fold_(model, FoldPlan.create(source, removed=drawn[0].removed))
+    # Where all blocks attend, a model changes nothing.
+    llama = tiny_model("llama")
+    for seed in range(5):
+        request = Request(NUM_BLOCKS, num_remove, seed=seed)
+        assert select("random", replace(request, model=llama)) == select("random", request)
 
 
 # ----------------------------------------------------------------------------------------------- requests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Iterator
@@ -14,11 +15,11 @@ from torch import LongTensor, Tensor, nn
 
 from foldgpt.analysis.moments import Moments
 from foldgpt.analysis.result import Analysis, CalibrationIdentity, SourceIdentity, SublayerMeasures
-from foldgpt.artifacts import check_free_file, hash_of, read_json, write_json
-from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
+from foldgpt.errors import FoldGPTError, UsageError
 from foldgpt.families import Decoder, decoder_of
 from foldgpt.fingerprints import weights_fingerprint
 from foldgpt.progress import bar
+from foldgpt.progress_file import ProgressFile
 
 _CHECKPOINT_FORMAT = "foldgpt.analysis-checkpoint"
 _CHECKPOINT_SECONDS = 30.0
@@ -74,8 +75,13 @@ def analyze(
     batch_size = _batch_size(decoder, context) if batch_size is None else batch_size
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}, must be at least 1.")
-    progress = _Checkpoint(checkpoint, decoder, windows_ids, lengths, source)
-    windows_done, seconds_before = progress.resume_(moments)
+    progress = ProgressFile(
+        checkpoint,
+        _CHECKPOINT_FORMAT,
+        lambda: _identity(decoder, windows_ids, lengths, source),
+        seconds_between=_CHECKPOINT_SECONDS,
+    )
+    windows_done, seconds_before = _go_on_(progress, moments)
     started = time.perf_counter()
 
     with ExitStack() as stack:
@@ -95,7 +101,8 @@ def analyze(
             _measure_(moments, recorder.states(ids.numel()), length, mask)
             running.advance(batch.stop - batch.start)
             windows_done = batch.stop
-            progress.save(moments, windows_done, seconds_before + time.perf_counter() - started)
+            seconds = seconds_before + time.perf_counter() - started
+            progress.save(functools.partial(_sums, moments, windows_done, seconds))
 
     return _result(
         decoder,
@@ -266,67 +273,39 @@ def _not_finite(boundary: int) -> FoldGPTError:
     )
 
 
-class _Checkpoint:
-    """The partial sums on disk, if the caller gave them a place."""
+def _identity(
+    decoder: Decoder, windows_ids: LongTensor, lengths: Tensor, source: SourceIdentity | None
+) -> dict[str, Any]:
+    """All that decides what a sweep finds."""
+    windows = hashlib.sha256(windows_ids.to("cpu").contiguous().numpy().tobytes())
+    windows.update(lengths.numpy().tobytes())
+    return {
+        "source": weights_fingerprint(decoder.model) if source is None else source.model_dump(mode="json"),
+        "config": str(decoder.config.to_json_string()),
+        "dtype": str(next(decoder.model.parameters()).dtype),
+        "windows": windows.hexdigest(),
+        "shape": list(windows_ids.shape),
+    }
 
-    def __init__(
-        self,
-        path: str | Path | None,
-        decoder: Decoder,
-        windows_ids: LongTensor,
-        lengths: Tensor,
-        source: SourceIdentity | None,
-    ) -> None:
-        self._path = None if path is None else Path(path)
-        self._saved = time.monotonic()
-        if self._path is None:
-            return
-        # Before the sweep, which may be over before the first checkpoint is due.
-        check_free_file(self._path, replace=True)
-        windows = hashlib.sha256(windows_ids.to("cpu").contiguous().numpy().tobytes())
-        windows.update(lengths.numpy().tobytes())
-        self._fingerprint = hash_of(
-            {
-                "source": (weights_fingerprint(decoder.model) if source is None else source.model_dump(mode="json")),
-                "config": str(decoder.config.to_json_string()),
-                "dtype": str(next(decoder.model.parameters()).dtype),
-                "windows": windows.hexdigest(),
-                "shape": list(windows_ids.shape),
-            }
-        )
 
-    def resume_(self, moments: Moments) -> tuple[int, float]:
-        """Load the sums of an interrupted sweep if there are some that fit.
+def _sums(moments: Moments, windows_done: int, seconds: float) -> dict[str, Any]:
+    """What a sweep has so far, for `_go_on_`."""
+    return {"windows_done": windows_done, "seconds": seconds, "moments": moments.to_json_dict()}
 
-        Returns:
-            The number of windows already in `moments`, and the seconds they took.
-        """
-        if self._path is None:
-            return 0, 0.0
-        try:
-            value = read_json(self._path, "checkpoint")
-            if value["format"] != _CHECKPOINT_FORMAT or value["fingerprint"] != self._fingerprint:
-                return 0, 0.0
-            windows_done, seconds = int(value["windows_done"]), float(value["seconds"])
-            moments.load_json_dict_(value["moments"])
-        except (ArtifactError, KeyError, TypeError, ValueError):
-            # Missing, of another request or damaged: it is only a shortcut, the sweep starts over.
-            return 0, 0.0
-        return windows_done, seconds
 
-    def save(self, moments: Moments, windows_done: int, seconds: float) -> None:
-        """Write the sums, if the last time is long enough ago."""
-        if self._path is None or time.monotonic() - self._saved < _CHECKPOINT_SECONDS:
-            return
-        value = {
-            "format": _CHECKPOINT_FORMAT,
-            "fingerprint": self._fingerprint,
-            "windows_done": windows_done,
-            "seconds": seconds,
-            "moments": moments.to_json_dict(),
-        }
-        write_json(self._path, value)
-        self._saved = time.monotonic()
+def _go_on_(progress: ProgressFile, moments: Moments) -> tuple[int, float]:
+    """Load the sums of an interrupted sweep if there are some that fit.
+
+    Returns:
+        The number of windows already in `moments`, and the seconds they took.
+    """
+    found = progress.load()
+    try:
+        windows_done, seconds = int(found["windows_done"]), float(found["seconds"])
+        moments.load_json_dict_(found["moments"])
+    except (KeyError, TypeError, ValueError):
+        return 0, 0.0  # none, or damaged
+    return windows_done, seconds
 
 
 def _result(

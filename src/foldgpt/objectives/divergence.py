@@ -1,13 +1,10 @@
 """Distances between the next-token distributions of two models, from their last hidden states.
 
 The logits of a batch in fp32 would fill the memory (tokens × vocabulary), so they are made, compared and dropped
-a few rows at a time; where a gradient is wanted, it is taken in the same visit.
+a few rows at a time. Where a gradient is wanted, `fused_logit_losses` takes it in the same visit.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,34 +55,6 @@ def cross_entropy(head: Head, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def forward_kl_loss(head: Head, teacher_RH: Tensor, student_RH: Tensor) -> Tensor:
-    """The mean of `forward_kl` as a scalar that can be differentiated with respect to `student_RH`.
-
-    The head itself gets no gradient.
-    """
-
-    def losses(rows: slice, logits_RV: Tensor) -> Tensor:
-        with torch.no_grad():
-            teacher_RV = head.logits(teacher_RH[rows])
-        return _kl_rows(teacher_RV, logits_RV)
-
-    loss: Tensor = _FusedMean.apply(student_RH, losses, head)
-    return loss
-
-
-def cross_entropy_loss(head: Head, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
-    """The mean of `cross_entropy` as a scalar that can be differentiated with respect to `hidden_RH`.
-
-    The head itself gets no gradient.
-    """
-
-    def losses(rows: slice, logits_RV: Tensor) -> Tensor:
-        return torch.nn.functional.cross_entropy(logits_RV, targets_R[rows], reduction="none")
-
-    loss: Tensor = _FusedMean.apply(hidden_RH, losses, head)
-    return loss
-
-
 def chunk_rows(head: Head) -> int:
     """Rows whose logits are made at once: a power of two, which products of matrices like."""
     return 1 << max(0, (CHUNK_BYTES // (4 * head.vocab_size)).bit_length() - 1)
@@ -97,27 +66,3 @@ def _kl_rows(teacher_RV: Tensor, student_RV: Tensor) -> Tensor:
     probability = (teacher_RV - teacher_lse[:, None]).exp_()
     difference = (probability * (teacher_RV - student_RV)).sum(-1)
     return difference - teacher_lse + student_RV.logsumexp(-1)
-
-
-class _FusedMean(torch.autograd.Function):
-    """Loss and gradient in one visit of each chunk, so that no logits are kept for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_RH: Tensor, losses: Callable[[slice, Tensor], Tensor], head: Head) -> Tensor:
-        gradient = torch.empty_like(hidden_RH)
-        total = torch.zeros((), dtype=torch.float32, device=hidden_RH.device)
-        size = chunk_rows(head)
-        for start in range(0, len(hidden_RH), size):
-            rows = slice(start, start + size)
-            with torch.enable_grad():
-                hidden = hidden_RH[rows].detach().requires_grad_()
-                loss = losses(rows, head.logits(hidden)).sum() / len(hidden_RH)
-                (gradient[rows],) = torch.autograd.grad(loss, hidden)
-            total += loss.detach()
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None

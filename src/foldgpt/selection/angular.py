@@ -10,11 +10,16 @@ from foldgpt.selection.selection import Request, Selection
 
 
 def angular(request: Request) -> Selection:
-    """Remove the span of `num_remove` blocks whose input and output are nearest in angle."""
+    """Remove the span of `num_remove` blocks whose input and output are nearest in angle.
+
+    Raises:
+        UsageError: no analysis, or one of another model.
+        PlanError: the model cannot be folded without these blocks; others would not be the method's.
+    """
     analysis = request.need_analysis("angular")
     scores = tuple(analysis.angular_span(1))
     if request.num_remove == 0:
         return Selection("angular", scores, (), ())
     start = analysis.best_angular_span(request.num_remove)
-    span = tuple(range(start, start + request.num_remove))
+    span = request.foldable(range(start, start + request.num_remove))
     return Selection("angular", scores, span, span)

@@ -72,7 +72,7 @@ def num_positions(num_tokens: int, share: float = _POSITION_SHARE, most: int = _
 
 
 def search_windows(num_tokens: int, context: int, num_windows: int) -> int:
-    """On how many of the calibration windows a search measures.
+    """On how many of the calibration windows a search measures; on all where it is to measure on more than they have.
 
     Args:
         num_tokens: tokens that it is to measure on.
@@ -99,6 +99,7 @@ class RemovalCost:
 
     Attributes:
         seconds: time spent so far, the recording not included.
+        head_cost: work of the head for one token, compared with that of all blocks.
     """
 
     def __init__(
@@ -119,6 +120,9 @@ class RemovalCost:
         self.compensate = compensate
         self.seconds = 0.0
         self.head = Head(replay.model)
+        blocks = sum(parameter.numel() for parameter in replay.decoder.blocks.parameters())
+        self.head_cost = self.head.vocab_size * replay.states[0].shape[-1] / blocks
+        self._spent_before = 0.0
         self._head_rows = 0.0
         self._source_rows = 0.0
         self._seed = seed
@@ -178,15 +182,30 @@ class RemovalCost:
         """Work so far in forward passes of the source's blocks over all windows, the recording included.
 
         A block call counts 1/N. A position at which logits are made counts as many tokens as the head's matrix
-        has parameters, compared with all blocks.
+        has parameters, compared with all blocks. What `add_spent` was told of is included.
         """
-        head = self._head_rows * self._head_cost / self.replay.ids_WT.numel()
-        return self.set_up_equivalents + self.replay.num_block_calls / self.replay.num_blocks + head
+        head = self._head_rows * self.head_cost / self.replay.ids_WT.numel()
+        own = self.set_up_equivalents + self.replay.num_block_calls / self.replay.num_blocks + head
+        return self._spent_before + own
 
     @property
     def set_up_equivalents(self) -> float:
         """The part of `forward_equivalents` that is the source's: the recording, and its predictions."""
-        return 1 + self._source_rows * self._head_cost / self.replay.ids_WT.numel()
+        return 1 + self._source_rows * self.head_cost / self.replay.ids_WT.numel()
+
+    def add_spent(self, seconds: float, forward_equivalents: float) -> None:
+        """Count what the same search took before it was stopped as well.
+
+        Args:
+            seconds: time.
+            forward_equivalents: work.
+        """
+        self.seconds += seconds
+        self._spent_before += forward_equivalents
+
+    def add_head_rows(self, rows: float) -> None:
+        """Count positions at which logits were made elsewhere, or something that took as much."""
+        self._head_rows += rows
 
     def cost(self, removed: Removed, sample: Sample | None = None, *, keep: bool = True) -> float:
         """Mean KL(source ‖ folded) in nats per token, or the mean language-modelling loss.
@@ -202,7 +221,7 @@ class RemovalCost:
         value = float(self.costs(removed, sample, keep=keep).mean())
         if value != value or value in (float("inf"), float("-inf")):
             raise FoldGPTError(
-                f"without {sorted(removed)} the model's predictions are not finite; "
+                f"without {self.units.words(removed)} the model's predictions are not finite; "
                 "load it in float32 or bfloat16 (--dtype)"
             )
         return value
@@ -210,10 +229,10 @@ class RemovalCost:
     @torch.no_grad()
     def costs(self, removed: Removed, sample: Sample | None = None, *, keep: bool = True) -> Tensor:
         """The cost at each position of the sample, fp32 [R]."""
+        sample = sample or self.everything  # before the clock begins: making one has a clock of its own
         began = time.perf_counter()
-        sample = sample or self.everything
         hidden_RH = self._predictions(self._run(removed, sample, keep), sample.rows_R)
-        self._head_rows += len(hidden_RH)
+        self.add_head_rows(len(hidden_RH))
         if sample.source is not None:
             costs_R = sample.source.kl(hidden_RH)
         else:
@@ -224,8 +243,9 @@ class RemovalCost:
     @torch.no_grad()
     def walk(self, removed: Removed, sample: Sample | None = None) -> None:
         """Keep the states of a set at every depth, as a start for sets that also remove one deeper unit."""
+        sample = sample or self.everything
         began = time.perf_counter()
-        self._run(removed, sample or self.everything, keep=True, up_to=self.replay.num_blocks)
+        self._run(removed, sample, keep=True, up_to=self.replay.num_blocks)
         self.seconds += time.perf_counter() - began
 
     # -------------------------------------------------------------------------------------------- streams
@@ -304,13 +324,7 @@ class RemovalCost:
         """
         tokens = self.replay.ids_WT.numel()
         windows = (sample.windows.stop - sample.windows.start) / self.replay.num_windows
-        return num_sets * (share_run * windows + len(sample.rows_R) * self._head_cost / tokens)
-
-    @property
-    def _head_cost(self) -> float:
-        """Work of the head for one token, compared with that of all blocks."""
-        blocks = sum(parameter.numel() for parameter in self.replay.decoder.blocks.parameters())
-        return self.head.vocab_size * self.replay.states[0].shape[-1] / blocks
+        return num_sets * (share_run * windows + len(sample.rows_R) * self.head_cost / tokens)
 
 
 def _bytes(stream: list[Tensor]) -> int:

@@ -7,20 +7,41 @@ from typing import Any
 import numpy
 
 from foldgpt.errors import UsageError
+from foldgpt.families import decoder_of
 from foldgpt.selection.selection import Request, Selection
+from foldgpt.selection.units import Units
 
 
 def last(request: Request) -> Selection:
-    """Remove the last blocks, the deepest first."""
+    """Remove the last blocks, the deepest first.
+
+    Raises:
+        PlanError: the model cannot be folded without these blocks; others would not be the last.
+    """
     order = tuple(reversed(range(request.num_blocks)))
-    return Selection("last", None, order, tuple(sorted(order[: request.num_remove])))
+    return Selection("last", None, order, request.foldable(order[: request.num_remove]))
 
 
 def random(request: Request) -> Selection:
-    """Remove blocks drawn uniformly with the option `seed`, by default the request's."""
+    """Remove blocks drawn one after another with the option `seed`, by default the request's.
+
+    Each is drawn uniformly among those without which the model can still be folded.
+
+    Raises:
+        UsageError: an unknown option, or a seed that cannot be one.
+        PlanError: the model cannot be folded at all.
+    """
     seed = random_options(request)["seed"]
-    order = tuple(int(index) for index in numpy.random.default_rng(seed).permutation(request.num_blocks))
-    return Selection("random", None, order, tuple(sorted(order[: request.num_remove])))
+    drawn = [int(index) for index in numpy.random.default_rng(seed).permutation(request.num_blocks)]
+    decoder = None if request.model is None else decoder_of(request.model)
+    units = Units.blocks(request.num_blocks, request.num_remove, decoder)
+    # What may not go at its turn may not go later either, so passing it over leaves the other draws uniform.
+    gone: list[int] = []
+    for block in drawn:
+        if units.is_allowed([*gone, block]):
+            gone.append(block)
+    order = (*gone, *(block for block in drawn if block not in gone))
+    return Selection("random", None, order, request.foldable(order[: request.num_remove]))
 
 
 def random_options(request: Request) -> dict[str, Any]:

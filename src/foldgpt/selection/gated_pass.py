@@ -10,8 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from foldgpt.errors import FoldGPTError, UsageError
-from foldgpt.objectives import cross_entropy_loss, forward_kl_loss
-from foldgpt.selection.cost import RemovalCost, Sample
+from foldgpt.objectives import DivergenceLoss, fused_logit_losses
+from foldgpt.selection.cost import Objective, RemovalCost, Sample
+
+#: Passes over the blocks that one with gradients counts as: one forward, about two for those of its activations.
+_BLOCK_PASSES = 3
+#: The same for the head: there and, with one product, back; and with the KL the source's logits as well.
+_HEAD_PASSES: dict[Objective, int] = {"lm": 2, "kl": 3}
 
 
 def check_blocks(cost: RemovalCost, method: str) -> None:
@@ -27,7 +32,7 @@ def check_blocks(cost: RemovalCost, method: str) -> None:
 def gradient_of_gates(cost: RemovalCost, sample: Sample, gates_N: Tensor) -> tuple[float, Tensor]:
     """The cost of a gated model on a sample, and its gradient with respect to the gates.
 
-    Counted as three block calls: one forward, and about two for the gradients of its activations.
+    Counted as `gradient_equivalents` says.
 
     Args:
         cost: the measure.
@@ -57,19 +62,42 @@ def gradient_of_gates(cost: RemovalCost, sample: Sample, gates_N: Tensor) -> tup
                 hidden_BTH = hidden_BTH + gates_N[block].to(hidden_BTH.dtype) * update_BTH
             rows_RH = hidden_BTH.flatten(0, 1)[sample.rows_R[here] - first]
             student_RH = replay.finish(rows_RH[None])[0]
-            if sample.source is None:
-                loss = cross_entropy_loss(cost.head, student_RH, sample.targets_R[here])
-            else:
-                loss = forward_kl_loss(cost.head, sample.source.hidden_RH[here], student_RH)
-            loss = loss * float(here.double().mean())
+            by_kl = sample.source is not None
+            loss, _, _ = fused_logit_losses(
+                cost.head,
+                student_RH,
+                sample.targets_R[here],
+                teacher_head=cost.head,
+                teacher_RH=None if sample.source is None else sample.source.hidden_RH[here],
+                divergence=DivergenceLoss() if by_kl else None,
+                lm_weight=0.0 if by_kl else 1.0,
+            )
+            loss = loss / len(sample.rows_R)
             loss.backward()
             total += float(loss.detach())
-            replay.num_block_calls += 2 * replay.num_blocks * (batch.stop - batch.start) / replay.num_windows
+            share = (batch.stop - batch.start) / replay.num_windows
+            replay.num_block_calls += (_BLOCK_PASSES - 1) * replay.num_blocks * share
+            cost.add_head_rows(_HEAD_PASSES[cost.objective] * len(student_RH))
     cost.seconds += time.perf_counter() - began
     assert gates_N.grad is not None
     if not bool(gates_N.grad.isfinite().all()) or total != total:
         raise FoldGPTError("the gates' gradient is not finite; load the model in float32 or bfloat16 (--dtype)")
     return total, gates_N.grad.double()
+
+
+def gradient_equivalents(cost: RemovalCost, sample: Sample) -> float:
+    """What `gradient_of_gates` will count in `RemovalCost.forward_equivalents`.
+
+    Three passes of the blocks over the sample; and of the head, at the sample's positions, two passes with the
+    language-modelling loss, three with the KL.
+
+    Args:
+        cost: the measure.
+        sample: where.
+    """
+    head = cost.predicted_equivalents(1, sample, share_run=0)
+    blocks = cost.predicted_equivalents(1, sample, share_run=1) - head
+    return _BLOCK_PASSES * blocks + _HEAD_PASSES[cost.objective] * head
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from foldgpt.progress import bar
+from foldgpt.selection.checkpoint import Checkpoint, from_json, to_json
 from foldgpt.selection.cost import RemovalCost
 from foldgpt.selection.measured import ranked, selection_of
 from foldgpt.selection.selection import Request, Selection
@@ -16,14 +17,26 @@ from foldgpt.selection.units import Removed
 
 
 def greedy(request: Request) -> Selection:
-    """Remove one unit at a time, each time the one with which the model is nearest to the source."""
+    """Remove one unit at a time, each time the one with which the model is nearest to the source.
+
+    Raises:
+        UsageError: the model or the windows are missing, or no set meets the budget.
+        FoldGPTError: a cost is not a number.
+        ArtifactError: the checkpoint cannot be written.
+    """
     cost = request.need_cost("greedy")
     units = cost.units
-    removed: Removed = frozenset()
-    order: list[int] = []
-    trace: list[dict[str, Any]] = []
-    first: list[float] = []
+    checkpoint = Checkpoint("greedy", request, cost)
+    order: list[int] = checkpoint.found.get("order", [])
+    trace: list[dict[str, Any]] = checkpoint.found.get("trace", [])
+    first = from_json(checkpoint.found.get("first", []))
+    removed: Removed = frozenset(order)
+
+    def keep(*, now: bool = False) -> None:
+        checkpoint.save({"order": order, "trace": trace, "first": to_json(first)}, now=now)
+
     with bar("greedy", units.target) as progress:
+        progress.advance(sum(units.sizes[unit] for unit in order))
         while units.missing(removed) > 0:
             costs = _next_costs(cost, removed)
             first = first or costs
@@ -37,7 +50,10 @@ def greedy(request: Request) -> Selection:
                 "forward_equivalents": round(cost.forward_equivalents, 2),
             }
             trace.append({"removed": best, "cost": costs[best], **spent})
+            keep()
             progress.advance(units.sizes[best])
+    if order:
+        keep(now=True)
     # A last unit may be larger than what was missing; what that makes unnecessary is put back.
     kept_out = units.fill(order) if order else removed
     scores = first or [0.0] * len(units)

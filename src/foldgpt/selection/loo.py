@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from foldgpt.selection.checkpoint import Checkpoint, from_json, to_json
 from foldgpt.selection.measured import leave_one_out, ranked, selection_of
 from foldgpt.selection.selection import Request, Selection
 
 
 def loo(request: Request) -> Selection:
-    """Measure the model without each unit in turn, and remove the cheapest ones."""
+    """Measure the model without each unit in turn, and remove the cheapest ones.
+
+    Raises:
+        UsageError: the model or the windows are missing, or no set meets the budget.
+        FoldGPTError: a cost is not a number.
+        ArtifactError: the checkpoint cannot be written.
+    """
     cost = request.need_cost("loo")
-    scores = leave_one_out(cost)
+    checkpoint = Checkpoint("loo", request, cost)
+    known = from_json(checkpoint.found.get("scores", []))
+    scores = leave_one_out(cost, known=known, after_each=lambda scores: checkpoint.save({"scores": to_json(scores)}))
+    checkpoint.save({"scores": to_json(scores)}, now=True)
     order = ranked(scores)
     removed = cost.units.fill(order)
     value = cost.cost(removed)

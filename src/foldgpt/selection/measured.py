@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from foldgpt.progress import bar
@@ -11,22 +11,39 @@ from foldgpt.selection.selection import Selection
 from foldgpt.selection.units import Removed
 
 
-def leave_one_out(cost: RemovalCost, sample: Sample | None = None, description: str = "each alone") -> list[float]:
+def leave_one_out(
+    cost: RemovalCost,
+    sample: Sample | None = None,
+    description: str = "each alone",
+    *,
+    known: Sequence[float] = (),
+    after_each: Callable[[list[float]], None] = lambda scores: None,
+) -> list[float]:
     """The cost of removing each unit alone; infinite where the model could not exist.
 
     Args:
         cost: the measure.
         sample: where to measure; all windows by default.
         description: for the progress bar.
+        known: scores of the first units, measured before the search was stopped.
+        after_each: called with the scores so far whenever a unit has been measured.
     """
     units = cost.units
-    scores = []
+    scores = list(known)
     with bar(description, len(units)) as progress:
-        for unit in range(len(units)):
+        progress.advance(len(scores))
+        for unit in range(len(scores), len(units)):
             allowed = units.is_allowed([unit])
             scores.append(cost.cost(frozenset([unit]), sample, keep=False) if allowed else float("inf"))
+            after_each(scores)
             progress.advance()
     return scores
+
+
+def finite(scores: Sequence[float]) -> list[float]:
+    """Scores with the largest finite one in place of infinities; 0 where all are infinite."""
+    largest = max((score for score in scores if score != float("inf")), default=0.0)
+    return [min(score, largest) for score in scores]
 
 
 def ranked(scores: Sequence[float]) -> list[int]:
@@ -54,12 +71,9 @@ def selection_of(
         report: what else is to be reported.
     """
     whole, attention, mlp = cost.units.parts(removed)
-    if scores is not None:
-        largest = max((score for score in scores if score != float("inf")), default=0.0)
-        scores = [min(score, largest) for score in scores]
     return Selection(
         method=method,
-        scores=None if scores is None else tuple(scores),
+        scores=None if scores is None else tuple(finite(scores)),
         order=tuple(order),
         removed=whole,
         removed_attention=attention,

@@ -103,8 +103,9 @@ def search_passes(method: str, request: Request, *, head: float = 0.0) -> float:
 
     Args:
         method: a key of `SELECTORS`.
-        request: what is asked; neither a model nor windows are needed. If small units go, it takes more of them to
-            make up the same size, and more passes than this.
+        request: what is asked; neither a model nor windows are needed, but `taylor` reads off the shape of windows
+            that are there how many positions it makes logits at. If small units go, it takes more of them to make up
+            the same size, and more passes than this.
         head: what the predictions of one set take, in forward passes of the blocks.
 
     Returns:
@@ -127,6 +128,7 @@ def select(method: str, request: Request) -> Selection:
 
     Raises:
         UsageError: as `check_request` says, or an analysis, a model or windows that are missing or do not fit.
+        PlanError: the model that is given cannot be folded without the blocks that the method means.
         FoldGPTError: a search that cannot give an answer; the message says why.
     """
     check_request(method, request)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from foldgpt.analysis import Analysis
 from foldgpt.errors import ArtifactError, UsageError, did_you_mean, first_problem
 from foldgpt.families import decoder_of
+from foldgpt.folding import predicted_parameters, source_model_of
+from foldgpt.plan import FoldPlan
 from foldgpt.replay import Replay
 from foldgpt.selection.cost import Objective, RemovalCost
 from foldgpt.selection.units import Units
@@ -31,8 +33,9 @@ class Request:
         num_remove: how many to remove.
         analysis: the redundancy analysis, for selectors that read it.
         seed: for selectors that draw, and for the positions at which costs are measured.
-        model: the source model, in memory, for selectors that measure.
-        ids_WT: calibration windows, int64 [W, T], likewise.
+        model: the source model, in memory, for selectors that measure. The others do not look at its weights: they
+            read off its config which sets can be folded, and without a model take it that all can.
+        ids_WT: calibration windows, int64 [W, T], for selectors that measure.
         objective: what is measured: "kl" to the source or "lm", the language-modelling loss.
         compensate: judge a set by what it costs after closed-form compensation.
         sublayers: remove attention and MLP apart, as many parameters as `num_remove` blocks have.
@@ -73,6 +76,21 @@ class Request:
             )
         return self.analysis
 
+    def foldable(self, removed: Iterable[int]) -> tuple[int, ...]:
+        """Blocks in increasing order, if the model can be folded without them. Where no model is given, all are.
+
+        Args:
+            removed: the blocks to remove.
+
+        Raises:
+            PlanError: as `foldgpt.folding.fold_` says.
+        """
+        blocks = tuple(sorted(removed))
+        if self.model is not None:
+            # It refuses what `fold_` refuses, and in the same words; the number is of no interest.
+            predicted_parameters(self.model, FoldPlan.create(source_model_of(self.model), removed=blocks))
+        return blocks
+
     def need_cost(self, method: str) -> RemovalCost:
         """The measure of removed sets, made from the model and the windows.
 
@@ -89,11 +107,9 @@ class Request:
             units = Units.sublayers(decoder, self.num_remove)
         else:
             units = Units.blocks(self.num_blocks, self.num_remove, decoder)
-        # Searches look at a few micro-batches at a time, so there should be some.
         windows, tokens = self.ids_WT.shape if self.ids_WT.ndim == 2 else (1, 1)
-        batch_size = max(1, min(_BATCH_TOKENS // max(1, tokens), windows // _LEAST_BATCHES))
         return RemovalCost(
-            Replay(self.model, self.ids_WT, batch_size=batch_size),
+            Replay(self.model, self.ids_WT, batch_size=windows_at_once(windows, tokens)),
             units=units,
             objective=self.objective,
             compensate=self.compensate,
@@ -114,6 +130,11 @@ class Request:
             if name not in known:
                 raise UsageError(f"the selector {method!r} has no option {name!r}.{did_you_mean(name, known)}")
         return {**known, **self.options}
+
+
+def windows_at_once(num_windows: int, context: int) -> int:
+    """Windows in a micro-batch. Searches look at a few micro-batches at a time, so there should be some."""
+    return max(1, min(_BATCH_TOKENS // max(1, context), num_windows // _LEAST_BATCHES))
 
 
 @dataclass(frozen=True)

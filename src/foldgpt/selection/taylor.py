@@ -12,9 +12,10 @@ from dataclasses import replace
 import torch
 
 from foldgpt.progress import bar
+from foldgpt.selection.cost import num_positions
 from foldgpt.selection.gated_pass import gradient_of_gates
 from foldgpt.selection.measured import ranked, selection_of
-from foldgpt.selection.selection import Request, Selection
+from foldgpt.selection.selection import Request, Selection, windows_at_once
 
 
 def taylor(request: Request) -> Selection:
@@ -34,5 +35,22 @@ def taylor(request: Request) -> Selection:
 
 
 def taylor_passes(request: Request, head: float) -> float:
-    """What `taylor` takes: there, back to the gates for about twice as much, and the cost of what it removes."""
-    return 4 + 2 * head
+    """What `taylor` takes: the recording, there and back to the gates as three passes, the cost of what it removes.
+
+    A set's cost is read at a limited number of positions, the gradient at half of those of each micro-batch. A request
+    that has no windows is taken to be within the limit.
+    """
+    there_and_back = 3 + 2 * head * _times_as_many_positions(request)
+    return 1 + there_and_back + 0.5 + head
+
+
+def _times_as_many_positions(request: Request) -> float:
+    """Positions at which the gradient is taken, compared with those at which the cost of a set is."""
+    if request.ids_WT is None:
+        return 1.0
+    windows, context = request.ids_WT.shape
+    # The last position of a window has no next token.
+    tokens = max(1, context - 1)
+    size = windows_at_once(windows, context)
+    batches = (min(size, windows - start) for start in range(0, windows, size))
+    return sum(num_positions(batch * tokens) for batch in batches) / num_positions(windows * tokens)

@@ -91,6 +91,11 @@ class Units:
         )
         return tuple(sorted(self.whole_blocks(removed))), attention, mlp
 
+    def words(self, removed: Iterable[int]) -> str:
+        """A set for messages: "blocks [1, 4], the attention of blocks [6], the MLP of blocks [2]"."""
+        parts = zip(("blocks", "the attention of blocks", "the MLP of blocks"), self.parts(removed), strict=True)
+        return ", ".join(f"{what} {list(blocks)}" for what, blocks in parts if blocks)
+
     def is_allowed(self, removed: Iterable[int]) -> bool:
         """Whether a model folded so can exist: a block that attends is left, and so does the first of each kind.
 

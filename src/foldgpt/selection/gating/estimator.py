@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -31,3 +32,12 @@ class Estimator(Protocol):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state`."""
+
+
+def restore_moments_(optimizer: torch.optim.Optimizer, parameter: Tensor, moments: dict[str, Any]) -> None:
+    """Give Adam its moments back from JSON values."""
+    if moments:
+        optimizer.state[parameter] = {
+            name: torch.tensor(value, dtype=torch.float32 if name == "step" else torch.float64)
+            for name, value in moments.items()
+        }

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from foldgpt.errors import UsageError, did_you_mean
 from foldgpt.progress import bar
+from foldgpt.selection.checkpoint import Checkpoint, from_json, to_json
 from foldgpt.selection.cost import RemovalCost, Sample
+from foldgpt.selection.gated_pass import gradient_equivalents
 from foldgpt.selection.gating.estimator import Estimator
 from foldgpt.selection.gating.hard_concrete import HardConcrete
-from foldgpt.selection.gating.progress_file import ProgressFile
 from foldgpt.selection.gating.refine import measured_in_refinement, refine
 from foldgpt.selection.gating.score_function import ScoreFunction
 from foldgpt.selection.gating.smoothed import SmoothedL0
@@ -104,12 +104,11 @@ class _Search:
         self._cost = cost
         self._options = options
         self._seed = request.seed
-        self._file = ProgressFile(request)
-        fresh = {"spent": 0.0, "set_up": 0.0, "seconds": 0.0, "trace": [], "known": []}
-        self._progress: dict[str, Any] = {**fresh, **self._file.load()}
-        self._spent_before: float = self._progress["spent"]
+        self._checkpoint = Checkpoint("gates", request, cost)
+        fresh = {"set_up": 0.0, "set_up_again": 0.0, "scores": [], "trace": [], "known": []}
+        self._progress: dict[str, Any] = {**fresh, **self._checkpoint.found}
         self._set_up_before: float = self._progress["set_up"]
-        self._seconds_before: float = self._progress["seconds"]
+        self._set_up_again_before: float = self._progress["set_up_again"]
         self._allowance: float = options["effort"] * greedy_equivalents(cost)
 
     def run(self) -> Selection:
@@ -125,7 +124,7 @@ class _Search:
             removed = min(known, key=lambda found: known[found])
         value = known[removed] if known else self._cost.cost(removed)
         order = sorted(removed, key=by_gate.index) + [unit for unit in by_gate if unit not in removed]
-        selection = selection_of(
+        return selection_of(
             "gates",
             self._cost,
             removed,
@@ -136,7 +135,7 @@ class _Search:
                 "estimator": self._options["estimator"],
                 "steps": len(self._progress["trace"]),
                 "trace": self._progress["trace"],
-                "leave_one_out": [None if score == float("inf") else score for score in scores],
+                "leave_one_out": to_json(scores),
                 "by_gates_alone": sorted(self._cost.units.fill(by_gate)),
                 "refined": [
                     {"removed": sorted(found), "cost": known[found]}
@@ -144,27 +143,24 @@ class _Search:
                 ],
             },
         )
-        # An interrupted search has been paid for as well.
-        report = dict(selection.report)
-        report["seconds"] = round(report["seconds"] + self._seconds_before, 3)
-        before = self._spent_before + self._set_up_before
-        report["forward_equivalents"] = round(report["forward_equivalents"] + before, 2)
-        return replace(selection, report=report)
 
     # -------------------------------------------------------------------------------------------- stages
 
     def _scores(self) -> list[float]:
         """The cost of each unit alone, on as many windows as the allowance lets it see."""
-        if "scores" in self._progress:
-            return [float("inf") if score is None else score for score in self._progress["scores"]]
+        known = from_json(self._progress["scores"])
+        if len(known) == len(self._cost.units):
+            return known
         everything = self._cost.everything
         whole = self._cost.predicted_equivalents(len(self._cost.units), everything)
         batches = int(self._cost.num_batches * _SCORES_UNTIL * self._allowance / whole)
         batches = max(1, min(batches, self._cost.num_batches))
-        scores = leave_one_out(self._cost, self._cost.sample(0, batches))
-        self._progress["scores"] = [None if score == float("inf") else score for score in scores]
-        self._save(now=True)
-        return scores
+
+        def keep(scores: list[float]) -> None:
+            self._progress["scores"] = to_json(scores)
+            self._save(now=len(scores) == len(self._cost.units))
+
+        return leave_one_out(self._cost, self._cost.sample(0, batches), known=known, after_each=keep)
 
     def _learn(self, scores: Sequence[float]) -> Estimator:
         """Gates, learned until they are settled or their share of the allowance is spent."""
@@ -190,10 +186,10 @@ class _Search:
         if self._options["estimator"] == "score":
             return ScoreFunction(self._cost, samples, scores, seed=self._seed)
         if "num_steps" not in self._progress:
-            # A step with gradients counts as three passes over its sample.
-            share = (_LEARNING_UNTIL * self._allowance - self._spent()) * len(samples) / 3
+            step = sum(gradient_equivalents(self._cost, sample) for sample in samples) / len(samples)
+            affordable = int((_LEARNING_UNTIL * self._allowance - self._spent()) / step)
             # Kept: schedules run over all steps, those before an interruption included.
-            self._progress["num_steps"] = max(1, min(self._options["steps"], int(share)))
+            self._progress["num_steps"] = max(1, min(self._options["steps"], affordable))
         num_steps: int = self._progress["num_steps"]
         if self._options["estimator"] == "concrete":
             return HardConcrete(self._cost, samples, scores, num_steps=num_steps, seed=self._seed)
@@ -255,17 +251,17 @@ class _Search:
 
     def _spent(self) -> float:
         """Of the allowance. What a resumed search sets up anew is not: interruptions should not shorten it."""
-        return self._spent_before + self._cost.forward_equivalents - self._set_up_again
+        return self._cost.forward_equivalents - self._set_up_again
 
     @property
     def _set_up_again(self) -> float:
-        return self._cost.set_up_equivalents if self._spent_before else 0.0
+        """What was set up more than once, all interruptions together."""
+        return self._set_up_again_before + min(self._cost.set_up_equivalents, self._set_up_before)
 
     def _save(self, *, now: bool = False) -> None:
-        self._progress["spent"] = self._spent()
-        self._progress["set_up"] = self._set_up_before + self._set_up_again
-        self._progress["seconds"] = self._seconds_before + self._cost.seconds
-        self._file.save(self._progress, now=now)
+        self._progress["set_up"] = max(self._set_up_before, self._cost.set_up_equivalents)
+        self._progress["set_up_again"] = self._set_up_again
+        self._checkpoint.save(self._progress, now=now)
 
 
 def greedy_equivalents(cost: RemovalCost) -> float:

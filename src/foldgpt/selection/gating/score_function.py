@@ -21,7 +21,9 @@ from torch import Tensor
 
 from foldgpt.errors import FoldGPTError
 from foldgpt.selection.cost import RemovalCost, Sample
+from foldgpt.selection.gating.estimator import restore_moments_
 from foldgpt.selection.gating.surrogate import Measurement, Surrogate
+from foldgpt.selection.measured import finite
 from foldgpt.selection.units import Removed, Units
 
 #: Sets measured in one step.
@@ -125,11 +127,7 @@ class ScoreFunction:
         self._steps = state["steps"]
         with torch.no_grad():
             self._logits_U.copy_(torch.tensor(state["logits"], dtype=torch.float64))
-        if state["moments"]:
-            self._optimizer.state[self._logits_U] = {
-                name: torch.tensor(value, dtype=torch.float32 if name == "step" else torch.float64)
-                for name, value in state["moments"].items()
-            }
+        restore_moments_(self._optimizer, self._logits_U, state["moments"])
         self._generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
         self.measurements = [Measurement(frozenset(s), k, c, n) for s, k, c, n in state["measurements"]]
         if self.measurements:
@@ -185,8 +183,7 @@ def log_probability(logits_U: Tensor, drawn: list[list[int]]) -> Tensor:
 
 def _starting_logits(scores: Sequence[float]) -> Tensor:
     """Logits of removal: units that cost little alone are likely to go, but none is ruled out."""
-    finite = [score for score in scores if score != float("inf")]
-    log_U = torch.tensor([min(s, max(finite)) for s in scores], dtype=torch.float64).clamp_min(1e-12).log()
+    log_U = torch.tensor(finite(scores), dtype=torch.float64).clamp_min(1e-12).log()
     spread = log_U.std().clamp_min(1e-6)
     return (-(log_U - log_U.mean()) / spread * _STARTING_SPREAD).requires_grad_()
 

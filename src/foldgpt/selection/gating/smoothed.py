@@ -17,6 +17,7 @@ from torch import Tensor
 from foldgpt.errors import FoldGPTError
 from foldgpt.selection.cost import RemovalCost, Sample
 from foldgpt.selection.gated_pass import check_blocks, gradient_of_gates
+from foldgpt.selection.gating.estimator import restore_moments_
 
 
 class SmoothedL0:
@@ -100,12 +101,3 @@ class SmoothedL0:
         with torch.no_grad():
             self._a_N.copy_(torch.tensor(state["a"], dtype=torch.float64))
         restore_moments_(self._optimizer, self._a_N, state["moments"])
-
-
-def restore_moments_(optimizer: torch.optim.Optimizer, parameter: Tensor, moments: dict[str, Any]) -> None:
-    """Give Adam its moments back from JSON values."""
-    if moments:
-        optimizer.state[parameter] = {
-            name: torch.tensor(value, dtype=torch.float32 if name == "step" else torch.float64)
-            for name, value in moments.items()
-        }
