@@ -19,15 +19,17 @@ from foldgpt import artifacts, pipeline, steps
 from foldgpt.analysis import sweep
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.cli import app
-from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, UsageError
+from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, UnsupportedModelError, UsageError
 from foldgpt.evaluation import perplexity
 from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Recipe
-from foldgpt.run_folder import ledger, open_run
+from foldgpt.recovery.trainer import RecoveryTrainer
+from foldgpt.run_folder import RunFolder, ledger, open_run
 from foldgpt.selection import Selection
 from foldgpt.workbench import Workbench
-from models import token_ids
+from models import tiny_hybrid, tiny_model, token_ids
 from run_inputs import tiny_recipe, tiny_source, tiny_text
+from tiny import tiny_tokenizer
 
 STAGES = ["analysis", "selection", "plan", "fold", "source", "evaluation", "figures", "report"]
 
@@ -729,6 +731,23 @@ def test_a_plan_that_asks_for_a_fit_is_fitted_when_it_is_folded(
         steps.make_folded(bench, changed, tmp_path / "changed")
 
 
+def test_what_cannot_be_folded_is_refused_before_anything_is_fitted(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share = {"method": "adjacent", "donor": "least_squares", "fit": True}
+    bench = Workbench(Recipe.from_dict(tiny_recipe(*inputs, share=share, compensate={"method": "linear"})))
+    plan = planned(bench)
+    assert plan.fitting is not None and plan.compensation is not None
+    other = plan.model_copy(update={"fitting": bench.fitting.model_copy(update={"fingerprint": "other"})})
+    with pytest.raises(PlanError) as changed:
+        steps.make_folded(bench, other, tmp_path / "changed")
+    # Shared weights that are to be fitted cannot be made without.
+    assert str(changed.value).endswith("Make the plan again.")
+    monkeypatch.setattr(steps, "compensate_", lambda *_, **__: pytest.fail("compensated before it was checked"))
+    with pytest.raises(PlanError, match=r"are to be fitted .* there is no fit of"):
+        steps.make_folded(bench, plan.model_copy(update={"fitting": None}), tmp_path / "unfitted")
+
+
 def test_a_model_too_large_for_memory_is_analysed_but_not_folded(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(FoldGPTError, match="folding needs the whole model in memory"):
         pipeline.run(recipe.changed(max_memory_gb=0.0001), tmp_path / "run")
@@ -763,6 +782,86 @@ def test_a_run_with_recovery_ends_in_a_recovered_model(recipe: Recipe, tmp_path:
     assert stages_run == []
     # Nor is the text packed again.
     assert not (tmp_path / "run" / ".recovered.windows").exists()
+
+
+def test_a_recovery_is_not_repeated_where_the_ledger_does_not_know_of_it(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when the recovered model was there, and nothing said yet what it was made of."""
+    settings = {"batch_size": 2, "rank": 2}
+    recipe = Recipe.from_dict(
+        tiny_recipe(*inputs, recover={"num_tokens": 128, "context": 16, "held_out_tokens": 32, "settings": settings})
+    )
+    enter, step = RunFolder._enter, RecoveryTrainer.training_step
+    steps_made = []
+
+    def killed(self: Any, name: str, *arguments: Any) -> None:
+        if name == "recovery":
+            raise KeyboardInterrupt
+        enter(self, name, *arguments)
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        steps_made.append(None)
+        return step(*arguments, **named)
+
+    monkeypatch.setattr(RecoveryTrainer, "training_step", counted)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "_enter", killed)
+        pipeline.run(recipe, tmp_path / "run")
+    first = (tmp_path / "run" / "recovered" / "model.safetensors").read_bytes()
+    assert len(steps_made) == 4
+    result = pipeline.run(recipe, tmp_path / "run")
+    assert len(steps_made) == 4 and (result.model / "model.safetensors").read_bytes() == first
+    assert not [entry.name for entry in (tmp_path / "run").glob(".recovered.*")]
+
+
+def test_a_model_that_cannot_be_trained_shows_before_anything_runs(
+    inputs: tuple[Path, Path], tmp_path: Path, stages_run: list[str]
+) -> None:
+    tiny_model("llama").half().save_pretrained(tmp_path / "half")
+    tiny_tokenizer(128).save_pretrained(tmp_path / "half")
+    recover = {"num_tokens": 128, "context": 16, "held_out_tokens": 32}
+    half = Recipe.from_dict(tiny_recipe(tmp_path / "half", inputs[1], recover=recover))
+    with pytest.raises(UnsupportedModelError, match="the model is in float16"):
+        pipeline.run(half, tmp_path / "run")
+    assert stages_run == []
+
+
+def test_a_model_that_cannot_be_folded_shows_before_anything_runs(
+    inputs: tuple[Path, Path], tmp_path: Path, stages_run: list[str]
+) -> None:
+    model = tiny_source(tmp_path / "odd")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "layer_scales": [1.0] * config["num_hidden_layers"]}))
+    with pytest.raises(UnsupportedModelError, match="layer_scales"):
+        pipeline.run(Recipe.from_dict(tiny_recipe(model, inputs[1])), tmp_path / "run")
+    shared = Recipe.from_dict(
+        tiny_recipe(*inputs, select={"method": "bi", "remove": 0}, share={"method": "adjacent", "group_size": 2})
+    )
+    folded = pipeline.run(shared, tmp_path / "shared").model
+    stages_run.clear()
+    with pytest.raises(PlanError, match="is folded already"):
+        pipeline.run(Recipe.from_dict(tiny_recipe(folded, inputs[1])), tmp_path / "run")
+    assert stages_run == []
+
+
+def test_a_set_that_cannot_be_folded_shows_before_the_fold(
+    inputs: tuple[Path, Path], tmp_path: Path, stages_run: list[str]
+) -> None:
+    tiny_hybrid(4).save_pretrained(tmp_path / "hybrid")
+    tiny_tokenizer(128).save_pretrained(tmp_path / "hybrid")
+    recipe = tiny_recipe(tmp_path / "hybrid", inputs[1], select={"method": "last", "remove": 3})
+    with pytest.raises(PlanError, match="cannot remove all blocks that attend"):
+        pipeline.run(Recipe.from_dict(recipe), tmp_path / "run")
+    assert stages_run == ["analysis", "selection"]
+
+
+@pytest.mark.parametrize(("ratio", "least"), [(0.05, "0.084"), (0.001, "0.084")])
+def test_a_ratio_that_removes_nothing_is_refused(recipe: Recipe, tmp_path: Path, ratio: float, least: str) -> None:
+    with pytest.raises(UsageError, match=rf"which of 6 blocks is none. The least that removes one is {least}"):
+        pipeline.run(recipe.changed(select={"remove": None, "remove_ratio": ratio}), tmp_path / "run")
+    changed = recipe.changed(select={"remove": None, "remove_ratio": float(least)})
+    assert len(pipeline.run(changed, tmp_path / "run").plan.removed) == 1
 
 
 def test_recovery_runs_again_when_its_text_or_seed_changed_and_not_for_its_loggers(

@@ -30,6 +30,7 @@ from foldgpt.recovery import (
 from foldgpt.recovery.common import common_blocks, first_changed
 from foldgpt.recovery.distillation import IGNORED, Distillation
 from foldgpt.recovery.inputs import check_inputs
+from foldgpt.recovery.recover import _checkpointing_ as checkpointing_
 from foldgpt.recovery.states import Body, States, aligned_blocks
 from foldgpt.recovery.teacher import Teacher
 from foldgpt.recovery.trainer import RecoveryTrainer
@@ -160,6 +161,42 @@ def test_blocks_that_are_trained_or_differ_are_not_in_common() -> None:
     assert common(RecoverySettings(rank=0, norms=False, train_fully="cuts")) == 3
     assert common(behind, "model.layers.1.mlp.up_proj.weight") == 1
     assert common(behind, "model.embed_tokens.weight") == 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("family", "drops"),
+    [
+        ("gpt2", {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}),
+        ("opt", {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5}),
+        ("llama", {"attention_dropout": 0.5}),
+    ],
+)
+def test_a_student_is_trained_as_it_is_measured(family: str, drops: dict[str, float], checkpointing: bool) -> None:
+    """Without the dropout of its source's pre-training: the teacher, too, runs without."""
+    student, teacher, plan = tiny_pair(family, shared=False, **drops)
+    settings = RecoverySettings(rank=2)
+    head = Head(student)
+    make_trainable_(student, plan, settings)
+    if checkpointing:
+        checkpointing_(student, True)
+    taught, ids = Teacher(teacher), tiny_windows(4, seed=4)
+    module = Distillation(student, settings, head, taught.head)
+    theirs = taught.states(ids).last_BTH
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+
+    def found() -> list[torch.Tensor]:
+        loss = module(ids, ids, None, theirs)["loss"]
+        return [loss, *torch.autograd.grad(loss, trained)]
+
+    module.eval()
+    measured = found()
+    module.train()
+    assert module.training
+    for _ in range(2):
+        torch.testing.assert_close(found(), measured, rtol=1e-5, atol=1e-6)
+    blocks = decoder_of(student).blocks
+    assert all(block.training == checkpointing for block in blocks)
 
 
 def test_a_student_that_lost_nothing_has_no_loss(tmp_path: Path) -> None:

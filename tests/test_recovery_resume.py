@@ -9,17 +9,17 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from foldgpt.errors import ArtifactError
-from foldgpt.recovery import (
-    TrainingWindows,
-)
+from foldgpt.errors import ArtifactError, UsageError
+from foldgpt.recovery import TrainingWindows, remove_work, work_beside
 from foldgpt.recovery.trainer import RecoveryTrainer
 from recovery_case import command, environment, recovered_on, run, step_losses, tiny_recovery, tiny_windows
 
@@ -60,19 +60,106 @@ def test_killed_at_any_moment_it_ends_in_the_same_result(tmp_path: Path, one_thr
     assert first == second
 
 
-def test_an_unfinished_recovery_is_not_taken_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
+def stopped_in_step(folder: Path, monkeypatch: pytest.MonkeyPatch, step: int, **changes: Any) -> None:
+    """A tiny recovery that is stopped before it has done a step; it is measured and saved after each third."""
+    clip = RecoveryTrainer._clip_grad_norm
 
-    with monkeypatch.context() as patch:
+    def stop(self: Any, model: Any) -> Any:
+        if self.state.global_step + 1 == step:
+            raise KeyboardInterrupt
+        return clip(self, model)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RecoveryTrainer, "_clip_grad_norm", stop)
-        with pytest.raises(KeyboardInterrupt):
-            tiny_recovery(tmp_path)
+        tiny_recovery(folder, **changes)
+
+
+def test_an_unfinished_recovery_is_not_taken_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped_in_step(tmp_path, monkeypatch, 5)
     with pytest.raises(ArtifactError, match=r"other inputs \(settings\)"):
         tiny_recovery(tmp_path, seed=5)
     with pytest.raises(ArtifactError, match=r"other inputs \(train\)"):
         tiny_recovery(tmp_path, windows=96)
     assert tiny_recovery(tmp_path).num_steps == 12
+
+
+def test_one_that_has_trained_nothing_is_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was refused, or ran out of memory, before its first checkpoint."""
+    with pytest.raises(UsageError, match="nothing is trained"):
+        tiny_recovery(tmp_path, rank=0, norms=False, private_terms=True)
+    stopped_in_step(tmp_path, monkeypatch, 2, seed=3)
+    assert tiny_recovery(tmp_path, seed=5).num_steps == 12
+
+
+def test_one_that_ran_out_of_memory_goes_on_with_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    whole = tiny_recovery(tmp_path / "whole")
+    stopped_in_step(tmp_path / "less", monkeypatch, 8)
+    starts = []
+    step = RecoveryTrainer.training_step
+
+    def counted(self: Any, *arguments: Any, **named: Any) -> Any:
+        starts.append(self.state.global_step)
+        return step(self, *arguments, **named)
+
+    monkeypatch.setattr(RecoveryTrainer, "training_step", counted)
+    less = tiny_recovery(tmp_path / "less", micro_batch_size=1, gradient_checkpointing=True)
+    assert starts == [step for step in range(6, 12) for _ in range(4)]
+    assert step_losses(less.history) == pytest.approx(step_losses(whole.history), rel=1e-4)
+
+
+def test_one_that_patience_had_ended_is_only_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = (1.0, 0.5, 0.7, 0.8)
+    measured_as(monkeypatch, *measured, 0.5)
+    whole = tiny_recovery(tmp_path / "whole", patience=2, windows=96)
+    measured_as(monkeypatch, *measured)
+    stopped(tmp_path / "killed", monkeypatch, RECOVER, "merge_trained_", stop_at_the_end, patience=2, windows=96)
+    measured_as(monkeypatch, 1.0, 0.5)
+    resumed = tiny_recovery(tmp_path / "killed", patience=2, windows=96)
+    assert (whole.ended, whole.num_steps, whole.best_step, whole.num_tokens) == ("patience", 9, 3, 9 * 64)
+    assert resumed == replace(whole, seconds=resumed.seconds, history=resumed.history)
+    files = [(tmp_path / name / "recovered" / "model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(("minutes", "steps", "ended"), [(1e-6, 1, "time"), (60, 12, "tokens"), (None, 12, "tokens")])
+def test_one_that_its_time_had_ended_goes_on_if_it_is_given_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float | None, steps: int, ended: str
+) -> None:
+    stopped(tmp_path, monkeypatch, RECOVER, "merge_trained_", stop_at_the_end, minutes=1e-6)
+    result = tiny_recovery(tmp_path, minutes=minutes)
+    assert (result.num_steps, result.ended) == (steps, ended)
+
+
+@pytest.mark.parametrize(
+    "full", [SafetensorError("No space left on device"), RuntimeError("basic_ios::clear: iostream error")], ids=repr
+)
+def test_a_disk_that_is_full_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: Exception
+) -> None:
+    save = RecoveryTrainer._save
+
+    def no_space(self: Any, *arguments: Any, **named: Any) -> None:
+        if self.state.global_step == 6:
+            raise full
+        save(self, *arguments, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(ArtifactError, match=r"checkpoint of step 6 .*is kept"):
+        patch.setattr(RecoveryTrainer, "_save", no_space)
+        tiny_recovery(tmp_path)
+    assert (tmp_path / ".recovered.recovery" / "checkpoint-3" / "complete.json").is_file()
+    assert tiny_recovery(tmp_path).num_steps == 12
+
+
+def test_the_work_stays_for_a_caller_who_asks_for_it(tmp_path: Path) -> None:
+    windows, out = TrainingWindows(tiny_windows(8, seed=1)), tmp_path / "out"
+    first = recovered_on(windows, out, keep_work=True)
+    assert work_beside(out).is_dir()
+    again = recovered_on(windows, out, keep_work=True, replace=True)
+    assert again.after == first.after and step_losses(again.history) == step_losses(first.history)
+    remove_work(work_beside(out))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("replace", [False, True])
@@ -98,11 +185,11 @@ def measured_as(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
     monkeypatch.setattr(RecoveryTrainer, "measure", lambda _: {"loss": next(given)})
 
 
-def stopped(folder: Path, monkeypatch: pytest.MonkeyPatch, target: Any, name: str, stop: Any) -> None:
+def stopped(folder: Path, monkeypatch: pytest.MonkeyPatch, target: Any, name: str, stop: Any, **changes: Any) -> None:
     """A tiny recovery in which something is replaced by what stops it."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(target, name, stop)
-        tiny_recovery(folder)
+        tiny_recovery(folder, **changes)
 
 
 def test_a_kill_while_older_checkpoints_are_dropped_leaves_one_to_go_on_from(
@@ -222,12 +309,7 @@ def test_seconds_are_those_of_all_steps_that_are_counted(
 def test_another_unfinished_recovery_is_dropped_where_the_output_is_to_be_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stop(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RecoveryTrainer, "training_step", stop)
-        tiny_recovery(tmp_path)
+    stopped_in_step(tmp_path, monkeypatch, 5)
     result = recovered_on(TrainingWindows(tiny_windows(8, seed=1)), tmp_path / "recovered", replace=True)
     assert result.num_steps == 2
     assert "dropping an unfinished recovery with other inputs" in capsys.readouterr().err

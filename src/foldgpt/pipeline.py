@@ -30,7 +30,9 @@ from foldgpt.run_folder import (
 )
 from foldgpt.selection import Selection
 from foldgpt.steps import (
+    check_recovery,
     draw,
+    drop_recovery_work,
     make_analysis,
     make_evaluation,
     make_folded,
@@ -89,8 +91,7 @@ def carry_out(folder: RunFolder, bench: Workbench) -> Result:
     bench.check_plan()
     bench.check()
     if bench.recipe.recover.num_tokens and not is_recovered(folder, bench):
-        # A text that is too short is to show before the search, not behind it.
-        bench.training_windows(folder.path / RECOVERED)
+        check_recovery(bench, folder.path / RECOVERED)
     analysis, plan = make_up_plan(folder, bench)
     _fold_stage(folder, bench, plan)
     final = _recovery_stage(folder, bench)
@@ -192,9 +193,11 @@ def _recovery_stage(folder: RunFolder, bench: Workbench) -> str:
         "recovery",
         _recovery_inputs(folder, bench),
         [RECOVERED],
-        lambda: make_recovered(bench, folder.path / FOLDED, out, replace=True),
+        lambda: make_recovered(bench, folder.path / FOLDED, out, replace=True, keep=True),
         lambda: None,
     )
+    # Only now, as that of the analysis.
+    drop_recovery_work(bench, out)
     return RECOVERED
 
 

@@ -24,6 +24,7 @@ from foldgpt.recipe import Recipe
 from foldgpt.report import write_comparison
 from foldgpt.run_folder import ENVIRONMENT, ROWS, RunFolder, open_run
 from foldgpt.selection import ANALYSIS_FREE
+from foldgpt.steps import check_recovery
 from foldgpt.tables import protocol_lines
 from foldgpt.workbench import Workbench
 
@@ -69,9 +70,8 @@ def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comp
                 bench.check_plan()
                 is_trained = is_trained and (not row.recovered or _is_recovered(folder.path, row, bench))
         if not is_trained:
-            # A text that is too short is to show before all searches, not behind them.
             bench = bench.for_method(recipe)
-            bench.training_windows(folder.path)
+            check_recovery(bench, folder.path)
         # Before a row is: what its stages make is no longer what the comparison of before says.
         folder.hand_over()
         bench = _check_budgets(rows, folder.path, bench, recipe)

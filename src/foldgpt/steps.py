@@ -10,15 +10,23 @@ from typing import Any
 
 from foldgpt.analysis import Analysis, SourceIdentity, analyze
 from foldgpt.artifacts import read_json
-from foldgpt.compensation import Compensated, compensate_, why_not
+from foldgpt.compensation import Compensated, compensate_
 from foldgpt.corpus import OwnText, Windows, calibration_windows
 from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, UsageError
 from foldgpt.evaluation import Evaluation, Measured, Subject, evaluate
 from foldgpt.families import Decoder, attention_kinds, decoder_of, first_of_each_kind
-from foldgpt.folding import GroupFit, Verification, fold_, predicted_parameters, save_folded, source_model_of
+from foldgpt.folding import (
+    GroupFit,
+    Verification,
+    check_foldable,
+    fold_,
+    predicted_parameters,
+    save_folded,
+    source_model_of,
+)
 from foldgpt.plan import CalibrationText, Compensation, FoldPlan, Group
 from foldgpt.progress import note
-from foldgpt.recovery import RecoveryResult, recover
+from foldgpt.recovery import RecoveryResult, check_trainable, recover, remove_work, work_beside
 from foldgpt.replay import Replay
 from foldgpt.run_folder import ANALYSIS
 from foldgpt.selection import (
@@ -83,6 +91,7 @@ def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path
         num_remove=number_to_remove(num_blocks, remove=section.remove, ratio=section.remove_ratio),
         analysis=analysis,
         seed=recipe.seed,
+        model=source.model,
         objective=section.objective,
         # A set is judged by what it costs as it will be folded.
         compensate=_compensation(bench) is not None,
@@ -91,7 +100,7 @@ def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path
         options=section.options,
     )
     if section.method in MEASURED:
-        request = replace(request, model=source.model, ids_WT=bench.selection_ids())
+        request = replace(request, ids_WT=bench.selection_ids())
     limit = _limit(bench)
     if limit is not None:
         request = replace(request, num_remove=number_for_target(parameters_of(source.model), limit))
@@ -184,11 +193,7 @@ def _solved(
 
 def _compensation(bench: Workbench) -> Compensation | None:
     """What the plan says of compensation; nothing for a model whose blocks cannot be compensated."""
-    if bench.recipe.compensate.method == "none":
-        return None
-    reason = why_not(bench.source.model)
-    if reason is not None:
-        note(f"without compensation: {reason}")
+    if bench.recipe.compensate.method == "none" or bench.why_uncompensated is not None:
         return None
     return bench.compensation
 
@@ -240,6 +245,7 @@ def _may_lose_attention(decoder: Decoder, removed: Collection[int]) -> tuple[int
 def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool = False) -> Verification:
     """Fold the recipe's model by a plan and save it, verified."""
     source = bench.take_source()
+    check_foldable(source.model, plan)
     expected = predicted_parameters(source.model, plan)
     notes: dict[str, Any] = {}
     fits: Mapping[int, GroupFit] = {}
@@ -247,7 +253,10 @@ def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool
     # What is fitted aims at the source, so that is recorded before compensation changes it.
     recorded = None
     if plan.fitting is not None:
-        recorded = sharing_replay(source.model, _windows_of(plan.fitting, source.tokenizer, own).ids)
+        # Weights that a fit has to make cannot be made without it.
+        needed = any(group.donor == "least_squares" for group in plan.groups)
+        without = "" if needed else ", or set its fitting to null"
+        recorded = sharing_replay(source.model, _windows_of(plan.fitting, source.tokenizer, own, without).ids)
     if plan.compensation is not None:
         compensated = _compensate_(source.model, plan, plan.compensation, source.tokenizer, own)
         notes["compensation.json"] = compensated.to_json_dict()
@@ -271,7 +280,7 @@ def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool
 
 def _compensate_(model: Any, plan: FoldPlan, compensation: Compensation, tokenizer: Any, own: OwnText) -> Compensated:
     """Let kept blocks take over what the removed ones did, and those that start at zero, as the plan says."""
-    windows = _windows_of(compensation, tokenizer, own)
+    windows = _windows_of(compensation, tokenizer, own, ", or set its compensation to null")
     note("compensating for the removed blocks")
     return compensate_(
         model,
@@ -283,8 +292,14 @@ def _compensate_(model: Any, plan: FoldPlan, compensation: Compensation, tokeniz
     )
 
 
-def _windows_of(text: CalibrationText, tokenizer: Any, own: OwnText) -> Windows:
+def _windows_of(text: CalibrationText, tokenizer: Any, own: OwnText, without: str = "") -> Windows:
     """The windows that a plan says something is fitted on.
+
+    Args:
+        text: what the plan says.
+        tokenizer: the model's.
+        own: the model's own text.
+        without: how to do without, as the end of a sentence, where that can be done.
 
     Raises:
         PlanError: the text is not what it was when the plan was made.
@@ -293,15 +308,16 @@ def _windows_of(text: CalibrationText, tokenizer: Any, own: OwnText) -> Windows:
         text.texts, tokenizer, context=text.context, num_tokens=text.num_tokens, seed=text.seed, own=own
     )
     if windows.fingerprint != text.fingerprint:
-        field = type(text).__name__.lower()
         raise PlanError(
             f"the calibration text of the plan ({', '.join(text.texts)}) is not what it was when the plan was made. "
-            f"Make the plan again, or set its {field} to null."
+            f"Make the plan again{without}."
         )
     return windows
 
 
-def make_recovered(bench: Workbench, folded: Path, out: Path, *, replace: bool = False) -> RecoveryResult:
+def make_recovered(
+    bench: Workbench, folded: Path, out: Path, *, replace: bool = False, keep: bool = False
+) -> RecoveryResult:
     """Train a folded model against the recipe's, and save it, verified.
 
     Args:
@@ -309,10 +325,11 @@ def make_recovered(bench: Workbench, folded: Path, out: Path, *, replace: bool =
         folded: the folded model; it holds its plan.
         out: where the recovered one is saved.
         replace: replace an existing `out`.
+        keep: leave what the same call goes on from, until `drop_recovery_work`.
 
     Raises:
         UsageError: too few tokens for one step, or the two have different tokenizers.
-        FoldGPTError: the folded model does not fit in memory, or the recovery failed.
+        FoldGPTError: the folded model does not fit in memory or cannot be trained, or the recovery failed.
     """
     bench.check_training_tokens()
     recipe, section = bench.recipe, bench.recipe.recover
@@ -328,6 +345,7 @@ def make_recovered(bench: Workbench, folded: Path, out: Path, *, replace: bool =
             f"{folded} has another tokenizer than {recipe.model}, so it cannot learn from its predictions. "
             f"Give the model that it was folded from ({plan.source.model}) as teacher."
         )
+    check_trainable(student.model)
     train, held_out = bench.training_windows(out)
     result = recover(
         student.model,
@@ -341,10 +359,38 @@ def make_recovered(bench: Workbench, folded: Path, out: Path, *, replace: bool =
         teacher_cache=section.teacher_cache or (None if bench.common is None else bench.common / "teacher"),
         report_to=section.report_to,
         replace=replace,
+        keep_work=keep,
     )
+    if not keep:
+        drop_recovery_work(bench, out)
+    return result
+
+
+def check_recovery(bench: Workbench, out: Path) -> None:
+    """What `make_recovered` would refuse, before the search and not behind it: of models and texts as they are.
+
+    Args:
+        bench: the inputs.
+        out: where the recovered model will be.
+
+    Raises:
+        UnsupportedModelError: the model is quantised or in float16, and so will the folded one be.
+        FoldGPTError: a text cannot be read or is too short, or the context is longer than the model's.
+    """
+    check_trainable(bench.source.model)
+    bench.training_windows(out)
+
+
+def drop_recovery_work(bench: Workbench, out: Path) -> None:
+    """Remove what a recovery goes on from: its checkpoints, and its windows where no other recovery has them as well.
+
+    Args:
+        bench: its inputs.
+        out: where the recovered model is.
+    """
+    remove_work(work_beside(out))
     if bench.common is None:
         shutil.rmtree(bench.training_folder(out), ignore_errors=True)
-    return result
 
 
 def make_source_evaluation(bench: Workbench) -> Evaluation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +12,12 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from foldgpt.analysis import CalibrationIdentity
+from foldgpt.compensation import why_not
 from foldgpt.corpus import OwnText, Windows, calibration_windows, evaluation_windows, identity_of
-from foldgpt.errors import FoldGPTError, UsageError, did_you_mean
+from foldgpt.errors import FoldGPTError, PlanError, UsageError, did_you_mean
 from foldgpt.evaluation import Suite, load_suite
+from foldgpt.evaluation.tasks import check_task_names
+from foldgpt.families import check_config
 from foldgpt.folding.donors import DONORS, READY
 from foldgpt.plan import Compensation, Fitting, explain
 from foldgpt.progress import note
@@ -23,7 +27,7 @@ from foldgpt.selection import Request, check_name, check_request, number_to_remo
 from foldgpt.sources import Source, load_config, load_source, load_tokenizer, model_fingerprint, resolve
 
 #: What depends on model, texts and measurements alone.
-_SAME_FOR_ALL_METHODS = ("place", "fingerprint", "tokenizer", "calibration", "tests", "tasks")
+_SAME_FOR_ALL_METHODS = ("place", "fingerprint", "tokenizer", "calibration", "tests", "tasks", "why_uncompensated")
 
 
 class Workbench:
@@ -58,25 +62,51 @@ class Workbench:
         Raises:
             FoldGPTError: a text or a task that is not there, too long windows, a harness that is not installed.
         """
-        calibrated = self.recipe.calibration.context
-        self._check_context(f"calibration.context is {calibrated}", calibrated)
-        for text, windows in self.tests.items():
-            self._check_context(f"evaluate.context is {windows.ids.shape[1]} for {text}", windows.ids.shape[1])
+        self._check_names()
+        _ = self.tests
         _ = self.tasks
-        recover = self.recipe.recover
-        if recover.num_tokens:
-            check_loggers(recover.report_to)
+        if self.recipe.recover.num_tokens:
             _ = self.recovery_texts
+        # What is wrong with a text is said first.
+        self._check_contexts()
+
+    def check_without_files(self) -> None:
+        """The part of `check` that needs the model's config alone, and no text, no rows of tasks and no tokenizer.
+
+        Raises:
+            UsageError: too long windows, an unknown task or one without a text, a logger that is not there.
+        """
+        self._check_names()
+        self._check_contexts()
+
+    def _check_names(self) -> None:
+        self._check_tasks()
+        if self.recipe.recover.num_tokens:
+            check_loggers(self.recipe.recover.report_to)
+
+    def _check_contexts(self) -> None:
+        calibrated, measured, recover = self.recipe.calibration, self.recipe.evaluate, self.recipe.recover
+        self._check_context(f"calibration.context is {calibrated.context}", calibrated.context)
+        for text in measured.texts:
+            self._check_context(f"evaluate.context is {measured.context} for {text}", measured.context)
+        if recover.num_tokens:
             self._check_context(f"recover.context is {recover.context}", recover.context)
 
     def check_plan(self) -> None:
         """Look at what is to be cut, and for tokens enough to fit and train on, before anything is measured for it.
 
         Raises:
-            UsageError: nothing is asked for, or more blocks than the model can lose, or what the selector cannot do, or
-                one window to fit on, or too few tokens to train on.
+            UsageError: nothing is asked for, or no block or more than the model can lose, or what the selector cannot
+                do, or one window to fit on, or too few tokens to train on.
+            UnsupportedModelError: the model's config has a field that no rule of removal covers.
+            PlanError: the model is folded already.
         """
         self.check_training_tokens()
+        if getattr(self._text_config, "fold_layout", None) is not None:
+            raise PlanError(
+                f"{self.recipe.model} is folded already, and shares weights or lacks sublayers: fold its source, by "
+                "one plan, or give it weights of its own with foldgpt.unfold_ first"
+            )
         select, share, text = self.recipe.select, self.recipe.share, self.recipe.calibration
         if select.remove is None and select.remove_ratio is None and share.method == "none":
             raise UsageError(
@@ -91,11 +121,17 @@ class Workbench:
             )
         num_blocks = getattr(self._text_config, "num_hidden_layers", None)
         if num_blocks is not None:
+            check_config(self._text_config)
             num_remove = number_to_remove(num_blocks, remove=select.remove, ratio=select.remove_ratio)
             if num_remove >= num_blocks:
                 asked = f"remove is {select.remove}" if select.remove else f"remove_ratio is {select.remove_ratio}"
                 raise UsageError(
                     f"select.{asked}, and {self.recipe.model} has {num_blocks} blocks, of which one must stay"
+                )
+            if select.remove_ratio and not num_remove:
+                raise UsageError(
+                    f"select.remove_ratio is {select.remove_ratio}, which of {num_blocks} blocks is none. The least "
+                    f"that removes one is {math.ceil(1000 * 0.5 / num_blocks + 1e-9) / 1000:g}."
                 )
             request = Request(num_blocks, num_remove, sublayers=select.sublayers, options=select.options)
             check_request(select.method, request)
@@ -192,6 +228,14 @@ class Workbench:
         if "source" in made:
             vars(other)["source"] = made.pop("source")
         return other
+
+    @cached_property
+    def why_uncompensated(self) -> str | None:
+        """Why this model's blocks cannot be compensated, which is said when it is first asked for; None if they can."""
+        reason = why_not(self.source.model)
+        if reason is not None:
+            note(f"without compensation: {reason}")
+        return reason
 
     @cached_property
     def place(self) -> Path:
@@ -291,12 +335,19 @@ class Workbench:
         section = self.recipe.evaluate
         if not section.tasks:
             return None
+        self._check_tasks()
+        return load_suite(section.tasks, data_dir=section.data_dir, limit=section.limit)
+
+    def _check_tasks(self) -> None:
+        section = self.recipe.evaluate
+        if not section.tasks:
+            return
         if not section.texts:
             raise UsageError(
                 "tasks need a text as well (evaluate.texts, --perplexity): multiple choice alone can hide that a model "
                 "no longer writes, so perplexity and last words stand beside it"
             )
-        return load_suite(section.tasks, data_dir=section.data_dir, limit=section.limit)
+        check_task_names(section.tasks)
 
     @cached_property
     def source(self) -> Source:

@@ -2,12 +2,14 @@
 
 from foldgpt.recovery.chat import chat_windows
 from foldgpt.recovery.errors import DivergenceError
+from foldgpt.recovery.inputs import check_trainable
 from foldgpt.recovery.loggers import check_loggers
 from foldgpt.recovery.packing import packed_windows
 from foldgpt.recovery.recover import recover
 from foldgpt.recovery.settings import RecoverySettings
 from foldgpt.recovery.trainable import make_trainable_, merge_trained_
 from foldgpt.recovery.windows import TrainingWindows
+from foldgpt.recovery.work_folder import remove_work, work_beside
 from foldgpt.recovery_result import RECOVERY, RecoveryResult
 
 __all__ = [
@@ -18,8 +20,11 @@ __all__ = [
     "TrainingWindows",
     "chat_windows",
     "check_loggers",
+    "check_trainable",
     "make_trainable_",
     "merge_trained_",
     "packed_windows",
     "recover",
+    "remove_work",
+    "work_beside",
 ]

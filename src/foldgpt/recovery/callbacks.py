@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from foldgpt.progress import note
@@ -41,7 +43,7 @@ class TimeBudget(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.minutes is None:
             return
-        over = torch.tensor(float(self.seconds > 60 * self.minutes), device=args.device)
+        over = torch.tensor(float(self.has_spent(self.minutes)), device=args.device)
         if torch.distributed.is_initialized():
             torch.distributed.broadcast(over, src=0)
         if bool(over):
@@ -50,7 +52,29 @@ class TimeBudget(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
-        return {"args": {"minutes": self.minutes}, "attributes": {"spent": self.seconds}}
+        return {"args": {"minutes": self.minutes}, "attributes": {"spent": self.seconds, "is_over": self.is_over}}
+
+    def has_spent(self, minutes: float | None) -> bool:
+        """Whether the time so far is more than this."""
+        return minutes is not None and self.seconds > 60 * minutes
+
+
+def step_of_end(checkpoint: Path, minutes: float | None) -> int | None:
+    """The step at which a training ended, if it had when this checkpoint was saved; what is left is to save the model.
+
+    Args:
+        checkpoint: the last one.
+        minutes: how long the call that goes on may take: one that ended by its time goes on if it is given more.
+    """
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    kept = state.stateful_callbacks
+    if not kept["TrainerControl"]["args"]["should_training_stop"]:
+        return None
+    clock = TimeBudget(minutes)
+    # What another version left may know of no time.
+    spent = kept.get(TimeBudget.__name__, {}).get("attributes", {})
+    clock.spent, clock.is_over = spent.get("spent", 0.0), spent.get("is_over", False)
+    return None if clock.is_over and not clock.has_spent(minutes) else state.global_step
 
 
 class MeasureAtEnd(TrainerCallback):

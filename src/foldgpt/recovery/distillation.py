@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,20 @@ class Distillation(nn.Module):
         self._body = Body(student, behind, common)
         # By these FSDP knows the blocks.
         self._no_split_modules = sorted({type(block).__name__ for block in decoder_of(student).blocks})
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch, but the student computes what it computes when it is measured: without dropout, as its teacher.
+
+        Where activations are computed again, the modules that do so go by their own mode, and are put in it.
+        """
+        super().train(mode)
+        self.student.eval()
+        if mode:
+            for module in self.student.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    module.training = True
+                    _without_dropout_(module)
+        return self
 
     def forward(
         self,
@@ -113,6 +128,13 @@ class Distillation(nn.Module):
             loss = loss + settings.states * value
             parts["states"] = value.detach()
         return {"loss": loss, **parts}
+
+
+def _without_dropout_(module: nn.Module) -> None:
+    """Set a module's own probabilities of dropping something to 0; those of the modules in it are theirs."""
+    for name, value in vars(module).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(module, name, 0.0)
 
 
 def _rows(states_BTH: Tensor, scored: Tensor) -> Tensor:

@@ -20,6 +20,21 @@ _NUM_TOKENS = 8
 _TOLERANCE = 0.1
 
 
+def check_trainable(model: nn.Module) -> None:
+    """Check that a model's weights are of a kind that can be trained.
+
+    Raises:
+        UnsupportedModelError: they are quantised or in float16.
+    """
+    if any(not parameter.is_floating_point() for parameter in model.parameters()):
+        raise UnsupportedModelError("the model is quantised; recover the plain model, and quantise the result")
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            "the model is in float16, in which the gradient of a mean over many tokens rounds to nothing; recover it "
+            "in bfloat16 or float32 (dtype)"
+        )
+
+
 def check_inputs(
     student: nn.Module,
     teacher: nn.Module | None,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from foldgpt.artifacts import hash_of, read_json, staged_file, write_json
+from foldgpt.artifacts import alone, hash_of, read_json, staged_file, write_json
 from foldgpt.corpus import OwnText, identity_of
 from foldgpt.corpus.texts import Document, in_seeded_order, open_texts
 from foldgpt.corpus.windows import prefix_of
@@ -86,7 +86,10 @@ def packed_windows(
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(specs, own, tokenizer, path, shape, seed, protocol)
+            # Processes that train together all ask for it.
+            with alone(path):
+                if not path.is_file():
+                    _write(specs, own, tokenizer, path, shape, seed, protocol)
         except OSError as error:
             raise ArtifactError(f"cannot write {path}: {error.strerror or error}. Nothing was left behind.") from error
     elif read_json(path.with_suffix(".json"), "protocol of the windows") != protocol:

@@ -21,9 +21,10 @@ from foldgpt.folding import check_place, save_folded
 from foldgpt.objectives import Head
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note, quiet_libraries
+from foldgpt.recovery.callbacks import step_of_end
 from foldgpt.recovery.common import common_blocks
 from foldgpt.recovery.distillation import Distillation
-from foldgpt.recovery.inputs import check_inputs
+from foldgpt.recovery.inputs import check_inputs, check_trainable
 from foldgpt.recovery.loggers import check_loggers, keep_logs_
 from foldgpt.recovery.settings import RecoverySettings
 from foldgpt.recovery.states import aligned_blocks
@@ -31,8 +32,8 @@ from foldgpt.recovery.teacher import CachedStates, Teacher, cache_states
 from foldgpt.recovery.trainable import make_trainable_, merge_trained_, trained_scales
 from foldgpt.recovery.trainer import COMPLETE, RecoveryTrainer
 from foldgpt.recovery.windows import TrainingWindows
-from foldgpt.recovery.work_folder import finish, latest_checkpoint, prepare
-from foldgpt.recovery_result import RECOVERY, Ended, RecoveryResult
+from foldgpt.recovery.work_folder import latest_checkpoint, prepare, remove_work, work_beside
+from foldgpt.recovery_result import RECOVERY, RecoveryResult
 
 
 def recover(
@@ -49,6 +50,7 @@ def recover(
     teacher_cache: str | Path | None = None,
     report_to: Sequence[str] = (),
     replace: bool = False,
+    keep_work: bool = False,
 ) -> RecoveryResult:
     """Train a folded model to do again what its source does, and save it, verified.
 
@@ -71,10 +73,13 @@ def recover(
         report_to: loggers as transformers names them: "tensorboard", "wandb", "trackio". TensorBoard's files are kept
             beside `out`, in a folder of its name with `.logs` behind it.
         replace: replace an existing `out`, if it holds a folded model.
+        keep_work: leave the checkpoints there, for a caller who removes `work` once it has noted that `out` is done.
+            Until then the same call has but to save the model again.
 
     Raises:
         UsageError: settings, windows and models do not fit each other, or a logger is not there.
-        UnsupportedModelError: documents are to be kept apart, and the model mixes them.
+        UnsupportedModelError: the student is quantised or in float16; or documents are to be kept apart, and the model
+            mixes them.
         DivergenceError: the training went wrong; the message says where the best state is kept.
         ArtifactError: `out` exists, `work` holds another recovery or other files, the best state is gone from it, or
             one of them cannot be written.
@@ -83,7 +88,8 @@ def recover(
     out = Path(out)
     check_place(out, replace=replace)
     check_loggers(report_to)
-    work = out.parent / f".{out.name}.recovery" if work is None else Path(work)
+    work = work_beside(out) if work is None else Path(work)
+    check_trainable(student)
     check_inputs(student, teacher, plan, settings, train, held_out)
     pairs = aligned_blocks(plan, settings.states_at) if settings.states else []
     if settings.states and not pairs:
@@ -111,6 +117,13 @@ def recover(
     teacher_head = None if taught is None else taught.head
     module = Distillation(student, settings, head, teacher_head, [position for position, _ in pairs], common)
     callbacks = [] if settings.patience is None else [EarlyStoppingCallback(settings.patience)]
+    num_steps = args.max_steps
+    resumed = latest_checkpoint(work)
+    ended_at = None if resumed is None else step_of_end(resumed, settings.minutes)
+    if ended_at is not None:
+        # transformers would go on behind a step at which patience or the time had ended it.
+        args.max_steps = ended_at
+        train = train.first(ended_at * settings.batch_size)
     with quiet_libraries(), attention_in_tiles(student, teacher):
         trainer = RecoveryTrainer(
             module,
@@ -135,7 +148,6 @@ def recover(
         before = trainer.measure_start()
         # FSDP takes the student's weights apart in place; what was learned is put into a whole copy.
         whole = copy.deepcopy(module) if trainer.is_fsdp_enabled else None
-        resumed = latest_checkpoint(work)
         if resumed is not None:
             note(f"going on at step {resumed.name.partition('-')[2]}")
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
@@ -163,7 +175,7 @@ def recover(
         best_step=int(state.best_global_step or 0) if improved else 0,
         num_steps=state.global_step,
         num_tokens=state.global_step * settings.batch_size * train.ids_WT.shape[1],
-        ended=_ended(trainer, state),
+        ended="tokens" if state.global_step >= num_steps else "time" if trainer.clock.is_over else "patience",
         num_trained=num_trained,
         seconds=round(trainer.clock.seconds, 1),
         history=state.log_history,
@@ -180,7 +192,8 @@ def recover(
             notes={RECOVERY: result.to_json_dict()},
             replace=replace,
         )
-        finish(work)
+        if not keep_work:
+            remove_work(work)
     _wait()
     return result
 
@@ -292,12 +305,6 @@ def _checkpointing_(student: Any, on: bool) -> None:
         getattr(student, f"{name}_checkpointing_enable")({"use_reentrant": False})
     else:
         getattr(student, f"{name}_checkpointing_disable")()
-
-
-def _ended(trainer: RecoveryTrainer, state: Any) -> Ended:
-    if state.global_step >= state.max_steps:
-        return "tokens"
-    return "time" if trainer.clock.is_over else "patience"
 
 
 def _wait() -> None:

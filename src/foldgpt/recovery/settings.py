@@ -119,5 +119,9 @@ class RecoverySettings:
         return bool(self.kl or self.last_error or self.last_cosine or self.states)
 
     def identity(self) -> dict[str, object]:
-        """All that decides the result, as plain values; how long it may take is not part of it."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "minutes"}
+        """All that decides the result, as plain values.
+
+        How long it may take, and in how much memory, is not part of it: one that ran out can go on with less.
+        """
+        apart = ("minutes", "micro_batch_size", "gradient_checkpointing")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in apart}

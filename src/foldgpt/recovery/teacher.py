@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
-from foldgpt.artifacts import hash_of, remove_leftovers, staged_file
+from foldgpt.artifacts import alone, hash_of, remove_leftovers, staged_file
 from foldgpt.errors import ArtifactError
 from foldgpt.fingerprints import ids_fingerprint, weights_fingerprint
 from foldgpt.objectives import Head
@@ -98,25 +96,13 @@ def cache_states(
     if not path.is_file():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _alone(path):
+            with alone(path):
                 if not path.is_file():
                     remove_leftovers(path)
                     _write(teacher, ids_WT, document_end, path, batch_size)
         except OSError as error:
             raise ArtifactError(f"cannot write {path}: {error.strerror or error}. Nothing was left behind.") from error
     return CachedStates(path, shape, has_entry=has_entry)
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Wait for another run that is writing the file: what it has so far looks like a killed run's leftovers."""
-    lock = path.with_suffix(".lock")
-    with FileLock(lock):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # a file that is open, on Windows
-                lock.unlink()
 
 
 def _write(

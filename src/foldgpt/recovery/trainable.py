@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -14,6 +13,7 @@ from foldgpt.families import decoder_of
 from foldgpt.folding import private_modules
 from foldgpt.plan import FoldPlan
 from foldgpt.recovery.common import first_changed
+from foldgpt.recovery.inputs import check_trainable
 from foldgpt.recovery.lora import attach_lora_, merge_lora_
 from foldgpt.recovery.masters import merge_masters_, train_
 from foldgpt.recovery.settings import RecoverySettings
@@ -40,13 +40,7 @@ def make_trainable_(student: nn.Module, plan: FoldPlan, settings: RecoverySettin
         UnsupportedModelError: the weights are quantised or in float16, or nothing in the blocks can be trained.
     """
     decoder = decoder_of(student)
-    if any(not parameter.is_floating_point() for parameter in student.parameters()):
-        raise UnsupportedModelError("the model is quantised; recover the plain model, and quantise the result")
-    if any(parameter.dtype == torch.float16 for parameter in student.parameters()):
-        raise UnsupportedModelError(
-            "the model is in float16, in which the gradient of a mean over many tokens rounds to nothing; recover it "
-            "in bfloat16 or float32"
-        )
+    check_trainable(student)
     student.requires_grad_(False)
     first = first_changed(plan) if settings.train_blocks == "behind" else 0
     kept = {id(module) for block in decoder.blocks[:first] for module in block.modules()}

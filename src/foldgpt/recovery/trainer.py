@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import default_collate
@@ -18,7 +19,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from foldgpt.artifacts import remove, write_json
-from foldgpt.errors import ArtifactError, VerificationError
+from foldgpt.errors import ArtifactError, VerificationError, first_line
 from foldgpt.modeling.modeling_foldgpt import PrivateTerms
 from foldgpt.recovery.callbacks import MeasureAtEnd, Narrator, TimeBudget
 from foldgpt.recovery.distillation import IGNORED, Distillation
@@ -153,7 +154,9 @@ class RecoveryTrainer(Trainer):
         # A checkpoint in which no time was kept would fail when the next one is written.
         self.state.stateful_callbacks.setdefault(TimeBudget.__name__, self.clock.state())
         super()._load_callback_state()
-        self.clock.minutes = minutes
+        clock = self.clock
+        clock.minutes = minutes
+        clock.is_over = clock.is_over and clock.has_spent(minutes)
 
     @property
     def clock(self) -> TimeBudget:
@@ -268,7 +271,19 @@ class RecoveryTrainer(Trainer):
             raise VerificationError(f"the checkpoint does not fit the student: {', '.join(sorted(wrong)[:3])}")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        """As in transformers, complete or not there; the best and the last one are kept.
+
+        Raises:
+            ArtifactError: it cannot be written.
+        """
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            # The last one is torch's for a full disk. Gradients and losses are behind us, so it means nothing else.
+            raise ArtifactError(
+                f"cannot write the checkpoint of step {self.state.global_step} into {self.args.output_dir}: "
+                f"{first_line(error)}. The one before it is kept; the same call goes on there."
+            ) from error
         self.accelerator.wait_for_everyone()  # each process saves its own random state
         if self.args.should_save:
             last = self._checkpoint(self.state.global_step)

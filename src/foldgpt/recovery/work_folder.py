@@ -26,12 +26,15 @@ def prepare(folder: Path, identity: dict[str, Any], *, replace: bool = False) ->
         replace: drop another recovery that was stopped there.
 
     Raises:
-        ArtifactError: it holds another recovery or other files, or cannot be written.
+        ArtifactError: it holds another recovery that has a checkpoint, or other files, or cannot be written.
     """
     _check_ours(folder)
     if (folder / _IDENTITY).is_file():
         there = read_json(folder / _IDENTITY, "identity of the recovery")
-        if there != identity:
+        if there != identity and latest_checkpoint(folder) is None:
+            # It was refused, or ran out of memory in its first step: nothing is lost.
+            remove(folder)
+        elif there != identity:
             changed = ", ".join(name for name in identity if there.get(name) != identity[name])
             if not replace:
                 raise ArtifactError(
@@ -65,7 +68,12 @@ def _check_ours(folder: Path) -> None:
         )
 
 
-def finish(folder: Path) -> None:
+def work_beside(out: Path) -> Path:
+    """Where a recovery keeps its checkpoints if no other folder is named."""
+    return out.parent / f".{out.name}.recovery"
+
+
+def remove_work(folder: Path) -> None:
     """Remove the folder. What tells whose it is goes last, so that one who is killed here can be called again."""
     with contextlib.suppress(OSError):  # the recovered model is there, and that is what was asked for
         for entry in list(folder.iterdir()):

@@ -2,7 +2,7 @@
 
 from foldgpt.evaluation.tasks.catalog import TASKS
 from foldgpt.evaluation.tasks.score import Accuracy, Retained, TaskScore, retained, retained_on_average
-from foldgpt.evaluation.tasks.suite import Suite, load_suite
+from foldgpt.evaluation.tasks.suite import Suite, check_task_names, load_suite
 
 __all__ = [
     "TASKS",
@@ -10,6 +10,7 @@ __all__ = [
     "Retained",
     "Suite",
     "TaskScore",
+    "check_task_names",
     "load_suite",
     "retained",
     "retained_on_average",

@@ -124,7 +124,7 @@ def load_suite(names: Sequence[str], *, data_dir: str | Path | None = None, limi
         SourceError: a file or a field is missing, a row is malformed, or the hub cannot be read.
         FoldGPTError: the harness is not installed.
     """
-    _check_names(names)
+    check_task_names(names)
     if limit is not None and limit < 1:
         raise UsageError(f"limit is {limit}; at least one item of each task must be scored.")
     definitions = [TASKS[name] for name in names]
@@ -140,7 +140,12 @@ def load_suite(names: Sequence[str], *, data_dir: str | Path | None = None, limi
     return Suite(loaded, limit)
 
 
-def _check_names(names: Sequence[str]) -> None:
+def check_task_names(names: Sequence[str]) -> None:
+    """Check names alone, where no rows are at hand.
+
+    Raises:
+        UsageError: an unknown task, one named twice, or no task at all.
+    """
     if not names:
         raise UsageError(f"no task was named. Known tasks are {', '.join(TASKS)}.")
     for name in names:
