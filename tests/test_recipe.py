@@ -126,6 +126,10 @@ def test_every_field_is_documented_in_the_schema() -> None:
         ({"model": "x", "evaluate": {"limit": 5}}, "evaluate: limit is for tasks, and there are none"),
         ({"model": "x", "evaluate": {"data_dir": "d"}}, "evaluate: data_dir is for tasks, and there are none"),
         ({"model": "x", "evaluate": {"texts": [], "stride": 8}}, "evaluate: stride is for texts, and there are none"),
+        (
+            {"model": "x", "evaluate": {"stride": 513}},
+            "evaluate: stride is 513, more than the context, and would pass over tokens: give at most 512",
+        ),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:50],
 )
@@ -138,6 +142,10 @@ def test_a_wrong_value_is_named_with_its_place(value: dict[str, Any], message: s
 def test_all_wrong_values_are_named_at_once() -> None:
     with pytest.raises(UsageError, match=r"seed: .*; calibration\.context: "):
         Recipe.from_dict({"model": "x", "seed": "one", "calibration": {"context": 0}})
+
+
+def test_a_stride_may_be_as_long_as_the_context() -> None:
+    assert Recipe.from_dict({"model": "x", "evaluate": {"context": 64, "stride": 64}}).evaluate.stride == 64
 
 
 def test_whole_numbers_do_for_fractions() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from foldgpt import pipeline
+from foldgpt import pipeline, side_by_side
 from foldgpt.architectures import known_architectures
 from foldgpt.cli import app
 from foldgpt.comparison.rows import known_rows
@@ -21,7 +21,15 @@ from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings
 from foldgpt.recovery.trainable import make_trainable_
-from foldgpt.rehearsal import expect, rehearse
+from foldgpt.rehearsal import (
+    Expectation,
+    Memory,
+    Rehearsal,
+    expect,
+    expectation_lines,
+    expectation_table,
+    rehearse,
+)
 from foldgpt.rehearsal.tiny import config_of, shrunk
 from foldgpt.selection import Request, search_passes, select
 from foldgpt.workbench import Workbench
@@ -168,6 +176,27 @@ def test_operations_are_two_for_each_weight_and_token_and_double_with_the_way_ba
     assert recovery == pytest.approx(64 * (4 * found.kept_block_parameters + head), rel=0.2)
 
 
+def test_blocks_behind_the_first_cut_are_counted_as_if_all_were_trained() -> None:
+    """The cuts of a rehearsal are the tiny model's; what the real one saves by its own is not known beforehand."""
+    config, model = tiny_config("llama"), tiny_model("llama")
+    recipe = Recipe.from_dict({"model": "m", "dtype": "float32", "recover": {"num_tokens": 512, "context": 32}})
+    counted = {}
+    for where in ("behind", "all"):
+        settings = RecoverySettings(train_blocks=where, rank=2, batch_size=4, micro_batch_size=2)
+        for removed in (1, 4):
+            plan = FoldPlan.create(source_model_of(model, name="m"), removed=[removed])
+            found = expect(config, recipe, plan, settings)
+            counted[where, removed] = (found.num_trained, found.flops, found.memory)
+    assert len({str(each) for each in counted.values()}) == 1
+    # The trap is real: how much is trained does go by the place of the cut.
+    trained = []
+    for removed in (1, 4):
+        folded, plan = tiny_model("llama"), FoldPlan.create(source_model_of(model, name="m"), removed=[removed])
+        fold_(folded, plan)
+        trained.append(make_trainable_(folded, plan, RecoverySettings(train_blocks="behind", rank=2)))
+    assert counted["behind", 1][0] >= trained[0] > trained[1]
+
+
 def test_searches_take_about_as_many_passes_as_expected(tmp_path: Path) -> None:
     source, text = tiny_source(tmp_path / "model", num_hidden_layers=12), tiny_text(tmp_path / "text.txt")
     for method in ("greedy", "loo"):
@@ -229,6 +258,39 @@ def test_options_that_the_real_run_refuses_are_refused(
     recipe = Recipe.from_dict(tiny_recipe(source, text, compare=compared))
     with pytest.raises(UsageError, match=f"row 'wrong': .*{message}"):
         rehearse(recipe, compare=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"calibration": {"context": 512, "num_tokens": 1024}}, "calibration.context is 512, .* has 128 positions"),
+        ({"evaluate": {"context": 512}}, "evaluate.context is 512 for .* has 128 positions"),
+        ({"recover": {"context": 512, "num_tokens": 4096}}, "recover.context is 512, .* has 128 positions"),
+        ({"evaluate": {"tasks": ["piqq"]}}, r"unknown task 'piqq'\. Did you mean 'piqa'\?"),
+        ({"evaluate": {"tasks": ["piqa", "piqa"]}}, "the task 'piqa' is named twice"),
+        ({"evaluate": {"tasks": ["piqa"], "texts": []}}, "tasks need a text as well"),
+        ({"recover": {"num_tokens": 4096, "report_to": ["wandbb"]}}, "unknown logger 'wandbb' in report_to"),
+    ],
+    ids=str,
+)
+def test_what_the_real_run_refuses_in_its_first_second_is_refused_alike(
+    tmp_path: Path, changes: dict[str, dict[str, object]], message: str
+) -> None:
+    """The toy has contexts of its own, and neither tasks nor loggers."""
+    source, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
+    compared = {"rows": {"bi": None, "last": None}}
+    recipe = Recipe.from_dict(tiny_recipe(source, text, compare=compared)).changed(**changes)
+    told = []
+    for runs in (
+        lambda: rehearse(recipe),
+        lambda: pipeline.run(recipe, tmp_path / "run"),
+        lambda: rehearse(recipe, compare=True),
+        lambda: side_by_side.compare(recipe, tmp_path / "comparison"),
+    ):
+        with pytest.raises(UsageError, match=message) as caught:
+            runs()
+        told.append(str(caught.value))
+    assert len(set(told)) == 1, told
 
 
 def test_what_is_refused_at_once_names_the_real_model(tmp_path: Path) -> None:
@@ -351,6 +413,57 @@ def test_a_local_model_needs_no_known_shape_and_an_unknown_one_says_so(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SourceError, match=r"cannot read the config of nobody/nothing: .*Qwen/Qwen3-1\.7B"):
         config_of("nobody/nothing")
+
+
+def test_several_devices_share_the_recovery_alone(tmp_path: Path) -> None:
+    """All else runs on one: a time divided by their number would be a promise that nobody can keep."""
+    source, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
+    recover = {"num_tokens": 4096, "context": 32, "held_out_tokens": 1024}
+    compared = {"rows": {"bi": None, "last": None}, "recovered": ["bi"]}
+    Recipe.from_dict(
+        tiny_recipe(source, text, select={"method": "greedy", "remove": 2}, recover=recover, compare=compared)
+    ).save(tmp_path / "recipe.yaml")
+    ahead = ["--dry-run", "--quiet", "--tflops", "0.001"]
+
+    def shown(verb: str, *arguments: str) -> str:
+        found = CliRunner().invoke(app, [verb, str(tmp_path / "recipe.yaml"), *ahead, *arguments])
+        assert found.exit_code == 0, found.output
+        return found.stdout
+
+    run = json.loads(shown("run", "--json", "--devices", "4"))
+    flops = run["rows"]["run"]["flops"]
+    shared = flops.pop("teacher") + flops.pop("recovery")
+    assert set(flops) == {"analysis", "search", "source's perplexity", "perplexity"}
+    assert run["seconds"] == pytest.approx((sum(flops.values()) + shared / 4) / 1e9)
+    # The teacher's states are made once for all rows, by one process.
+    one, four = (json.loads(shown("compare", "--json", "--devices", number)) for number in ("1", "4"))
+    trained = four["rows"]["bi + recovery"]["flops"]["recovery"]
+    assert one["flops"] == four["flops"] == pytest.approx(1e9 * one["seconds"])
+    assert one["seconds"] - four["seconds"] == pytest.approx(0.75 * trained / 1e9)
+    lines = shown("run", "--devices", "4")
+    assert "Shared by the 4 devices: teacher, recovery, if `foldgpt recover` is run by `accelerate launch`" in lines
+    assert "Shared by the 4 devices: recovery, if" in shown("compare", "--devices", "4")
+    assert "Nothing in this is shared by 4 devices" in shown("run", "--devices", "4", "--recover-tokens", "0")
+    assert "hared by" not in shown("run")
+
+
+def test_the_time_in_the_table_is_waited_for_what_one_device_does() -> None:
+    flops = {"analysis": 3e12, "search": 5e12, "teacher": 8e12, "recovery": 40e12}
+    memory = {"search": Memory(1.0)}
+    row = Expectation(10, 8, 9, 7, 1, memory, flops, ("teacher", "recovery"))
+    found = Rehearsal("m", {"run": row}, [], {"run": None})
+    (time,) = expectation_table(found, teraflops=1, devices=4).columns[-1].cells
+    assert time == "20 s"
+    assert "All together 56.0 TFLOP: 20 s at 1 TFLOP/s" in "\n".join(expectation_lines(found, teraflops=1, devices=4))
+
+
+def test_a_cached_teacher_is_no_faster_on_several_devices(tmp_path: Path) -> None:
+    source, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
+    recover = {"num_tokens": 4096, "context": 32, "held_out_tokens": 1024, "teacher_cache": str(tmp_path / "cache")}
+    row = rehearse(Recipe.from_dict(tiny_recipe(source, text, recover=recover))).rows["run"]
+    saved = row.seconds(1.0) - row.seconds(1.0, devices=2)
+    assert saved == pytest.approx(row.flops["recovery"] / 2)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_on_the_command_line(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from foldgpt.cli.terminal import natural_width, split_to_width
-from foldgpt.evaluation import Evaluation, Measured, ModelSize, PeakMemory, Perplexity, Rate, Speed
+from foldgpt.evaluation import Evaluation, LastWord, Measured, ModelSize, PeakMemory, Perplexity, Rate, Speed, TaskScore
 from foldgpt.evaluation.generations import Generation
+from foldgpt.evaluation.tasks import Accuracy
 from foldgpt.plan import FoldPlan, Group, SourceModel
 from foldgpt.strip import fates_of, group_letter, plan_strip
 from foldgpt.tables import comparison_table, generation_lines, protocol_lines
@@ -82,6 +83,43 @@ def test_protocols_are_told() -> None:
         "300.0 MB are Python and its libraries",
     ):
         assert part in text
+
+
+def test_both_number_formats_are_told_where_they_differ() -> None:
+    """Else a difference that is the format's reads as one of the models."""
+
+    def of(name: str, dtype: str) -> Measured:
+        model = measured(name, 24)
+        scores, speed = model.perplexity, model.speed
+        assert scores is not None and speed is not None
+        of_task = {"harness": "lm_eval 1", "shots": 0, "items": "all", "data": "here", "truncated_requests": 0}
+        task = TaskScore({"acc": Accuracy(0.5, 0.1, "01")}, "acc", 0.5, 2, "f", {**of_task, "dtype": dtype})
+        scores = dataclasses.replace(scores, dtype=dtype)
+        return dataclasses.replace(
+            model,
+            perplexity=scores,
+            further_perplexities={"b.txt": dataclasses.replace(scores, protocol={"texts": ["b.txt"]})},
+            speed=dataclasses.replace(speed, protocol={**speed.protocol, "dtype": dtype}),
+            last_word=LastWord(0.5, 0.1, 20.0, 3.0, 0.1, 10, dtype, "f", {}),
+            tasks={"piqa": task},
+        )
+
+    folded = of("folded", "bfloat16")
+    lines = protocol_lines(Evaluation(folded, of("source", "float16"), {})).plain.splitlines()
+    both = "float16 (source) and bfloat16 (folded)"
+    for beginning in (
+        f"Perplexity in {both}: texts demo:wikipedia",
+        f"Perplexity in {both}: texts b.txt",
+        f"Last word of 10 passages in {both}: folded finds",
+        f"Tasks by lm_eval 1, 0-shot, {both}, ± standard error",
+    ):
+        assert sum(line.startswith(beginning) for line in lines) == 1, beginning
+    assert any(f"cpu, {both}, 2 threads" in line for line in lines if line.startswith("Speed"))
+    alike = protocol_lines(Evaluation(folded, of("source", "bfloat16"), {})).plain
+    assert "(source)" not in alike and "(folded)" not in alike
+    # A source that was measured for its size alone has no format that these figures were measured in.
+    bare = measured("source", 30, perplexity=None, speed=None)
+    assert "(source)" not in protocol_lines(Evaluation(folded, bare, {})).plain
 
 
 def test_what_was_not_measured_has_no_row() -> None:

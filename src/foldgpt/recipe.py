@@ -171,7 +171,7 @@ class Evaluate(_Section):
     context: int = Field(default=512, ge=2)
     """Tokens in one window."""
     stride: int | None = Field(default=None, ge=1)
-    """Tokens from one window to the next; without overlap by default, each token scored once."""
+    """Tokens from one window to the next, at most the context; without overlap by default, each token scored once."""
     max_windows: int | None = Field(default=40, ge=1)
     """Use the first windows only; null for all."""
     speed: bool = True
@@ -197,6 +197,11 @@ class Evaluate(_Section):
                     )
         if self.stride is not None and not self.texts:
             raise ValueError("stride is for texts, and there are none: name some in texts, or leave stride out")
+        if self.stride is not None and self.stride > self.context:
+            raise ValueError(
+                f"stride is {self.stride:,}, more than the context, and would pass over tokens: give at most "
+                f"{self.context:,}"
+            )
         return self
 
 

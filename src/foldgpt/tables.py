@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -14,7 +14,7 @@ from foldgpt.plan import FoldPlan
 
 if TYPE_CHECKING:
     from foldgpt.analysis import Analysis
-    from foldgpt.evaluation import Evaluation, Measured, TaskScore
+    from foldgpt.evaluation import Evaluation, Measured
     from foldgpt.folding import Verification
     from foldgpt.recovery import RecoveryResult
 
@@ -111,23 +111,27 @@ def _percent_with_error(value: float, error: float | None) -> str:
 def protocol_lines(evaluation: Evaluation) -> Text:
     """How the figures of a comparison were measured, one line for each kind."""
     measured = evaluation.folded
+    models = [model for model in (evaluation.baseline, measured) if model is not None]
+    perplexities = {model.name: model.perplexities() for model in models}
     parts = []
-    for text, scores in measured.perplexities().values():
+    for figure, (text, scores) in perplexities[measured.name].items():
         protocol = scores.protocol
         if len(protocol.get("texts", [])) == 1:
             protocol = {**protocol, "texts": [text]}  # in full where another text has its name
+        formats = {name: known[figure][1].dtype for name, known in perplexities.items() if figure in known}
         error = "" if scores.standard_error is None else f" ± {scores.value * scores.standard_error:.2g}"
         parts.append(
-            f"Perplexity in {scores.dtype}: {_written(protocol)}. "
+            f"Perplexity in {_formats(formats)}: {_written(protocol)}. "
             f"{measured.name}: {significant(scores.value)}{error} (standard error over windows)."
         )
     if measured.speed is not None:
         protocol = measured.speed.protocol
+        formats = {model.name: model.speed.protocol["dtype"] for model in models if model.speed is not None}
         threads = f", {protocol['num_threads']} threads" if protocol["device"] == "cpu" else ""
         parts.append(
             f"Speed: {protocol['prompt_tokens']} prompt and {protocol['decode_tokens']} new tokens, batch "
             f"{protocol['batch_size']}, median of {protocol['repeats']}, {protocol['device']}, "
-            f"{protocol['dtype']}{threads}; the ratio is the median of those within each turn."
+            f"{_formats(formats)}{threads}; the ratio is the median of those within each turn."
         )
     if measured.peak_memory is not None:
         peak = measured.peak_memory
@@ -140,26 +144,41 @@ def protocol_lines(evaluation: Evaluation) -> Text:
         )
     if measured.last_word is not None:
         words = measured.last_word
+        formats = {model.name: model.last_word.dtype for model in models if model.last_word is not None}
         parts.append(
-            f"Last word of {words.num_passages:,} passages in {words.dtype}: {measured.name} finds "
+            f"Last word of {words.num_passages:,} passages in {_formats(formats)}: {measured.name} finds "
             f"{_percent_with_error(words.accuracy, words.accuracy_error)}; perplexity per word."
         )
-    parts += _task_protocol(measured.tasks or {})
+    parts += _task_protocol(models)
     return Text("\n".join(parts), style="dim")
 
 
-def _task_protocol(tasks: dict[str, TaskScore]) -> list[str]:
+def _formats(of_model: Mapping[str, str]) -> str:
+    """The number format that was computed in; where the models' differ, that of each: figures differ by it as well.
+
+    Args:
+        of_model: name of each model that was measured → its format.
+    """
+    if len(set(of_model.values())) == 1:
+        return next(iter(of_model.values()))
+    return " and ".join(f"{written} ({name})" for name, written in of_model.items())
+
+
+def _task_protocol(models: Sequence[Measured]) -> list[str]:
+    """Of the last of some models, with the formats of all."""
+    tasks = models[-1].tasks
     if not tasks:
         return []
     first = next(iter(tasks.values())).protocol
+    formats = {model.name: next(iter(model.tasks.values())).protocol["dtype"] for model in models if model.tasks}
     items = "; ".join(f"{task} {score.protocol['items']} of {score.protocol['data']}" for task, score in tasks.items())
     truncated = sum(score.protocol["truncated_requests"] for score in tasks.values())
     cut = (
         f" {whole(truncated)} requests were longer than the model's positions and cut on the left." if truncated else ""
     )
     return [
-        f"Tasks by {first['harness']}, {first['shots']}-shot, {first['dtype']}, ± standard error over items: {items}. "
-        f"Retained: folded / source; above chance: (folded − chance) / (source − chance).{cut}"
+        f"Tasks by {first['harness']}, {first['shots']}-shot, {_formats(formats)}, ± standard error "
+        f"over items: {items}. Retained: folded / source; above chance: (folded − chance) / (source − chance).{cut}"
     ]
 
 

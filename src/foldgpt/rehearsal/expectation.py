@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,7 @@ class Expectation:
         num_trained: parameters that recovery trains; 0 without.
         memory: stage → bytes.
         flops: stage → floating-point operations. A multiplication and an addition are two.
+        on_all_devices: stages whose operations several devices share; the others run on one, however many there are.
     """
 
     parameters: int
@@ -92,20 +94,35 @@ class Expectation:
     num_trained: int
     memory: dict[str, Memory]
     flops: dict[str, float]
+    on_all_devices: tuple[str, ...]
 
-    def seconds(self, flops_per_second: float) -> float:
-        """Time at a throughput that is sustained."""
-        return sum(self.flops.values()) / flops_per_second
+    def seconds(self, flops_per_second: float, *, devices: int = 1) -> float:
+        """Time at a throughput that each of some devices sustains."""
+        return sum(self.on_one_device(stage, devices) for stage in self.flops) / flops_per_second
+
+    def on_one_device(self, stage: str, devices: int) -> float:
+        """Operations of a stage that are waited for: those of one of so many devices."""
+        return self.flops[stage] / (devices if stage in self.on_all_devices else 1)
 
 
 def expect(
-    config: Any, recipe: Recipe, plan: FoldPlan, settings: RecoverySettings, layout: dict[str, Any] | None = None
+    config: Any,
+    recipe: Recipe,
+    plan: FoldPlan,
+    settings: RecoverySettings,
+    layout: dict[str, Any] | None = None,
+    *,
+    teacher_cached: bool = False,
 ) -> Expectation:
     """Count what a recipe will take on the real model.
 
     Counted are the analysis, the search, the recovery with its measurements on held-out windows, and perplexity. Not
     counted are the fits of the compensation and of shared weights, what the size solver and the choice of the best
     donor measure, tasks, and reading and writing.
+
+    Where only the blocks behind the first cut are trained (`train_blocks: behind`), it is counted as if all were. How
+    much is left out then, of the training and of the student's passes, goes by the place of that cut, and a plan that
+    was made on a model with other values has it elsewhere. So it is the most that the recovery takes.
 
     Args:
         config: of the real model.
@@ -114,6 +131,7 @@ def expect(
         settings: of the recovery.
         layout: which modules are shared and which are absent, as the config of a model folded by the plan has it,
             whatever its sizes; None if whole blocks were removed and nothing else.
+        teacher_cached: whether the teacher's states are kept in a file, which one process makes by itself.
     """
     source, student = on_meta(config, recipe), on_meta(config, recipe)
     dtype = source.dtype
@@ -129,7 +147,12 @@ def expect(
     select, text = recipe.select, recipe.calibration
     num_searched = text.context * search_windows(select.num_tokens, text.context, text.num_tokens // text.context)
     search = Request(
-        plan.source.num_blocks, _num_removed(recipe, source), sublayers=select.sublayers, options=select.options
+        plan.source.num_blocks,
+        _num_removed(recipe, source),
+        # Of the right shape alone: how many windows go through at once is part of what is counted.
+        ids_WT=torch.empty(num_searched // text.context, text.context, dtype=torch.int64, device="meta"),
+        sublayers=select.sublayers,
+        options=select.options,
     )
     one_pass = forward * num_searched
     passes = search_passes(select.method, search, head=head * num_positions(num_searched) / one_pass)
@@ -149,6 +172,8 @@ def expect(
     num_trained = 0
     section = recipe.recover
     if section.num_tokens:
+        # The most that it takes; see above.
+        settings = dataclasses.replace(settings, train_blocks="all")
         folded_bytes = _bytes(student)
         rows = min(settings.micro_batch_size, settings.batch_size)
         with torch.device("meta"):
@@ -182,6 +207,7 @@ def expect(
         num_trained=num_trained,
         memory=memory,
         flops=flops,
+        on_all_devices=("recovery",) if teacher_cached else ("teacher", "recovery"),
     )
 
 

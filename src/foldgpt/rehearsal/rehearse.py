@@ -59,7 +59,14 @@ class Rehearsal:
     @property
     def flops(self) -> float:
         """Floating-point operations of all; what rows have in common is counted once."""
-        total = 0.0
+        return sum(row.flops[stage] for row, stage in self._counted())
+
+    def seconds(self, flops_per_second: float, *, devices: int = 1) -> float:
+        """Time of all at a throughput that each of some devices sustains; only the recovery runs on several."""
+        return sum(row.on_one_device(stage, devices) for row, stage in self._counted()) / flops_per_second
+
+    def _counted(self) -> Iterator[tuple[Expectation, str]]:
+        """Each stage of each run, with its run; what rows have in common comes with the first of them."""
         seen: set[tuple[str, str | None, float]] = set()
         for name, row in self.rows.items():
             for stage, flops in row.flops.items():
@@ -67,15 +74,15 @@ class Rehearsal:
                 if stage in _IN_COMMON and key in seen:
                     continue
                 seen.add(key)
-                total += flops
-        return total
+                yield row, stage
 
 
 def rehearse(recipe: Recipe, *, compare: bool = False) -> Rehearsal:
     """Run a recipe, or its comparison, on a tiny model at toy budgets, and count what the real one takes.
 
     The tiny model has the real one's architecture and number of blocks, so the same selectors, the same plans and the
-    same checks run; texts are replaced by a made-up one, and tasks are left out.
+    same checks run; texts are replaced by a made-up one, and tasks are left out. What those checks would miss in it,
+    because the toy has contexts, tasks and loggers of its own, is checked of the recipe itself.
 
     Raises:
         SourceError: the model's config cannot be had.
@@ -96,7 +103,9 @@ def rehearse(recipe: Recipe, *, compare: bool = False) -> Rehearsal:
         else:
             pipeline.run(toy, folder / "run")
             places = {"run": (recipe, folder / "run")}
-        rows = {name: _expect(config, one, place) for name, (one, place) in places.items()}
+        # The rows of a comparison share what the teacher says.
+        cached = compare or recipe.recover.teacher_cache is not None
+        rows = {name: _expect(config, one, place, cached) for name, (one, place) in places.items()}
         searches = {name: RunFolder(run).inputs_of("selection") for name, (_, run) in places.items()}
     left_out = ["texts are made up"]
     if recipe.evaluate.tasks:
@@ -106,8 +115,11 @@ def rehearse(recipe: Recipe, *, compare: bool = False) -> Rehearsal:
 
 def _check(recipe: Recipe, rows: Sequence[Row], config: Any) -> None:
     """Refuse what the real run, or that of a row, refuses before it measures anything."""
+    bench = _RealBench(recipe, config)
     if not rows:
-        _RealBench(recipe, config).check_plan()
+        bench.check_plan()
+    # Rows have contexts, tasks and loggers in common.
+    bench.check_without_files()
     for row in rows:
         with side_by_side.named(row):
             _RealBench(row.recipe, config).check_plan()
@@ -125,12 +137,13 @@ class _RealBench(Workbench):
         return self._config.get_text_config(decoder=True)
 
 
-def _expect(config: Any, recipe: Recipe, run: Path) -> Expectation:
+def _expect(config: Any, recipe: Recipe, run: Path, teacher_cached: bool) -> Expectation:
     """What the real run takes, by what the rehearsed one made."""
     folded = read_json(run / FOLDED / "config.json", "config of the folded model")
     settings = Workbench(recipe).recovery_settings
     try:
-        return expect(config, recipe, FoldPlan.load(run), settings, folded.get("fold_layout"))
+        plan, layout = FoldPlan.load(run), folded.get("fold_layout")
+        return expect(config, recipe, plan, settings, layout, teacher_cached=teacher_cached)
     except (RuntimeError, TypeError, ValueError) as error:
         # Kernels that know no meta tensors, in this format or at all, and models that look at the values of a mask.
         raise UnsupportedModelError(

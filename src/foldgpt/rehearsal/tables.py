@@ -25,7 +25,7 @@ def expectation_table(rehearsal: Rehearsal, *, teraflops: float, devices: int = 
             gigabytes(memory.total),
             stage,
             _peta(sum(row.flops.values())),
-            duration(row.seconds(teraflops * 1e12 * devices)),
+            duration(row.seconds(teraflops * 1e12, devices=devices)),
         )
     return table
 
@@ -41,15 +41,29 @@ def expectation_lines(rehearsal: Rehearsal, *, teraflops: float, devices: int = 
     for name, row in rehearsal.rows.items():
         stages = ", ".join(f"{stage} {_peta(flops)}" for stage, flops in row.flops.items())
         lines.append(f"Operations, {name}: {stages}.")
-    total = duration(rehearsal.flops / (teraflops * 1e12 * devices))
+    total = duration(rehearsal.seconds(teraflops * 1e12, devices=devices))
     whose = "one device" if devices == 1 else f"each of {devices} devices"
     lines.append(
         f"All together {_peta(rehearsal.flops)}: {total} at {teraflops:g} TFLOP/s sustained on {whose} (--tflops, "
         "--devices). Not counted: the fits of the compensation and of shared weights (share.fit), what share.method "
-        "auto and donor best measure, tasks, perplexity on whole texts, reading and writing."
+        "auto and donor best measure, what train_blocks behind saves, tasks, perplexity on whole texts, reading and "
+        "writing."
     )
+    if devices > 1:
+        lines.append(_sharing_line(rehearsal, devices))
     lines.append(f"In the rehearsal {'; '.join(rehearsal.left_out)}.")
     return lines
+
+
+def _sharing_line(rehearsal: Rehearsal, devices: int) -> str:
+    """Which stages several devices share, and how that is had."""
+    shared = {stage: None for row in rehearsal.rows.values() for stage in row.flops if stage in row.on_all_devices}
+    if not shared:
+        return f"Nothing in this is shared by {devices} devices, only a recovery would be: it all runs on one."
+    return (
+        f"Shared by the {devices} devices: {', '.join(shared)}, if `foldgpt recover` is run by `accelerate launch` or "
+        "`torchrun`. All else runs on one, and so does `foldgpt run` or `compare` as a whole."
+    )
 
 
 def _memory_lines(row: Expectation) -> list[str]:
