@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import re
 import subprocess
@@ -14,9 +15,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from foldgpt import hub, progress
+import foldgpt as package
+import report_inputs
+from comparison_inputs import comparison
+from foldgpt import hub, progress, steps
+from foldgpt.analysis import sweep
+from foldgpt.artifacts import write_json
 from foldgpt.cli import app
 from foldgpt.errors import ArtifactError
 from foldgpt.plan import FoldPlan, SourceModel
@@ -55,6 +62,9 @@ def test_the_verbs_one_after_another(model: Path, text: Path, tmp_path: Path) ->
     assert made.exit_code == 0, made.output
     assert "rank" in made.stdout
     assert (tmp_path / "run" / "figures" / "similarity.svg").is_file()
+    # All but the paths, which come last.
+    table = foldgpt("show", tmp_path / "run").stdout
+    assert table and made.stdout.startswith(table)
 
     (model / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     plan = tmp_path / "plan.json"
@@ -76,6 +86,8 @@ def test_the_verbs_one_after_another(model: Path, text: Path, tmp_path: Path) ->
     assert made.exit_code == 0, made.output
     assert "perplexity" in made.stdout and "windows 3" in made.stdout
     assert json.loads((tmp_path / "evaluation.json").read_text())["folded"]["size"]["num_blocks"] == 4
+    table = foldgpt("show", tmp_path / "evaluation.json").stdout
+    assert table and made.stdout.startswith(table)
 
     made = foldgpt("show", tmp_path / "folded")
     assert made.exit_code == 0 and "6 → 4 blocks" in made.stdout
@@ -97,6 +109,8 @@ def test_recover_trains_a_folded_model(model: Path, text: Path, tmp_path: Path) 
     assert "held-out loss" in made.stdout and "ended by tokens" in made.stdout
     done = json.loads((tmp_path / "recovered" / "recovery.json").read_text())
     assert done["num_tokens"] == 512 and done["settings"]["minutes"] == 60
+    shown = foldgpt("show", tmp_path / "recovered").stdout
+    assert "6 → 5 blocks" in shown and made.stdout.startswith(shown[shown.index("held-out loss") :])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folded", "plan.json", "recovered"]
     hub.check_card(tmp_path / "recovered" / "README.md")
     wrong = foldgpt(*arguments, "--set", "rank", "--out", tmp_path / "other", "-q")
@@ -332,6 +346,138 @@ def test_no_default_is_promised_where_there_is_none() -> None:
     assert "default" not in said and "needed" in said
 
 
+def defaults_shown(verb: str) -> list[str]:
+    return re.findall(r"\[default: (.*?)\]", " ".join(foldgpt(verb, "--help").stdout.split()))
+
+
+def test_where_there_is_a_recipe_its_values_are_the_defaults() -> None:
+    dry_run = ["(100); x>=0.001", "(1); x>=1"]
+    assert set(defaults_shown("compare")) == {"runs/comparison", "(the recipe's)", *dry_run}
+    of_run = defaults_shown("run")
+    assert {"(the recipe's, else 8192)", "(the recipe's, else gates)", "(the recipe's, else 0)"} <= set(of_run)
+    others = [default for default in of_run if not default.startswith("(the recipe's, else ")]
+    assert others == ["runs/latest", *dry_run]
+    of_plan = defaults_shown("plan")
+    assert "(8192)" in of_plan and not [default for default in of_plan if "recipe" in default]
+
+
+def test_dry_runs_take_the_defaults_that_help_shows(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(model, text)))
+    seen: list[dict[str, float]] = []
+    monkeypatch.setattr("foldgpt.rehearsal.rehearse", lambda *_, **__: None)
+    monkeypatch.setattr("foldgpt.rehearsal.expectation_table", lambda _, **said: seen.append(said) or "")
+    monkeypatch.setattr("foldgpt.rehearsal.expectation_lines", lambda *_, **__: [])
+    dry = ("run", tmp_path / "recipe.yaml", "--dry-run")
+    for flags in ((), ("--tflops", 50, "--devices", 4)):
+        assert foldgpt(*dry, *flags).exit_code == 0
+    assert seen == [{"teraflops": 100, "devices": 1}, {"teraflops": 50, "devices": 4}]
+
+
+def test_the_version_is_one_line() -> None:
+    made = foldgpt("--version")
+    assert (made.exit_code, made.output) == (0, f"foldgpt {package.__version__}\n")
+
+
+def test_help_says_where_the_settings_of_a_recovery_are_listed() -> None:
+    said = " ".join(foldgpt("recover", "--help").stdout.split())
+    place = re.search(r"(docs/\w+\.md) under (\w+)", said.partition("--set ")[2].partition("--revision")[0])
+    assert place is not None
+    assert f"\n## {place[2]}\n" in (Path(__file__).parent.parent / place[1]).read_text(encoding="utf-8")
+
+
+def test_search_tokens_are_held_against_the_recipes_text(model: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(model, text)))
+    asked = ("run", tmp_path / "recipe.yaml", "--select", "greedy", "--search-tokens", 512, "--out", tmp_path / "run")
+    made = foldgpt(*asked)
+    assert made.exit_code == 2 and "the calibration text has 256" in made.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_show_prints_all_there_is_of_a_run(tmp_path: Path) -> None:
+    run = report_inputs.write_run(tmp_path / "run")
+    shown = foldgpt("show", run).stdout
+    places = [shown.index(part) for part in ("12 → 10 blocks", "held-out loss 1.0000 → 0.4000", "perplexity")]
+    assert places == sorted(places)
+    assert "Once upon a time" not in shown
+    assert list(json.loads(foldgpt("show", run, "--json").stdout)) == ["plan", "recovery", "evaluation"]
+    # What a run leaves to its page is shown of its file.
+    assert "BI" not in shown and "BI" in foldgpt("show", run / "analysis.json").stdout
+    assert "Once upon a time" in foldgpt("show", run / "evaluation.json").stdout
+    assert "held-out loss" in foldgpt("show", run / "recovered" / "recovery.json").stdout
+    value = json.loads(foldgpt("show", run / "analysis.json", "--json").stdout)
+    assert value == {"analysis": report_inputs.analysis().to_json_dict()}
+
+
+def test_show_finds_a_comparison_by_its_file_too(tmp_path: Path) -> None:
+    write_json(tmp_path / "comparison.json", comparison().to_dict())
+    by_folder, by_file = foldgpt("show", tmp_path), foldgpt("show", tmp_path / "comparison.json")
+    assert "gates + sharing" in by_file.stdout and by_file.stdout == by_folder.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("selection.json", {"format": "foldgpt.selection"}, "cannot be shown: its 'format' is 'foldgpt.selection'"),
+        ("analysis.json", {"format": "foldgpt.analysis", "version": 7}, "analysis.json: analysis of version 7"),
+        ("list.json", [1], "list.json: "),
+        ("recovery.json", {"format": "foldgpt.plan"}, "recovery.json is not the record of a recovery"),
+    ],
+)
+def test_show_says_which_file_it_cannot_show(tmp_path: Path, name: str, value: Any, message: str) -> None:
+    write_json(tmp_path / name, value)
+    made = foldgpt("show", tmp_path / name)
+    assert made.exit_code in (1, 2) and message in made.stderr and str(tmp_path) in made.stderr
+
+
+def test_show_of_a_folder_with_nothing_to_show_says_what_it_looked_for(tmp_path: Path) -> None:
+    made = foldgpt("show", tmp_path)
+    assert made.exit_code == 1
+    for name in ("plan.json", "analysis.json", "evaluation.json", "comparison.json"):
+        assert name in made.stderr
+
+
+def test_a_run_in_place_of_its_model_is_refused_by_the_name_of_that(model: Path, tmp_path: Path) -> None:
+    run = report_inputs.write_run(tmp_path / "run", evaluation=None, recovery=None)
+    verbs = [("eval", run), ("recover", run, "--teacher", model, "--tokens", "4k", "--out", tmp_path / "out")]
+
+    def said() -> list[str]:
+        return [foldgpt(*verb, "-q").stderr for verb in verbs]
+
+    assert all(line.endswith("it has no config.json.\n") for line in said())
+    for name in ("folded", "recovered"):
+        (run / name).mkdir()
+        (run / name / "config.json").write_text("{}")
+        assert all(line.endswith(f"the folder of a run, whose model is {str(run / name)!r}.\n") for line in said())
+
+
+def test_one_of_several_processes_prints(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    analyze = ("analyze", model, "--text", text, *CALIBRATION, "--overwrite", "--out", tmp_path)
+    for rank, first in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        for flags in ((), ("--json",)):
+            made = foldgpt(*analyze, *flags)
+            assert made.exit_code == 0, made.output
+            assert (bool(made.stdout), "loading" in made.stderr) == (first, first), made.output
+    # Nothing, then: neither a note nor the last lines of a result.
+    assert made.output == ""
+    made = foldgpt("show", tmp_path / "missing.json")
+    assert made.stdout == "" and "file not found" in made.stderr, "an error may be that of one process alone"
+
+
+def test_one_of_several_processes_draws_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank, first in (("0", True), ("1", False)):
+        screen = io.StringIO()
+        monkeypatch.setattr(progress, "console", Console(file=screen, force_terminal=True, width=80))
+        monkeypatch.setenv("RANK", rank)
+        with progress.bar("Analysing", total=2) as running:
+            running.advance()
+        assert bool(screen.getvalue()) == first
+
+
 def test_plan_measures_by_itself_and_knows_its_groups(model: Path, text: Path, tmp_path: Path) -> None:
     made = foldgpt(
         *("plan", model, "--text", text, *CALIBRATION, "--select", "angular", "--remove-ratio", 0.34, "-q"),
@@ -355,6 +501,20 @@ def test_a_stopped_plan_goes_on_beside_the_file(
     assert [path.name for path in tmp_path.iterdir()] == [".plan.json.search"]
     made = foldgpt(*arguments)
     assert made.exit_code == 0, made.output
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_plan_that_failed_behind_its_analysis_does_not_sweep_again(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("plan", model, "--text", text, *CALIBRATION, "--select", "bi", "--remove", 2, "-q")
+    arguments += ("--compensate", "none", "--out", tmp_path / "plan.json")
+    monkeypatch.setattr(sweep, "_CHECKPOINT_SECONDS", 0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(steps, "select", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert foldgpt(*arguments).exit_code == 130
+    assert [path.name for path in tmp_path.iterdir()] == [".plan.json.analysis"]
+    assert foldgpt(*arguments).exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
@@ -471,6 +631,27 @@ def test_json_is_alone_on_standard_output(model: Path, text: Path, tmp_path: Pat
             2,
             "--search-tokens with the selector 'bi', which measures nothing on them",
         ),
+        (
+            ["run", "--model", "MODEL", "--search-tokens", "64", "--select", "bi", "--remove", "2", "--out", "OUT"],
+            2,
+            "--search-tokens with the selector 'bi', which measures nothing on them",
+        ),
+        (
+            ["plan", "MODEL", "--remove", "2", "--tokens", "256", "--search-tokens", "1M", "--out", "OUT"],
+            2,
+            "--search-tokens is 1,000,000, and the calibration text has 256 (calibration.num_tokens): give at most 256",
+        ),
+        (
+            ["run", "--model", "MODEL", "--remove", "2", "--tokens", "256", "--search-tokens", "257", "--out", "OUT"],
+            2,
+            "--search-tokens is 257, and the calibration text has 256",
+        ),
+        (
+            ["run", "missing.yaml", "--tflops", "100", "--devices", "1", "--out", "OUT"],
+            2,
+            "--tflops and --devices without --dry-run",
+        ),
+        (["compare", "missing.yaml", "--devices", "4", "--out", "OUT"], 2, "--devices without --dry-run"),
         (["analyze", "MODEL", "--text", "TEXT", "--seed", "-1", "--out", "OUT"], 2, "seed"),
         (
             ["analyze", "MODEL", "--text", "TEXT", "--tokens", "200", "--context", "200", "--out", "OUT"],
@@ -501,7 +682,7 @@ def test_json_is_alone_on_standard_output(model: Path, text: Path, tmp_path: Pat
         (["eval", "MODEL", "--perplexity", "TEXT", "--context", "1", "--out", "OUT"], 2, "evaluate.context"),
         (["run", "missing.yaml", "--out", "OUT"], 1, "recipe not found: missing.yaml"),
         (["run", "--out", "OUT"], 2, "name a recipe file, or a model"),
-        (["show", "OUT"], 1, "plan not found"),
+        (["show", "OUT"], 1, "file not found"),
         (["analyse", "MODEL"], 2, "No such command 'analyse'"),
     ],
     ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else None,

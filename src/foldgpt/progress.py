@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,11 @@ from rich.progress import (
 
 #: Progress and messages go to stderr, so that stdout carries results alone (`--json` can be piped).
 console = Console(stderr=True)
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all that share the work, as `torchrun` and `accelerate` number them."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Bar:
@@ -49,14 +55,15 @@ def bar(description: str, total: float) -> Iterator[Bar]:
     if not console.is_terminal:
         # A log file gets one line instead of a bar.
         note(description)
-    hidden = console.quiet or not console.is_terminal
+    hidden = console.quiet or not console.is_terminal or not is_first_process()
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         yield Bar(progress, progress.add_task(description, total=total))
 
 
 def note(message: str) -> None:
-    """Print one line for the user on stderr, unless quiet."""
-    console.print(message, highlight=False, markup=False, soft_wrap=True)
+    """Print one line for the user on stderr, unless quiet; of several processes that share the work the first does."""
+    if is_first_process():
+        console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 def be_quiet(quiet: bool = True) -> None:

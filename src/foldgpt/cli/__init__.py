@@ -7,10 +7,11 @@ once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from foldgpt import __version__
 from foldgpt.cli.recipes import compare, run, schema
 from foldgpt.cli.results import push, report, show
 from foldgpt.cli.stages import analyze, evaluate, fold, plan, recover
@@ -40,6 +41,21 @@ app = typer.Typer(
 )
 for name, verb in _VERBS.items():
     app.command(name)(verb)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"foldgpt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _without_verb(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from copy import copy
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from foldgpt.counts import count
+
+#: What a dry run divides the operations by where nothing else is said.
+TERAFLOPS, DEVICES = 100.0, 1
 
 Model = Annotated[
     str,
@@ -119,10 +124,39 @@ DryRun = Annotated[
     ),
 ]
 Teraflops = Annotated[
-    float, typer.Option("--tflops", min=0.001, help="For --dry-run: TFLOP/s that one device sustains.")
+    float | None,
+    typer.Option(
+        "--tflops", min=0.001, help="For --dry-run: TFLOP/s that one device sustains.", show_default=f"{TERAFLOPS:g}"
+    ),
 ]
-Devices = Annotated[int, typer.Option(min=1, help="For --dry-run: how many devices there are.")]
+Devices = Annotated[
+    int | None, typer.Option(min=1, help="For --dry-run: devices that share the recovery.", show_default=f"{DEVICES}")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 OverwriteFolded = Annotated[bool, typer.Option("--overwrite", help="Replace the folded model that is there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+def left_out(shown: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let the help of a verb that reads a recipe say what holds where an option is left out.
+
+    Without that it would show the defaults of a recipe in which nothing is said.
+
+    Args:
+        shown: what takes the place of the default that an option shows; `{}` in it stands for that default.
+    """
+
+    def change(verb: Callable[..., None]) -> Callable[..., None]:
+        hints: dict[str, Any] = get_type_hints(verb, include_extras=True)
+        for name, hint in hints.items():
+            for option in getattr(hint, "__metadata__", ()):
+                # Those of a dry run are in no recipe.
+                if isinstance(option.show_default, str) and hint not in (Teraflops, Devices):
+                    changed = copy(option)
+                    changed.show_default = shown.format(option.show_default)
+                    hints[name] = Annotated[hint.__origin__, changed]
+        verb.__annotations__ = hints
+        return verb
+
+    return change

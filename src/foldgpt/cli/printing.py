@@ -12,9 +12,11 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from foldgpt.analysis import Analysis
     from foldgpt.comparison import Comparison
     from foldgpt.evaluation import Evaluation
     from foldgpt.plan import FoldPlan
+    from foldgpt.recovery_result import RecoveryResult
 
 
 #: Columns of redirected output, which has no width of its own, for running text.
@@ -73,6 +75,29 @@ def print_evaluation(evaluation: Evaluation) -> None:
     if evaluation.folded.tasks:
         print_shown(task_table(evaluation))
     print_shown(protocol_lines(evaluation))
+
+
+def print_generations(evaluation: Evaluation) -> None:
+    """Print what the models wrote, if they were asked to."""
+    from foldgpt.tables import generation_lines
+
+    if evaluation.folded.generations:
+        print_shown(generation_lines(evaluation))
+
+
+def print_analysis(analysis: Analysis) -> None:
+    """Print how redundant each block is, and what that was measured on."""
+    from foldgpt.tables import analysis_lines, analysis_table
+
+    print_shown(analysis_table(analysis))
+    print_shown(analysis_lines(analysis))
+
+
+def print_recovery(result: RecoveryResult) -> None:
+    """Print what a recovery did."""
+    from foldgpt.tables import recovery_lines
+
+    print_shown(recovery_lines(result))
 
 
 def print_comparison(comparison: Comparison, *, as_json: bool) -> None:

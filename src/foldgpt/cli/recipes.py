@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foldgpt.cli.options import (
+    DEVICES,
+    TERAFLOPS,
     AsJson,
     Compensate,
     Context,
@@ -36,15 +38,17 @@ from foldgpt.cli.options import (
     Texts,
     Tokens,
     TrustRemoteCode,
+    left_out,
 )
 from foldgpt.cli.printing import print_comparison, print_evaluation, print_json, print_paths, print_plan, print_shown
-from foldgpt.cli.requests import calibration_of, recipe_of, select_of, share_of
+from foldgpt.cli.requests import calibration_of, check_search_tokens, recipe_of, select_of, share_of
 from foldgpt.cli.session import session
 
 if TYPE_CHECKING:
     from foldgpt.recipe import Recipe
 
 
+@left_out("the recipe's, else {}")
 def run(
     recipe: Annotated[
         Path | None,
@@ -81,8 +85,8 @@ def run(
         bool, typer.Option("--overwrite", help="Take over the folder of another recipe; what still fits is kept.")
     ] = False,
     dry_run: DryRun = False,
-    tflops: Teraflops = 100,
-    devices: Devices = 1,
+    tflops: Teraflops = None,
+    devices: Devices = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -91,6 +95,7 @@ def run(
         from foldgpt.errors import UsageError
         from foldgpt.recipe import Recipe
 
+        _check_dry_run(dry_run, tflops, devices)
         if recipe is None and model is None:
             raise UsageError("name a recipe file, or a model with --model")
         changes: dict[str, Any] = {
@@ -108,6 +113,7 @@ def run(
             "recover": {"num_tokens": recover_tokens},
         }
         whole = recipe_of(**changes) if recipe is None else Recipe.load(recipe).changed(**changes)
+        check_search_tokens(search_tokens, whole)
 
         if dry_run:
             _dry_run(whole, compare=False, tflops=tflops, devices=devices, as_json=as_json)
@@ -124,6 +130,7 @@ def run(
             print_paths([result.model, *result.figures, result.report])
 
 
+@left_out("the recipe's")
 def compare(
     recipe: Annotated[
         Path, typer.Argument(help="recipe.yaml; its compare section says which rows.", show_default=False)
@@ -143,8 +150,8 @@ def compare(
         bool, typer.Option("--overwrite", help="Take over the folder of another comparison; what still fits is kept.")
     ] = False,
     dry_run: DryRun = False,
-    tflops: Teraflops = 100,
-    devices: Devices = 1,
+    tflops: Teraflops = None,
+    devices: Devices = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -152,6 +159,7 @@ def compare(
     with session(quiet):
         from foldgpt.recipe import Recipe
 
+        _check_dry_run(dry_run, tflops, devices)
         whole = Recipe.load(recipe).changed(
             model=model,
             revision=revision,
@@ -183,15 +191,29 @@ def schema() -> None:
     print_json(Recipe.model_json_schema())
 
 
-def _dry_run(recipe: Recipe, *, compare: bool, tflops: float, devices: int, as_json: bool) -> None:
+def _check_dry_run(dry_run: bool, tflops: float | None, devices: int | None) -> None:
+    """Refuse what only a dry run reads.
+
+    Raises:
+        UsageError: it is given, and there is no dry run.
+    """
+    from foldgpt.errors import UsageError
+
+    idle = [flag for flag, value in (("--tflops", tflops), ("--devices", devices)) if value is not None]
+    if idle and not dry_run:
+        raise UsageError(f"{' and '.join(idle)} without --dry-run: there is nothing to apply that to")
+
+
+def _dry_run(recipe: Recipe, *, compare: bool, tflops: float | None, devices: int | None, as_json: bool) -> None:
     """Rehearse a recipe and say what the real one takes."""
     from dataclasses import asdict
 
     from foldgpt.rehearsal import expectation_lines, expectation_table, rehearse
 
+    tflops, devices = tflops or TERAFLOPS, devices or DEVICES
     found = rehearse(recipe, compare=compare)
     if as_json:
-        print_json({**asdict(found), "flops": found.flops, "seconds": found.flops / (tflops * 1e12 * devices)})
+        print_json({**asdict(found), "flops": found.flops, "seconds": found.seconds(tflops * 1e12, devices=devices)})
         return
     print_shown(expectation_table(found, teraflops=tflops, devices=devices))
     for line in expectation_lines(found, teraflops=tflops, devices=devices):

@@ -54,3 +54,32 @@ def share_of(
         "scales": scales,
         "start": start,
     }
+
+
+def check_search_tokens(given: int | None, recipe: Recipe) -> None:
+    """Refuse `--search-tokens` where it would have no effect. What a recipe says may be its default.
+
+    Args:
+        given: the flag; None if it is left out.
+        recipe: the recipe, the flag in it.
+
+    Raises:
+        UsageError: nothing is measured on them, or there are not so many.
+    """
+    from foldgpt.errors import UsageError
+    from foldgpt.selection import MEASURED
+
+    if given is None:
+        return
+    method, there = recipe.select.method, recipe.calibration.num_tokens
+    # The best donors are measured on these tokens too, whichever blocks are removed.
+    if method not in MEASURED and recipe.share.donor != "best":
+        raise UsageError(
+            f"--search-tokens with the selector {method!r}, which measures nothing on them: leave it out, or "
+            f"--select one of {', '.join(sorted(MEASURED))}"
+        )
+    if given > there:
+        raise UsageError(
+            f"--search-tokens is {given:,}, and the calibration text has {there:,} (calibration.num_tokens): give at "
+            f"most {there:,}, or more --tokens"
+        )

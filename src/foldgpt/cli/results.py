@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,44 +12,121 @@ from foldgpt.cli.options import (
     AsJson,
     Quiet,
 )
-from foldgpt.cli.printing import print_comparison, print_evaluation, print_json, print_paths, print_strip
+from foldgpt.cli.printing import (
+    print_analysis,
+    print_comparison,
+    print_evaluation,
+    print_generations,
+    print_json,
+    print_paths,
+    print_recovery,
+    print_strip,
+)
 from foldgpt.cli.session import session
+
+if TYPE_CHECKING:
+    from foldgpt.analysis import Analysis
+    from foldgpt.evaluation import Evaluation
+    from foldgpt.plan import FoldPlan
+    from foldgpt.recovery_result import RecoveryResult
+
+    Written = FoldPlan | Analysis | Evaluation | RecoveryResult
+
+#: What can be shown of a file, and how.
+_PRINTED: dict[str, Callable[[Any], None]] = {
+    "plan": print_strip,
+    "analysis": print_analysis,
+    "recovery": print_recovery,
+    "evaluation": print_evaluation,
+}
 
 
 def show(
     path: Annotated[
-        Path, typer.Argument(help="A plan, a folded model, or the folder of a run or comparison.", show_default=False)
+        Path,
+        typer.Argument(
+            help="A file that plan, analyze or eval wrote, a folded or recovered model, or the folder of a run or "
+            "comparison.",
+            show_default=False,
+        ),
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Show a plan as a strip of blocks, a run's measurements, or the tables of a comparison."""
+    """Show a plan, an analysis, measurements, a recovery or a comparison."""
     with session(quiet=True):
-        from foldgpt.artifacts import read_json
         from foldgpt.comparison import COMPARISON, Comparison
         from foldgpt.errors import ArtifactError
         from foldgpt.evaluation import Evaluation
-        from foldgpt.plan import FoldPlan
 
-        if (path / COMPARISON).is_file():
-            print_comparison(Comparison.load(path), as_json=as_json)
+        folder = path.parent if path.name == COMPARISON else path
+        if (folder / COMPARISON).is_file():
+            print_comparison(Comparison.load(folder), as_json=as_json)
             return
-        plan_path = path / "plan.json" if path.is_dir() else path
-        if path.is_dir() and not plan_path.is_file():
+        files = _files_of(path) if path.is_dir() else [path]
+        if not files:
             raise ArtifactError(
-                f"{path} holds neither plan.json nor {COMPARISON}: it is no run, folded model or comparison"
+                f"{path} holds no plan.json, analysis.json, evaluation.json or {COMPARISON}: it is no run, folded "
+                "model or comparison"
             )
-        made = FoldPlan.load(plan_path)
-        evaluation_path = path / "evaluation.json"
-        measured = Evaluation.load(evaluation_path) if path.is_dir() and evaluation_path.is_file() else None
+        found = dict(map(_read, files))
         if as_json:
-            shown = {"plan": made.to_json_dict()}
-            if measured is not None:
-                shown["evaluation"] = read_json(evaluation_path)
-            print_json(shown)
+            print_json(
+                {
+                    name: value.to_dict() if isinstance(value, Evaluation) else value.to_json_dict()
+                    for name, value in found.items()
+                }
+            )
             return
-        print_strip(made)
-        if measured is not None:
-            print_evaluation(measured)
+        for name, value in found.items():
+            _PRINTED[name](value)
+            if isinstance(value, Evaluation) and not path.is_dir():
+                # Long, and on the page of a run.
+                print_generations(value)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """What is shown of a run, of a folded or recovered model, or of what is there of them, in this order."""
+    from foldgpt.recovery_result import RECOVERY
+    from foldgpt.run_folder import ANALYSIS, EVALUATION, PLAN, RECOVERED
+
+    # The analysis is a long table, and where there is a plan it is on the page of the run.
+    first = folder / PLAN if (folder / PLAN).is_file() else folder / ANALYSIS
+    files = (first, folder / RECOVERY, folder / RECOVERED / RECOVERY, folder / EVALUATION)
+    return [file for file in files if file.is_file()]
+
+
+def _read(file: Path) -> tuple[str, Written]:
+    """What a file holds, by its format, and the name of that in `_PRINTED`.
+
+    Raises:
+        ArtifactError: it is missing, is damaged, or holds something else.
+        PlanError: it says that it is a plan, or does not say what it is, and it is no plan.
+    """
+    from foldgpt.analysis import Analysis
+    from foldgpt.artifacts import read_json
+    from foldgpt.errors import ArtifactError
+    from foldgpt.evaluation import Evaluation
+    from foldgpt.plan import FoldPlan
+    from foldgpt.recovery_result import RECOVERY, RecoveryResult
+
+    value = read_json(file)
+    if file.name == RECOVERY:
+        return "recovery", RecoveryResult.load(file.parent)
+    # A plan may be written by hand, and need not say its format.
+    given = value.get("format", "foldgpt.plan") if isinstance(value, dict) else "foldgpt.plan"
+    if given == "foldgpt.plan":
+        return "plan", FoldPlan.from_json_dict(value, str(file))
+    if given == "foldgpt.evaluation":
+        return "evaluation", Evaluation.from_dict(value, str(file))
+    if given == "foldgpt.analysis":
+        try:
+            return "analysis", Analysis.from_json_dict(value)
+        except ArtifactError as error:
+            raise ArtifactError(f"{file}: {error}") from error
+    raise ArtifactError(
+        f"{file} cannot be shown: its 'format' is {given!r}, and what can be are a plan, an analysis, an evaluation, "
+        f"the {RECOVERY} of a recovered model and comparisons"
+    )
 
 
 def report(

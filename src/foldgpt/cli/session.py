@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 
 import typer
 
@@ -15,7 +17,7 @@ _OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 
 @contextmanager
 def session(quiet: bool) -> Iterator[None]:
-    """What all verbs have in common: quietness, and errors as one line and an exit code."""
+    """What all verbs have in common: quietness, results of one process, and errors as one line and an exit code."""
     from foldgpt.allocator import keep_freed_memory
     from foldgpt.errors import FoldGPTError
     from foldgpt.progress import silently
@@ -23,7 +25,7 @@ def session(quiet: bool) -> Iterator[None]:
     # A command's buffers are allocated and freed all the time; returning them to the system costs more than the work.
     keep_freed_memory()
     try:
-        with silently(quiet):
+        with silently(quiet), _results_once():
             yield
     except FoldGPTError as error:
         typer.echo(f"error: {error}", err=True)
@@ -48,6 +50,21 @@ def session(quiet: bool) -> Iterator[None]:
             err=True,
         )
         raise typer.Exit(FoldGPTError.exit_code) from None
+
+
+@contextmanager
+def _results_once() -> Iterator[None]:
+    """Of several processes that share the work let the first print its results; two JSON documents are none.
+
+    Errors go to stderr and are printed by each: what one process alone runs into is to be seen.
+    """
+    from foldgpt.progress import is_first_process
+
+    if is_first_process():
+        yield
+        return
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def _is_out_of_memory(error: Exception) -> bool:

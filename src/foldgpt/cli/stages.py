@@ -37,8 +37,18 @@ from foldgpt.cli.options import (
     Tokens,
     TrustRemoteCode,
 )
-from foldgpt.cli.printing import print_evaluation, print_json, print_paths, print_plan, print_shown, print_strip
-from foldgpt.cli.requests import calibration_of, recipe_of, select_of, share_of
+from foldgpt.cli.printing import (
+    print_analysis,
+    print_evaluation,
+    print_generations,
+    print_json,
+    print_paths,
+    print_plan,
+    print_recovery,
+    print_shown,
+    print_strip,
+)
+from foldgpt.cli.requests import calibration_of, check_search_tokens, recipe_of, select_of, share_of
 from foldgpt.cli.session import session
 from foldgpt.counts import count
 
@@ -64,7 +74,6 @@ def analyze(
         from foldgpt import steps
         from foldgpt.artifacts import check_free_file, write_json
         from foldgpt.run_folder import ANALYSIS, ANALYSIS_CHECKPOINT, FIGURES
-        from foldgpt.tables import analysis_lines, analysis_table
         from foldgpt.workbench import Workbench
 
         path = out / ANALYSIS
@@ -87,8 +96,7 @@ def analyze(
         if as_json:
             print_json(analysis.to_json_dict())
         else:
-            print_shown(analysis_table(analysis))
-            print_shown(analysis_lines(analysis))
+            print_analysis(analysis)
             print_paths([path, *figures])
 
 
@@ -133,7 +141,7 @@ def plan(
         from foldgpt import steps
         from foldgpt.artifacts import check_free_file
         from foldgpt.errors import UsageError
-        from foldgpt.selection import ANALYSIS_FREE, MEASURED, SELECTORS
+        from foldgpt.selection import ANALYSIS_FREE, SELECTORS
         from foldgpt.workbench import Workbench
 
         check_free_file(out, replace=overwrite)
@@ -157,23 +165,20 @@ def plan(
                 f"--analysis with the selector {method!r}, which reads none: leave it out, or --select one of "
                 f"{', '.join(sorted(SELECTORS.keys() - ANALYSIS_FREE))}"
             )
-        # The best donors are measured on these tokens too, whichever blocks are removed.
-        if search_tokens is not None and method not in MEASURED and recipe.share.donor != "best":
-            raise UsageError(
-                f"--search-tokens with the selector {method!r}, which measures nothing on them: leave it out, or "
-                f"--select one of {', '.join(sorted(MEASURED))}"
-            )
+        check_search_tokens(search_tokens, recipe)
         bench.check_plan()
         measured = None
+        # Where the sweep and the search are, until the plan that is made of them is there.
+        sweep, search = (out.with_name(f".{out.name}.{what}") for what in ("analysis", "search"))
         if analysis is not None:
             measured = steps.read_analysis(analysis, bench)
         elif method not in ANALYSIS_FREE:
-            measured = steps.make_analysis(bench)
-        search = out.with_name(f".{out.name}.search")
+            measured = steps.make_analysis(bench, sweep)
         selection = steps.make_selection(bench, measured, search)
         made = steps.make_plan(bench, selection, measured)
         made.save(out)
-        search.unlink(missing_ok=True)
+        for checkpoint in (sweep, search):
+            checkpoint.unlink(missing_ok=True)
         if as_json:
             print_json(made.to_json_dict())
         else:
@@ -261,7 +266,10 @@ def recover(
     setting: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="NAME=VALUE, such as rank=32 or learning_rate=5e-4. May be repeated.", show_default=False
+            "--set",
+            help="NAME=VALUE, such as rank=32 or learning_rate=5e-4. The names are listed in docs/recovery.md under "
+            "Settings; a wrong one is answered by the nearest, or by all. May be repeated.",
+            show_default=False,
         ),
     ] = None,
     revision: Revision = None,
@@ -278,7 +286,6 @@ def recover(
         from foldgpt import steps
         from foldgpt.folding import check_place
         from foldgpt.report import write_model_card
-        from foldgpt.tables import recovery_lines
         from foldgpt.workbench import Workbench
 
         check_place(out, replace=overwrite, read=[folder, teacher])
@@ -307,7 +314,7 @@ def recover(
         if as_json:
             print_json(result.to_json_dict())
         else:
-            print_shown(recovery_lines(result))
+            print_recovery(result)
             print_paths([out])
 
 
@@ -354,7 +361,6 @@ def evaluate(
         from foldgpt import steps
         from foldgpt.artifacts import check_free_file, write_json
         from foldgpt.errors import UsageError
-        from foldgpt.tables import generation_lines
         from foldgpt.workbench import Workbench
 
         about_text = {"context": context, "stride": stride, "max-windows": max_windows, "generations": generations}
@@ -393,7 +399,6 @@ def evaluate(
                 print_json(evaluation.to_dict())
             else:
                 print_evaluation(evaluation)
-                if evaluation.folded.generations:
-                    print_shown(generation_lines(evaluation))
+                print_generations(evaluation)
         if out is not None and not as_json:
             print_paths([out])
