@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from browser import Page, browser
+
+if TYPE_CHECKING:
+    from foldgpt.recipe import Recipe
 
 # Threads of tiny products only get in each other's way; tests of real models ask for more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,3 +24,50 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def page() -> Iterator[Page]:
     with browser() as shown:
         yield shown
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny model and a text."""
+    # Late: torch is to see what is set above.
+    from run_inputs import tiny_source, tiny_text
+
+    folder = tmp_path_factory.mktemp("inputs")
+    return tiny_source(folder / "model"), tiny_text(folder / "text.txt")
+
+
+@pytest.fixture
+def recipe(inputs: tuple[Path, Path]) -> Recipe:
+    """A recipe of a whole run on them."""
+    from foldgpt.recipe import Recipe
+    from run_inputs import tiny_recipe
+
+    return Recipe.from_dict(tiny_recipe(*inputs))
+
+
+@pytest.fixture
+def stages_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the stages that are really made, in order."""
+    from foldgpt import pipeline
+
+    made: list[str] = []
+    makers = {
+        "analysis": "make_analysis",
+        "selection": "make_selection",
+        "plan": "make_plan",
+        "fold": "make_folded",
+        "recovery": "make_recovered",
+        "source": "make_source_evaluation",
+        "evaluation": "make_evaluation",
+        "figures": "draw",
+        "report": "build_report",
+    }
+    for stage, name in makers.items():
+        maker = getattr(pipeline, name)
+
+        def spy(*args: Any, stage: str = stage, maker: Any = maker, **kwargs: Any) -> Any:
+            made.append(stage)
+            return maker(*args, **kwargs)
+
+        monkeypatch.setattr(pipeline, name, spy)
+    return made

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from foldgpt import steps
+from foldgpt.plan import FoldPlan
+from foldgpt.workbench import Workbench
 from models import tiny_model
 from tiny import tiny_tokenizer
 
+STAGES = ["analysis", "selection", "plan", "fold", "source", "evaluation", "figures", "report"]
 WORDS = ("the", "residual", "stream", "passes", "every", "block", "and", "few", "of", "them", "change", "it", "much")
 
 
@@ -33,3 +37,9 @@ def tiny_recipe(model: Path, text: Path, **changes: Any) -> dict[str, Any]:
         "evaluate": {"texts": [str(text)], "context": 32, "max_windows": 4, "speed": False, "memory": False},
         **changes,
     }
+
+
+def planned(bench: Workbench) -> FoldPlan:
+    """The plan of a recipe, from the beginning."""
+    analysis = steps.make_analysis(bench)
+    return steps.make_plan(bench, steps.make_selection(bench, analysis), analysis)

@@ -1,0 +1,206 @@
+"""Mistakes in a recipe show before anything is measured, searched or trained for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foldgpt import pipeline, steps
+from foldgpt.errors import FoldGPTError, PlanError, UnsupportedModelError, UsageError
+from foldgpt.recipe import Recipe
+from foldgpt.workbench import Workbench
+from models import tiny_hybrid, tiny_model
+from run_inputs import planned, tiny_recipe, tiny_source, tiny_text
+from tiny import tiny_tokenizer
+
+
+def test_a_teacher_with_another_tokenizer_is_refused_before_training(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    pipeline.run(Recipe.from_dict(tiny_recipe(*inputs)), tmp_path / "run")
+    other = tmp_path / "other"
+    shutil.copytree(inputs[0], other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = dict(zip(ids, reversed(ids.values()), strict=True))
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    recover = {"num_tokens": 128, "context": 16, "held_out_tokens": 32}
+    bench = Workbench(Recipe.from_dict(tiny_recipe(other, inputs[1], recover=recover)))
+    with pytest.raises(UsageError, match="has another tokenizer than"):
+        steps.make_recovered(bench, tmp_path / "run" / "folded", tmp_path / "recovered")
+    assert not (tmp_path / "recovered").exists()
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        ({"tasks": ["pica"]}, "unknown task 'pica'.*'piqa'"),
+        ({"texts": ["nowhere.txt"]}, "nowhere.txt"),
+        ({"tasks": ["piqa"], "data_dir": "nowhere"}, "nowhere"),
+        ({"context": 512}, "evaluate.context is 512 .* 128 positions"),
+        ({"texts": ["self:"]}, "self:"),
+        # M6: never multiple choice alone.
+        ({"tasks": ["piqa"], "texts": []}, "tasks need a text as well"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_what_is_measured_show_before_anything_runs(
+    recipe: Recipe, tmp_path: Path, stages_run: list[str], evaluate: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FoldGPTError, match=message):
+        pipeline.run(recipe.changed(evaluate=evaluate), tmp_path / "run")
+    assert stages_run == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recover": {"num_tokens": 4096, "texts": ["nowhere.txt"]}}, "nowhere.txt"),
+        ({"recover": {"num_tokens": 10_000_000, "context": 32}}, "too short: .* 10,0.* are asked for"),
+        (
+            {"recover": {"num_tokens": 127, "context": 32, "settings": {"batch_size": 4}}},
+            r"recover.num_tokens is 127, and one step takes 128: 4 windows \(batch_size .* at least 128 tokens",
+        ),
+        ({"recover": {"num_tokens": 4096, "context": 32, "held_out_tokens": 31}}, "held_out_tokens is 31,.* least 32"),
+        ({"select": {"remove": 6}}, "select.remove is 6, .* has 6 blocks"),
+        ({"select": {"remove_ratio": 0.95}}, "select.remove_ratio is 0.95, .* has 6 blocks"),
+        ({"select": {"options": {"colour": 1}}}, "'bi' has no option 'colour'"),
+        ({"select": {"method": "gates", "options": {"effort": 1e308}}}, "effort must be a number above 0 and at most"),
+        ({"select": {"sublayers": True}}, "'bi' removes whole blocks"),
+        ({"select": {"remove": 0}, "share": {"method": "adjacent", "start": "zero"}}, "nothing is to be removed"),
+        (
+            {"compensate": {"method": "linear"}, "calibration": {"num_tokens": 63}},
+            r"fitted \(compensate.method\) .* there must be two",
+        ),
+        (
+            {
+                "compensate": {"method": "none"},
+                "calibration": {"num_tokens": 63},
+                "share": {"method": "auto", "size": "0.7"},
+            },
+            r"fitted \(share.method auto\) .* there must be two",
+        ),
+        ({"recover": {"num_tokens": 4096, "report_to": ["tensorbord"]}}, "unknown logger 'tensorbord'.*tensorboard"),
+        ({"recover": {"num_tokens": 4096, "context": 512}}, "recover.context is 512.* 128 positions"),
+        ({"calibration": {"context": 512, "num_tokens": 1024}}, "calibration.context is 512.* 128 positions"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_what_is_trained_on_show_before_anything_runs(
+    recipe: Recipe, tmp_path: Path, stages_run: list[str], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FoldGPTError, match=message):
+        pipeline.run(recipe.changed(**changes), tmp_path / "run")
+    assert stages_run == []
+
+
+def test_a_text_too_short_for_another_recipe_shows_before_anything_runs(
+    inputs: tuple[Path, Path], tmp_path: Path, stages_run: list[str]
+) -> None:
+    """The recovered model that is there says nothing of it."""
+    recover = {"num_tokens": 128, "context": 16, "held_out_tokens": 32, "settings": {"batch_size": 2, "rank": 2}}
+    recipe = Recipe.from_dict(tiny_recipe(*inputs, recover=recover))
+    pipeline.run(recipe, tmp_path / "run")
+    stages_run.clear()
+    longer = recipe.changed(select={"remove": 1}, recover={"num_tokens": 10_000_000})
+    with pytest.raises(FoldGPTError, match="too short"):
+        pipeline.run(longer, tmp_path / "run", overwrite=True)
+    assert stages_run == []
+
+
+def test_an_unknown_selector_is_refused_before_anything_runs(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"unknown selector 'angula'. Did you mean 'angular'?"):
+        pipeline.run(recipe.changed(select={"method": "angula"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("donor", ["meen", "owner"])
+def test_an_unknown_donor_is_refused_before_anything_runs(recipe: Recipe, tmp_path: Path, donor: str) -> None:
+    """Whose weights an owner's would be, only a plan can say."""
+    with pytest.raises(UsageError, match=f"unknown donor '{donor}'"):
+        pipeline.run(recipe.changed(share={"method": "adjacent", "donor": donor}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_shorter_than_one_window_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    short = tiny_text(tmp_path / "short.txt", num_words=3)
+    with pytest.raises(FoldGPTError, match=r"short.txt is too short"):
+        pipeline.run(recipe.changed(calibration={"texts": [str(short)]}), tmp_path / "run")
+
+
+def test_what_cannot_be_folded_is_refused_before_anything_is_fitted(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share = {"method": "adjacent", "donor": "least_squares", "fit": True}
+    bench = Workbench(Recipe.from_dict(tiny_recipe(*inputs, share=share, compensate={"method": "linear"})))
+    plan = planned(bench)
+    assert plan.fitting is not None and plan.compensation is not None
+    other = plan.model_copy(update={"fitting": bench.fitting.model_copy(update={"fingerprint": "other"})})
+    with pytest.raises(PlanError) as changed:
+        steps.make_folded(bench, other, tmp_path / "changed")
+    # Shared weights that are to be fitted cannot be made without.
+    assert str(changed.value).endswith("Make the plan again.")
+    monkeypatch.setattr(steps, "compensate_", lambda *_, **__: pytest.fail("compensated before it was checked"))
+    with pytest.raises(PlanError, match=r"are to be fitted .* there is no fit of"):
+        steps.make_folded(bench, plan.model_copy(update={"fitting": None}), tmp_path / "unfitted")
+
+
+def test_a_model_that_cannot_be_trained_shows_before_anything_runs(
+    inputs: tuple[Path, Path], tmp_path: Path, stages_run: list[str]
+) -> None:
+    tiny_model("llama").half().save_pretrained(tmp_path / "half")
+    tiny_tokenizer(128).save_pretrained(tmp_path / "half")
+    recover = {"num_tokens": 128, "context": 16, "held_out_tokens": 32}
+    half = Recipe.from_dict(tiny_recipe(tmp_path / "half", inputs[1], recover=recover))
+    with pytest.raises(UnsupportedModelError, match="the model is in float16"):
+        pipeline.run(half, tmp_path / "run")
+    assert stages_run == []
+
+
+def test_a_model_that_cannot_be_folded_shows_before_anything_runs(
+    inputs: tuple[Path, Path], tmp_path: Path, stages_run: list[str]
+) -> None:
+    model = tiny_source(tmp_path / "odd")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "layer_scales": [1.0] * config["num_hidden_layers"]}))
+    with pytest.raises(UnsupportedModelError, match="layer_scales"):
+        pipeline.run(Recipe.from_dict(tiny_recipe(model, inputs[1])), tmp_path / "run")
+    shared = Recipe.from_dict(
+        tiny_recipe(*inputs, select={"method": "bi", "remove": 0}, share={"method": "adjacent", "group_size": 2})
+    )
+    folded = pipeline.run(shared, tmp_path / "shared").model
+    stages_run.clear()
+    with pytest.raises(PlanError, match="is folded already"):
+        pipeline.run(Recipe.from_dict(tiny_recipe(folded, inputs[1])), tmp_path / "run")
+    assert stages_run == []
+
+
+def test_a_set_that_cannot_be_folded_shows_before_the_fold(
+    inputs: tuple[Path, Path], tmp_path: Path, stages_run: list[str]
+) -> None:
+    tiny_hybrid(4).save_pretrained(tmp_path / "hybrid")
+    tiny_tokenizer(128).save_pretrained(tmp_path / "hybrid")
+    recipe = tiny_recipe(tmp_path / "hybrid", inputs[1], select={"method": "last", "remove": 3})
+    with pytest.raises(PlanError, match="cannot remove all blocks that attend"):
+        pipeline.run(Recipe.from_dict(recipe), tmp_path / "run")
+    assert stages_run == ["analysis", "selection"]
+
+
+@pytest.mark.parametrize(("ratio", "least"), [(0.05, "0.084"), (0.001, "0.084")])
+def test_a_ratio_that_removes_nothing_is_refused(recipe: Recipe, tmp_path: Path, ratio: float, least: str) -> None:
+    with pytest.raises(UsageError, match=rf"which of 6 blocks is none. The least that removes one is {least}"):
+        pipeline.run(recipe.changed(select={"remove": None, "remove_ratio": ratio}), tmp_path / "run")
+    changed = recipe.changed(select={"remove": None, "remove_ratio": float(least)})
+    assert len(pipeline.run(changed, tmp_path / "run").plan.removed) == 1
+
+
+def test_an_unknown_setting_of_the_recovery_is_refused_before_anything_runs(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no setting 'ranks'. Did you mean 'rank'"):
+        pipeline.run(recipe.changed(recover={"settings": {"ranks": 4}}), tmp_path / "run")
+    with pytest.raises(UsageError, match=r"recover\.settings: rank: .*integer.*'many'"):
+        pipeline.run(recipe.changed(recover={"settings": {"rank": "many"}}), tmp_path / "run")
+    with pytest.raises(UsageError, match="give minutes once"):
+        pipeline.run(recipe.changed(recover={"minutes": 1.0, "settings": {"minutes": 2.0}}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
