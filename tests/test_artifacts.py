@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 
 from foldgpt import artifacts
 from foldgpt.artifacts import (
+    alone,
     check_free,
     check_free_file,
     check_free_folder,
@@ -330,7 +332,7 @@ def test_a_folder_that_cannot_be_moved_away_is_refused_first(tmp_path: Path, mon
         with pytest.raises(ArtifactError, match=r"is the current folder, .* Choose a folder in it"):
             check_free_folder(place)
     monkeypatch.chdir("/")
-    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
     with pytest.raises(ArtifactError, match="is a mounted folder"):
         check_free_folder(tmp_path, replace=True)
     check_free_folder(tmp_path / "in_it")
@@ -351,6 +353,28 @@ def test_one_that_cannot_be_moved_away_leaves_nothing_beside_it(
     with pytest.raises(ArtifactError, match=r"busy\. Nothing was left behind"), staged_folder(tmp_path / "out"):
         pass
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_mount(), reason="no other file system at hand")
+def test_a_link_to_another_disk_is_no_mounted_folder(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as disk:
+        (Path(disk) / "model").mkdir()
+        (tmp_path / "link").symlink_to(Path(disk) / "model")
+        check_free_folder(tmp_path / "link", replace=True)
+
+
+def test_one_at_a_time(tmp_path: Path) -> None:
+    with alone(tmp_path / "new" / "out", wait=False):
+        with (
+            pytest.raises(ArtifactError, match=r"another process is writing .*out"),
+            alone(tmp_path / "new" / "out", wait=False),
+        ):
+            pass
+        with alone(tmp_path / "new" / "other", wait=False):
+            pass
+    with alone(tmp_path / "new" / "out"):
+        pass
+    assert not list((tmp_path / "new").iterdir())
 
 
 @pytest.mark.parametrize("there", [True, False])

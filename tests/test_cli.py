@@ -456,8 +456,11 @@ def test_one_of_several_processes_prints(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     analyze = ("analyze", model, "--text", text, *CALIBRATION, "--overwrite", "--out", tmp_path)
-    for rank, first in (("0", True), ("1", False)):
+    # A rank alone is some job queue's: nobody shares the work.
+    for rank, local, first in (("1", None, True), ("0", "0", True), ("1", "1", False)):
         monkeypatch.setenv("RANK", rank)
+        if local is not None:
+            monkeypatch.setenv("LOCAL_RANK", local)
         for flags in ((), ("--json",)):
             made = foldgpt(*analyze, *flags)
             assert made.exit_code == 0, made.output
@@ -473,6 +476,7 @@ def test_one_of_several_processes_draws_bars(monkeypatch: pytest.MonkeyPatch) ->
         screen = io.StringIO()
         monkeypatch.setattr(progress, "console", Console(file=screen, force_terminal=True, width=80))
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         with progress.bar("Analysing", total=2) as running:
             running.advance()
         assert bool(screen.getvalue()) == first

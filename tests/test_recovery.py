@@ -24,11 +24,13 @@ from foldgpt.recovery import (
     RecoverySettings,
     TrainingWindows,
     check_loggers,
+    distillation,
     make_trainable_,
     recover,
 )
 from foldgpt.recovery.common import common_blocks, first_changed
 from foldgpt.recovery.distillation import IGNORED, Distillation
+from foldgpt.recovery.dropout import without_dropout
 from foldgpt.recovery.inputs import check_inputs
 from foldgpt.recovery.recover import _checkpointing_ as checkpointing_
 from foldgpt.recovery.states import Body, States, aligned_blocks
@@ -170,9 +172,12 @@ def test_blocks_that_are_trained_or_differ_are_not_in_common() -> None:
         ("gpt2", {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}),
         ("opt", {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5}),
         ("llama", {"attention_dropout": 0.5}),
+        ("falcon", {"hidden_dropout": 0.5, "attention_dropout": 0.5}),
     ],
 )
-def test_a_student_is_trained_as_it_is_measured(family: str, drops: dict[str, float], checkpointing: bool) -> None:
+def test_a_student_is_trained_as_it_is_measured(
+    family: str, drops: dict[str, float], checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without the dropout of its source's pre-training: the teacher, too, runs without."""
     student, teacher, plan = tiny_pair(family, shared=False, **drops)
     settings = RecoverySettings(rank=2)
@@ -191,12 +196,19 @@ def test_a_student_is_trained_as_it_is_measured(family: str, drops: dict[str, fl
 
     module.eval()
     measured = found()
-    module.train()
-    assert module.training
-    for _ in range(2):
-        torch.testing.assert_close(found(), measured, rtol=1e-5, atol=1e-6)
     blocks = decoder_of(student).blocks
-    assert all(block.training == checkpointing for block in blocks)
+    for own_code in (False, True):
+        # Code of its own may be without gradients when it is not in training.
+        monkeypatch.setattr(distillation, "brings_own_code", lambda _, own_code=own_code: own_code)
+        module.train()
+        assert module.training and all(block.training == (checkpointing or own_code) for block in blocks)
+        assert next(blocks[0].children()).training == own_code
+        with without_dropout(student):
+            for _ in range(2):
+                torch.testing.assert_close(found(), measured, rtol=1e-5, atol=1e-6)
+        assert {name: getattr(student.config, name) for name in drops} == drops
+    with torch.no_grad():
+        assert not torch.equal(module(ids, ids, None, theirs)["loss"], measured[0]), "there is dropout again"
 
 
 def test_a_student_that_lost_nothing_has_no_loss(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from foldgpt.artifacts import alone
 from foldgpt.errors import ArtifactError, UsageError
 from foldgpt.recovery import TrainingWindows, remove_work, work_beside
 from foldgpt.recovery.trainer import RecoveryTrainer
@@ -145,11 +146,33 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(
             raise full
         save(self, *arguments, **named)
 
-    with monkeypatch.context() as patch, pytest.raises(ArtifactError, match=r"checkpoint of step 6 .*is kept"):
+    with monkeypatch.context() as patch:
         patch.setattr(RecoveryTrainer, "_save", no_space)
-        tiny_recovery(tmp_path)
+        with pytest.raises(ArtifactError, match=r"checkpoint of step 6 .*is kept"):
+            tiny_recovery(tmp_path)
+        with pytest.raises(ArtifactError, match=r"checkpoint of step 6 .*There was none before it"):
+            tiny_recovery(tmp_path / "late", evaluate_every=6)
+    assert not (tmp_path / ".recovered.recovery" / "checkpoint-6").exists()
     assert (tmp_path / ".recovered.recovery" / "checkpoint-3" / "complete.json").is_file()
     assert tiny_recovery(tmp_path).num_steps == 12
+
+
+def test_two_processes_do_not_recover_into_one_place(tmp_path: Path) -> None:
+    """The second would take what the first has for a killed one's, and remove it."""
+    place = work_beside(tmp_path / "recovered")
+    with alone(place), pytest.raises(ArtifactError, match="another process is writing"):
+        tiny_recovery(tmp_path)
+    assert tiny_recovery(tmp_path).num_steps == 12
+    assert [entry.name for entry in tmp_path.iterdir()] == ["recovered"]
+
+
+def test_an_error_of_another_kind_while_saving_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="closed by peer"):
+        patch.setattr(RecoveryTrainer, "_save", lost)
+        tiny_recovery(tmp_path)
 
 
 def test_the_work_stays_for_a_caller_who_asks_for_it(tmp_path: Path) -> None:

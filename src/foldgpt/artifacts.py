@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from foldgpt.errors import ArtifactError
 
@@ -159,19 +159,32 @@ def staged_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(path: str | Path) -> Iterator[None]:
-    """Wait for other processes that are writing a file: what one has so far looks like a killed one's leftovers.
+def alone(path: str | Path, *, wait: bool = True) -> Iterator[None]:
+    """Keep other processes off a file or a folder: what one has so far looks like a killed one's leftovers.
 
     Args:
-        path: the file; its folder must exist.
+        path: the file or folder. What lies beside it for the time is `path` with `.lock` behind it.
+        wait: wait for another process that is writing it.
+
+    Raises:
+        ArtifactError: another process is, and it was not to be waited for; or nothing can be written there.
     """
-    lock = Path(path).with_suffix(".lock")
-    with FileLock(lock):
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # a file that is open, on Windows
-                lock.unlink()
+    path = Path(path)
+    lock = path.with_name(f"{path.name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock)
+        held.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise ArtifactError(f"another process is writing {path}; wait for it, or choose another place") from None
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        yield
+    finally:
+        held.release()
+        with suppress(OSError):  # a file that is open, on Windows
+            lock.unlink()
 
 
 def _move_into_place(staging: Path, path: Path) -> None:
@@ -262,7 +275,7 @@ def check_free_folder(path: str | Path, *, replace: bool = False) -> None:
         raise ArtifactError(f"{path} is a file, and a folder is to be written there. Choose another place.")
     if path.is_dir():  # else its parent has been looked at
         there = path.resolve()
-        fixed = "the current folder" if there == Path.cwd() else "a mounted folder" if path.is_mount() else None
+        fixed = "the current folder" if there == Path.cwd() else "a mounted folder" if os.path.ismount(there) else None
         if fixed is not None:
             raise ArtifactError(f"{path} is {fixed}, which cannot be replaced as a whole. Choose a folder in it.")
         _check_writable(path, there.parent)

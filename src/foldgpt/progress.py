@@ -22,8 +22,11 @@ console = Console(stderr=True)
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for all that share the work, as `torchrun` and `accelerate` number them."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process speaks for all that share the work, as `torchrun` and `accelerate` number them.
+
+    They set both variables; with RANK alone, as some job queues have it, nobody shares anything.
+    """
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 class Bar:

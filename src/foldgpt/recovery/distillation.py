@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from foldgpt.families import decoder_of
+from foldgpt.families import brings_own_code, decoder_of
 from foldgpt.objectives import DivergenceLoss, Head, cosine_distance, fused_logit_losses, relative_error
 from foldgpt.recovery.settings import RecoverySettings
 from foldgpt.recovery.states import Body, States
@@ -51,17 +51,15 @@ class Distillation(nn.Module):
         self._no_split_modules = sorted({type(block).__name__ for block in decoder_of(student).blocks})
 
     def train(self, mode: bool = True) -> Self:
-        """As in torch, but the student computes what it computes when it is measured: without dropout, as its teacher.
+        """As in torch, but the student's modules stay as they are when it is measured; some draw experts in training.
 
-        Where activations are computed again, the modules that do so go by their own mode, and are put in it.
+        Where activations are computed again, the modules that do so go by their own mode, and are put in it. Code that
+        comes with a checkpoint may run without gradients when it is not in training, so that is left to do as it does.
         """
         super().train(mode)
-        self.student.eval()
-        if mode:
+        if mode and not brings_own_code(self.student):
             for module in self.student.modules():
-                if getattr(module, "gradient_checkpointing", False):
-                    module.training = True
-                    _without_dropout_(module)
+                module.training = bool(getattr(module, "gradient_checkpointing", False))
         return self
 
     def forward(
@@ -128,13 +126,6 @@ class Distillation(nn.Module):
             loss = loss + settings.states * value
             parts["states"] = value.detach()
         return {"loss": loss, **parts}
-
-
-def _without_dropout_(module: nn.Module) -> None:
-    """Set a module's own probabilities of dropping something to 0; those of the modules in it are theirs."""
-    for name, value in vars(module).items():
-        if "drop" in name and isinstance(value, float):
-            setattr(module, name, 0.0)
 
 
 def _rows(states_BTH: Tensor, scored: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainingArguments
 
-from foldgpt.artifacts import hash_of
+from foldgpt.artifacts import alone, hash_of
 from foldgpt.attention import attention_in_tiles
 from foldgpt.errors import ArtifactError, UsageError
 from foldgpt.fingerprints import weights_fingerprint
@@ -24,6 +25,7 @@ from foldgpt.progress import note, quiet_libraries
 from foldgpt.recovery.callbacks import step_of_end
 from foldgpt.recovery.common import common_blocks
 from foldgpt.recovery.distillation import Distillation
+from foldgpt.recovery.dropout import without_dropout
 from foldgpt.recovery.inputs import check_inputs, check_trainable
 from foldgpt.recovery.loggers import check_loggers, keep_logs_
 from foldgpt.recovery.settings import RecoverySettings
@@ -81,8 +83,8 @@ def recover(
         UnsupportedModelError: the student is quantised or in float16; or documents are to be kept apart, and the model
             mixes them.
         DivergenceError: the training went wrong; the message says where the best state is kept.
-        ArtifactError: `out` exists, `work` holds another recovery or other files, the best state is gone from it, or
-            one of them cannot be written.
+        ArtifactError: `out` exists, `work` holds another recovery or other files or is another process's, the best
+            state is gone from it, or one of them cannot be written.
         VerificationError: the saved model does not do what the trained one does.
     """
     out = Path(out)
@@ -98,104 +100,107 @@ def recover(
     args, train = _arguments(settings, train, work, cpu=device_is_cpu, report_to=report_to)
     is_main = args.process_index == 0
     identity = _identity(student, teacher, plan, train, held_out, settings)
-    if is_main:
-        prepare(work, identity, replace=replace)
-    _wait()
+    # Another recovery into the same place would take what this one has so far for a killed one's.
+    with alone(work, wait=False) if is_main else nullcontext():
+        if is_main:
+            prepare(work, identity, replace=replace)
+        _wait()
 
-    num_parameters = sum(parameter.numel() for parameter in student.parameters())
-    head = Head(student)
-    num_trained = make_trainable_(student, plan, settings)
-    taught, common = None, 0
-    if teacher is not None and settings.needs_teacher:
-        common = common_blocks(student, teacher, plan)
-        pairs = [(position, source) for position, source in pairs if position >= common]
-        taught = Teacher(teacher.to(args.device), [source for _, source in pairs], common)
-    with attention_in_tiles(teacher):
-        cache = _cache(taught, train, teacher_cache, settings, is_main=is_main)
-    if settings.gradient_checkpointing:
-        _checkpointing_(student, True)
-    teacher_head = None if taught is None else taught.head
-    module = Distillation(student, settings, head, teacher_head, [position for position, _ in pairs], common)
-    callbacks = [] if settings.patience is None else [EarlyStoppingCallback(settings.patience)]
-    num_steps = args.max_steps
-    resumed = latest_checkpoint(work)
-    ended_at = None if resumed is None else step_of_end(resumed, settings.minutes)
-    if ended_at is not None:
-        # transformers would go on behind a step at which patience or the time had ended it.
-        args.max_steps = ended_at
-        train = train.first(ended_at * settings.batch_size)
-    with quiet_libraries(), attention_in_tiles(student, teacher):
-        trainer = RecoveryTrainer(
-            module,
-            args,
-            train=train,
-            held_out=held_out,
-            teacher=taught,
-            cache=cache,
-            minutes=settings.minutes,
-            callbacks=callbacks,
-        )
-        if trainer.is_fsdp_enabled and (getattr(student.config, "fold_layout", None) or {}).get("borrowed"):
-            raise UsageError(
-                "FSDP gathers a block's weights while it runs, and here positions borrow those of other blocks: train "
-                "a model with shared weights on one device, or with DDP"
+        num_parameters = sum(parameter.numel() for parameter in student.parameters())
+        head = Head(student)
+        num_trained = make_trainable_(student, plan, settings)
+        taught, common = None, 0
+        if teacher is not None and settings.needs_teacher:
+            common = common_blocks(student, teacher, plan)
+            pairs = [(position, source) for position, source in pairs if position >= common]
+            taught = Teacher(teacher.to(args.device), [source for _, source in pairs], common)
+        with attention_in_tiles(teacher):
+            cache = _cache(taught, train, teacher_cache, settings, is_main=is_main)
+        if settings.gradient_checkpointing:
+            _checkpointing_(student, True)
+        teacher_head = None if taught is None else taught.head
+        module = Distillation(student, settings, head, teacher_head, [position for position, _ in pairs], common)
+        callbacks = [] if settings.patience is None else [EarlyStoppingCallback(settings.patience)]
+        num_steps = args.max_steps
+        resumed = latest_checkpoint(work)
+        ended_at = None if resumed is None else step_of_end(resumed, settings.minutes)
+        if ended_at is not None:
+            # transformers would go on behind a step at which patience or the time had ended it.
+            args.max_steps = ended_at
+            train = train.first(ended_at * settings.batch_size)
+        with quiet_libraries(), attention_in_tiles(student, teacher):
+            trainer = RecoveryTrainer(
+                module,
+                args,
+                train=train,
+                held_out=held_out,
+                teacher=taught,
+                cache=cache,
+                minutes=settings.minutes,
+                callbacks=callbacks,
             )
-        keep_logs_(trainer.callback_handler.callbacks, out.parent / f"{out.name}.logs" / hash_of(identity)[:8])
-        if settings.scale_rate != 1:
-            trainer.learn_at(settings.scale_rate, trained_scales(student, plan))
-        # In the machine's memory: the device needs its own for the training.
-        given = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters() if p.requires_grad}
-        before = trainer.measure_start()
-        # FSDP takes the student's weights apart in place; what was learned is put into a whole copy.
-        whole = copy.deepcopy(module) if trainer.is_fsdp_enabled else None
-        if resumed is not None:
-            note(f"going on at step {resumed.name.partition('-')[2]}")
-        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-    state = trainer.state
-    improved = state.best_metric is not None and state.best_metric < before["loss"]
-    best = state.best_model_checkpoint
-    if is_main and improved and (best is None or not (Path(best) / COMPLETE).is_file()):
-        # transformers would leave the last weights in place of the best.
-        raise ArtifactError(f"the checkpoint of the best state, step {state.best_global_step}, is gone from {work}")
-    after = None
-    if whole is not None:
-        after = trainer.measure() if improved else before
-        whole.load_state_dict(trainer.accelerator.get_state_dict(trainer.model), strict=is_main)
-        module, student = whole, whole.student
-    if not improved:
-        note("training made nothing better; the model is saved as it was")
-        _put_back_(module, given)
-    if settings.gradient_checkpointing:
-        _checkpointing_(student, False)
-    merge_trained_(student)
-    student.eval()
-    result = RecoveryResult(
-        before=before,
-        after=after or trainer.measure(),
-        best_step=int(state.best_global_step or 0) if improved else 0,
-        num_steps=state.global_step,
-        num_tokens=state.global_step * settings.batch_size * train.ids_WT.shape[1],
-        ended="tokens" if state.global_step >= num_steps else "time" if trainer.clock.is_over else "patience",
-        num_trained=num_trained,
-        seconds=round(trainer.clock.seconds, 1),
-        history=state.log_history,
-        settings=dataclasses.asdict(settings),
-    )
-    if is_main:
-        note("saving and verifying the recovered model")
-        save_folded(
-            student,
-            plan,
-            out,
-            tokenizer=tokenizer,
-            expected_parameters=num_parameters,
-            notes={RECOVERY: result.to_json_dict()},
-            replace=replace,
+            if trainer.is_fsdp_enabled and (getattr(student.config, "fold_layout", None) or {}).get("borrowed"):
+                raise UsageError(
+                    "FSDP gathers a block's weights while it runs, and here positions borrow those of other blocks: "
+                    "train a model with shared weights on one device, or with DDP"
+                )
+            keep_logs_(trainer.callback_handler.callbacks, out.parent / f"{out.name}.logs" / hash_of(identity)[:8])
+            if settings.scale_rate != 1:
+                trainer.learn_at(settings.scale_rate, trained_scales(student, plan))
+            # In the machine's memory: the device needs its own for the training.
+            given = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters() if p.requires_grad}
+            before = trainer.measure_start()
+            # FSDP takes the student's weights apart in place; what was learned is put into a whole copy.
+            whole = copy.deepcopy(module) if trainer.is_fsdp_enabled else None
+            if resumed is not None:
+                note(f"going on at step {resumed.name.partition('-')[2]}")
+            with without_dropout(student):
+                trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        state = trainer.state
+        improved = state.best_metric is not None and state.best_metric < before["loss"]
+        best = state.best_model_checkpoint
+        if is_main and improved and (best is None or not (Path(best) / COMPLETE).is_file()):
+            # transformers would leave the last weights in place of the best.
+            raise ArtifactError(f"the checkpoint of the best state, step {state.best_global_step}, is gone from {work}")
+        after = None
+        if whole is not None:
+            after = trainer.measure() if improved else before
+            whole.load_state_dict(trainer.accelerator.get_state_dict(trainer.model), strict=is_main)
+            module, student = whole, whole.student
+        if not improved:
+            note("training made nothing better; the model is saved as it was")
+            _put_back_(module, given)
+        if settings.gradient_checkpointing:
+            _checkpointing_(student, False)
+        merge_trained_(student)
+        student.eval()
+        result = RecoveryResult(
+            before=before,
+            after=after or trainer.measure(),
+            best_step=int(state.best_global_step or 0) if improved else 0,
+            num_steps=state.global_step,
+            num_tokens=state.global_step * settings.batch_size * train.ids_WT.shape[1],
+            ended="tokens" if state.global_step >= num_steps else "time" if trainer.clock.is_over else "patience",
+            num_trained=num_trained,
+            seconds=round(trainer.clock.seconds, 1),
+            history=state.log_history,
+            settings=dataclasses.asdict(settings),
         )
-        if not keep_work:
-            remove_work(work)
-    _wait()
-    return result
+        if is_main:
+            note("saving and verifying the recovered model")
+            save_folded(
+                student,
+                plan,
+                out,
+                tokenizer=tokenizer,
+                expected_parameters=num_parameters,
+                notes={RECOVERY: result.to_json_dict()},
+                replace=replace,
+            )
+            if not keep_work:
+                remove_work(work)
+        _wait()
+        return result
 
 
 def _identity(

@@ -5,6 +5,7 @@ What is not here comes with it: accelerate, DDP, gradient accumulation, checkpoi
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from foldgpt.recovery.windows import TrainingWindows
 
 #: Written last into a checkpoint: without it, the process was killed while it saved.
 COMPLETE = "complete.json"
+#: What torch's writer says where the disk is full; it raises RuntimeError, as much else does.
+_TORCH_CANNOT_WRITE = ("iostream error", "PytorchStreamWriter", "file write failed")
 
 
 class RecoveryTrainer(Trainer):
@@ -279,10 +282,14 @@ class RecoveryTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:
-            # The last one is torch's for a full disk. Gradients and losses are behind us, so it means nothing else.
+            if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_CANNOT_WRITE):
+                raise
+            step = self.state.global_step
+            shutil.rmtree(self._checkpoint(step), ignore_errors=True)
+            is_kept = any(Path(self.args.output_dir).glob(f"checkpoint-*/{COMPLETE}"))
+            rest = "The one before it is kept; the same call goes on there." if is_kept else "There was none before it."
             raise ArtifactError(
-                f"cannot write the checkpoint of step {self.state.global_step} into {self.args.output_dir}: "
-                f"{first_line(error)}. The one before it is kept; the same call goes on there."
+                f"cannot write the checkpoint of step {step} into {self.args.output_dir}: {first_line(error)}. {rest}"
             ) from error
         self.accelerator.wait_for_everyone()  # each process saves its own random state
         if self.args.should_save:
