@@ -18,11 +18,12 @@ from transformers import (
     StaticCache,
 )
 
-from foldgpt.errors import PlanError, UnsupportedModelError
+from foldgpt.errors import PlanError, UnsupportedModelError, UsageError
 from foldgpt.families import check_config, decode, decoder_of, remap_config_
 from foldgpt.folding import fold_, predicted_parameters, save_folded, source_model_of
 from foldgpt.modeling.modeling_foldgpt import Absent
 from foldgpt.plan import FoldPlan
+from foldgpt.selection import Request, select
 from foldgpt.selection.units import Units
 from models import tiny_config, tiny_model, token_ids
 from reference import skipping, stepwise_logits
@@ -262,6 +263,18 @@ def test_r4_a_first_block_unlike_the_others_must_stay(removed: list[int]) -> Non
     with pytest.raises(PlanError, match=message):
         remap_config_(model.config, plan.kept)
     assert len(decoder_of(model).blocks) == model.config.num_hidden_layers == 6
+
+
+def test_r4_searches_leave_such_a_first_block() -> None:
+    model = modernbert()
+    decoder = decoder_of(model)
+    units = Units.blocks(6, 2, decoder)
+    assert units.is_allowed([1, 4]) and not units.is_allowed([0]) and not units.is_allowed([0, 3])
+    assert Units.blocks(6, 2, decoder_of(tiny_model("llama"))).is_allowed([0, 3])
+    drawn = [select("random", Request(6, 3, model=model, seed=seed)).removed for seed in range(10)]
+    assert all(len(removed) == 3 and 0 not in removed for removed in drawn)
+    with pytest.raises(UsageError, match="in this family the first block must stay"):
+        Units.blocks(6, 6, decoder).fill(range(6))
 
 
 def test_r4_the_blocks_behind_such_a_first_block_can_go(tmp_path: Path) -> None:

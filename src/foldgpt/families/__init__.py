@@ -5,11 +5,12 @@ from foldgpt.families.code import brings_own_code
 from foldgpt.families.config_fields import check_config, check_kept, remap_config_
 from foldgpt.families.decoder import Decoder, decoder_of
 from foldgpt.families.decoding import decode
-from foldgpt.families.table import FAMILIES, OUTPUT_MATRICES, Family, Sublayers, family_of
+from foldgpt.families.table import FAMILIES, OUTPUT_MATRICES, SPECIAL_FIRST_BLOCK, Family, Sublayers, family_of
 
 __all__ = [
     "FAMILIES",
     "OUTPUT_MATRICES",
+    "SPECIAL_FIRST_BLOCK",
     "Decoder",
     "Family",
     "Sublayers",

@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import nn
 
 from foldgpt.errors import UsageError
-from foldgpt.families import Decoder, attending_blocks, attention_kinds, first_of_each_kind
+from foldgpt.families import SPECIAL_FIRST_BLOCK, Decoder, attending_blocks, attention_kinds, first_of_each_kind
 from foldgpt.folding.kinds import sublayer_modules
 from foldgpt.plan import SUBLAYERS, Sublayer
 
@@ -29,6 +29,7 @@ class Units:
         sizes: what each unit counts towards the target: 1 for a block, its parameters for a sublayer.
         target: how much is to be removed, in the same measure.
         attention_kinds: kind of attention of each block ("full_attention", …).
+        first_stays: the first block is built unlike all others, and none can stand in for it.
     """
 
     num_blocks: int
@@ -36,12 +37,14 @@ class Units:
     sizes: tuple[int, ...]
     target: int
     attention_kinds: tuple[str, ...]
+    first_stays: bool = False
 
     @classmethod
     def blocks(cls, num_blocks: int, num_remove: int, decoder: Decoder | None = None) -> Units:
         """Whole blocks, `num_remove` of which are to go; of a model in which all attend alike, if none is given."""
         kinds = ("attention",) * num_blocks if decoder is None else attention_kinds(decoder.config)
-        return cls(num_blocks, 1, (1,) * num_blocks, num_remove, kinds)
+        first_stays = decoder is not None and decoder.model_type in SPECIAL_FIRST_BLOCK
+        return cls(num_blocks, 1, (1,) * num_blocks, num_remove, kinds, first_stays)
 
     @classmethod
     def sublayers(cls, decoder: Decoder, num_remove: int) -> Units:
@@ -56,7 +59,9 @@ class Units:
             for block in decoder.blocks
             for sublayer in SUBLAYERS
         )
-        return cls(num_blocks, 2, sizes, round(num_remove * sum(sizes) / num_blocks), attention_kinds(decoder.config))
+        target = round(num_remove * sum(sizes) / num_blocks)
+        first_stays = decoder.model_type in SPECIAL_FIRST_BLOCK
+        return cls(num_blocks, 2, sizes, target, attention_kinds(decoder.config), first_stays)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -99,11 +104,11 @@ class Units:
     def is_allowed(self, removed: Iterable[int]) -> bool:
         """Whether a model folded so can exist: a block that attends is left, and so does the first of each kind.
 
-        transformers reads the length of the KV cache from these.
+        transformers reads the length of the KV cache from these. And where the first block has to stay, it does.
         """
         whole, lacking = self.whole_blocks(removed), self.lacking(removed)
         kept = [block for block in range(self.num_blocks) if block not in whole]
-        if not kept or (self._attending and self._attending.isdisjoint(kept)):
+        if not kept or (self.first_stays and kept[0] != 0) or (self._attending and self._attending.isdisjoint(kept)):
             return False
         first_of = first_of_each_kind(self.attention_kinds, kept)
         return all(lacking.get(block) != "attention" for block in first_of.values())
@@ -118,6 +123,7 @@ class Units:
         return UsageError(
             f"the budget cannot be met: {self.target:,} of {sum(self.sizes):,} are to be removed, but one block must "
             "stay, and the first one with each kind of attention must keep that"
+            + (", and in this family the first block must stay" if self.first_stays else "")
         )
 
     def fill(self, order: Sequence[int], start: Removed = frozenset()) -> Removed:
