@@ -125,12 +125,15 @@ def draw_panel(axes: Axes, comparison: Comparison, text: str) -> None:
         axes.plot([value for _, value in ends], [row] * len(ends), color=colour, linewidth=1.5, zorder=1)
         for recovered, value in ends:
             axes.scatter(value, row, s=36, facecolor=colour if recovered else "white", edgecolor=colour, zorder=2)
-            axes.annotate(f"{value:.1f}", (value, row), (0, 6), textcoords="offset points", ha="center", fontsize=7)
+            # Two labels lean away from each other: the points may be near.
+            side = "center" if len(ends) == 1 else "left" if value == max(end for _, end in ends) else "right"
+            shift = {"center": 0, "left": -4, "right": 4}[side]
+            axes.annotate(f"{value:.1f}", (value, row), (shift, 6), textcoords="offset points", ha=side, fontsize=7)
     values = [source, *(method.perplexities[text] for method in comparison.methods if method.name in names)]
     axes.set_xscale("log")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlim(min(values) * 0.92, max(values) * 1.12)
+    axes.set_xlim(min(values) * 0.92, max(values) * 1.25)
     axes.set_xticks([source], [f"{source:.1f}"])
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.7)
