@@ -70,7 +70,34 @@ def test_a_model_computes_what_it_did(family: str, monkeypatch: pytest.MonkeyPat
     assert bool(calls) == (family not in ("mistral", "gemma2"))
 
 
-@pytest.mark.parametrize("what", ["fp32", "mask", "dropout", "decoding", "not causal"])
+@pytest.mark.parametrize("keys", [1, 70])
+@pytest.mark.parametrize(("heads", "key_heads", "sizes"), [(6, 2, (16, 16)), (4, 4, (8, 24)), (4, 1, (32, 32))])
+def test_the_query_of_a_decoding_step_sees_all_keys(
+    keys: int, heads: int, key_heads: int, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *_, **__: pytest.fail("this is made for it"))
+    torch.manual_seed(0)
+    query = (4 * torch.randn(2, heads, 1, sizes[0])).bfloat16()
+    key, value = (4 * torch.randn(2, key_heads, keys, sizes[0])).bfloat16(), torch.randn(2, key_heads, keys, sizes[1])
+    output, _ = tiled_attention(nn.Module(), query, key, value.bfloat16(), None, scaling=0.2)
+    expected = scaled_dot_product_attention(
+        query.double(), key.double(), value.bfloat16().double(), scale=0.2, enable_gqa=True
+    )
+    assert output.shape == (2, 1, heads, sizes[1]) and error(output, expected.transpose(1, 2)) < 6e-3
+
+
+def test_a_model_decodes_as_it_did() -> None:
+    model: Any = tiny_model("llama").bfloat16()
+    ids = token_ids(model, (2, 20))
+    with torch.no_grad():
+        whole = copy.deepcopy(model).double()(input_ids=ids).logits[:, -1]
+        with attention_in_tiles(model):
+            cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+            found = model(input_ids=ids[:, -1:], past_key_values=cache).logits[:, -1]
+    assert error(found, whole) < 0.06
+
+
+@pytest.mark.parametrize("what", ["fp32", "mask", "dropout", "behind a cache", "not causal"])
 def test_other_calls_go_to_the_kernel_of_torch(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention._Tiles, "apply", lambda *_: pytest.fail("not made for this"))
     query, key, value = (torch.randn(2, heads, 5, 8).bfloat16() for heads in (4, 2, 2))
@@ -81,8 +108,8 @@ def test_other_calls_go_to_the_kernel_of_torch(what: str, monkeypatch: pytest.Mo
         query, key, value = query.float(), key.float(), value.float()
     elif what == "dropout":
         more = {"dropout": 0.5}
-    elif what == "decoding":
-        query = query[:, :, -1:]
+    elif what == "behind a cache":
+        query = query[:, :, -2:]
     elif what == "not causal":
         more = {"is_causal": False}
     output, _ = tiled_attention(module, query, key, value, mask, **more)

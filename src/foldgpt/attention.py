@@ -3,7 +3,8 @@
 Without AMX torch's fused kernel for bf16 takes a quarter of a small model's forward pass, and its backward pass
 more than twice that. Here the queries go through in tiles of 64; each tile meets the keys up to its own end only, in
 ordinary matrix products, and grouped-query heads share them. Scores and softmax are in fp32, as in the fused kernel.
-Nothing of size tokens × tokens is kept: the backward pass makes the probabilities again.
+Nothing of size tokens × tokens is kept: the backward pass makes the probabilities again. The one query of a decoding
+step needs no tiles; there the kernel takes ten times as long as two products.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def attention_in_tiles(*models: nn.Module | None) -> Iterator[None]:
     """Let models use this attention meanwhile, where it is the faster one; a model that asked for another keeps it.
 
     It stands in for torch's fused kernel on CPUs that compute in bf16 without AMX (AMD Zen 4 and 5). Calls that it is
-    not made for (a mask, dropout, decoding, other formats than bf16, other devices) go to that kernel as before.
+    not made for (a mask, dropout, several queries behind a cache, other formats than bf16, other devices) go to that
+    kernel as before.
     """
     changed: list[Any] = []
     if _is_faster_here():
@@ -70,8 +72,8 @@ def tiled_attention(
     Args:
         module: the attention module.
         query: [B, heads, T, D].
-        key: [B, key heads, T, D].
-        value: [B, key heads, T, E].
+        key: [B, key heads, T, D]; with one query as many as there are.
+        value: as many, [B, key heads, T, E].
         attention_mask: None where the only mask is the causal one.
         dropout: share of probabilities that is dropped.
         scaling: what scores are multiplied by; 1 / √D by default.
@@ -82,13 +84,13 @@ def tiled_attention(
         [B, T, heads, E], and None in place of the probabilities.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    is_one = query.shape[2] == 1
     fits = (
         query.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype == torch.bfloat16
         and attention_mask is None
         and not dropout
-        and causal
-        and query.shape[2] == key.shape[2] > 1
+        and (is_one or (causal and query.shape[2] == key.shape[2]))
         and not any(more.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
     )
     if not fits:
@@ -96,8 +98,18 @@ def tiled_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **more
         )
         return found
-    output: Tensor = _Tiles.apply(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output: Tensor = _of_one(query, key, value, scaling) if is_one else _Tiles.apply(query, key, value, scaling)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _of_one(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Attention of the last token to all that are there, itself included."""
+    key_XTD, value_XTE = key.flatten(0, 1), value.flatten(0, 1)
+    query_XGD = query.reshape(len(key_XTD), -1, query.shape[-1])
+    probability = ((query_XGD.float() * scaling) @ key_XTD.float().transpose(1, 2)).softmax(-1)
+    found = probability.to(value.dtype) @ value_XTE
+    return found.view(*query.shape[:3], value.shape[-1])
 
 
 class _Tiles(torch.autograd.Function):

@@ -19,6 +19,7 @@ from filelock import FileLock
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from foldgpt.artifacts import hash_of, write_text
+from foldgpt.attention import attention_in_tiles
 from foldgpt.cache import cache_folder
 from foldgpt.errors import SourceError, UsageError, did_you_mean
 from foldgpt.progress import bar, quiet_libraries
@@ -28,7 +29,7 @@ SELF = "self:"
 #: Documents that are sampled at once; a file holds as many.
 _BATCH = 32
 #: Raise it when the code that samples changes, so that old files are not used.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,7 @@ class OwnText:
             bar(f"the model writes documents {shard * _BATCH + 1}-{(shard + 1) * _BATCH}", sampling.length) as progress,
             torch.random.fork_rng(devices),
             quiet_libraries(),
+            attention_in_tiles(model),
             _without_own_wishes(model),
         ):
             torch.manual_seed(int(hash_of([sampling.seed, shard])[:12], 16))
