@@ -1,6 +1,6 @@
 """One table and one picture of all results of published_comparison.py.
 
-    cd benchmarks/results && python ../published_summary.py published_smollm2-135m_20.json published_*_all.json
+cd benchmarks/results && python ../published_summary.py published_smollm2-135m_20.json published_*_all.json
 """
 
 from __future__ import annotations
