@@ -49,20 +49,10 @@ def recipe(inputs: tuple[Path, Path]) -> Recipe:
 def stages_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the stages that are really made, in order."""
     from foldgpt import pipeline
+    from run_inputs import MAKERS
 
     made: list[str] = []
-    makers = {
-        "analysis": "make_analysis",
-        "selection": "make_selection",
-        "plan": "make_plan",
-        "fold": "make_folded",
-        "recovery": "make_recovered",
-        "source": "make_source_evaluation",
-        "evaluation": "make_evaluation",
-        "figures": "draw",
-        "report": "build_report",
-    }
-    for stage, name in makers.items():
+    for stage, name in MAKERS.items():
         maker = getattr(pipeline, name)
 
         def spy(*args: Any, stage: str = stage, maker: Any = maker, **kwargs: Any) -> Any:

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from foldgpt import steps
 from foldgpt.plan import FoldPlan
+from foldgpt.recipe import Recipe
 from foldgpt.workbench import Workbench
 from models import tiny_model
 from tiny import tiny_tokenizer
 
+#: Stage of a run → its function in `foldgpt.pipeline`.
+MAKERS = {
+    "analysis": "make_analysis",
+    "selection": "make_selection",
+    "plan": "make_plan",
+    "fold": "make_folded",
+    "recovery": "make_recovered",
+    "source": "make_source_evaluation",
+    "evaluation": "make_evaluation",
+    "figures": "draw",
+    "report": "build_report",
+}
+#: Those of a run without recovery, in order.
 STAGES = ["analysis", "selection", "plan", "fold", "source", "evaluation", "figures", "report"]
 WORDS = ("the", "residual", "stream", "passes", "every", "block", "and", "few", "of", "them", "change", "it", "much")
 
@@ -37,6 +54,24 @@ def tiny_recipe(model: Path, text: Path, **changes: Any) -> dict[str, Any]:
         "evaluate": {"texts": [str(text)], "context": 32, "max_windows": 4, "speed": False, "memory": False},
         **changes,
     }
+
+
+def killed(recipe: Recipe, out: Path, script: str) -> None:
+    """Run a recipe in a process of its own that kills itself.
+
+    Args:
+        recipe: the recipe.
+        out: its folder, made beside the recipe and the script.
+        script: Python that replaces something by `kill` and runs `recipe` into `out`.
+    """
+    recipe.save(out.parent / "recipe.yaml")
+    (out.parent / "killed.py").write_text(
+        "import os, signal, sys\nfrom foldgpt.recipe import Recipe\n"
+        "kill = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"recipe, out = Recipe.load(sys.argv[1]), sys.argv[2]\n{script}\n"
+    )
+    command = [sys.executable, str(out.parent / "killed.py"), str(out.parent / "recipe.yaml"), str(out)]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
 
 
 def planned(bench: Workbench) -> FoldPlan:

@@ -7,9 +7,6 @@ import json
 import math
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +38,7 @@ from foldgpt.report import as_markdown, write_comparison
 from foldgpt.run_folder import folder
 from foldgpt.workbench import Workbench
 from report_inputs import recovery
-from run_inputs import tiny_recipe, tiny_source, tiny_text
+from run_inputs import killed, tiny_recipe
 
 RECOVER = {
     "num_tokens": 256,
@@ -351,12 +348,6 @@ def test_what_cannot_be_paired_is_refused() -> None:
 # ----------------------------------------------------------------------------------------------- whole thing
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return tiny_source(folder / "model"), tiny_text(folder / "text.txt")
-
-
 @pytest.fixture
 def recipe(inputs: tuple[Path, Path]) -> Recipe:
     rows = {"last": None, "bi": None, "bi + compensation": None, "bi + plain LoRA": None}
@@ -464,15 +455,8 @@ def test_files_say_the_same(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_a_killed_comparison_goes_on_where_it_was(recipe: Recipe, tmp_path: Path, made: list[str]) -> None:
-    recipe.save(tmp_path / "recipe.yaml")
-    write_text(
-        tmp_path / "killed.py",
-        "import os, signal, sys\nfrom foldgpt import pipeline, side_by_side\nfrom foldgpt.recipe import Recipe\n"
-        "pipeline.make_recovered = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "side_by_side.compare(Recipe.load(sys.argv[1]), sys.argv[2])\n",
-    )
-    command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "recipe.yaml"), str(tmp_path / "c")]
-    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    script = "from foldgpt import pipeline, side_by_side\npipeline.make_recovered = kill\n"
+    killed(recipe, tmp_path / "c", script + "side_by_side.compare(recipe, out)")
     assert not (tmp_path / "c" / "comparison.json").exists()
     side_by_side.compare(recipe, tmp_path / "c")
     assert made == ["recovered", "evaluation"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from foldgpt.recovery.trainer import RecoveryTrainer
 from foldgpt.run_folder import RunFolder, ledger, open_run
 from foldgpt.selection import Selection
 from foldgpt.workbench import Workbench
-from run_inputs import STAGES, tiny_recipe, tiny_source, tiny_text
+from run_inputs import MAKERS, STAGES, killed, tiny_recipe, tiny_source, tiny_text
 
 
 def test_what_another_recipe_does_not_ask_for_is_gone(inputs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -242,25 +241,8 @@ def test_two_processes_do_not_share_a_folder(recipe: Recipe, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_a_killed_run_goes_on_where_it_was(stage: str, recipe: Recipe, tmp_path: Path, stages_run: list[str]) -> None:
-    recipe.save(tmp_path / "recipe.yaml")
-    maker = {
-        "selection": "make_selection",
-        "plan": "make_plan",
-        "fold": "make_folded",
-        "recovery": "make_recovered",
-        "source": "make_source_evaluation",
-        "evaluation": "make_evaluation",
-        "figures": "draw",
-        "report": "build_report",
-    }[stage]
-    write_text(
-        tmp_path / "killed.py",
-        "import os, signal, sys\nfrom foldgpt import pipeline\nfrom foldgpt.recipe import Recipe\n"
-        f"pipeline.{maker} = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "pipeline.run(Recipe.load(sys.argv[1]), sys.argv[2])\n",
-    )
-    command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "recipe.yaml"), str(tmp_path / "run")]
-    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    script = f"from foldgpt import pipeline\npipeline.{MAKERS[stage]} = kill\npipeline.run(recipe, out)"
+    killed(recipe, tmp_path / "run", script)
     pipeline.run(recipe, tmp_path / "run")
     assert stages_run == STAGES[STAGES.index(stage) :]
 
@@ -327,16 +309,8 @@ def _disk_full_at(name: str) -> Any:
 
 
 def test_killed_while_saving_leaves_no_folded_model(recipe: Recipe, tmp_path: Path) -> None:
-    recipe.save(tmp_path / "recipe.yaml")
-    write_text(
-        tmp_path / "killed.py",
-        "import os, signal, sys\nfrom foldgpt import pipeline\nfrom foldgpt.folding import checkpoint\n"
-        "from foldgpt.recipe import Recipe\n"
-        "checkpoint.verify_checkpoint = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "pipeline.run(Recipe.load(sys.argv[1]), sys.argv[2])\n",
-    )
-    command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "recipe.yaml"), str(tmp_path / "run")]
-    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    script = "from foldgpt import pipeline\nfrom foldgpt.folding import checkpoint\n"
+    killed(recipe, tmp_path / "run", script + "checkpoint.verify_checkpoint = kill\npipeline.run(recipe, out)")
     assert not (tmp_path / "run" / "folded").exists()
     assert any(path.name.startswith(".foldgpt-partial-folded") for path in (tmp_path / "run").iterdir())
     pipeline.run(recipe, tmp_path / "run")

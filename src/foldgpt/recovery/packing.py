@@ -85,7 +85,6 @@ def packed_windows(
     shape = (sum(counts), context)
     if not path.is_file():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             # Processes that train together all ask for it.
             with alone(path):
                 if not path.is_file():

@@ -107,89 +107,14 @@ def recover(
         _wait()
 
         num_parameters = sum(parameter.numel() for parameter in student.parameters())
-        head = Head(student)
-        num_trained = make_trainable_(student, plan, settings)
-        taught, common = None, 0
-        if teacher is not None and settings.needs_teacher:
-            common = common_blocks(student, teacher, plan)
-            pairs = [(position, source) for position, source in pairs if position >= common]
-            taught = Teacher(teacher.to(args.device), [source for _, source in pairs], common)
-        with attention_in_tiles(teacher):
-            cache = _cache(taught, train, teacher_cache, settings, is_main=is_main)
-        if settings.gradient_checkpointing:
-            _checkpointing_(student, True)
-        teacher_head = None if taught is None else taught.head
-        module = Distillation(student, settings, head, teacher_head, [position for position, _ in pairs], common)
-        callbacks = [] if settings.patience is None else [EarlyStoppingCallback(settings.patience)]
-        num_steps = args.max_steps
-        resumed = latest_checkpoint(work)
-        ended_at = None if resumed is None else step_of_end(resumed, settings.minutes)
-        if ended_at is not None:
-            # transformers would go on behind a step at which patience or the time had ended it.
-            args.max_steps = ended_at
-            train = train.first(ended_at * settings.batch_size)
-        with quiet_libraries(), attention_in_tiles(student, teacher):
-            trainer = RecoveryTrainer(
-                module,
-                args,
-                train=train,
-                held_out=held_out,
-                teacher=taught,
-                cache=cache,
-                minutes=settings.minutes,
-                callbacks=callbacks,
-            )
-            if trainer.is_fsdp_enabled and (getattr(student.config, "fold_layout", None) or {}).get("borrowed"):
-                raise UsageError(
-                    "FSDP gathers a block's weights while it runs, and here positions borrow those of other blocks: "
-                    "train a model with shared weights on one device, or with DDP"
-                )
-            keep_logs_(trainer.callback_handler.callbacks, out.parent / f"{out.name}.logs" / hash_of(identity)[:8])
-            if settings.scale_rate != 1:
-                trainer.learn_at(settings.scale_rate, trained_scales(student, plan))
-            # In the machine's memory: the device needs its own for the training.
-            given = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters() if p.requires_grad}
-            before = trainer.measure_start()
-            # FSDP takes the student's weights apart in place; what was learned is put into a whole copy.
-            whole = copy.deepcopy(module) if trainer.is_fsdp_enabled else None
-            if resumed is not None:
-                note(f"going on at step {resumed.name.partition('-')[2]}")
-            with without_dropout(student):
-                trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-        state = trainer.state
-        improved = state.best_metric is not None and state.best_metric < before["loss"]
-        best = state.best_model_checkpoint
-        if is_main and improved and (best is None or not (Path(best) / COMPLETE).is_file()):
-            # transformers would leave the last weights in place of the best.
-            raise ArtifactError(f"the checkpoint of the best state, step {state.best_global_step}, is gone from {work}")
-        after = None
-        if whole is not None:
-            after = trainer.measure() if improved else before
-            whole.load_state_dict(trainer.accelerator.get_state_dict(trainer.model), strict=is_main)
-            module, student = whole, whole.student
-        if not improved:
-            note("training made nothing better; the model is saved as it was")
-            _put_back_(module, given)
-        if settings.gradient_checkpointing:
-            _checkpointing_(student, False)
-        merge_trained_(student)
-        student.eval()
-        result = RecoveryResult(
-            before=before,
-            after=after or trainer.measure(),
-            best_step=int(state.best_global_step or 0) if improved else 0,
-            num_steps=state.global_step,
-            num_tokens=state.global_step * settings.batch_size * train.ids_WT.shape[1],
-            ended="tokens" if state.global_step >= num_steps else "time" if trainer.clock.is_over else "patience",
-            num_trained=num_trained,
-            seconds=round(trainer.clock.seconds, 1),
-            history=state.log_history,
-            settings=dataclasses.asdict(settings),
+        logs = out.parent / f"{out.name}.logs" / hash_of(identity)[:8]
+        trained, result = _trained(
+            student, teacher, plan, train, held_out, settings, args, pairs, work=work, logs=logs, cache=teacher_cache
         )
         if is_main:
             note("saving and verifying the recovered model")
             save_folded(
-                student,
+                trained,
                 plan,
                 out,
                 tokenizer=tokenizer,
@@ -201,6 +126,120 @@ def recover(
                 remove_work(work)
         _wait()
         return result
+
+
+def _trained(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    plan: FoldPlan,
+    train: TrainingWindows,
+    held_out: TrainingWindows,
+    settings: RecoverySettings,
+    args: TrainingArguments,
+    pairs: list[tuple[int, int]],
+    *,
+    work: Path,
+    logs: Path,
+    cache: str | Path | None,
+) -> tuple[nn.Module, RecoveryResult]:
+    """Train, from the last checkpoint if there is one, and merge what was trained.
+
+    Args:
+        student: the folded model; changed in place.
+        teacher: the source.
+        plan: the plan.
+        train: windows that fill whole steps.
+        held_out: windows to judge by.
+        settings: what is trained and how.
+        args: transformers' arguments.
+        pairs: positions and source indices whose states are compared.
+        work: folder of the checkpoints, prepared.
+        logs: where TensorBoard's files are kept.
+        cache: folder for the teacher's states.
+
+    Returns:
+        The model to save, which under FSDP is a copy of the student, and what came out.
+    """
+    is_main = args.process_index == 0
+    head = Head(student)
+    num_trained = make_trainable_(student, plan, settings)
+    taught, common = None, 0
+    if teacher is not None and settings.needs_teacher:
+        common = common_blocks(student, teacher, plan)
+        pairs = [(position, source) for position, source in pairs if position >= common]
+        taught = Teacher(teacher.to(args.device), [source for _, source in pairs], common)
+    with attention_in_tiles(teacher):
+        states = _cache(taught, train, cache, settings, is_main=is_main)
+    if settings.gradient_checkpointing:
+        _checkpointing_(student, True)
+    teacher_head = None if taught is None else taught.head
+    module = Distillation(student, settings, head, teacher_head, [position for position, _ in pairs], common)
+    callbacks = [] if settings.patience is None else [EarlyStoppingCallback(settings.patience)]
+    num_steps = args.max_steps
+    resumed = latest_checkpoint(work)
+    ended_at = None if resumed is None else step_of_end(resumed, settings.minutes)
+    if ended_at is not None:
+        # transformers would go on behind a step at which patience or the time had ended it.
+        args.max_steps = ended_at
+        train = train.first(ended_at * settings.batch_size)
+    with quiet_libraries(), attention_in_tiles(student, teacher):
+        trainer = RecoveryTrainer(
+            module,
+            args,
+            train=train,
+            held_out=held_out,
+            teacher=taught,
+            cache=states,
+            minutes=settings.minutes,
+            callbacks=callbacks,
+        )
+        if trainer.is_fsdp_enabled and (getattr(student.config, "fold_layout", None) or {}).get("borrowed"):
+            raise UsageError(
+                "FSDP gathers a block's weights while it runs, and here positions borrow those of other blocks: "
+                "train a model with shared weights on one device, or with DDP"
+            )
+        keep_logs_(trainer.callback_handler.callbacks, logs)
+        if settings.scale_rate != 1:
+            trainer.learn_at(settings.scale_rate, trained_scales(student, plan))
+        # In the machine's memory: the device needs its own for the training.
+        given = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters() if p.requires_grad}
+        before = trainer.measure_start()
+        # FSDP takes the student's weights apart in place; what was learned is put into a whole copy.
+        whole = copy.deepcopy(module) if trainer.is_fsdp_enabled else None
+        if resumed is not None:
+            note(f"going on at step {resumed.name.partition('-')[2]}")
+        with without_dropout(student):
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    state = trainer.state
+    improved = state.best_metric is not None and state.best_metric < before["loss"]
+    best = state.best_model_checkpoint
+    if is_main and improved and (best is None or not (Path(best) / COMPLETE).is_file()):
+        # transformers would leave the last weights in place of the best.
+        raise ArtifactError(f"the checkpoint of the best state, step {state.best_global_step}, is gone from {work}")
+    after = None
+    if whole is not None:
+        after = trainer.measure() if improved else before
+        whole.load_state_dict(trainer.accelerator.get_state_dict(trainer.model), strict=is_main)
+        module, student = whole, whole.student
+    if not improved:
+        note("training made nothing better; the model is saved as it was")
+        _put_back_(module, given)
+    if settings.gradient_checkpointing:
+        _checkpointing_(student, False)
+    merge_trained_(student)
+    student.eval()
+    return student, RecoveryResult(
+        before=before,
+        after=after or trainer.measure(),
+        best_step=int(state.best_global_step or 0) if improved else 0,
+        num_steps=state.global_step,
+        num_tokens=state.global_step * settings.batch_size * train.ids_WT.shape[1],
+        ended="tokens" if state.global_step >= num_steps else "time" if trainer.clock.is_over else "patience",
+        num_trained=num_trained,
+        seconds=round(trainer.clock.seconds, 1),
+        history=state.log_history,
+        settings=dataclasses.asdict(settings),
+    )
 
 
 def _identity(

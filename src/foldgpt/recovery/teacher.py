@@ -95,7 +95,6 @@ def cache_states(
     path = folder / f"{hash_of([*parts, document_end, has_entry])[:32]}.states"
     if not path.is_file():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             with alone(path):
                 if not path.is_file():
                     remove_leftovers(path)

@@ -54,13 +54,8 @@ class Checkpoint:
         self._file.save(lambda: {**progress, **spent}, now=now)
 
 
-def to_json(scores: Sequence[float]) -> list[float | None]:
-    """Scores as JSON, which has no infinity: null there."""
-    return [None if score == float("inf") else score for score in scores]
-
-
 def from_json(values: Sequence[float | None]) -> list[float]:
-    """Scores that `to_json` gave."""
+    """Scores as they were before `foldgpt.artifacts.finite`, which leaves None where a unit cannot go."""
     return [float("inf") if value is None else value for value in values]
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from foldgpt.artifacts import finite
 from foldgpt.progress import bar
-from foldgpt.selection.checkpoint import Checkpoint, from_json, to_json
+from foldgpt.selection.checkpoint import Checkpoint, from_json
 from foldgpt.selection.cost import RemovalCost
 from foldgpt.selection.measured import ranked, selection_of
 from foldgpt.selection.selection import Request, Selection
@@ -33,7 +34,7 @@ def greedy(request: Request) -> Selection:
     removed: Removed = frozenset(order)
 
     def keep(*, now: bool = False) -> None:
-        checkpoint.save({"order": order, "trace": trace, "first": to_json(first)}, now=now)
+        checkpoint.save({"order": order, "trace": trace, "first": finite(first)}, now=now)
 
     with bar("greedy", units.target) as progress:
         progress.advance(sum(units.sizes[unit] for unit in order))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import glob
-import json
 import re
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from foldgpt.demo import demo_model
 from foldgpt.errors import SourceError, UsageError
 from foldgpt.sources.configs import check_config_file
 from foldgpt.sources.gguf_files import convert_gguf
+from foldgpt.sources.weights import INDEX, SINGLE, shards_of
 
 #: What is fetched of a hub model before its weights. The card names licence and languages; code is for those who
 #: trust it.
@@ -114,11 +114,10 @@ def _weights_named_in(place: Path) -> list[str]:
     What is wrong with the index is said when the weights are read.
     """
     try:
-        index = json.loads((place / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        shards = {glob.escape(name) for name in index["weight_map"].values()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        shards = set()
-    return ["model.safetensors", *sorted(shards)]
+        shards = shards_of(place / INDEX)
+    except (OSError, SourceError):
+        shards = []
+    return [SINGLE, *map(glob.escape, shards)]
 
 
 def _why_not_fetched(repository: str, revision: str | None, error: Exception) -> str:

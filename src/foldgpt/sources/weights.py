@@ -14,6 +14,9 @@ from foldgpt.artifacts import hash_of, hash_of_file
 from foldgpt.errors import SourceError
 from foldgpt.sources.configs import read_config
 
+#: The weights of a checkpoint in one file, or the list of the files that hold them.
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
 #: Bytes of one value in each safetensors dtype that a full-precision checkpoint holds.
 _VALUE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -78,20 +81,29 @@ def _weight_files(place: Path) -> list[Path]:
     Raises:
         SourceError: there is none, or the index names one that is missing.
     """
-    index = place / "model.safetensors.index.json"
-    single = place / "model.safetensors"
+    index, single = place / INDEX, place / SINGLE
     if single.is_file():
         return [single]
     if not index.is_file():
         raise SourceError(f"{place} has no weights in safetensors (model.safetensors or its index)")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise SourceError(f"{index} is not a safetensors index: {error}") from error
+    names = shards_of(index)
     missing = [name for name in names if not (place / name).is_file()]
     if missing:
         raise SourceError(f"{place} is incomplete: {', '.join(missing)} named in {index.name} but not there")
     return [place / name for name in names]
+
+
+def shards_of(index: Path) -> list[str]:
+    """The files that an index names, sorted.
+
+    Raises:
+        SourceError: it is no index.
+    """
+    try:
+        shard_of_tensor = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({str(Path(name)) for name in shard_of_tensor.values()})
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise SourceError(f"{index} is not a safetensors index: {error}") from error
 
 
 def _safetensors_header(path: Path) -> dict[str, Any]:

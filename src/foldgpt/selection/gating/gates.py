@@ -11,9 +11,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from foldgpt.artifacts import finite
 from foldgpt.errors import UsageError, did_you_mean
 from foldgpt.progress import bar
-from foldgpt.selection.checkpoint import Checkpoint, from_json, to_json
+from foldgpt.selection.checkpoint import Checkpoint, from_json
 from foldgpt.selection.cost import RemovalCost, Sample
 from foldgpt.selection.gated_pass import gradient_equivalents
 from foldgpt.selection.gating.estimator import Estimator
@@ -135,7 +136,7 @@ class _Search:
                 "estimator": self._options["estimator"],
                 "steps": len(self._progress["trace"]),
                 "trace": self._progress["trace"],
-                "leave_one_out": to_json(scores),
+                "leave_one_out": finite(scores),
                 "by_gates_alone": sorted(self._cost.units.fill(by_gate)),
                 "refined": [
                     {"removed": sorted(found), "cost": known[found]}
@@ -157,7 +158,7 @@ class _Search:
         batches = max(1, min(batches, self._cost.num_batches))
 
         def keep(scores: list[float]) -> None:
-            self._progress["scores"] = to_json(scores)
+            self._progress["scores"] = finite(scores)
             self._save(now=len(scores) == len(self._cost.units))
 
         return leave_one_out(self._cost, self._cost.sample(0, batches), known=known, after_each=keep)
