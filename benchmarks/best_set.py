@@ -1,9 +1,10 @@
 """The best set of blocks that a long search finds, and how far the selectors' sets are from it.
 
-Local search on the KL to the source, on the calibration windows of a result of compare_selectors.py: every set there
-of the wanted size is a start, and so are some random ones. One removed block after another is given back and the best
-block to remove in its place is looked for among all others, until a whole round brings nothing. Every measured set is
-kept in the result file, so that starts share what they measure and the same command goes on where it was stopped.
+Local search on the KL to the source, on the calibration windows of a result of compare_selectors.py (with the
+compensation of searches, if that had it): every set there of the wanted size is a start, and so are some random ones.
+One removed block after another is given back and the best block to remove in its place is looked for among all others,
+until a whole round brings nothing. Every measured set is kept in the result file, so that starts share what they
+measure and the same command goes on where it was stopped.
 
     python benchmarks/best_set.py --selectors benchmarks/results/selectors_smollm2-135m.json --text-folder TEXTS \\
         --ratio 0.2
@@ -86,8 +87,8 @@ def main() -> None:
     selectors = read_json(arguments.selectors)
     config = selectors["config"]
     rows = [row for row in selectors["rows"] if row["ratio"] == arguments.ratio]
-    if not rows or config["compensate"] or config["sublayers"]:
-        raise UsageError(f"{arguments.selectors} has no uncompensated rows of whole blocks of ratio {arguments.ratio}")
+    if not rows or config["sublayers"]:
+        raise UsageError(f"{arguments.selectors} has no rows of whole blocks of ratio {arguments.ratio}")
     source = load_source(config["model"], dtype=config["dtype"])
     windows = calibration_windows(
         [str(arguments.text_folder / name) if not name.startswith("demo:") else name for name in config["text"]],
@@ -99,9 +100,16 @@ def main() -> None:
     if windows.fingerprint != selectors["calibration"]["fingerprint"]:
         raise UsageError(f"the texts in {arguments.text_folder} are not those of {arguments.selectors}")
     num_blocks, num_remove = selectors["num_blocks"], rows[0]["num_remove"]
-    request = Request(num_blocks, num_remove, model=source.model, ids_WT=windows.ids, seed=selectors["seed"])
+    request = Request(
+        num_blocks,
+        num_remove,
+        model=source.model,
+        ids_WT=windows.ids,
+        seed=selectors["seed"],
+        compensate=config["compensate"],
+    )
     place = arguments.out / f"{arguments.name}.json"
-    identity = [windows.fingerprint, source.fingerprint, config["dtype"], num_remove]
+    identity = [windows.fingerprint, source.fingerprint, config["dtype"], num_remove, config["compensate"]]
 
     draw = random.Random(arguments.seed)
     starts = {
@@ -119,6 +127,7 @@ def main() -> None:
         "model": config["model"],
         "num_blocks": num_blocks,
         "num_remove": num_remove,
+        "compensate": config["compensate"],
         "calibration": selectors["calibration"],
         "environment": describe_environment(),
         "rows": [],
@@ -172,7 +181,8 @@ def as_markdown(result: dict[str, Any]) -> str:
     return f"""# The best set
 
 {result["model"]}, {result["num_remove"]} of {result["num_blocks"]} blocks removed. From each start, blocks are
-exchanged one by one while that lowers the KL to the source on the calibration windows. The best of
+exchanged one by one while that lowers the KL to the source on the calibration windows\
+{", compensated as searches do it" * result["compensate"]}. The best of
 {len(result["known"]):,} measured sets: **{" ".join(map(str, best["found"]))}**, KL {best["found_kl"]:.4f}.
 "From the best" is what the start costs more than that one.
 

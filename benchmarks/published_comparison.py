@@ -43,6 +43,12 @@ ROWS: dict[str, dict[str, Any] | None] = {
         "share": {"method": "adjacent", "start": "zero", "rank": 8},
         "recover": {"settings": {"scale_rate": 10.0}},
     },
+    # Terms half as large, for sizes at which those above would be beyond the common budget.
+    "gates + positions at zero, rank 4": {
+        "compensate": {"method": "linear"},
+        "share": {"method": "adjacent", "start": "zero", "rank": 4},
+        "recover": {"settings": {"scale_rate": 10.0}},
+    },
 }
 DEFAULT_ROWS = ("bi", "gates + compensation")
 
@@ -74,6 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--perplexity-context", type=int, default=1024)
     parser.add_argument("--max-windows", type=int, default=32, help="windows of each; 0 for all")
     parser.add_argument("--no-tasks", action="store_true", help="measure perplexity alone")
+    parser.add_argument("--no-speed", action="store_true", help="where other work shares the machine")
     parser.add_argument("--data-dir", help="folder of the tasks' JSON-lines files; without one they come from the hub")
     parser.add_argument("--limit", type=int, default=200, help="items of each task; 0 for all")
     parser.add_argument("--seed", type=int, default=0)
@@ -110,6 +117,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
                 "context": arguments.perplexity_context,
                 "max_windows": arguments.max_windows or None,
                 "memory": False,
+                "speed": not arguments.no_speed,
                 "generations": 0,
                 "tasks": [] if arguments.no_tasks else list(TASKS),
                 "data_dir": None if arguments.no_tasks else arguments.data_dir,

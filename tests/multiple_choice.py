@@ -52,7 +52,7 @@ def log_likelihood(model: Any, tokenizer: Any, context: str, continuation: str) 
     stripped = context.rstrip()
     whole = tokenizer(context + continuation)["input_ids"]
     start = len(tokenizer(stripped)["input_ids"])
-    logits_TV = model(torch.tensor([whole])).logits[0].float()
+    logits_TV = model(torch.tensor([whole], device=model.device)).logits[0].float().cpu()
     log_probabilities = torch.log_softmax(logits_TV[start - 1 : -1], dim=-1)
     return float(log_probabilities.gather(1, torch.tensor(whole[start:])[:, None]).sum())
 

@@ -39,6 +39,11 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _version_of(package: str) -> str | None:
+    if package == "torch":
+        # What is installed may not name the build (CUDA, CPU), which the module does.
+        import torch
+
+        return str(torch.__version__)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

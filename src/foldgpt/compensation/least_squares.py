@@ -14,12 +14,15 @@ from torch import Tensor
 #: Rows multiplied at a time: enough to keep the matrix product busy, few enough that rounding averages out.
 _CHUNK_ROWS = 1024
 
+#: Gram matrices wider than this (half a gigabyte, and several of them are held) are kept off accelerators.
+_WIDEST_ON_DEVICE = 8192
+
 Solution = TypeVar("Solution")
 
 
 @dataclass(frozen=True)
 class Sums:
-    """All that least squares needs to know of some rows, in fp64.
+    """All that least squares needs to know of some rows, in fp64; where the rows are, unless it is wide.
 
     Attributes:
         gram_KK: MᵀWM.
@@ -50,22 +53,22 @@ class Sums:
         """
         used = weight_R.nonzero()[:, 0]
         width, height = inputs_RK.shape[1], wanted_RH.shape[1]
-        gram = torch.zeros(width, width, dtype=torch.float64)
-        cross = torch.zeros(width, height, dtype=torch.float64)
-        mean_K, mean_H = torch.zeros(width, dtype=torch.float64), torch.zeros(height, dtype=torch.float64)
-        square = 0.0
+        device = inputs_RK.device if width <= _WIDEST_ON_DEVICE else torch.device("cpu")
+        zeros = functools.partial(torch.zeros, dtype=torch.float64, device=device)
+        gram, cross, mean_K, mean_H = zeros(width, width), zeros(width, height), zeros(width), zeros(height)
+        square = zeros(())
         # States in bf16 are multiplied in bf16, 2.5 times as fast; the products of each chunk are rounded.
         dtype = torch.bfloat16 if inputs_RK.dtype == torch.bfloat16 else torch.float32
         for rows in used.split(_CHUNK_ROWS):
             root_R1 = weight_R[rows].float().sqrt()[:, None]
             inputs, wanted = inputs_RK[rows].float() * root_R1, wanted_RH[rows].float() * root_R1
-            square += float(wanted.square().sum())
-            mean_K += (inputs.T @ root_R1)[:, 0].cpu()
-            mean_H += (wanted.T @ root_R1)[:, 0].cpu()
+            square += wanted.square().sum().to(device)
+            mean_K += (inputs.T @ root_R1)[:, 0].to(device)
+            mean_H += (wanted.T @ root_R1)[:, 0].to(device)
             factor = inputs.to(dtype)
-            gram += (factor.T @ factor).cpu()
-            cross += (factor.T @ wanted.to(dtype)).cpu()
-        return cls(gram, cross, square, mean_K, mean_H, float(weight_R.sum()), len(used))
+            gram += (factor.T @ factor).to(device)
+            cross += (factor.T @ wanted.to(dtype)).to(device)
+        return cls(gram, cross, float(square), mean_K, mean_H, float(weight_R.sum()), len(used))
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _LOGIT_BYTES = 256 * 2**20
 #: Enough rows to keep the matrix products busy; more only costs memory.
 _BATCH_TOKENS = 4096
+#: An accelerator takes so many times as much of both before it is busy.
+_ON_ACCELERATORS = 4
 #: What the fp32 copy of a chunk of logits may take, in bytes.
 _CHUNK_BYTES = 32 * 2**20
 
@@ -67,7 +69,8 @@ def perplexity(model: PreTrainedModel, windows: Windows, *, batch_size: int | Li
         model: the model, on any device. Its training flag is as before when this returns.
         windows: token ids [num_windows, context]; each window is predicted on its own. Tokens from
             `score_from` of each window on are scored.
-        batch_size: windows per forward pass; "auto" keeps the logits of a batch below 256 MiB.
+        batch_size: windows per forward pass; "auto" keeps the logits of a batch below 256 MiB, on an accelerator
+            below 1 GiB.
 
     Raises:
         UsageError: windows longer than the model's positions, or with ids outside its vocabulary.
@@ -79,7 +82,8 @@ def perplexity(model: PreTrainedModel, windows: Windows, *, batch_size: int | Li
     first_targets = _first_targets(windows, context)
     if batch_size == "auto":
         logit_bytes = context * config.vocab_size * model.dtype.itemsize
-        step = max(1, min(_LOGIT_BYTES // logit_bytes, _BATCH_TOKENS // context))
+        times = 1 if model.device.type == "cpu" else _ON_ACCELERATORS
+        step = max(1, min(times * _LOGIT_BYTES // logit_bytes, times * _BATCH_TOKENS // context))
     elif batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; it must be at least 1, or 'auto'.")
     else:

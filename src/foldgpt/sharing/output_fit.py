@@ -166,7 +166,7 @@ class _Regression:
         _, vectors = torch.linalg.eigh(self.sums.cross_KH.T @ full_KH)
         leading_HR = vectors[:, -rank:]
         down_RK = (full_KH @ leading_HR).T.float().contiguous()
-        up_HR = (leading_HR / self.outer_H[:, None].double().cpu()).float()
+        up_HR = (leading_HR / self.outer_H[:, None].to(leading_HR)).float()
         return LowRank(up_HR.to(self.outer_H.device), down_RK.to(self.outer_H.device))
 
 

@@ -20,6 +20,8 @@ from foldgpt.progress import bar
 _LOGIT_BYTES = 256 * 2**20
 #: Enough tokens to keep the matrix products busy; more only costs memory, and padding of shorter inputs.
 _BATCH_TOKENS = 2048
+#: An accelerator takes so many times as much of both before it is busy.
+_ON_ACCELERATORS = 8
 
 _Request = tuple[tuple[str, str], list[int], list[int]]
 
@@ -76,9 +78,19 @@ class LoadedModel(HFLM):
         inputs = self._inputs(requests)
         with bar(self.doing, len(inputs)) as progress:
             for batch in self._batches(inputs):
+                asked, terms, likeliest = [], [], []
                 for item, logits_KV in zip(batch, self._logits(batch), strict=True):
                     for index, continuation in item.answers:
-                        results[index] = _score(logits_KV[-len(continuation) :], continuation)
+                        nll_T, is_likeliest_T = _scored(logits_KV[-len(continuation) :], continuation)
+                        asked.append((index, len(continuation)))
+                        terms.append(nll_T)
+                        likeliest.append(is_likeliest_T)
+                # The device is waited for once a batch. Summed on the CPU: not every accelerator knows fp64.
+                lengths = [length for _, length in asked]
+                summed = [nll_T.double().sum().item() for nll_T in torch.cat(terms).cpu().split(lengths)]
+                exact = [bool(found_T.all()) for found_T in torch.cat(likeliest).cpu().split(lengths)]
+                for (index, _), nll, is_exact in zip(asked, summed, exact, strict=True):
+                    results[index] = (-nll, is_exact)
                 progress.advance(len(batch))
         num_bad = sum(not math.isfinite(value) for value, _ in results)
         if num_bad:
@@ -100,6 +112,8 @@ class LoadedModel(HFLM):
         return sorted(inputs, key=lambda item: -len(item.tokens))
 
     def _batches(self, inputs: list[_Input]) -> Iterator[list[_Input]]:
+        times = 1 if self.device.type == "cpu" else _ON_ACCELERATORS
+        most_tokens, most_logits = times * _BATCH_TOKENS, times * _LOGIT_BYTES // (4 * self._vocab_size)
         batch: list[_Input] = []
         num_logits = 0
         for item in inputs:
@@ -107,8 +121,7 @@ class LoadedModel(HFLM):
             length = len((batch or [item])[0].tokens)
             needed = max(num_logits, length - len(item.tokens) + item.num_logits)
             rows = len(batch) + 1
-            too_large = rows * length > _BATCH_TOKENS or rows * needed * self._vocab_size * 4 > _LOGIT_BYTES
-            if batch and too_large:
+            if batch and (rows * length > most_tokens or rows * needed > most_logits):
                 yield batch
                 batch, needed = [], item.num_logits
             batch.append(item)
@@ -131,8 +144,8 @@ class LoadedModel(HFLM):
             yield logits_KV[end - item.num_logits : end]
 
 
-def _score(logits_TV: Tensor, continuation: list[int]) -> tuple[float, bool]:
+def _scored(logits_TV: Tensor, continuation: list[int]) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each token, fp32 [T], and whether it is the likeliest, bool [T]."""
     targets_T = torch.tensor(continuation, device=logits_TV.device)
-    # Terms in fp32, and summed on the CPU in fp64: not every accelerator knows it.
     nll_T = torch.nn.functional.cross_entropy(logits_TV.float(), targets_T, reduction="none")
-    return -nll_T.cpu().double().sum().item(), bool((logits_TV.argmax(-1) == targets_T).all())
+    return nll_T, logits_TV.argmax(-1) == targets_T
