@@ -18,6 +18,7 @@ import copy
 import math
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.analysis import analyze
 from foldgpt.artifacts import hash_of, read_json, write_json, write_text
-from foldgpt.compensation import compensate, merge_
+from foldgpt.compensation import Correction, compensate, merge_
 from foldgpt.corpus import Windows, calibration_windows, evaluation_windows
 from foldgpt.errors import ArtifactError
 from foldgpt.evaluation.perplexity import perplexity
@@ -41,6 +42,9 @@ from foldgpt.sources import Source, load_source
 from provenance import measured_by, provenance_lines
 
 SELECTORS = ("gates", "greedy", "loo", "taylor", "bi", "angular", "last", "random")
+
+#: Sets are measured from the source's states on a text, which they share, as long as those take no more bytes.
+_MOST_KEPT = 4 * 2**30
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -182,10 +186,17 @@ class Bench:
 
     def perplexities(self, removed: list[int], texts: list[str]) -> dict[str, float]:
         """Of the model without these blocks, on some of the texts."""
-        if self.arguments.compensate and removed:
-            folded = self.compensated(removed) if texts else None
-            return {text: perplexity(folded, self.tests[text]).value for text in texts}
-        return {text: math.exp(self.test_cost(text).cost(frozenset(removed))) for text in texts}
+        whole = [text for text in texts if (self.arguments.compensate and removed) or self.is_long(text)]
+        folded = self.folded(removed) if whole else None
+        found = {text: perplexity(folded, self.tests[text]).value for text in whole}
+        rest = [text for text in texts if text not in found]
+        return found | {text: math.exp(self.test_cost(text).cost(frozenset(removed))) for text in rest}
+
+    def is_long(self, text: str) -> bool:
+        """Whether the source's states on a text, which sets would share, are too many to keep."""
+        config = self.model.config.get_text_config()
+        kept = self.tests[text].ids.numel() * config.hidden_size * self.model.dtype.itemsize * (self.num_blocks + 1)
+        return bool(kept > _MOST_KEPT)
 
     def test_cost(self, text: str) -> RemovalCost:
         if text not in self._test_costs:
@@ -200,20 +211,24 @@ class Bench:
             )
         return self._test_costs[text]
 
-    def compensated(self, removed: list[int]) -> Any:
-        """The model after the fit and the fold that a user gets."""
+    def folded(self, removed: list[int]) -> Any:
+        """The model after the fit, if one is asked for, and the fold that a user gets."""
+        whole, attention, mlp = self.units.parts(removed)
+        source = source_model_of(self.model)
+        plan = FoldPlan.create(source, removed=whole, removed_attention=attention, removed_mlp=mlp)
+        folded = copy.deepcopy(self.model)
+        if self.arguments.compensate and removed:
+            merge_(folded, self.corrections(plan))
+        fold_(folded, plan)
+        return folded
+
+    def corrections(self, plan: FoldPlan) -> Mapping[int, Correction]:
+        """The final fit, which sees more tokens than those of searches."""
         tokens = self.arguments.compensation_tokens
         if self._fitted_on is None:
             windows = self.calibration if tokens is None else self.windows(tokens)
             self._fitted_on = Replay(self.model, windows.ids)
-        whole, attention, mlp = self.units.parts(removed)
-        source = source_model_of(self.model)
-        plan = FoldPlan.create(source, removed=whole, removed_attention=attention, removed_mlp=mlp)
-        corrections = compensate(self.model, plan, self._fitted_on.ids_WT, replay=self._fitted_on)
-        folded = copy.deepcopy(self.model)
-        merge_(folded, corrections)
-        fold_(folded, plan)
-        return folded
+        return compensate(self.model, plan, self._fitted_on.ids_WT, replay=self._fitted_on)
 
     def windows(self, tokens: int) -> Windows:
         arguments = self.arguments
