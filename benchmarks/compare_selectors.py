@@ -19,6 +19,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,11 @@ class Bench:
     def ids(self) -> Tensor:
         return self.calibration.ids
 
+    @cached_property
+    def further_ids(self) -> Tensor:
+        """What `foldgpt plan` has beyond the windows of the search: three times as many."""
+        return self.windows(3 * self.arguments.tokens, seed=self.arguments.seed + 1).ids
+
     @property
     def units(self) -> Units:
         """What rows number, whatever is to go of it."""
@@ -151,6 +157,7 @@ class Bench:
             seed=seed,
             model=self.model if measured else None,
             ids_WT=self.ids if measured else None,
+            further_ids_WT=self.further_ids if selector == "gates" else None,
             compensate=self.arguments.compensate and measured,
             sublayers=self.arguments.sublayers,
             options={"effort": self.arguments.effort} if selector == "gates" and self.arguments.effort else {},
@@ -230,14 +237,14 @@ class Bench:
             self._fitted_on = Replay(self.model, windows.ids)
         return compensate(self.model, plan, self._fitted_on.ids_WT, replay=self._fitted_on)
 
-    def windows(self, tokens: int) -> Windows:
+    def windows(self, tokens: int, seed: int | None = None) -> Windows:
         arguments = self.arguments
         return calibration_windows(
             arguments.text,
             self.source.tokenizer,
             context=arguments.context,
             num_tokens=tokens,
-            seed=arguments.seed,
+            seed=arguments.seed if seed is None else seed,
         )
 
 

@@ -199,7 +199,7 @@ def test_the_steps_with_gradients_that_are_planned_are_those_that_are_paid_for(
     report = select("gates", replace(request, checkpoint=checkpoint)).report
     assert report["steps"] == json.loads(checkpoint.read_text())["num_steps"] > 5
     judged = cost.predicted_equivalents(1, cost.everything, share_run=1)
-    learned = 0.6 * 2.0 * greedy_equivalents(cost)
+    learned = 0.54 * 2.0 * greedy_equivalents(cost)
     assert learned - step <= report["forward_equivalents"] <= learned + judged
 
 
@@ -449,6 +449,24 @@ def test_what_is_expected_to_be_best_is_measured_first() -> None:
         after_round=lambda: None,
     )
     assert list(known) == [frozenset([4])]
+
+
+def test_what_the_gates_alone_would_remove_is_measured_whatever_the_regression_thinks() -> None:
+    scores = [0.1, 0.2, 0.3, 0.4, 0.5, 9.0]
+    known: dict[frozenset[int], float] = {}
+    refine(
+        SimpleNamespace(units=Units.blocks(6, 1), cost=lambda removed, sample: 1.0),  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        [frozenset([unit]) for unit in range(6)],
+        own=frozenset([5]),
+        keep_probabilities_U=torch.full((6,), 0.5, dtype=torch.float64),
+        surrogate=Surrogate(scores, per_block=1),
+        measurements=[],
+        known=known,
+        is_spent=lambda: len(known) >= 2,
+        after_round=lambda: None,
+    )
+    assert list(known) == [frozenset([0]), frozenset([5])]
 
 
 @pytest.mark.parametrize("seed", range(4))

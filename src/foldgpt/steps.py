@@ -100,7 +100,7 @@ def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path
         options=section.options,
     )
     if section.method in MEASURED:
-        request = replace(request, ids_WT=bench.selection_ids())
+        request = replace(request, ids_WT=bench.selection_ids(), further_ids_WT=bench.further_selection_ids())
     limit = _limit(bench)
     if limit is not None:
         request = replace(request, num_remove=number_for_target(parameters_of(source.model), limit))

@@ -304,6 +304,10 @@ class Workbench:
         ids_WT = self.calibration.ids
         return ids_WT[: search_windows(self.recipe.select.num_tokens, ids_WT.shape[1], len(ids_WT))]
 
+    def further_selection_ids(self) -> Tensor:
+        """Calibration windows that come after those, [W, T]; there may be none."""
+        return self.calibration.ids[len(self.selection_ids()) :]
+
     @cached_property
     def tests(self) -> dict[str, Windows]:
         """Text → windows on which perplexity is measured; each text by itself."""

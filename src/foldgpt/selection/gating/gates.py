@@ -1,15 +1,18 @@
 """Learned gates: find the blocks that can go, knowing how they depend on each other.
 
 Each unit's removal is measured alone; gates start from there and are learned with the backbone frozen; the sets they
-point to are then measured, and refined by swaps. All stages share one allowance of forward passes, a share of what
-greedy removal would take for the same budget.
+point to are then measured, and refined by swaps; sets that come out level are judged on further text. All stages share
+one allowance of forward passes, which is at most what greedy removal would take for the same budget.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+from torch import Tensor
 
 from foldgpt.artifacts import finite
 from foldgpt.errors import UsageError, did_you_mean
@@ -18,6 +21,7 @@ from foldgpt.selection.checkpoint import Checkpoint, from_json
 from foldgpt.selection.cost import RemovalCost, Sample
 from foldgpt.selection.gated_pass import gradient_equivalents
 from foldgpt.selection.gating.estimator import Estimator
+from foldgpt.selection.gating.finals import Final, finals
 from foldgpt.selection.gating.hard_concrete import HardConcrete
 from foldgpt.selection.gating.refine import measured_in_refinement, refine
 from foldgpt.selection.gating.score_function import ScoreFunction
@@ -35,13 +39,14 @@ _OPTIONS = {
 }
 #: Shares of greedy's passes that a search may take. Of twice as many units greedy makes at least twice as many
 #: removals, so that it takes four times as many passes; a search of sublayers then has about those of one of blocks.
-_EFFORT_OF_BLOCKS, _EFFORT_OF_SUBLAYERS = 0.9, 0.25
+_EFFORT_OF_BLOCKS, _EFFORT_OF_SUBLAYERS = 1.0, 0.28
 _ESTIMATORS = ("score", "concrete", "smoothed")
 #: An allowance that nothing spends; far above it, arithmetic with it overflows.
 _MOST_EFFORT = 1_000_000
 
-#: Shares of the allowance after which leave-one-out scores and the learning of gates must be done.
-_SCORES_UNTIL, _LEARNING_UNTIL = 0.25, 0.6
+#: Shares of the allowance after which leave-one-out scores, the learning of gates and refinement must be done; the
+#: rest is for the finals.
+_SCORES_UNTIL, _LEARNING_UNTIL, _REFINING_UNTIL = 0.225, 0.54, 0.9
 #: Refinement measures on a quarter of the windows, or on those that hold this many tokens if that is more.
 _REFINEMENT_TOKENS = 8192
 #: The sets that refinement likes best are measured on all windows.
@@ -102,6 +107,7 @@ class _Search:
     """One search: its stages, what they found so far, and the allowance they share."""
 
     def __init__(self, request: Request, cost: RemovalCost, options: dict[str, Any]) -> None:
+        self._request = request
         self._cost = cost
         self._options = options
         self._seed = request.seed
@@ -123,6 +129,9 @@ class _Search:
         if self._options["refine"]:
             known = self._refine(scores, estimator)
             removed = min(known, key=lambda found: known[found])
+        finalists = self._finals(known)
+        if finalists:
+            removed = finalists[0].removed
         value = known[removed] if known else self._cost.cost(removed)
         order = sorted(removed, key=by_gate.index) + [unit for unit in by_gate if unit not in removed]
         return selection_of(
@@ -141,6 +150,10 @@ class _Search:
                 "refined": [
                     {"removed": sorted(found), "cost": known[found]}
                     for found in sorted(known, key=lambda found: known[found])[:20]
+                ],
+                "finals": [
+                    {"removed": sorted(final.removed), "cost": final.cost, "num_tokens": final.num_tokens}
+                    for final in finalists
                 ],
             },
         )
@@ -207,7 +220,8 @@ class _Search:
         measurements += measured_in_refinement(known)
         if measurements:
             surrogate.fit(measurements)
-        start = {units.fill(ranked(probabilities_U.tolist())), units.fill(ranked(scores))}
+        own = units.fill(ranked(probabilities_U.tolist()))
+        start = {own, units.fill(ranked(scores))}
         start |= {m.removed for m in measurements} | spans(units)
         reserve = (
             0.0 if self._judges_everything else self._cost.predicted_equivalents(_FINALISTS, self._cost.everything)
@@ -224,11 +238,12 @@ class _Search:
                 self._cost,
                 sample,
                 start,
+                own=own,
                 keep_probabilities_U=probabilities_U,
                 surrogate=surrogate,
                 measurements=measurements,
                 known=known,
-                is_spent=lambda: self._spent() + one > self._allowance - reserve,
+                is_spent=lambda: self._spent() + one > _REFINING_UNTIL * self._allowance - reserve,
                 after_round=keep,
             )
             self._progress["refined"] = True
@@ -237,6 +252,31 @@ class _Search:
             return known
         finalists = sorted(known, key=lambda found: known[found])[:_FINALISTS]
         return {found: self._cost.cost(found) for found in sorted(finalists, key=sorted)}
+
+    def _finals(self, known: Mapping[Removed, float]) -> list[Final]:
+        """What is level by the search, judged on further text."""
+        further_WT = self._request.further_ids_WT
+        if not known or further_WT is None:
+            return []
+        cost, num_windows = self._cost, self._cost.replay.num_windows
+
+        def may_run(num_sets: int, ids_WT: Tensor) -> bool:
+            passes = cost.set_up_equivalents + cost.predicted_equivalents(num_sets, cost.everything)
+            return self._spent() + passes * len(ids_WT) / num_windows <= self._allowance
+
+        def count_in(round_cost: RemovalCost) -> None:
+            passes = round_cost.forward_equivalents * round_cost.replay.num_windows / num_windows
+            cost.add_spent(round_cost.seconds, passes)
+
+        # A round of a few windows would count as much as the others.
+        rounds = [ids_WT for ids_WT in further_WT.split(num_windows) if 2 * len(ids_WT) >= num_windows]
+        return finals(
+            known,
+            rounds,
+            lambda ids_WT: replace(self._request, ids_WT=ids_WT).need_cost("gates"),
+            may_run=may_run,
+            after_round=count_in,
+        )
 
     # ------------------------------------------------------------------------------------------- bookkeeping
 
