@@ -109,7 +109,9 @@ def main() -> None:
         compensate=config["compensate"],
     )
     place = arguments.out / f"{arguments.name}.json"
-    identity = [windows.fingerprint, source.fingerprint, config["dtype"], num_remove, config["compensate"]]
+    identity = [windows.fingerprint, source.fingerprint, config["dtype"], num_remove]
+    if config["compensate"]:
+        identity.append("compensated")
 
     draw = random.Random(arguments.seed)
     starts = {

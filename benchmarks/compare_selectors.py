@@ -2,10 +2,11 @@
 
 For each selector and ratio: the removed blocks, the KL to the source on all calibration windows as searches see it (one
 measure for all, whatever the selector looked at), the perplexity on other texts, and the cost of the search in seconds
-and in forward passes over the calibration windows. With --compensate searches see the weaker fit that is fast enough
-for them, of each quarter of the windows on the other three; the perplexity is of the model that folding makes. The cost
-of bi and angular is that of their analysis; greedy runs once, for the largest ratio, and passes the smaller ones on its
-way. Each row is written when it is done; the same command goes on where it was stopped.
+and in forward passes over the calibration windows. Sets that come out level are judged by gates on other windows of the
+same texts, three times as many. With --compensate searches see the weaker fit that is fast enough for them, of each
+quarter of the windows on the other three; the perplexity is of the model that folding makes. The cost of bi and angular
+is that of their analysis; greedy runs once, for the largest ratio, and passes the smaller ones on its way. Each row is
+written when it is done; the same command goes on where it was stopped.
 
     python benchmarks/compare_selectors.py --model demo:smollm2-135m --text C4.jsonl --text WIKIPEDIA.jsonl \
         --perplexity wiki.test.raw --ratio 0.1 --ratio 0.2 --ratio 0.3
@@ -19,7 +20,6 @@ import math
 import statistics
 import time
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,8 @@ class Bench:
         self.model: Any = self.source.model
         self.num_blocks = len(decoder_of(self.model).blocks)
         self.calibration: Windows = self.windows(arguments.tokens)
+        # Other windows of the same texts, for the finals of gates: three times as many, as `foldgpt run` has.
+        self.further: Windows = self.windows(3 * arguments.tokens, seed=arguments.seed + 1)
         self.tests: dict[str, Windows] = {
             Path(text).name: evaluation_windows(
                 [text],
@@ -112,11 +114,6 @@ class Bench:
     @property
     def ids(self) -> Tensor:
         return self.calibration.ids
-
-    @cached_property
-    def further_ids(self) -> Tensor:
-        """What `foldgpt plan` has beyond the windows of the search: three times as many."""
-        return self.windows(3 * self.arguments.tokens, seed=self.arguments.seed + 1).ids
 
     @property
     def units(self) -> Units:
@@ -146,6 +143,7 @@ class Bench:
             "forward_equivalents": passes,
             "steps": report.get("steps"),
             "by_gates_alone": report.get("by_gates_alone"),
+            "finals": report.get("finals"),
         }
 
     def request(self, selector: str, num_remove: int, seed: int) -> Request:
@@ -157,7 +155,7 @@ class Bench:
             seed=seed,
             model=self.model if measured else None,
             ids_WT=self.ids if measured else None,
-            further_ids_WT=self.further_ids if selector == "gates" else None,
+            further_ids_WT=self.further.ids if selector == "gates" else None,
             compensate=self.arguments.compensate and measured,
             sublayers=self.arguments.sublayers,
             options={"effort": self.arguments.effort} if selector == "gates" and self.arguments.effort else {},
@@ -201,7 +199,7 @@ class Bench:
 
     def is_long(self, text: str) -> bool:
         """Whether the source's states on a text, which sets would share, are too many to keep."""
-        config = self.model.config.get_text_config()
+        config = self.model.config.get_text_config(decoder=True)
         kept = self.tests[text].ids.numel() * config.hidden_size * self.model.dtype.itemsize * (self.num_blocks + 1)
         return bool(kept > _MOST_KEPT)
 
@@ -267,13 +265,14 @@ def main() -> None:
         "seed": arguments.seed,
         "source": {"spec": bench.source.spec, "fingerprint": bench.source.fingerprint},
         "calibration": {"protocol": bench.calibration.protocol, "fingerprint": bench.calibration.fingerprint},
+        "further": bench.further.fingerprint,
         "num_blocks": bench.num_blocks,
     }
     call = measured_by()
     # Rows of another model, text or setting are not taken over; other ratios and texts may be added.
     more_rows = ("ratio", "random_seeds", "search_seeds", "perplexity")
     settings = {name: value for name, value in header["config"].items() if name not in more_rows}
-    identity = hash_of([settings, header["seed"], header["source"], header["calibration"]])
+    identity = hash_of([settings, *(header[name] for name in ("seed", "source", "calibration", "further"))])
     place = arguments.out / f"{arguments.name}.json"
     rows, tests = resumed(place, identity, bench.tests)
 

@@ -1,6 +1,7 @@
 """One table and one picture of all results of published_comparison.py.
 
-cd benchmarks/results && python ../published_summary.py published_smollm2-135m_20.json published_*_all.json
+cd benchmarks/results
+python ../published_summary.py published_smollm2-135m_20.json published_*_all.json published_*_1m.json
 """
 
 from __future__ import annotations
@@ -76,9 +77,10 @@ def as_markdown(found: list[tuple[Path, Comparison]]) -> str:
                 f"{'' if method.seconds is None else f'{method.seconds / 60:.1f}'} |"
             )
         where = comparison.environment
+        machine = ", ".join(filter(None, (where["cpu"], where.get("gpu"))))
         details = (
             f"Seed {comparison.seed}. In full: `{path.stem}.md`. "
-            f"{where['cpu']}, {where['torch_threads']} threads, torch {where['torch']}, transformers "
+            f"{machine}, {where['torch_threads']} threads, torch {where['torch']}, transformers "
             f"{where['transformers']}, {where['date']}."
         )
         parts.append("\n".join([*lines, "", details]) + "\n")

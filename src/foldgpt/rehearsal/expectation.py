@@ -165,6 +165,8 @@ def expect(
         flops["perplexity"] = tokens * (_forward_flops(student, measured.context) + head)
     weights = _bytes(source)
     states = num_searched * _hidden_size(source) * (len(decoder_of(source).blocks) + 1) * dtype.itemsize
+    if select.method == "gates" and 2 * (text.num_tokens - num_searched) >= num_searched:
+        states *= 2  # in the finals those of further text as well
     memory = {
         "search": Memory(weights, activations=states if passes else 0, other=_LOGIT_BYTES),
         "fold and verify": Memory(weights, teacher=_bytes(student)),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -194,7 +195,7 @@ class RemovalCost:
         return 1 + self._source_rows * self.head_cost / self.replay.ids_WT.numel()
 
     def add_spent(self, seconds: float, forward_equivalents: float) -> None:
-        """Count what the same search took before it was stopped as well.
+        """Count what the same search took elsewhere as well: before it was stopped, or on other windows.
 
         Args:
             seconds: time.
@@ -225,6 +226,10 @@ class RemovalCost:
                 "load it in float32 or bfloat16 (--dtype)"
             )
         return value
+
+    def source_cost(self) -> float:
+        """What removing nothing costs: 0 by the KL, the source's own loss by the language-modelling loss."""
+        return 0.0 if self.objective == "kl" else self.cost(frozenset())
 
     @torch.no_grad()
     def costs(self, removed: Removed, sample: Sample | None = None, *, keep: bool = True) -> Tensor:
@@ -313,6 +318,26 @@ class RemovalCost:
         """Inputs of the head [R, H] at the chosen positions. What follows the last block acts token by token."""
         hidden_RH = torch.cat([hidden.flatten(0, 1) for hidden in stream])[rows_R]
         return self.replay.finish(hidden_RH[None])[0]
+
+    def further_equivalents(self, sets: Sequence[Removed], ids_WT: Tensor) -> float:
+        """What recording other windows and measuring these sets there will count in `forward_equivalents`, at most.
+
+        Args:
+            sets: the sets.
+            ids_WT: the other windows.
+        """
+        num_blocks, tokens = self.replay.num_blocks, ids_WT.numel()
+        # A block that compensates stands before the first one that is removed.
+        ahead = [max(0, min(removed) // self.units.per_block - self.compensate) for removed in sets]
+        run = 1 + sum((num_blocks - first) / num_blocks for first in ahead)
+        # The source's own predictions take two passes of the head by the KL, and one by the loss.
+        heads = (2 + len(sets)) * num_positions(tokens, self._position_share, self._most_positions)
+        return (run * tokens + heads * self.head_cost) / self.replay.ids_WT.numel()
+
+    def forget(self) -> None:
+        """Drop the states that were kept for sets that begin alike."""
+        self._cache_room += sum(map(_bytes, self._cache.values()))
+        self._cache.clear()
 
     def predicted_equivalents(self, num_sets: int, sample: Sample, *, share_run: float = 0.5) -> float:
         """What measuring some sets will count in `forward_equivalents`.

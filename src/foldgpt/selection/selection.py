@@ -93,8 +93,12 @@ class Request:
             predicted_parameters(self.model, FoldPlan.create(source_model_of(self.model), removed=blocks))
         return blocks
 
-    def need_cost(self, method: str) -> RemovalCost:
+    def need_cost(self, method: str, **options: Any) -> RemovalCost:
         """The measure of removed sets, made from the model and the windows.
+
+        Args:
+            method: the selector, for the message.
+            options: further ones of `RemovalCost`.
 
         Raises:
             UsageError: the model or the windows are missing.
@@ -116,6 +120,7 @@ class Request:
             objective=self.objective,
             compensate=self.compensate,
             seed=self.seed,
+            **options,
         )
 
     def options_over(self, method: str, known: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from foldgpt.compensation.least_squares import Sums, added, best_ridge, solve
+from foldgpt.compensation.least_squares import Sums, best_ridge, solve
 from foldgpt.folding.fitted import LowRank
 from foldgpt.plan import Group, Sublayer
 from foldgpt.replay import Replay
@@ -187,16 +187,20 @@ def _refitted(
     """The layer that makes a sublayer's output, fitted to all members' own outputs at once."""
     before = {other.name: layers[other.name] for other in linears if other.sublayer == linear.sublayer}
     first_held = first_that_chooses(len(batches))
-    fitted: list[Sums] = []
-    held: list[Sums] = []
+    # Running totals: there may be as many sums as members times batches, and each is as large as two weights in fp64.
+    fitted: Sums | None = None
+    held: Sums | None = None
     for block in group.blocks:
         for number, rows in enumerate(batches):
             sums = _sums(replay, block, linear, before, rows)
-            (fitted if number < first_held else held).append(sums)
-    total_fitted, total_held = added(fitted), added(held or fitted)
+            if number < first_held:
+                fitted = sums if fitted is None else fitted + sums
+            else:
+                held = sums if held is None else held + sums
+    assert fitted is not None
     own = layers[linear.name]
-    ridge, _ = best_ridge(total_fitted, total_held, RIDGES, bias=False)
-    change_KH, _ = solve(added([*fitted, *held]), ridge, bias=False)
+    ridge, _ = best_ridge(fitted, held or fitted, RIDGES, bias=False)
+    change_KH, _ = solve(fitted if held is None else fitted + held, ridge, bias=False)
     bias = getattr(own, "bias", None)
     weight_OI = weight_of(own).double()
     return linear_like(own, weight_OI + change_KH.T.to(weight_OI), None if bias is None else bias.data)

@@ -114,16 +114,19 @@ class LoadedModel(HFLM):
     def _batches(self, inputs: list[_Input]) -> Iterator[list[_Input]]:
         times = 1 if self.device.type == "cpu" else _ON_ACCELERATORS
         most_tokens, most_logits = times * _BATCH_TOKENS, times * _LOGIT_BYTES // (4 * self._vocab_size)
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+            most_logits = min(most_logits, max(free // 8, _LOGIT_BYTES) // (4 * self._vocab_size))
         batch: list[_Input] = []
         num_logits = 0
         for item in inputs:
             # The first is the longest; a shorter one needs logits from as far back as its continuation begins.
             length = len((batch or [item])[0].tokens)
-            needed = max(num_logits, length - len(item.tokens) + item.num_logits)
+            needed = max(num_logits, length - len(item.tokens) + item.num_logits) if self._keeps_logits else length
             rows = len(batch) + 1
             if batch and (rows * length > most_tokens or rows * needed > most_logits):
                 yield batch
-                batch, needed = [], item.num_logits
+                batch, needed = [], item.num_logits if self._keeps_logits else len(item.tokens)
             batch.append(item)
             num_logits = needed
         if batch:

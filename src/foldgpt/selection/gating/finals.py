@@ -6,9 +6,8 @@ level, the least is the one that these positions flatter most, so that what deci
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 from torch import Tensor
 
@@ -16,8 +15,8 @@ from foldgpt.progress import bar
 from foldgpt.selection.cost import RemovalCost
 from foldgpt.selection.units import Removed
 
-#: Sets are level that cost at most this much more than the best one. On 2,048 positions the mean KL is known to about
-#: 3 %; differences between sets, which are measured at the same ones, to less.
+#: Sets are level whose damage is at most this much more than the best one's. On 2,048 positions the mean KL is known to
+#: about 3 %; differences between sets, which are measured at the same ones, to less.
 _LEVEL = 0.03
 #: The best of them; each is measured once a round.
 _MOST = 4
@@ -40,49 +39,56 @@ class Final:
 
 def finals(
     known: Mapping[Removed, float],
+    floor: float,
     rounds: Iterable[Tensor],
     measure: Callable[[Tensor], RemovalCost],
     *,
-    may_run: Callable[[int, Tensor], bool],
+    affordable: Callable[[Sequence[Removed], Tensor], int],
     after_round: Callable[[RemovalCost], None],
 ) -> list[Final]:
-    """Measure what is level on further text, part by part, until one is ahead or no more may be run.
+    """Measure what is level on further text, part by part, until one is ahead or no more can be paid for.
 
     Args:
         known: set → cost, as the search measured them.
+        floor: what removing nothing costs there; see `RemovalCost.source_cost`.
         rounds: further windows, int64 [W, T] each.
         measure: the measure on some windows.
-        may_run: whether so many sets may be measured on these windows.
+        affordable: how many of these sets, from the first on, may be measured on these windows.
         after_round: gets the measure of each round, with what it has spent.
 
     Returns:
         The sets that were measured in every round, best first; none if one was ahead from the start, or if there is no
-        text or no allowance for a round.
+        text or no allowance for a round of two.
     """
-    costs = {removed: [known[removed]] for removed in known}
-    level = _level(costs)
-    found: dict[Removed, list[float]] = {removed: [] for removed in level}
-    num_tokens = 0
+    level = _level(known, floor)
+    totals = dict.fromkeys(level, 0.0)
+    floors, num_tokens = 0.0, 0
     for ids_WT in rounds:
-        if len(level) < 2 or not may_run(len(level), ids_WT):
+        level = level[: affordable(level, ids_WT)]
+        if len(level) < 2:
             break
         cost = measure(ids_WT)
         with bar("the best ones on further text", len(level)) as progress:
             for removed in sorted(level, key=sorted):  # what begins alike shares states
-                found[removed].append(cost.cost(removed))
+                totals[removed] += ids_WT.numel() * cost.cost(removed)
                 progress.advance()
-        after_round(cost)
+        floors += ids_WT.numel() * cost.source_cost()
         num_tokens += ids_WT.numel()
-        level = _level({removed: found[removed] for removed in level})
+        after_round(cost)
+        del cost  # with its states, before the next ones are recorded
+        totals = {removed: totals[removed] for removed in level}
+        level = _level(totals, floors)
     if not num_tokens:
         return []
-    longest = max(map(len, found.values()))
-    finalists = [Final(removed, fmean(costs), num_tokens) for removed, costs in found.items() if len(costs) == longest]
-    return sorted(finalists, key=lambda final: (final.cost, sorted(final.removed)))
+    return [Final(removed, totals[removed] / num_tokens, num_tokens) for removed in _best_first(totals)]
 
 
-def _level(costs: Mapping[Removed, list[float]]) -> list[Removed]:
-    """The best set, and those that are level with it."""
-    mean = {removed: fmean(values) for removed, values in costs.items()}
-    best = sorted(mean, key=lambda removed: (mean[removed], sorted(removed)))[:_MOST]
-    return [removed for removed in best if mean[removed] <= (1 + _LEVEL) * mean[best[0]]]
+def _level(costs: Mapping[Removed, float], floor: float) -> list[Removed]:
+    """The best set, and those that are level with it, best first."""
+    best = _best_first(costs)[:_MOST]
+    least = costs[best[0]]
+    return [removed for removed in best if costs[removed] - least <= _LEVEL * abs(least - floor)]
+
+
+def _best_first(costs: Mapping[Removed, float]) -> list[Removed]:
+    return sorted(costs, key=lambda removed: (costs[removed], sorted(removed)))

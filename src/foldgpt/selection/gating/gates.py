@@ -44,9 +44,11 @@ _ESTIMATORS = ("score", "concrete", "smoothed")
 #: An allowance that nothing spends; far above it, arithmetic with it overflows.
 _MOST_EFFORT = 1_000_000
 
-#: Shares of the allowance after which leave-one-out scores, the learning of gates and refinement must be done; the
-#: rest is for the finals.
+#: Shares of the allowance after which leave-one-out scores and the learning of gates must be done; and refinement, if
+#: there is further text: the rest is for the finals.
 _SCORES_UNTIL, _LEARNING_UNTIL, _REFINING_UNTIL = 0.225, 0.54, 0.9
+#: What a round of the finals may keep of the states of its few sets, in bytes.
+_FINALS_CACHE = 256 * 2**20
 #: Refinement measures on a quarter of the windows, or on those that hold this many tokens if that is more.
 _REFINEMENT_TOKENS = 8192
 #: The sets that refinement likes best are measured on all windows.
@@ -111,7 +113,9 @@ class _Search:
         self._cost = cost
         self._options = options
         self._seed = request.seed
-        self._checkpoint = Checkpoint("gates", request, cost)
+        self._rounds = _rounds(request)
+        # Of a search with other defaults or without finals nothing is taken over.
+        self._checkpoint = Checkpoint("gates", replace(request, options={**options, "rounds": len(self._rounds)}), cost)
         fresh = {"set_up": 0.0, "set_up_again": 0.0, "scores": [], "trace": [], "known": []}
         self._progress: dict[str, Any] = {**fresh, **self._checkpoint.found}
         self._set_up_before: float = self._progress["set_up"]
@@ -228,6 +232,7 @@ class _Search:
         )
 
         one = self._cost.predicted_equivalents(1, sample)
+        until = _REFINING_UNTIL if self._rounds else 1.0
 
         def keep(*, now: bool = False) -> None:
             self._progress["known"] = [[sorted(found), value] for found, value in known.items()]
@@ -243,7 +248,7 @@ class _Search:
                 surrogate=surrogate,
                 measurements=measurements,
                 known=known,
-                is_spent=lambda: self._spent() + one > _REFINING_UNTIL * self._allowance - reserve,
+                is_spent=lambda: self._spent() + one > until * self._allowance - reserve,
                 after_round=keep,
             )
             self._progress["refined"] = True
@@ -255,26 +260,26 @@ class _Search:
 
     def _finals(self, known: Mapping[Removed, float]) -> list[Final]:
         """What is level by the search, judged on further text."""
-        further_WT = self._request.further_ids_WT
-        if not known or further_WT is None:
+        if not known or not self._rounds:
             return []
-        cost, num_windows = self._cost, self._cost.replay.num_windows
+        cost = self._cost
+        cost.forget()
 
-        def may_run(num_sets: int, ids_WT: Tensor) -> bool:
-            passes = cost.set_up_equivalents + cost.predicted_equivalents(num_sets, cost.everything)
-            return self._spent() + passes * len(ids_WT) / num_windows <= self._allowance
+        def affordable(removed: Sequence[Removed], ids_WT: Tensor) -> int:
+            left = self._allowance - self._spent()
+            counts = range(len(removed), 0, -1)
+            return next((n for n in counts if cost.further_equivalents(removed[:n], ids_WT) <= left), 0)
 
         def count_in(round_cost: RemovalCost) -> None:
-            passes = round_cost.forward_equivalents * round_cost.replay.num_windows / num_windows
-            cost.add_spent(round_cost.seconds, passes)
+            share = round_cost.replay.ids_WT.numel() / cost.replay.ids_WT.numel()
+            cost.add_spent(round_cost.seconds, round_cost.forward_equivalents * share)
 
-        # A round of a few windows would count as much as the others.
-        rounds = [ids_WT for ids_WT in further_WT.split(num_windows) if 2 * len(ids_WT) >= num_windows]
         return finals(
             known,
-            rounds,
-            lambda ids_WT: replace(self._request, ids_WT=ids_WT).need_cost("gates"),
-            may_run=may_run,
+            cost.source_cost(),
+            self._rounds,
+            lambda ids_WT: replace(self._request, ids_WT=ids_WT).need_cost("gates", cache_bytes=_FINALS_CACHE),
+            affordable=affordable,
             after_round=count_in,
         )
 
@@ -316,6 +321,15 @@ def greedy_equivalents(cost: RemovalCost) -> float:
 def gates_passes(request: Request, head: float) -> float:
     """What `gates` may spend; it often ends before."""
     return float(gates_options(request)["effort"]) * greedy_passes(request, head)
+
+
+def _rounds(request: Request) -> list[Tensor]:
+    """Further windows in parts as long as the text of the search; a last one may be half as long."""
+    further_WT, ids_WT = request.further_ids_WT, request.ids_WT
+    if further_WT is None or ids_WT is None:
+        return []
+    parts = further_WT.split(max(1, ids_WT.numel() // further_WT.shape[1]))
+    return [part for part in parts if 2 * part.numel() >= ids_WT.numel()]
 
 
 def spans(units: Units) -> set[Removed]:

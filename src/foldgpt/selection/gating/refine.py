@@ -50,8 +50,7 @@ def refine(
         cost: the measure.
         sample: where to measure.
         start: sets to begin with; the most promising come first.
-        own: what the gates alone would remove. It is measured in the first round whatever the regression thinks of it,
-            so that the result is no worse than theirs.
+        own: what the gates alone would remove; measured in any case.
         keep_probabilities_U: from the gates, fp64 [U].
         surrogate: ranks what was not measured; fitted to `measurements` after each round.
         measurements: of the gates' training, with other samples.
@@ -80,10 +79,10 @@ def refine(
         ranked = sorted(range(len(open_sets)), key=lambda index: bounds[index])
         before = min(known.values(), default=math.inf)
         chosen = [open_sets[index] for index in ranked[:_ROUND]]
-        # The first of all may be all that is paid for. Others are sorted: what begins alike shares states.
+        # The first ones may be all that is paid for. Others are sorted: what begins alike shares states.
         first = [] if known else list(dict.fromkeys([chosen[0], own or chosen[0]]))
         for removed in [*first, *sorted(set(chosen).difference(first), key=sorted)]:
-            if known and is_spent():
+            if removed not in first and is_spent():
                 return
             known[removed] = cost.cost(removed, sample)
             measurements += measured_in_refinement({removed: known[removed]})
