@@ -2,7 +2,7 @@
 
 Each unit's removal is measured alone; gates start from there and are learned with the backbone frozen; the sets they
 point to are then measured, and refined by swaps; sets that come out level are judged on further text. All stages share
-one allowance of forward passes, which is at most what greedy removal would take for the same budget.
+one allowance of forward passes, as many as greedy removal is expected to take for the same budget.
 """
 
 from __future__ import annotations
