@@ -1,7 +1,8 @@
 """One table and one picture of all results of published_comparison.py.
 
 cd benchmarks/results
-python ../published_summary.py published_smollm2-135m_20.json published_*_all.json published_*_1m.json
+python ../published_summary.py published_smollm2-135m_20.json published_*_all.json published_*_300k.json \\
+    published_*_1m.json
 """
 
 from __future__ import annotations
