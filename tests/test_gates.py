@@ -433,14 +433,14 @@ def test_an_attention_that_had_to_stay_goes_with_the_rest_of_its_block() -> None
         Units(3, 2, (4, 1) * 3, 15, ("sliding", "full", "full")).fill(range(6))
 
 
-def test_what_is_expected_to_be_best_is_measured_first() -> None:
-    """It may be all that the allowance pays for; for one estimator nothing else is known before."""
-    scores = [0.5, 0.4, 0.3, 0.2, 0.1, 0.6]
+def _measured_without_allowance(scores: list[float], own: frozenset[int] | None) -> list[frozenset[int]]:
+    """What refinement measures of sets of one unit when nothing is left to spend, in order."""
     known: dict[frozenset[int], float] = {}
     refine(
         SimpleNamespace(units=Units.blocks(6, 1), cost=lambda removed, sample: 1.0),  # type: ignore[arg-type]
         None,  # type: ignore[arg-type]
         [frozenset([unit]) for unit in range(6)],
+        own=own,
         keep_probabilities_U=torch.full((6,), 0.5, dtype=torch.float64),
         surrogate=Surrogate(scores, per_block=1),
         measurements=[],
@@ -448,25 +448,17 @@ def test_what_is_expected_to_be_best_is_measured_first() -> None:
         is_spent=lambda: True,
         after_round=lambda: None,
     )
-    assert list(known) == [frozenset([4])]
+    return list(known)
+
+
+def test_what_is_expected_to_be_best_is_measured_first() -> None:
+    """It may be all that the allowance pays for; for one estimator nothing else is known before."""
+    assert _measured_without_allowance([0.5, 0.4, 0.3, 0.2, 0.1, 0.6], own=None) == [frozenset([4])]
 
 
 def test_what_the_gates_alone_would_remove_is_measured_whatever_the_regression_thinks() -> None:
-    scores = [0.1, 0.2, 0.3, 0.4, 0.5, 9.0]
-    known: dict[frozenset[int], float] = {}
-    refine(
-        SimpleNamespace(units=Units.blocks(6, 1), cost=lambda removed, sample: 1.0),  # type: ignore[arg-type]
-        None,  # type: ignore[arg-type]
-        [frozenset([unit]) for unit in range(6)],
-        own=frozenset([5]),
-        keep_probabilities_U=torch.full((6,), 0.5, dtype=torch.float64),
-        surrogate=Surrogate(scores, per_block=1),
-        measurements=[],
-        known=known,
-        is_spent=lambda: True,
-        after_round=lambda: None,
-    )
-    assert list(known) == [frozenset([0]), frozenset([5])]
+    measured = _measured_without_allowance([0.1, 0.2, 0.3, 0.4, 0.5, 9.0], own=frozenset([5]))
+    assert measured == [frozenset([0]), frozenset([5])]
 
 
 @pytest.mark.parametrize("seed", range(4))
