@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foldgpt import steps
+from foldgpt import planning, steps
 from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Recipe
 from foldgpt.workbench import Workbench
@@ -77,4 +77,4 @@ def killed(recipe: Recipe, out: Path, script: str) -> None:
 def planned(bench: Workbench) -> FoldPlan:
     """The plan of a recipe, from the beginning."""
     analysis = steps.make_analysis(bench)
-    return steps.make_plan(bench, steps.make_selection(bench, analysis), analysis)
+    return planning.make_plan(bench, planning.make_selection(bench, analysis), analysis)

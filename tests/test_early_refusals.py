@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from foldgpt import pipeline, steps
+from foldgpt import pipeline, side_by_side, steps
 from foldgpt.errors import FoldGPTError, PlanError, UnsupportedModelError, UsageError
 from foldgpt.recipe import Recipe
+from foldgpt.rehearsal import rehearse
 from foldgpt.workbench import Workbench
 from models import tiny_hybrid, tiny_model
 from run_inputs import planned, tiny_recipe, tiny_source, tiny_text
@@ -204,3 +205,38 @@ def test_an_unknown_setting_of_the_recovery_is_refused_before_anything_runs(reci
     with pytest.raises(UsageError, match="give minutes once"):
         pipeline.run(recipe.changed(recover={"minutes": 1.0, "settings": {"minutes": 2.0}}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "gap"),
+    [
+        ({"select": {"method": "greedy", "remove": 1}}, "+25.0"),
+        ({"select": {"remove": 3}, "share": {"method": "adjacent"}}, ""),
+        ({"share": {"method": "adjacent", "start": "zero", "rank": 4}}, ""),
+        ({"share": {"method": "adjacent", "donor": "best"}}, ""),
+    ],
+)
+def test_unequal_budgets_that_no_search_can_change_are_refused_before_any(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], gap: str
+) -> None:
+    """By as much as they are once all plans are made."""
+    compared = {"rows": {"bi": None, "other": change}, "recovered": []}
+    unequal = recipe.changed(compare=compared)
+    messages = []
+    for early in (True, False):
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                side_by_side, *(("make_up_plan", _too_late) if early else ("expected_parameters", lambda *_: None))
+            )
+            with pytest.raises(UsageError, match=r"unequal budgets: .*other [+-]") as refused:
+                side_by_side.compare(unequal, tmp_path / f"{early}")
+        messages.append(str(refused.value))
+    assert messages[0] == messages[1] and gap in messages[0]
+    big = Recipe.from_dict({**unequal.model_dump(mode="json"), "select": {"method": "bi", "remove": 2}})
+    with pytest.raises(UsageError, match=r"unequal budgets: .*other [+-]") as rehearsed:
+        rehearse(big, compare=True)
+    assert str(rehearsed.value) == messages[0]
+
+
+def _too_late(*_: Any) -> None:
+    pytest.fail("searched before budgets were compared")

@@ -49,7 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("figures", "report", "hub"),
     ("run_folder",),
     ("workbench",),
-    ("steps",),
+    ("steps", "planning"),
     ("pipeline",),
     ("side_by_side",),
     ("rehearsal",),

@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from foldgpt import artifacts, pipeline, steps
+from foldgpt import artifacts, pipeline, planning
 from foldgpt.analysis import sweep
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.cli import app
 from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
+from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Recipe
 from foldgpt.recovery.trainer import RecoveryTrainer
 from foldgpt.run_folder import RunFolder, ledger, open_run
 from foldgpt.selection import Selection
+from foldgpt.sharing import solver
 from foldgpt.workbench import Workbench
 from run_inputs import MAKERS, STAGES, killed, tiny_recipe, tiny_source, tiny_text
 
@@ -271,7 +273,7 @@ def test_a_search_is_not_repeated_where_the_ledger_could_not_be_written(
     def selected(*arguments: Any) -> Selection:
         write_text(arguments[-1], "{}")
         monkeypatch.setattr(ledger, "write_json", _disk_full_at("run.json"))
-        return steps.make_selection(*arguments)
+        return planning.make_selection(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "make_selection", selected)
@@ -281,6 +283,46 @@ def test_a_search_is_not_repeated_where_the_ledger_could_not_be_written(
     monkeypatch.undo()
     pipeline.run(recipe, tmp_path / "run")
     assert not checkpoint.exists()
+
+
+def test_what_the_solver_measured_is_kept_over_a_kill(
+    inputs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, text = inputs
+    recipe = Recipe.from_dict(tiny_recipe(model, text, select={"method": "bi"}, share={"method": "auto", "size": 0.7}))
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    checkpoint = run / ".sharing-checkpoint.json"
+    script = (
+        "from foldgpt import pipeline\nfrom foldgpt.sharing import solver\n"
+        "measure = solver._Solver._measure\n"
+        "def some(search, *arguments, **options):\n"
+        "    measure(search, *arguments, **options) if len(search.candidates) < 2 else kill()\n"
+        "solver._Solver._measure = some\npipeline.run(recipe, out)"
+    )
+    killed(recipe, run, script)
+    assert len(json.loads(checkpoint.read_text())["candidates"]) == 2
+    found = pipeline.run(recipe, run).plan
+    assert capsys.readouterr().err.count("measured before") == 2
+    assert not checkpoint.exists()
+    assert found == pipeline.run(recipe, whole).plan
+
+    out = tmp_path / "plan.json"
+    command = ["plan", str(model), "--text", str(text), "--context", "32", "--tokens", "256", "--select", "bi"]
+    command += ["--share", "auto", "--size", "0.7", "--out", str(out), "-q"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FoldPlan, "save", _raising)
+        assert "disk full" in CliRunner().invoke(app, command).output
+    kept = tmp_path / ".plan.json.sharing"
+    assert kept.is_file()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solver, "fit_sharing", _raising)
+        assert CliRunner().invoke(app, command).exit_code == 0, "all of it was measured before"
+    assert FoldPlan.load(out).origin["candidates"]
+    assert not kept.exists()
+
+
+def _raising(*_: Any) -> None:
+    raise ArtifactError("disk full")
 
 
 def test_analyze_keeps_the_sweep_until_its_result_is_written(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from foldgpt.folding import fold_, predicted_parameters, source_model_of
 from foldgpt.plan import Compensation, FoldPlan
 from foldgpt.sharing import solver
 from foldgpt.sharing.adjacent import adjacent_groups
+from foldgpt.sharing.distance import SharingCost
 from foldgpt.sharing.fit import fit_sharing
 from foldgpt.sharing.solver import Solution, limit_of, middle, solve
 from foldgpt.sizes import Size
@@ -176,7 +178,7 @@ def test_what_candidates_remove_is_compensated_once(monkeypatch: pytest.MonkeyPa
     once = solve(model, *arguments, compensation=text)
     compensated = [c.plan.at_start.removed for c in once.candidates if c.plan.compensation is not None]
     assert set(starts) == set(compensated) and len(starts) < len(compensated)
-    searched = solver._Solver(model, *arguments, text, None)
+    searched = solver._Solver(model, *arguments, text, None, None)
     searched._compensations = Forgetful()
     again = searched.run()
     assert [c.kl for c in again.candidates] == [c.kl for c in once.candidates]
@@ -225,6 +227,52 @@ def test_a_size_that_cannot_be_met_is_refused() -> None:
     model = tiny_model("llama")
     with pytest.raises(UsageError, match="one block must stay"):
         solve(model, source_model_of(model), token_ids(model, (16, 16)), 10, lambda number: ORDER[:number])
+
+
+@torch.no_grad()
+def test_a_search_that_was_stopped_measures_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped behind every other one of its measurements, it ends where one that was left alone does."""
+    model, checkpoint = tiny_model("llama"), tmp_path / "progress.json"
+    ids, source = token_ids(model, (4, 8)), source_model_of(model)
+    limit = limit_of(model, Size("ratio", 0.83))
+
+    def search(place: Path | None, number_off: int = 0) -> Solution:
+        order = ORDER[number_off:] + ORDER[:number_off]
+        return solve(model, source, ids, limit, lambda number: order[:number], checkpoint=place)
+
+    stops = False
+    measured: list[str] = []
+    for name, of in (("fit_sharing", solver), ("pair", SharingCost)):
+        original = getattr(of, name)
+
+        def once(*arguments: Any, original: Any = original, name: str = name, **options: Any) -> Any:
+            if stops and name == "fit_sharing" and measured.count(name) == 2:
+                raise KeyboardInterrupt
+            measured.append(name)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(of, name, once)
+    whole = search(None)
+    num_pairs, pairs, stops = measured.count("pair"), 0, True
+    for _ in whole.candidates[2::2]:
+        measured.clear()
+        with pytest.raises(KeyboardInterrupt):
+            search(checkpoint)
+        assert measured.count("fit_sharing") == 2
+        pairs += measured.count("pair")
+    measured.clear()
+    resumed = search(checkpoint)
+    assert resumed == whole
+    assert pairs + measured.count("pair") == num_pairs
+    assert capsys.readouterr().err.count("measured before") >= len(whole.candidates) - 2
+    measured.clear()
+    search(checkpoint)
+    assert not measured, "all is there"
+    with pytest.raises(KeyboardInterrupt):
+        search(checkpoint, 1)
+    assert measured, "what another selection found is of no use"
 
 
 def test_pairs_stand_around_the_middle() -> None:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -72,6 +72,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def with_infinity(values: Sequence[float | None]) -> list[float]:
+    """Costs as they were before `finite`, which leaves None where something cannot be had at any cost."""
+    return [math.inf if value is None else value for value in values]
 
 
 def read_json(path: str | Path, what: str = "file") -> Any:

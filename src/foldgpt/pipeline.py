@@ -11,6 +11,7 @@ from foldgpt.artifacts import hash_of, read_json, write_json
 from foldgpt.environment import describe_environment
 from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan
+from foldgpt.planning import make_plan, make_selection
 from foldgpt.recipe import Recipe
 from foldgpt.report import CARD, REPORT, build_report, write_model_card
 from foldgpt.run_folder import (
@@ -24,6 +25,7 @@ from foldgpt.run_folder import (
     RECOVERED,
     SEARCH_CHECKPOINT,
     SELECTION,
+    SHARING_CHECKPOINT,
     SOURCE,
     RunFolder,
     open_run,
@@ -36,9 +38,7 @@ from foldgpt.steps import (
     make_analysis,
     make_evaluation,
     make_folded,
-    make_plan,
     make_recovered,
-    make_selection,
     make_source_evaluation,
 )
 from foldgpt.workbench import Workbench
@@ -150,6 +150,7 @@ def _selection_stage(folder: RunFolder, bench: Workbench, analysis: Analysis) ->
 
 def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis, selection: Selection) -> FoldPlan:
     path = folder.path / PLAN
+    checkpoint = folder.path / SHARING_CHECKPOINT
     recipe = bench.recipe
     inputs = {
         "selection": hash_of(selection.to_json_dict()),
@@ -163,13 +164,16 @@ def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis, selecti
         "model": recipe.model,
         "seed": recipe.seed,
     }
-    return folder.stage(
+    plan = folder.stage(
         "plan",
         inputs,
         [PLAN],
-        lambda: make_plan(bench, selection, analysis).save(path),
+        lambda: make_plan(bench, selection, analysis, checkpoint).save(path),
         lambda: FoldPlan.load(path),
     )
+    # Only now, as that of the analysis.
+    checkpoint.unlink(missing_ok=True)
+    return plan
 
 
 def _measures(analysis: Analysis) -> str:

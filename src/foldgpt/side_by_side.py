@@ -18,9 +18,9 @@ from foldgpt.families import decoder_of
 from foldgpt.folding import predicted_parameters
 from foldgpt.formats import millions
 from foldgpt.pipeline import carry_out, is_recovered, make_up_plan
-from foldgpt.plan import FoldPlan
+from foldgpt.planning import expected_parameters
 from foldgpt.progress import note
-from foldgpt.recipe import Recipe
+from foldgpt.recipe import Compare, Recipe
 from foldgpt.report import write_comparison
 from foldgpt.run_folder import ENVIRONMENT, ROWS, RunFolder, open_run
 from foldgpt.selection import ANALYSIS_FREE
@@ -119,8 +119,11 @@ def _elsewhere(environments: Mapping[str, Mapping[str, Any]], shown: Mapping[str
 
 
 def _check_budgets(rows: Sequence[Row], folder: Path, bench: Workbench, recipe: Recipe) -> Workbench:
-    """Make all plans and compare what they leave of the blocks; returns a workbench with what was made on the way."""
-    section = recipe.compare
+    """Make all plans and compare what they leave of the blocks; returns a workbench with what was made on the way.
+
+    Where that is known before, it is compared before: plans may take hours of search.
+    """
+    check_expected_budgets(rows, bench.source.model, recipe.compare)
     sizes: dict[str, int] = {}
     for row in rows:
         if row.name in sizes:
@@ -128,25 +131,57 @@ def _check_budgets(rows: Sequence[Row], folder: Path, bench: Workbench, recipe: 
         bench = bench.for_method(row.recipe)
         with named(row), _open_row(folder, row) as run:
             _, plan = make_up_plan(run, bench)
-            sizes[row.name] = _block_parameters(bench.source.model, plan)
+            model = bench.source.model
+            sizes[row.name] = predicted_parameters(model, plan) - _outside_blocks(model)
+    _check_equal(sizes, recipe.compare)
+    return bench
+
+
+def check_expected_budgets(rows: Sequence[Row], model: PreTrainedModel, section: Compare) -> None:
+    """Compare what rows will leave of the blocks, of those of which that is known before they have a plan.
+
+    Args:
+        rows: the rows.
+        model: the source; it may be on the meta device.
+        section: which row is the reference, and whether others are refused.
+
+    Raises:
+        UsageError: budgets are unequal.
+    """
+    sizes: dict[str, int] = {}
+    for row in rows:
+        with named(row):
+            parameters = expected_parameters(row.recipe, model)
+        if parameters is not None:
+            sizes[row.name] = parameters - _outside_blocks(model)
+    _check_equal(sizes, section)
+
+
+def _check_equal(sizes: Mapping[str, int], section: Compare) -> None:
+    """Refuse rows that are larger or smaller than the reference, unless they are to be marked.
+
+    Args:
+        sizes: name of each row whose size is known → parameters in its blocks.
+        section: which row is the reference, and what to do.
+    """
+    if section.unequal_budgets != "refuse" or section.reference not in sizes:
+        return
     reference = sizes[section.reference]
     gaps = {name: size / reference - 1 for name, size in sizes.items()}
     unequal = {name: gap for name, gap in gaps.items() if abs(gap) > section.budget_tolerance}
-    if unequal and section.unequal_budgets == "refuse":
+    if unequal:
         listed = "; ".join(f"{name} {100 * gap:+.1f} %" for name, gap in unequal.items())
         raise UsageError(
             f"unequal budgets: compared with {section.reference}, whose blocks hold {millions(reference)} parameters: "
             f"{listed}. Change how much these rows remove or share, raise compare.budget_tolerance, or mark such rows "
             "with unequal_budgets: flag."
         )
-    return bench
 
 
-def _block_parameters(model: PreTrainedModel, plan: FoldPlan) -> int:
-    """Unique parameters in the blocks once the plan is carried out."""
+def _outside_blocks(model: PreTrainedModel) -> int:
+    """Unique parameters that are in no block."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    in_blocks = sum(parameter.numel() for parameter in decoder_of(model).blocks.parameters())
-    return predicted_parameters(model, plan) - (total - in_blocks)
+    return total - sum(parameter.numel() for parameter in decoder_of(model).blocks.parameters())
 
 
 def _seconds(run: RunFolder, recipe: Recipe) -> float:

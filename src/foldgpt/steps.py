@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from foldgpt.compensation import Compensated, compensate_
 from foldgpt.corpus import OwnText, Windows, calibration_windows
 from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, UsageError
 from foldgpt.evaluation import Evaluation, Measured, Subject, evaluate
-from foldgpt.families import Decoder, attention_kinds, decoder_of, first_of_each_kind
 from foldgpt.folding import (
     GroupFit,
     Verification,
@@ -22,33 +20,16 @@ from foldgpt.folding import (
     fold_,
     predicted_parameters,
     save_folded,
-    source_model_of,
 )
-from foldgpt.plan import CalibrationText, Compensation, FoldPlan, Group
+from foldgpt.plan import CalibrationText, Compensation, FoldPlan
 from foldgpt.progress import note
 from foldgpt.recovery import RecoveryResult, check_trainable, recover, remove_work, work_beside
-from foldgpt.replay import Replay
 from foldgpt.run_folder import ANALYSIS
-from foldgpt.selection import (
-    MEASURED,
-    Request,
-    Selection,
-    number_for_target,
-    number_to_remove,
-    parameters_of,
-    select,
-)
 from foldgpt.selection.units import units_of
 from foldgpt.sharing import (
-    adjacent_groups,
     fit_sharing,
-    limit_of,
     sharing_replay,
-    solve,
-    with_best_donors,
-    zero_started_groups,
 )
-from foldgpt.sizes import size
 from foldgpt.sources import load_source, resolve
 from foldgpt.workbench import Workbench
 
@@ -73,173 +54,6 @@ def make_analysis(bench: Workbench, checkpoint: Path | None = None) -> Analysis:
         source=SourceIdentity(spec=recipe.model, revision=source.revision, fingerprint=bench.fingerprint),
         calibration=bench.calibration_identity,
     )
-
-
-def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path | None = None) -> Selection:
-    """Choose what is removed where nothing is shared.
-
-    Args:
-        bench: the inputs.
-        analysis: the redundancy analysis; None only for selectors in `ANALYSIS_FREE`.
-        checkpoint: where a long search keeps its progress. It stays: whoever has saved the selection drops it.
-    """
-    recipe, section = bench.recipe, bench.recipe.select
-    source = bench.source
-    num_blocks = len(decoder_of(source.model).blocks)
-    request = Request(
-        num_blocks=num_blocks,
-        num_remove=number_to_remove(num_blocks, remove=section.remove, ratio=section.remove_ratio),
-        analysis=analysis,
-        seed=recipe.seed,
-        model=source.model,
-        objective=section.objective,
-        # A set is judged by what it costs as it will be folded.
-        compensate=_compensation(bench) is not None,
-        sublayers=section.sublayers,
-        checkpoint=checkpoint,
-        options=section.options,
-    )
-    if section.method in MEASURED:
-        request = replace(request, ids_WT=bench.selection_ids(), further_ids_WT=bench.further_selection_ids())
-    limit = _limit(bench)
-    if limit is not None:
-        request = replace(request, num_remove=number_for_target(parameters_of(source.model), limit))
-    return select(section.method, request)
-
-
-def _limit(bench: Workbench) -> int | None:
-    """Parameters that the whole model may have, where the recipe gives a size."""
-    wanted = bench.recipe.share.size
-    return None if wanted is None else limit_of(bench.source.model, size(wanted))
-
-
-def make_plan(bench: Workbench, selection: Selection, analysis: Analysis | None) -> FoldPlan:
-    """Decide what is removed and what is shared.
-
-    Args:
-        bench: the inputs.
-        selection: what was chosen for removal.
-        analysis: what the selection was read off, unless it was measured.
-    """
-    recipe = bench.recipe
-    source = bench.source
-    decoder = decoder_of(source.model)
-    compensation = _compensation(bench)
-    origin: dict[str, Any] = {"seed": recipe.seed}
-    if selection.method in MEASURED:
-        origin["calibration"] = bench.calibration_identity.model_dump(mode="json")
-    elif analysis is not None and analysis.calibration is not None:
-        origin["calibration"] = analysis.calibration.model_dump(mode="json")
-    origin |= {
-        "selector": selection.method,
-        "scores": None if selection.scores is None else list(selection.scores),
-        "removal_order": list(selection.order),
-        "report": dict(selection.report),
-    }
-    limit = _limit(bench)
-    if limit is not None:
-        return _solved(bench, selection, limit, compensation, origin)
-    removes_anything = selection.removed or selection.removed_attention or selection.removed_mlp
-    groups = _groups(bench, decoder, selection)
-    # What starts at zero was selected for removal; it has a position all the same.
-    started = {block for group in groups for block in group.started_at_zero}
-    return FoldPlan.create(
-        source_model_of(source.model, name=recipe.model, revision=source.revision),
-        removed=set(selection.removed) - started,
-        removed_attention={
-            *selection.removed_attention,
-            *(started if "attention" not in recipe.share.sublayers else ()),
-        },
-        removed_mlp={*selection.removed_mlp, *(started if "mlp" not in recipe.share.sublayers else ())},
-        groups=groups,
-        compensation=compensation if removes_anything else None,
-        fitting=bench.fitting if groups and recipe.share.fit else None,
-        origin=origin,
-    )
-
-
-def _solved(
-    bench: Workbench, selection: Selection, limit: int, compensation: Compensation | None, origin: dict[str, Any]
-) -> FoldPlan:
-    """The best of several ways to bring the model down to a number of parameters.
-
-    Args:
-        bench: the inputs.
-        selection: what would be removed if nothing were shared.
-        limit: parameters of the whole model.
-        compensation: what the plan says of compensation.
-        origin: what the plan says of where it comes from; the candidates are added.
-    """
-    source = bench.source
-    order = [*selection.order, *selection.least_needed()]
-
-    def removal(number: int) -> tuple[int, ...]:
-        if number == len(selection.removed):
-            return selection.removed
-        return tuple(sorted(list(dict.fromkeys(order))[:number]))
-
-    solution = solve(
-        source.model,
-        source_model_of(source.model, name=bench.recipe.model, revision=source.revision),
-        bench.calibration.ids,
-        limit,
-        removal,
-        compensation=compensation,
-        fitting=bench.fitting,
-    )
-    plan = solution.best.plan
-    return plan.model_copy(update={"origin": {**origin, "size": bench.recipe.share.size, **solution.to_json_dict()}})
-
-
-def _compensation(bench: Workbench) -> Compensation | None:
-    """What the plan says of compensation; nothing for a model whose blocks cannot be compensated."""
-    if bench.recipe.compensate.method == "none" or bench.why_uncompensated is not None:
-        return None
-    return bench.compensation
-
-
-def _groups(bench: Workbench, decoder: Decoder, selection: Selection) -> tuple[Group, ...]:
-    """The groups that a recipe asks for, beside what was selected for removal."""
-    section = bench.recipe.share
-    if section.method == "none":
-        return ()
-    sublayers = tuple(section.sublayers)
-    lacking = {
-        *(selection.removed_attention if "attention" in sublayers else ()),
-        *(selection.removed_mlp if "mlp" in sublayers else ()),
-    }
-    kept = [index for index in range(len(decoder.blocks)) if index not in {*selection.removed, *lacking}]
-    if section.start == "zero":
-        whole = [index for index in kept if index not in {*selection.removed_attention, *selection.removed_mlp}]
-        returning = selection.removed
-        if "attention" not in sublayers:
-            returning = _may_lose_attention(decoder, selection.removed)
-        return zero_started_groups(decoder, whole, returning, sublayers=sublayers, rank=section.rank)
-    best = section.donor == "best"
-    groups = adjacent_groups(
-        decoder,
-        kept,
-        size=section.group_size,
-        sublayers=sublayers,
-        donor="first" if best else section.donor,
-        rank=section.rank,
-        scales=section.scales,
-    )
-    return with_best_donors(Replay(bench.source.model, bench.selection_ids()), groups) if best else groups
-
-
-def _may_lose_attention(decoder: Decoder, removed: Collection[int]) -> tuple[int, ...]:
-    """Of removed blocks those that may come back without their attention.
-
-    A block that would then be the first one with its kind of attention may not: the KV cache's length is read there.
-    """
-    num_blocks = len(decoder.blocks)
-    kinds = attention_kinds(decoder.config)
-    first = first_of_each_kind(kinds, (index for index in range(num_blocks) if index not in removed))
-    returning = tuple(index for index in removed if index > first.get(kinds[index], num_blocks))
-    for index in sorted(set(removed) - set(returning)):
-        note(f"block {index} stays removed: without attention it cannot be the first kept block with {kinds[index]}")
-    return returning
 
 
 def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool = False) -> Verification:

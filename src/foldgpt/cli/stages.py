@@ -138,7 +138,7 @@ def plan(
 ) -> None:
     """Decide which blocks are removed and which share weights."""
     with session(quiet):
-        from foldgpt import steps
+        from foldgpt import planning, steps
         from foldgpt.artifacts import check_free_file
         from foldgpt.errors import UsageError
         from foldgpt.selection import ANALYSIS_FREE, SELECTORS
@@ -168,16 +168,16 @@ def plan(
         check_search_tokens(search_tokens, recipe)
         bench.check_plan()
         measured = None
-        # Where the sweep and the search are, until the plan that is made of them is there.
-        sweep, search = (out.with_name(f".{out.name}.{what}") for what in ("analysis", "search"))
+        # Where the sweep and the searches are, until the plan that is made of them is there.
+        sweep, search, sharing = (out.with_name(f".{out.name}.{what}") for what in ("analysis", "search", "sharing"))
         if analysis is not None:
             measured = steps.read_analysis(analysis, bench)
         elif method not in ANALYSIS_FREE:
             measured = steps.make_analysis(bench, sweep)
-        selection = steps.make_selection(bench, measured, search)
-        made = steps.make_plan(bench, selection, measured)
+        selection = planning.make_selection(bench, measured, search)
+        made = planning.make_plan(bench, selection, measured, sharing)
         made.save(out)
-        for checkpoint in (sweep, search):
+        for checkpoint in (sweep, search, sharing):
             checkpoint.unlink(missing_ok=True)
         if as_json:
             print_json(made.to_json_dict())

@@ -106,6 +106,8 @@ def rehearse(recipe: Recipe, *, compare: bool = False) -> Rehearsal:
         # The rows of a comparison share what the teacher says.
         cached = compare or recipe.recover.teacher_cache is not None
         rows = {name: _expect(config, one, place, cached) for name, (one, place) in places.items()}
+        if compare:
+            side_by_side.check_expected_budgets(rows_of_real, on_meta(config, recipe), recipe.compare)
         searches = {name: RunFolder(run).inputs_of("selection") for name, (_, run) in places.items()}
     left_out = ["texts are made up"]
     if recipe.evaluate.tasks:

@@ -13,6 +13,7 @@ from foldgpt.run_folder.layout import (
     ROWS,
     SEARCH_CHECKPOINT,
     SELECTION,
+    SHARING_CHECKPOINT,
     SOURCE,
 )
 from foldgpt.run_folder.opening import open_run
@@ -29,6 +30,7 @@ __all__ = [
     "ROWS",
     "SEARCH_CHECKPOINT",
     "SELECTION",
+    "SHARING_CHECKPOINT",
     "SOURCE",
     "RunFolder",
     "open_run",

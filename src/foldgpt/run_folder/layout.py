@@ -13,10 +13,11 @@ FOLDED, RECOVERED, FIGURES = "folded", "recovered", "figures"
 ROWS = "rows"
 #: How far a stage is; whoever has its result in the ledger removes it.
 ANALYSIS_CHECKPOINT, SEARCH_CHECKPOINT = ".analysis-checkpoint.json", ".search-checkpoint.json"
+SHARING_CHECKPOINT = ".sharing-checkpoint.json"
 LOCK = ".lock"
 #: All that stages make.
 MADE = (ANALYSIS, SELECTION, PLAN, FOLDED, RECOVERED, SOURCE, EVALUATION, ENVIRONMENT, FIGURES, REPORT)
 #: The files of a comparison, last the one by which it is known.
 COMPARED = ("comparison.csv", "comparison.md", "comparison.html", COMPARISON)
 #: What else is written there.
-WRITTEN = (RECIPE, LEDGER, ANALYSIS_CHECKPOINT, SEARCH_CHECKPOINT, *COMPARED)
+WRITTEN = (RECIPE, LEDGER, ANALYSIS_CHECKPOINT, SEARCH_CHECKPOINT, SHARING_CHECKPOINT, *COMPARED)

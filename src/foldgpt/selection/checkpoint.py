@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import foldgpt
@@ -52,11 +51,6 @@ class Checkpoint:
         cost = self._cost
         spent = {"seconds": cost.seconds, "forward_equivalents": cost.forward_equivalents}
         self._file.save(lambda: {**progress, **spent}, now=now)
-
-
-def from_json(values: Sequence[float | None]) -> list[float]:
-    """Scores as they were before `foldgpt.artifacts.finite`, which leaves None where a unit cannot go."""
-    return [float("inf") if value is None else value for value in values]
 
 
 def _identity(method: str, request: Request) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from foldgpt.artifacts import finite
+from foldgpt.artifacts import finite, with_infinity
 from foldgpt.progress import bar
-from foldgpt.selection.checkpoint import Checkpoint, from_json
+from foldgpt.selection.checkpoint import Checkpoint
 from foldgpt.selection.cost import RemovalCost
 from foldgpt.selection.measured import ranked, selection_of
 from foldgpt.selection.selection import Request, Selection
@@ -30,7 +30,7 @@ def greedy(request: Request) -> Selection:
     checkpoint = Checkpoint("greedy", request, cost)
     order: list[int] = checkpoint.found.get("order", [])
     trace: list[dict[str, Any]] = checkpoint.found.get("trace", [])
-    first = from_json(checkpoint.found.get("first", []))
+    first = with_infinity(checkpoint.found.get("first", []))
     removed: Removed = frozenset(order)
 
     def keep(*, now: bool = False) -> None:

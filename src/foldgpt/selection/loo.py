@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from foldgpt.artifacts import finite
-from foldgpt.selection.checkpoint import Checkpoint, from_json
+from foldgpt.artifacts import finite, with_infinity
+from foldgpt.selection.checkpoint import Checkpoint
 from foldgpt.selection.measured import leave_one_out, ranked, selection_of
 from foldgpt.selection.selection import Request, Selection
 
@@ -18,7 +18,7 @@ def loo(request: Request) -> Selection:
     """
     cost = request.need_cost("loo")
     checkpoint = Checkpoint("loo", request, cost)
-    known = from_json(checkpoint.found.get("scores", []))
+    known = with_infinity(checkpoint.found.get("scores", []))
     scores = leave_one_out(cost, known=known, after_each=lambda scores: checkpoint.save({"scores": finite(scores)}))
     checkpoint.save({"scores": finite(scores)}, now=True)
     order = ranked(scores)

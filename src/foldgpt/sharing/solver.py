@@ -13,17 +13,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import foldgpt
+from foldgpt.artifacts import finite, with_infinity
 from foldgpt.compensation import compensate_and_judge_
 from foldgpt.errors import FoldGPTError, UnsupportedModelError, UsageError
 from foldgpt.families import Decoder, decoder_of
+from foldgpt.fingerprints import ids_fingerprint, weights_fingerprint
 from foldgpt.folding import predicted_parameters
 from foldgpt.plan import SUBLAYERS, Compensation, Fitting, FoldPlan, Group, SourceModel, Sublayer
 from foldgpt.progress import note
+from foldgpt.progress_file import ProgressFile
 from foldgpt.replay import Replay
 from foldgpt.sharing.adjacent import adjacent_groups
 from foldgpt.sharing.distance import SharingCost
@@ -43,6 +48,7 @@ _HOPELESS = 4.0
 _ROUNDING = 0.0005
 #: Tokens at most on which pairs are measured: they are many, and only their order counts.
 _PAIR_TOKENS = 2048
+_CHECKPOINT_FORMAT = "foldgpt.sharing-checkpoint"
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,7 @@ def solve(
     *,
     compensation: Compensation | None = None,
     fitting: Fitting | None = None,
+    checkpoint: Path | None = None,
 ) -> Solution:
     """Find the best of several ways to bring a model down to a number of parameters.
 
@@ -146,11 +153,14 @@ def solve(
         removal: number of blocks → which to remove if so many are.
         compensation: what plans say of compensation; None for none.
         fitting: what plans say of the text that groups are fitted on.
+        checkpoint: a file that keeps what was measured, so that the same call goes on where it was stopped. It stays:
+            whoever has saved the solution drops it.
 
     Raises:
         UsageError: no removal brings the model down to the limit, or there are fewer than two windows.
+        ArtifactError: the checkpoint cannot be written.
     """
-    return _Solver(model, source, ids_WT, limit, removal, compensation, fitting).run()
+    return _Solver(model, source, ids_WT, limit, removal, compensation, fitting, checkpoint).run()
 
 
 class _Solver:
@@ -163,6 +173,7 @@ class _Solver:
         removal: Callable[[int], Sequence[int]],
         compensation: Compensation | None,
         fitting: Fitting | None,
+        checkpoint: Path | None,
     ) -> None:
         self.model = model
         self.source = source
@@ -170,8 +181,10 @@ class _Solver:
         self.compensation = compensation
         self.fitting = fitting
         self.removal = removal
+        self.decoder: Decoder = decoder_of(model)
+        self._file = ProgressFile(checkpoint, _CHECKPOINT_FORMAT, partial(self._identity, ids_WT), seconds_between=0.0)
+        self._found: dict[str, Any] = {"candidates": {}, "pairs": {}, **self._file.load()}
         self.replay = sharing_replay(model, ids_WT)
-        self.decoder: Decoder = self.replay.decoder
         self.fitted, self.held = split(self.replay)
         self.candidates: list[Candidate] = []
         self._compensations: dict[tuple[tuple[int, ...], frozenset[int]], dict[str, Tensor]] = {}
@@ -215,8 +228,11 @@ class _Solver:
             left = self.limit - self._parameters(self._plan(rest, groups))
             if not groups or left < 0:
                 return
-            groups = output_ranks(self.replay, groups, left)
-            self._measure(f"remove {number}, keep their positions with {norms} norms", rest, groups)
+            self._measure(
+                f"remove {number}, keep their positions with {norms} norms",
+                rest,
+                partial(output_ranks, self.replay, groups, left),
+            )
 
     def _fixed_pairs(self, number: int, shared: int) -> None:
         """The fixed recipe: neighbours in pairs around the middle of what is kept, the first one's weights."""
@@ -225,7 +241,9 @@ class _Solver:
         pairs = middle(adjacent_groups(self.decoder, kept, size=2), kept, shared)
         # Norms stay private, so pairs take a little more than what is left of removed blocks.
         if len(pairs) == shared and self._parameters(self._plan(removed, pairs)) <= self.limit:
-            self._measure(f"remove {number - shared}, share {shared} adjacent pairs", removed, pairs, fits=False)
+            self._measure(
+                f"remove {number - shared}, share {shared} adjacent pairs", removed, lambda: pairs, fits=False
+            )
 
     def _measured_pairs(self, number: int, shared: int) -> None:
         """Groups chosen by measured costs, least-squares donors, and what the budget leaves for private terms.
@@ -283,7 +301,7 @@ class _Solver:
             )
             left = self.limit - self._parameters(self._plan(removed, groups))
             if left >= 0:
-                self._measure(name, removed, ranks_for(self.replay, groups, left, self.fitted))
+                self._measure(name, removed, partial(ranks_for, self.replay, groups, left, self.fitted))
                 return
 
     def _kept(self, removed: Sequence[int]) -> list[int]:
@@ -313,13 +331,20 @@ class _Solver:
     @cached_property
     def _pair_costs(self) -> Tensor:
         """Measured costs of pairs, for all candidates: of the source's blocks, whatever is removed elsewhere."""
-        return self._cost.pairs(range(len(self.decoder.blocks)), reach=_REACH)
+        return self._pairs(SUBLAYERS)
 
     @cached_property
     def _sublayer_costs(self) -> dict[Sublayer, Tensor]:
         """The same where attention alone, or the MLP alone, is shared."""
-        blocks = range(len(self.decoder.blocks))
-        return {part: self._cost.pairs(blocks, reach=_REACH, sublayers=(part,)) for part in SUBLAYERS}
+        return {part: self._pairs((part,)) for part in SUBLAYERS}
+
+    def _pairs(self, sublayers: Sequence[Sublayer]) -> Tensor:
+        what = "+".join(sublayers)
+        if what not in self._found["pairs"]:
+            costs_NN = self._cost.pairs(range(len(self.decoder.blocks)), reach=_REACH, sublayers=sublayers)
+            self._found["pairs"][what] = [finite(row) for row in costs_NN.tolist()]
+            self._save()
+        return torch.tensor([with_infinity(row) for row in self._found["pairs"][what]], dtype=torch.float64)
 
     @cached_property
     def _for_compensation(self) -> tuple[Replay, Replay]:
@@ -344,7 +369,20 @@ class _Solver:
         # A least-squares donor has the size of any other.
         return predicted_parameters(self.model, plan)
 
-    def _measure(self, name: str, removed: Sequence[int], groups: Sequence[Group] = (), *, fits: bool = True) -> None:
+    def _measure(
+        self,
+        name: str,
+        removed: Sequence[int],
+        make_groups: Callable[[], Sequence[Group]] = tuple,
+        *,
+        fits: bool = True,
+    ) -> None:
+        """Measure a candidate, unless an earlier run of the same search has."""
+        if (kept := self._found["candidates"].get(name)) is not None:
+            self.candidates.append(Candidate(**{**kept, "plan": FoldPlan.from_json_dict(kept["plan"])}))
+            note(f"{name}: KL {kept['kl']:.4f}, measured before")
+            return
+        groups = make_groups()
         plan = self._plan(removed, groups)
         if not fits:
             plan = plan.model_copy(update={"fitting": None})
@@ -356,8 +394,29 @@ class _Solver:
             )
         at_zero = sum(len(group.started_at_zero) for group in groups)
         shared = sum(len(group.blocks) - 1 for group in groups if group.start == "hard")
-        self.candidates.append(Candidate(name, len(plan.removed), at_zero, shared, self._parameters(plan), kl, plan))
+        found = Candidate(name, len(plan.removed), at_zero, shared, self._parameters(plan), kl, plan)
+        self.candidates.append(found)
         note(f"{name}: KL {kl:.4f}")
+        self._found["candidates"][name] = {**vars(found), "plan": plan.to_json_dict()}
+        self._save()
+
+    # ------------------------------------------------------------------------------------------- bookkeeping
+
+    def _identity(self, ids_WT: Tensor) -> dict[str, Any]:
+        """All that decides the result."""
+        return {
+            "foldgpt": foldgpt.__version__,
+            "model": weights_fingerprint(self.model),
+            "source": self.source.model_dump(mode="json"),
+            "ids": ids_fingerprint(ids_WT),
+            "limit": self.limit,
+            "removal": [list(self.removal(number)) for number in range(len(self.decoder.blocks))],
+            "compensation": None if self.compensation is None else self.compensation.model_dump(mode="json"),
+            "fitting": None if self.fitting is None else self.fitting.model_dump(mode="json"),
+        }
+
+    def _save(self) -> None:
+        self._file.save(lambda: self._found)
 
     @contextmanager
     def _compensated(self, plan: FoldPlan) -> Iterator[None]:

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from foldgpt.artifacts import finite
+from foldgpt.artifacts import finite, with_infinity
 from foldgpt.errors import UsageError, did_you_mean
 from foldgpt.progress import bar
-from foldgpt.selection.checkpoint import Checkpoint, from_json
+from foldgpt.selection.checkpoint import Checkpoint
 from foldgpt.selection.cost import RemovalCost, Sample
 from foldgpt.selection.gated_pass import gradient_equivalents
 from foldgpt.selection.gating.estimator import Estimator
@@ -166,7 +166,7 @@ class _Search:
 
     def _scores(self) -> list[float]:
         """The cost of each unit alone, on as many windows as the allowance lets it see."""
-        known = from_json(self._progress["scores"])
+        known = with_infinity(self._progress["scores"])
         if len(known) == len(self._cost.units):
             return known
         everything = self._cost.everything

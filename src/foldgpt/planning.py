@@ -1,0 +1,240 @@
+"""What is cut: from an analysis to a selection, and from a selection to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from foldgpt.analysis import Analysis
+from foldgpt.families import Decoder, attention_kinds, decoder_of, first_of_each_kind
+from foldgpt.folding import predicted_parameters, same_kind, source_model_of
+from foldgpt.plan import SUBLAYERS, Compensation, FoldPlan, Group
+from foldgpt.progress import note
+from foldgpt.recipe import Recipe
+from foldgpt.replay import Replay
+from foldgpt.selection import (
+    MEASURED,
+    Request,
+    Selection,
+    number_for_target,
+    number_to_remove,
+    parameters_of,
+    select,
+)
+from foldgpt.sharing import adjacent_groups, limit_of, solve, with_best_donors, zero_started_groups
+from foldgpt.sizes import size
+from foldgpt.workbench import Workbench
+
+
+def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path | None = None) -> Selection:
+    """Choose what is removed where nothing is shared.
+
+    Args:
+        bench: the inputs.
+        analysis: the redundancy analysis; None only for selectors in `ANALYSIS_FREE`.
+        checkpoint: where a long search keeps its progress. It stays: whoever has saved the selection drops it.
+    """
+    recipe, section = bench.recipe, bench.recipe.select
+    source = bench.source
+    num_blocks = len(decoder_of(source.model).blocks)
+    request = Request(
+        num_blocks=num_blocks,
+        num_remove=number_to_remove(num_blocks, remove=section.remove, ratio=section.remove_ratio),
+        analysis=analysis,
+        seed=recipe.seed,
+        model=source.model,
+        objective=section.objective,
+        # A set is judged by what it costs as it will be folded.
+        compensate=_compensation(bench) is not None,
+        sublayers=section.sublayers,
+        checkpoint=checkpoint,
+        options=section.options,
+    )
+    if section.method in MEASURED:
+        request = replace(request, ids_WT=bench.selection_ids(), further_ids_WT=bench.further_selection_ids())
+    limit = _limit(bench)
+    if limit is not None:
+        request = replace(request, num_remove=number_for_target(parameters_of(source.model), limit))
+    return select(section.method, request)
+
+
+def _limit(bench: Workbench) -> int | None:
+    """Parameters that the whole model may have, where the recipe gives a size."""
+    wanted = bench.recipe.share.size
+    return None if wanted is None else limit_of(bench.source.model, size(wanted))
+
+
+def make_plan(
+    bench: Workbench, selection: Selection, analysis: Analysis | None, checkpoint: Path | None = None
+) -> FoldPlan:
+    """Decide what is removed and what is shared.
+
+    Args:
+        bench: the inputs.
+        selection: what was chosen for removal.
+        analysis: what the selection was read off, unless it was measured.
+        checkpoint: where a long search for what is shared keeps its progress. It stays: whoever has saved the plan
+            drops it.
+    """
+    recipe = bench.recipe
+    source = bench.source
+    decoder = decoder_of(source.model)
+    compensation = _compensation(bench)
+    origin: dict[str, Any] = {"seed": recipe.seed}
+    if selection.method in MEASURED:
+        origin["calibration"] = bench.calibration_identity.model_dump(mode="json")
+    elif analysis is not None and analysis.calibration is not None:
+        origin["calibration"] = analysis.calibration.model_dump(mode="json")
+    origin |= {
+        "selector": selection.method,
+        "scores": None if selection.scores is None else list(selection.scores),
+        "removal_order": list(selection.order),
+        "report": dict(selection.report),
+    }
+    limit = _limit(bench)
+    if limit is not None:
+        return _solved(bench, selection, limit, compensation, origin, checkpoint)
+    groups = _groups(recipe, decoder, selection)
+    if recipe.share.donor == "best":
+        groups = with_best_donors(Replay(source.model, bench.selection_ids()), groups)
+    removes_anything = selection.removed or selection.removed_attention or selection.removed_mlp
+    return FoldPlan.create(
+        source_model_of(source.model, name=recipe.model, revision=source.revision),
+        **_cut(recipe, selection, groups),
+        compensation=compensation if removes_anything else None,
+        fitting=bench.fitting if groups and recipe.share.fit else None,
+        origin=origin,
+    )
+
+
+def expected_parameters(recipe: Recipe, model: PreTrainedModel) -> int | None:
+    """Parameters of the folded model, before anything is searched; None where they depend on what a search finds.
+
+    They do not where all blocks are of one kind and a number of them goes: any of them will do.
+
+    Args:
+        recipe: what is cut.
+        model: the source; it may be on the meta device.
+    """
+    decoder = decoder_of(model)
+    num_blocks = len(decoder.blocks)
+    section = recipe.share
+    # The attention of the first kept block has to stay, so not every removed one may come back without its own.
+    depends = section.method == "auto" or recipe.select.sublayers or set(section.sublayers) != set(SUBLAYERS)
+    if depends or not all(same_kind(decoder, 0, index, SUBLAYERS) for index in range(num_blocks)):
+        return None
+    num_remove = number_to_remove(num_blocks, remove=recipe.select.remove, ratio=recipe.select.remove_ratio)
+    any_blocks = select("last", Request(num_blocks, num_remove))
+    cut = _cut(recipe, any_blocks, _groups(recipe, decoder, any_blocks))
+    return predicted_parameters(model, FoldPlan.create(source_model_of(model, name=recipe.model), **cut))
+
+
+def _cut(recipe: Recipe, selection: Selection, groups: Sequence[Group]) -> dict[str, Any]:
+    """What a plan says of removal and sharing.
+
+    What starts at zero was selected for removal; it has a position all the same.
+    """
+    started = {block for group in groups for block in group.started_at_zero}
+    absent = {
+        sublayer: {*removed, *(started if sublayer not in recipe.share.sublayers else ())}
+        for sublayer, removed in (("attention", selection.removed_attention), ("mlp", selection.removed_mlp))
+    }
+    return {
+        "removed": set(selection.removed) - started,
+        "removed_attention": absent["attention"],
+        "removed_mlp": absent["mlp"],
+        "groups": groups,
+    }
+
+
+def _solved(
+    bench: Workbench,
+    selection: Selection,
+    limit: int,
+    compensation: Compensation | None,
+    origin: dict[str, Any],
+    checkpoint: Path | None,
+) -> FoldPlan:
+    """The best of several ways to bring the model down to a number of parameters.
+
+    Args:
+        bench: the inputs.
+        selection: what would be removed if nothing were shared.
+        limit: parameters of the whole model.
+        compensation: what the plan says of compensation.
+        origin: what the plan says of where it comes from; the candidates are added.
+        checkpoint: where it keeps its progress.
+    """
+    source = bench.source
+    order = [*selection.order, *selection.least_needed()]
+
+    def removal(number: int) -> tuple[int, ...]:
+        if number == len(selection.removed):
+            return selection.removed
+        return tuple(sorted(list(dict.fromkeys(order))[:number]))
+
+    solution = solve(
+        source.model,
+        source_model_of(source.model, name=bench.recipe.model, revision=source.revision),
+        bench.calibration.ids,
+        limit,
+        removal,
+        compensation=compensation,
+        fitting=bench.fitting,
+        checkpoint=checkpoint,
+    )
+    plan = solution.best.plan
+    return plan.model_copy(update={"origin": {**origin, "size": bench.recipe.share.size, **solution.to_json_dict()}})
+
+
+def _compensation(bench: Workbench) -> Compensation | None:
+    """What the plan says of compensation; nothing for a model whose blocks cannot be compensated."""
+    if bench.recipe.compensate.method == "none" or bench.why_uncompensated is not None:
+        return None
+    return bench.compensation
+
+
+def _groups(recipe: Recipe, decoder: Decoder, selection: Selection) -> tuple[Group, ...]:
+    """The groups that a recipe asks for, beside what was selected for removal; the first members are the donors."""
+    section = recipe.share
+    if section.method == "none":
+        return ()
+    sublayers = tuple(section.sublayers)
+    lacking = {
+        *(selection.removed_attention if "attention" in sublayers else ()),
+        *(selection.removed_mlp if "mlp" in sublayers else ()),
+    }
+    kept = [index for index in range(len(decoder.blocks)) if index not in {*selection.removed, *lacking}]
+    if section.start == "zero":
+        whole = [index for index in kept if index not in {*selection.removed_attention, *selection.removed_mlp}]
+        returning = selection.removed
+        if "attention" not in sublayers:
+            returning = _may_lose_attention(decoder, selection.removed)
+        return zero_started_groups(decoder, whole, returning, sublayers=sublayers, rank=section.rank)
+    return adjacent_groups(
+        decoder,
+        kept,
+        size=section.group_size,
+        sublayers=sublayers,
+        donor="first" if section.donor == "best" else section.donor,
+        rank=section.rank,
+        scales=section.scales,
+    )
+
+
+def _may_lose_attention(decoder: Decoder, removed: Collection[int]) -> tuple[int, ...]:
+    """Of removed blocks those that may come back without their attention.
+
+    A block that would then be the first one with its kind of attention may not: the KV cache's length is read there.
+    """
+    num_blocks = len(decoder.blocks)
+    kinds = attention_kinds(decoder.config)
+    first = first_of_each_kind(kinds, (index for index in range(num_blocks) if index not in removed))
+    returning = tuple(index for index in removed if index > first.get(kinds[index], num_blocks))
+    for index in sorted(set(removed) - set(returning)):
+        note(f"block {index} stays removed: without attention it cannot be the first kept block with {kinds[index]}")
+    return returning

@@ -1,0 +1,39 @@
+"""How large a model will be, before it is known what goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from foldgpt.folding import predicted_parameters, source_model_of
+from foldgpt.plan import FoldPlan
+from foldgpt.planning import expected_parameters
+from foldgpt.recipe import Recipe
+from models import tiny_model
+
+
+def recipe_of(**changes: Any) -> Recipe:
+    return Recipe.from_dict({"model": "m", "select": {"remove": 2}, **changes})
+
+
+def test_where_blocks_are_alike_any_of_them_tell_the_size() -> None:
+    model = tiny_model("llama")
+    removed = FoldPlan.create(source_model_of(model), removed=[1, 3])
+    assert expected_parameters(recipe_of(), model) == predicted_parameters(model, removed)
+    nothing = {"select": {}, "share": {"method": "adjacent"}}
+    assert expected_parameters(recipe_of(**nothing), model) < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma3", {}),
+        ("llama", {"select": {"method": "loo", "remove": 2, "sublayers": True}}),
+        ("llama", {"select": {}, "share": {"method": "auto", "size": 0.7}}),
+        ("llama", {"share": {"method": "adjacent", "start": "zero", "sublayers": ["mlp"]}}),
+    ],
+)
+def test_what_a_search_decides_is_not_known_before_it(family: str, changes: dict[str, Any]) -> None:
+    """How many of each kind go, which may lend to which, and which need their own attention."""
+    assert expected_parameters(recipe_of(**changes), tiny_model(family)) is None
