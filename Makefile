@@ -13,8 +13,9 @@ export MPLCONFIGDIR := $(CURDIR)/$(VENV)/cache/matplotlib
 demo: $(READY)
 	$(BIN)/foldgpt run recipes/demo.yaml --out runs/demo --overwrite
 
+# One worker a core, four at most; a file of tests stays with one worker, which makes its models once.
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

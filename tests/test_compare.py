@@ -482,28 +482,32 @@ def test_a_take_over_never_leaves_numbers_of_one_recipe_beside_another(
     before = recipe.changed(compare={"rows": {"bi": None, "last": None}, "recovered": []})
     out = tmp_path / "c"
     result = side_by_side.compare(before, out)
-    unequal = before.changed(
-        compare={"rows": {"bi": None, "less": {"select": {"method": "last", "remove": 1}}}}, evaluate={"context": 16}
-    )
+    other = before.changed(compare={"rows": {"bi": None, "random": None}}, evaluate={"context": 16})
+    unequal = other.changed(compare={"rows": {"bi": None, "less": {"select": {"method": "last", "remove": 1}}}})
 
     def is_whole() -> bool:
         return Recipe.load(out / "recipe.yaml") == before and Comparison.load(out) == result
 
     # Refused before anything is made: the folder is what it was.
     with pytest.raises(FoldGPTError, match="nowhere"):
-        side_by_side.compare(unequal.changed(evaluate={"texts": ["nowhere.txt"]}), out, overwrite=True)
+        side_by_side.compare(other.changed(evaluate={"texts": ["nowhere.txt"]}), out, overwrite=True)
+    assert is_whole()
+    with pytest.raises(UsageError, match="unequal budgets"):
+        side_by_side.compare(unequal, out, overwrite=True)
     assert is_whole()
     with monkeypatch.context() as patch:
         patch.setattr(folder, "remove", _killed)
         with pytest.raises(KeyboardInterrupt):
-            side_by_side.compare(unequal, out, overwrite=True)
+            side_by_side.compare(other, out, overwrite=True)
     assert is_whole()
     # Stopped later: nothing is shown of it.
-    with pytest.raises(UsageError, match="unequal budgets"):
-        side_by_side.compare(unequal, out, overwrite=True)
-    assert Recipe.load(out / "recipe.yaml") == unequal and not list(out.glob("comparison.*"))
-    with pytest.raises(UsageError, match="unequal budgets"):
-        side_by_side.compare(unequal, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(side_by_side, "make_up_plan", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            side_by_side.compare(other, out, overwrite=True)
+    assert Recipe.load(out / "recipe.yaml") == other and not list(out.glob("comparison.*"))
+    side_by_side.compare(other, out)
+    assert Recipe.load(out / "recipe.yaml") == other and list(out.glob("comparison.*"))
 
 
 def _killed(*_: Any) -> None:

@@ -21,6 +21,9 @@ def test_where_blocks_are_alike_any_of_them_tell_the_size() -> None:
     model = tiny_model("llama")
     removed = FoldPlan.create(source_model_of(model), removed=[1, 3])
     assert expected_parameters(recipe_of(), model) == predicted_parameters(model, removed)
+    mixed = tiny_model("gemma3")  # of sliding and full attention, which are of one size
+    removed = FoldPlan.create(source_model_of(mixed), removed=[1, 3])
+    assert expected_parameters(recipe_of(), mixed) == predicted_parameters(mixed, removed)
     nothing = {"select": {}, "share": {"method": "adjacent"}}
     assert expected_parameters(recipe_of(**nothing), model) < sum(p.numel() for p in model.parameters())
 
@@ -28,12 +31,13 @@ def test_where_blocks_are_alike_any_of_them_tell_the_size() -> None:
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("gemma3", {}),
+        ("gemma3", {"share": {"method": "adjacent"}}),
+        ("qwen3_moe", {}),
         ("llama", {"select": {"method": "loo", "remove": 2, "sublayers": True}}),
         ("llama", {"select": {}, "share": {"method": "auto", "size": 0.7}}),
         ("llama", {"share": {"method": "adjacent", "start": "zero", "sublayers": ["mlp"]}}),
     ],
 )
 def test_what_a_search_decides_is_not_known_before_it(family: str, changes: dict[str, Any]) -> None:
-    """How many of each kind go, which may lend to which, and which need their own attention."""
+    """Which sizes go, which may lend to which, and which need their own attention."""
     assert expected_parameters(recipe_of(**changes), tiny_model(family)) is None

@@ -21,8 +21,10 @@ pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1200)]
 
 @pytest.fixture(autouse=True, scope="module")
 def all_cores() -> Iterator[None]:
+    """Those that other workers leave: products of more threads than cores wait for each other."""
     before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     yield
     torch.set_num_threads(before)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,18 +230,24 @@ def test_a_size_that_cannot_be_met_is_refused() -> None:
         solve(model, source_model_of(model), token_ids(model, (16, 16)), 10, lambda number: ORDER[:number])
 
 
+@pytest.mark.parametrize(("family", "is_compensated"), [("llama", False), ("gemma3", True)])
 @torch.no_grad()
 def test_a_search_that_was_stopped_measures_nothing_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    family: str,
+    is_compensated: bool,
 ) -> None:
     """Stopped behind every other one of its measurements, it ends where one that was left alone does."""
-    model, checkpoint = tiny_model("llama"), tmp_path / "progress.json"
+    model, checkpoint = tiny_model(family), tmp_path / "progress.json"
     ids, source = token_ids(model, (4, 8)), source_model_of(model)
+    text = Compensation(texts=("a",), context=8, num_tokens=ids.numel(), fingerprint="0") if is_compensated else None
     limit = limit_of(model, Size("ratio", 0.83))
 
     def search(place: Path | None, number_off: int = 0) -> Solution:
         order = ORDER[number_off:] + ORDER[:number_off]
-        return solve(model, source, ids, limit, lambda number: order[:number], checkpoint=place)
+        return solve(model, source, ids, limit, lambda number: order[:number], compensation=text, checkpoint=place)
 
     stops = False
     measured: list[str] = []
@@ -270,6 +277,12 @@ def test_a_search_that_was_stopped_measures_nothing_twice(
     measured.clear()
     search(checkpoint)
     assert not measured, "all is there"
+    content = json.loads(checkpoint.read_text())
+    for damaged in ({"candidates": [{"name": "remove 1"}]}, {"pairs": 3}, {"candidates": {}}):
+        checkpoint.write_text(json.dumps({**content, **damaged}))
+        with pytest.raises(KeyboardInterrupt):
+            search(checkpoint)
+        measured.clear()
     with pytest.raises(KeyboardInterrupt):
         search(checkpoint, 1)
     assert measured, "what another selection found is of no use"

@@ -114,7 +114,7 @@ def make_plan(
 def expected_parameters(recipe: Recipe, model: PreTrainedModel) -> int | None:
     """Parameters of the folded model, before anything is searched; None where they depend on what a search finds.
 
-    They do not where all blocks are of one kind and a number of them goes: any of them will do.
+    They do not where a number of blocks goes, all of one size, and those that share are all of one kind as well.
 
     Args:
         recipe: what is cut.
@@ -123,11 +123,16 @@ def expected_parameters(recipe: Recipe, model: PreTrainedModel) -> int | None:
     decoder = decoder_of(model)
     num_blocks = len(decoder.blocks)
     section = recipe.share
-    # The attention of the first kept block has to stay, so not every removed one may come back without its own.
-    depends = section.method == "auto" or recipe.select.sublayers or set(section.sublayers) != set(SUBLAYERS)
-    if depends or not all(same_kind(decoder, 0, index, SUBLAYERS) for index in range(num_blocks)):
+    sizes = {sum(parameter.numel() for parameter in block.parameters()) for block in decoder.blocks}
+    if section.method == "auto" or recipe.select.sublayers or len(sizes) != 1:
         return None
     num_remove = number_to_remove(num_blocks, remove=recipe.select.remove, ratio=recipe.select.remove_ratio)
+    if section.method == "none":
+        return sum(parameter.numel() for parameter in model.parameters()) - num_remove * sizes.pop()
+    # The attention of the first kept block has to stay, so not every removed one may come back without its own.
+    is_partial = set(section.sublayers) != set(SUBLAYERS)
+    if is_partial or not all(same_kind(decoder, 0, index, SUBLAYERS) for index in range(num_blocks)):
+        return None
     any_blocks = select("last", Request(num_blocks, num_remove))
     cut = _cut(recipe, any_blocks, _groups(recipe, decoder, any_blocks))
     return predicted_parameters(model, FoldPlan.create(source_model_of(model, name=recipe.model), **cut))

@@ -69,6 +69,7 @@ def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comp
             with named(row):
                 bench.check_plan()
                 is_trained = is_trained and (not row.recovered or _is_recovered(folder.path, row, bench))
+        check_expected_budgets(rows, bench.source.model, recipe.compare)
         if not is_trained:
             bench = bench.for_method(recipe)
             check_recovery(bench, folder.path)
@@ -119,11 +120,7 @@ def _elsewhere(environments: Mapping[str, Mapping[str, Any]], shown: Mapping[str
 
 
 def _check_budgets(rows: Sequence[Row], folder: Path, bench: Workbench, recipe: Recipe) -> Workbench:
-    """Make all plans and compare what they leave of the blocks; returns a workbench with what was made on the way.
-
-    Where that is known before, it is compared before: plans may take hours of search.
-    """
-    check_expected_budgets(rows, bench.source.model, recipe.compare)
+    """Make all plans and compare what they leave of the blocks; returns a workbench with what was made on the way."""
     sizes: dict[str, int] = {}
     for row in rows:
         if row.name in sizes:
@@ -139,6 +136,8 @@ def _check_budgets(rows: Sequence[Row], folder: Path, bench: Workbench, recipe: 
 
 def check_expected_budgets(rows: Sequence[Row], model: PreTrainedModel, section: Compare) -> None:
     """Compare what rows will leave of the blocks, of those of which that is known before they have a plan.
+
+    Plans may take hours of search.
 
     Args:
         rows: the rows.

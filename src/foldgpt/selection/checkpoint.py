@@ -60,6 +60,7 @@ def _identity(method: str, request: Request) -> dict[str, Any]:
         "foldgpt": foldgpt.__version__,
         "method": method,
         "model": weights_fingerprint(request.model),
+        "device": request.model.device.type,
         "ids": ids_fingerprint(request.ids_WT),
         "num_remove": request.num_remove,
         "seed": request.seed,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import foldgpt
 from foldgpt.artifacts import finite, with_infinity
 from foldgpt.compensation import compensate_and_judge_
-from foldgpt.errors import FoldGPTError, UnsupportedModelError, UsageError
+from foldgpt.errors import FoldGPTError, PlanError, UnsupportedModelError, UsageError
 from foldgpt.families import Decoder, decoder_of
 from foldgpt.fingerprints import ids_fingerprint, weights_fingerprint
 from foldgpt.folding import predicted_parameters
@@ -48,7 +48,8 @@ _HOPELESS = 4.0
 _ROUNDING = 0.0005
 #: Tokens at most on which pairs are measured: they are many, and only their order counts.
 _PAIR_TOKENS = 2048
-_CHECKPOINT_FORMAT = "foldgpt.sharing-checkpoint"
+#: The number goes up where the same request would be measured otherwise.
+_CHECKPOINT_FORMAT = "foldgpt.sharing-checkpoint-1"
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class _Solver:
         self.removal = removal
         self.decoder: Decoder = decoder_of(model)
         self._file = ProgressFile(checkpoint, _CHECKPOINT_FORMAT, partial(self._identity, ids_WT), seconds_between=0.0)
-        self._found: dict[str, Any] = {"candidates": {}, "pairs": {}, **self._file.load()}
+        self._earlier, self._pair_lists = _read(self._file.load())
         self.replay = sharing_replay(model, ids_WT)
         self.fitted, self.held = split(self.replay)
         self.candidates: list[Candidate] = []
@@ -340,11 +341,11 @@ class _Solver:
 
     def _pairs(self, sublayers: Sequence[Sublayer]) -> Tensor:
         what = "+".join(sublayers)
-        if what not in self._found["pairs"]:
+        if what not in self._pair_lists:
             costs_NN = self._cost.pairs(range(len(self.decoder.blocks)), reach=_REACH, sublayers=sublayers)
-            self._found["pairs"][what] = [finite(row) for row in costs_NN.tolist()]
+            self._pair_lists[what] = [finite(row) for row in costs_NN.tolist()]
             self._save()
-        return torch.tensor([with_infinity(row) for row in self._found["pairs"][what]], dtype=torch.float64)
+        return torch.tensor([with_infinity(row) for row in self._pair_lists[what]], dtype=torch.float64)
 
     @cached_property
     def _for_compensation(self) -> tuple[Replay, Replay]:
@@ -378,9 +379,11 @@ class _Solver:
         fits: bool = True,
     ) -> None:
         """Measure a candidate, unless an earlier run of the same search has."""
-        if (kept := self._found["candidates"].get(name)) is not None:
-            self.candidates.append(Candidate(**{**kept, "plan": FoldPlan.from_json_dict(kept["plan"])}))
-            note(f"{name}: KL {kept['kl']:.4f}, measured before")
+        number = len(self.candidates)
+        if number < len(self._earlier):
+            kept = self._earlier[number]
+            self.candidates.append(kept)
+            note(f"{name}: KL {kept.kl:.4f}, measured before")
             return
         groups = make_groups()
         plan = self._plan(removed, groups)
@@ -397,7 +400,6 @@ class _Solver:
         found = Candidate(name, len(plan.removed), at_zero, shared, self._parameters(plan), kl, plan)
         self.candidates.append(found)
         note(f"{name}: KL {kl:.4f}")
-        self._found["candidates"][name] = {**vars(found), "plan": plan.to_json_dict()}
         self._save()
 
     # ------------------------------------------------------------------------------------------- bookkeeping
@@ -407,6 +409,7 @@ class _Solver:
         return {
             "foldgpt": foldgpt.__version__,
             "model": weights_fingerprint(self.model),
+            "device": self.decoder.model.device.type,
             "source": self.source.model_dump(mode="json"),
             "ids": ids_fingerprint(ids_WT),
             "limit": self.limit,
@@ -416,7 +419,12 @@ class _Solver:
         }
 
     def _save(self) -> None:
-        self._file.save(lambda: self._found)
+        self._file.save(
+            lambda: {
+                "candidates": [{**vars(found), "plan": found.plan.to_json_dict()} for found in self.candidates],
+                "pairs": self._pair_lists,
+            }
+        )
 
     @contextmanager
     def _compensated(self, plan: FoldPlan) -> Iterator[None]:
@@ -457,6 +465,17 @@ class _Solver:
                 parameter.copy_(value)
             self._compensations[key] = merged
         return self._compensations[key]
+
+
+def _read(found: Mapping[str, Any]) -> tuple[list[Candidate], dict[str, Any]]:
+    """What a checkpoint holds: candidates in the order in which they were measured, and costs of pairs."""
+    try:
+        candidates = [
+            Candidate(**{**kept, "plan": FoldPlan.from_json_dict(kept["plan"])}) for kept in found["candidates"]
+        ]
+        return candidates, dict(found["pairs"])
+    except (KeyError, TypeError, PlanError):
+        return [], {}
 
 
 def middle(groups: Sequence[Group], kept: Sequence[int], number: int) -> tuple[Group, ...]:
