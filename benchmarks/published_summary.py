@@ -21,7 +21,7 @@ from foldgpt.figures import save_figure
 
 #: Rows with more than this many times the source's perplexity are left out of the picture.
 _FAR = 12
-_COLOURS = {"source": "#6b7280", "bi": "#d97706", "gates": "#2563eb"}
+_COLOURS = {"source": "#6b7280", "bi": "#d97706", "others": "#059669", "gates": "#2563eb"}
 
 
 def main() -> None:
@@ -114,7 +114,14 @@ def drawn_rows(comparison: Comparison) -> list[str]:
         for method in comparison.methods[1:]
         if all(method.perplexities[text] < _FAR * source.perplexities[text] for text in comparison.texts)
     ]
-    return list(dict.fromkeys(near))
+    kinds = list(_COLOURS)
+    return sorted(dict.fromkeys(near), key=lambda name: (kinds.index(kind_of(name)), name))
+
+
+def kind_of(name: str) -> str:
+    """By which rows are ordered and coloured."""
+    first = re.split(r"\W", name)[0]
+    return first if first in _COLOURS else "others"
 
 
 def draw_panel(axes: Axes, comparison: Comparison, text: str) -> None:
@@ -122,20 +129,28 @@ def draw_panel(axes: Axes, comparison: Comparison, text: str) -> None:
     source = comparison.methods[0].perplexities[text]
     axes.axvline(source, color=_COLOURS["source"], linestyle=":")
     for row, name in enumerate(names):
-        colour = _COLOURS.get(re.split(r"\W", name)[0], "#059669")
+        colour = _COLOURS[kind_of(name)]
         ends = [(method.recovered, method.perplexities[text]) for method in comparison.methods if method.name == name]
         axes.plot([value for _, value in ends], [row] * len(ends), color=colour, linewidth=1.5, zorder=1)
         for recovered, value in ends:
             axes.scatter(value, row, s=36, facecolor=colour if recovered else "white", edgecolor=colour, zorder=2)
-            # Two labels lean away from each other: the points may be near.
-            side = "center" if len(ends) == 1 else "left" if value == max(end for _, end in ends) else "right"
-            shift = {"center": 0, "left": -4, "right": 4}[side]
-            axes.annotate(f"{value:.1f}", (value, row), (shift, 6), textcoords="offset points", ha=side, fontsize=7)
+            # At the side on which no other point of the row is.
+            is_last = value == max(end for _, end in ends)
+            axes.annotate(
+                f"{value:,.1f}",
+                (value, row),
+                (6 if is_last else -6, 0),
+                textcoords="offset points",
+                ha="left" if is_last else "right",
+                va="center",
+                fontsize=7,
+            )
     values = [source, *(method.perplexities[text] for method in comparison.methods if method.name in names)]
     axes.set_xscale("log")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlim(min(values) * 0.92, max(values) * 1.25)
+    margin = (max(values) / min(values)) ** 0.12
+    axes.set_xlim(min(values) / margin**0.5, max(values) * margin)
     axes.set_xticks([source], [f"{source:.1f}"])
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.7)
