@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 import foldgpt as package
 import report_inputs
 from comparison_inputs import comparison
-from foldgpt import hub, progress, steps
+from foldgpt import hub, planning, progress
 from foldgpt.analysis import sweep
 from foldgpt.artifacts import write_json
 from foldgpt.cli import app
@@ -515,7 +515,7 @@ def test_a_plan_that_failed_behind_its_analysis_does_not_sweep_again(
     arguments += ("--compensate", "none", "--out", tmp_path / "plan.json")
     monkeypatch.setattr(sweep, "_CHECKPOINT_SECONDS", 0.0)
     with monkeypatch.context() as patched:
-        patched.setattr(steps, "select", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(planning, "select", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert foldgpt(*arguments).exit_code == 130
     assert [path.name for path in tmp_path.iterdir()] == [".plan.json.analysis"]
     assert foldgpt(*arguments).exit_code == 0

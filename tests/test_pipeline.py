@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from foldgpt import pipeline, steps
+from foldgpt import pipeline, planning, steps
 from foldgpt.errors import FoldGPTError, PlanError, UsageError
 from foldgpt.evaluation import perplexity
 from foldgpt.plan import FoldPlan
@@ -183,7 +183,7 @@ def test_a_block_that_must_attend_stays_removed(
 def test_neighbours_that_lack_the_sublayer_do_not_share_it(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steps, "select", lambda *_: Selection("loo", None, (), (), removed_mlp=(2, 3)))
+    monkeypatch.setattr(planning, "select", lambda *_: Selection("loo", None, (), (), removed_mlp=(2, 3)))
     select = {"method": "loo", "remove": 1, "sublayers": True}
     bench = Workbench(Recipe.from_dict(tiny_recipe(*inputs, select=select, share={"method": "adjacent"})))
     plan = planned(bench)
