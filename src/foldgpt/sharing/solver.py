@@ -421,7 +421,11 @@ class _Solver:
     def _save(self) -> None:
         self._file.save(
             lambda: {
-                "candidates": [{**vars(found), "plan": found.plan.to_json_dict()} for found in self.candidates],
+                # Those of before that have not come up again stay: this run may be stopped as well.
+                "candidates": [
+                    {**vars(found), "plan": found.plan.to_json_dict()}
+                    for found in (*self.candidates, *self._earlier[len(self.candidates) :])
+                ],
                 "pairs": self._pair_lists,
             }
         )
