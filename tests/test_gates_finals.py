@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +17,9 @@ from torch import Tensor
 from foldgpt import pipeline
 from foldgpt.recipe import Recipe
 from foldgpt.selection import RemovalCost, Request, select
-from foldgpt.selection.gating.finals import Final, finals
+from foldgpt.selection.folded_cost import FoldedCost
+from foldgpt.selection.gating.finals import Final, Round, finals
+from foldgpt.selection.gating.further_text import FurtherText, windows_of_finals
 from foldgpt.selection.gating.gates import greedy_equivalents
 from foldgpt.selection.units import Removed
 from models import tiny_model, token_ids
@@ -31,6 +36,7 @@ def _finals(
     affordable: int = 9,
     floor: float = 0.0,
     windows: list[Tensor] | None = None,
+    past: list[Round] | None = None,
 ) -> tuple[list[Final], list[Removed]]:
     """The outcome, and the sets in the order they were measured."""
     measured: list[Removed] = []
@@ -43,15 +49,18 @@ def _finals(
             measured.append(removed)
             return values[removed]
 
-        return SimpleNamespace(cost=cost, source_cost=lambda: floor)
+        return SimpleNamespace(seconds=0.0, forward_tokens=0.0, cost=cost, source_cost=lambda: floor)
 
     found = finals(
         known,
         floor,
         windows or [WINDOWS] * len(truth),
         measure,
+        level=0.03,
+        most=4,
+        past=[] if past is None else past,
         affordable=lambda removed, ids_WT: min(affordable, len(removed)),
-        after_round=lambda cost: None,
+        after_each=lambda cost: None,
     )
     return found, measured
 
@@ -106,6 +115,32 @@ def test_costs_below_zero_by_rounding_do_no_harm() -> None:
     assert _finals({A: -1e-9, B: -1e-9}, [{A: 1e-9, B: -1e-9}])[0][0].removed == B
 
 
+def test_what_was_measured_before_is_taken_over() -> None:
+    known = {A: 1.0, B: 1.0, C: 1.0}
+    truth = [{A: 1.0, B: 1.01, C: 2.0}, {A: 1.3, B: 1.0}]
+    past: list[Round] = []
+    whole, _ = _finals(known, truth, past=past)
+    assert [len(found.costs) for found in past] == [3, 2]
+    for number, stopped in ((0, A), (0, C), (1, B)):
+        kept = [Round.from_json_dict(found.to_json_dict()) for found in past[: number + 1]]
+        kept[number].floor = None
+        del kept[number].costs[stopped]
+        # The allowance is another now; what was begun is ended.
+        affordable = 9 * (number == 0)
+        found, measured = _finals(known, truth[number:], windows=[WINDOWS] * 2, past=kept, affordable=affordable)
+        assert found == whole and measured[0] == stopped and len(measured) == 1 + 2 * (number == 0)
+        assert _finals(known, [], windows=[WINDOWS] * 2, past=kept, affordable=0) == (whole, [])
+
+
+def test_predictions_that_are_not_finite_do_not_win() -> None:
+    past: list[Round] = []
+    found, _ = _finals({A: 1.0, B: 1.0, C: 1.0}, [{A: math.inf, B: 2.0, C: 1.0}], past=past)
+    assert [final.removed for final in found] == [C, B]
+    kept = Round.from_json_dict(json.loads(json.dumps(past[0].to_json_dict(), allow_nan=False)))
+    assert kept == past[0]
+    assert _finals({A: 1.0, B: 1.0}, [{A: math.inf, B: math.inf}] * 2)[0] == []
+
+
 def test_no_more_than_four_are_measured() -> None:
     known = {frozenset([unit]): 1.0 for unit in range(9)}
     found, _ = _finals(known, [dict.fromkeys(known, 1.0)])
@@ -115,7 +150,8 @@ def test_no_more_than_four_are_measured() -> None:
 @pytest.fixture
 def long_request(monkeypatch: pytest.MonkeyPatch) -> Request:
     """A search that may take twice what greedy does, after which the best four sets count as level."""
-    monkeypatch.setattr("foldgpt.selection.gating.finals._LEVEL", 1.0)
+    for name in ("_LEVEL", "_LEVEL_COMPENSATED"):
+        monkeypatch.setattr(f"foldgpt.selection.gating.further_text.{name}", 1.0)
     model = tiny_model("llama", num_hidden_layers=10)
     ids = token_ids(model, (64, 32))
     return Request(10, 3, model=model, ids_WT=ids[:16], further_ids_WT=ids[16:], options={"effort": 2.0})
@@ -166,23 +202,43 @@ def test_what_a_round_will_take_is_no_less_than_what_it_takes(long_request: Requ
     assert took <= cost.further_equivalents(sets, ids_WT) <= 1.6 * took
 
 
-@pytest.mark.parametrize("changes", [{"compensate": True}, {"objective": "lm"}, {"sublayers": True}])
+@pytest.mark.parametrize("changes", [{}, {"compensate": True}, {"objective": "lm"}, {"sublayers": True}])
+@pytest.mark.parametrize("after", [0, 2])
 def test_a_search_stopped_in_its_finals_ends_in_the_same(
-    long_request: Request, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    after: int, long_request: Request, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("foldgpt.selection.checkpoint._SECONDS_BETWEEN", 0.0)
     request = replace(long_request, **changes)
     whole = select("gates", request)
     assert whole.report["finals"]
     stopped = replace(request, checkpoint=tmp_path / "progress.json")
+    measured: list[Removed] = []
 
-    def stop(*args: Any, **kwargs: Any) -> Any:
-        raise KeyboardInterrupt
+    def watched(real: Callable[..., Any]) -> Callable[..., Any]:
+        def measure(self: FurtherText, ids_WT: Tensor) -> Any:
+            found = real(self, ids_WT)
+            cost = found.cost
 
-    with monkeypatch.context() as patched:
-        patched.setattr("foldgpt.selection.gating.gates.finals", stop)
-        with pytest.raises(KeyboardInterrupt):
-            select("gates", stopped)
+            def costs(removed: Removed) -> float:
+                if len(measured) == after and not resumes:
+                    raise KeyboardInterrupt
+                measured.append(removed)
+                return float(cost(removed))
+
+            found.cost = costs
+            return found
+
+        return measure
+
+    resumes = False
+    monkeypatch.setattr(FurtherText, "_measure", watched(FurtherText._measure))
+    with pytest.raises(KeyboardInterrupt):
+        select("gates", stopped)
+    before, resumes = list(measured), True
+    measured.clear()
     resumed = select("gates", stopped)
+    first = [frozenset(removed) for removed in json.loads(stopped.checkpoint.read_text())["finals"][0]["sets"]]
+    assert len(before) == after and sorted([*before, *measured][: len(first)], key=sorted) == sorted(first, key=sorted)
     assert (resumed.removed, resumed.removed_attention, resumed.removed_mlp) == (
         whole.removed,
         whole.removed_attention,
@@ -191,17 +247,135 @@ def test_a_search_stopped_in_its_finals_ends_in_the_same(
     assert resumed.report["finals"] == whole.report["finals"]
 
 
+@pytest.mark.parametrize("compensate", ["none", "linear"])
 def test_a_run_judges_on_the_rest_of_its_calibration_text(
-    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compensate: str, inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("foldgpt.selection.gating.finals._LEVEL", 9.0)
+    for name in ("_LEVEL", "_LEVEL_COMPENSATED"):
+        monkeypatch.setattr(f"foldgpt.selection.gating.further_text.{name}", 9.0)
     method = {"method": "gates", "remove": 2, "num_tokens": 128, "options": {"effort": 9.0}}
-    recipe = Recipe.from_dict(tiny_recipe(*inputs, select=method))
+    recipe = Recipe.from_dict(tiny_recipe(*inputs, select=method, compensate={"method": compensate}))
     report = pipeline.run(recipe, tmp_path / "run").plan.origin["report"]
     assert report["num_tokens"] == 128
-    assert report["finals"][0]["num_tokens"] == recipe.calibration.num_tokens - 128
+    num_tokens = recipe.calibration.num_tokens
+    assert report["finals"][0]["num_tokens"] == (num_tokens - 128 if compensate == "none" else num_tokens / 4)
 
 
 def test_a_round_of_a_few_windows_is_left_out(long_request: Request) -> None:
     few = long_request.further_ids_WT[:7]
     assert select("gates", replace(long_request, further_ids_WT=few)).report["finals"] == []
+
+
+def _folded_costs(monkeypatch: pytest.MonkeyPatch, costs: Mapping[Removed, float] | None = None) -> list[list[Tensor]]:
+    """Watch what sets are compensated on and judged on; without `costs`, by the real measure."""
+    seen: list[list[Tensor]] = []
+
+    class Watched(FoldedCost):
+        def __init__(self, request: Request, fitted_WT: Tensor, held_WT: Tensor) -> None:
+            seen.append([fitted_WT, held_WT])
+            super().__init__(request, fitted_WT, held_WT)
+
+        def cost(self, removed: Removed) -> float:
+            value = super().cost(removed)
+            return value if costs is None else costs[removed]
+
+    monkeypatch.setattr("foldgpt.selection.gating.further_text.FoldedCost", Watched)
+    return seen
+
+
+def test_compensated_sets_are_judged_behind_the_fit_that_folding_makes(
+    long_request: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = replace(long_request, compensate=True)
+    seen = _folded_costs(monkeypatch)
+    report = select("gates", request).report
+    ((fitted, held),) = seen
+    everything = torch.cat([request.ids_WT, request.further_ids_WT])
+    assert torch.equal(fitted, everything[:32]), "fitted on twice the windows of the search"
+    assert torch.equal(held, everything[-16:]), "and measured on as many as it has"
+    by_hand = FoldedCost(request, fitted, held)
+    for final in report["finals"]:
+        assert final["num_tokens"] == held.numel()
+        assert final["cost"] == pytest.approx(by_hand.cost(frozenset(final["removed"])))
+    assert len(report["finals"]) > 1
+
+
+def test_what_is_best_behind_that_fit_is_removed(long_request: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = replace(long_request, compensate=True)
+    finals = select("gates", request).report["finals"]
+    last = frozenset(finals[-1]["removed"])
+    _folded_costs(monkeypatch, {frozenset(final["removed"]): 1.0 - (final is finals[-1]) for final in finals})
+    assert frozenset(select("gates", request).removed) == last
+
+
+def test_sets_within_a_tenth_are_compensated_and_judged(long_request: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    request = replace(long_request, compensate=True)
+    further = FurtherText(request, request.need_cost("test"))
+    sets = [frozenset([1, 2, unit]) for unit in range(3, 10)]
+    found = further.finals(dict(zip(sets, [1.0, 1.09, 1.11], strict=False)), lambda: 99.0, [], lambda: None)
+    assert {final.removed for final in found} == set(sets[:2])
+    found = further.finals(dict.fromkeys(sets, 1.0), lambda: 99.0, [], lambda: None)
+    assert {final.removed for final in found} == set(sets[:6]), "six at most"
+
+
+@pytest.mark.parametrize("changes", [{}, {"sublayers": True}])
+def test_compensated_finals_are_paid_from_the_allowance(long_request: Request, changes: dict[str, Any]) -> None:
+    request = replace(long_request, compensate=True, **changes)
+    effort = float(request.options["effort"])
+    report = select("gates", request).report
+    assert len(report["finals"]) > 1
+    assert report["forward_equivalents"] <= effort * greedy_equivalents(request.need_cost("test"))
+
+
+@pytest.mark.parametrize("compensate", [False, True])
+@pytest.mark.parametrize("windows", [0, 1, 3, 8, 15, 16, 40])
+def test_finals_need_some_text(long_request: Request, windows: int, compensate: bool) -> None:
+    """Compensated: of 16 windows and 3 more, 5 are to be held out, and 3 are at least half as many."""
+    request = replace(long_request, compensate=compensate, further_ids_WT=long_request.further_ids_WT[:windows])
+    further = FurtherText(request, request.need_cost("test"))
+    sets = [frozenset([1, 2, 3])]
+    assert bool(further.rounds) == (windows >= (3 if compensate else 8))
+    assert (further.reserve(1000.0, sets) > 0) == bool(further.rounds)
+    recorded = windows_of_finals(16, windows, compensate)
+    if not further.rounds:
+        assert recorded == 0
+    elif compensate:
+        assert recorded == len(further._fitted_WT) + len(further.rounds[0])
+    else:
+        assert recorded == max(map(len, further.rounds))
+
+
+def test_a_search_leaves_what_its_finals_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foldgpt.selection.gating.further_text._LEVEL_COMPENSATED", 1.0)
+    monkeypatch.setattr("foldgpt.selection.gating.refine._PATIENCE", 10**6)
+    model = tiny_model("llama", num_hidden_layers=16)
+    ids = token_ids(model, (32, 16))
+    request = Request(16, 5, model=model, ids_WT=ids[:8], further_ids_WT=ids[8:], compensate=True)
+    allowance = greedy_equivalents(request.need_cost("test"))
+    report = select("gates", request).report
+    assert len(report["finals"]) > 1 and report["forward_equivalents"] <= allowance
+    monkeypatch.setattr(FurtherText, "reserve", lambda *args: 0.0)
+    assert select("gates", request).report["finals"] == [], "refinement takes all that it may"
+
+
+def test_nothing_is_left_for_finals_of_fewer_than_two(long_request: Request) -> None:
+    request = replace(long_request, compensate=True)
+    further = FurtherText(request, request.need_cost("test"))
+    sets = [frozenset([2, 5, 8]), frozenset([4, 5, 6])]
+    reserves = [further.reserve(float(allowance), sets) for allowance in range(100)]
+    pays = [reserve > 0 for reserve in reserves]
+    assert pays == sorted(pays) and not pays[0] and pays[-1]
+    least = reserves[pays.index(True)]
+    start = further._equivalents([], further.rounds[0])
+    one = (reserves[-1] - start) / 6
+    assert least == pytest.approx(start + 2 * one)
+    assert all(reserve <= allowance / 4 for allowance, reserve in enumerate(reserves))
+
+
+def test_as_many_sets_as_finals_take_are_measured_on_all_windows(
+    long_request: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foldgpt.selection.gating.gates._REFINEMENT_TOKENS", 256)
+    request = replace(long_request, compensate=True, options={"effort": 5.0})
+    assert len(select("gates", request).report["finals"]) == 6

@@ -236,6 +236,19 @@ def test_a_search_is_counted_on_the_windows_that_it_has(tmp_path: Path) -> None:
     assert flops[8192] == flops[256] == pytest.approx(8 * flops[20])
 
 
+@pytest.mark.parametrize(("compensate", "others"), [("none", 96), ("linear", 256)])
+def test_states_of_finals_are_counted(tmp_path: Path, compensate: str, others: int) -> None:
+    """Of 96 tokens searched and 160 more: 96 at a time, or fitted on 192 and measured on 64."""
+    source, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
+    plan = FoldPlan.create(source_model_of(tiny_model("llama"), name="m"), removed=[2, 3])
+    select = {"method": "gates", "remove": 2, "num_tokens": 100}
+    changes = {"dtype": "float32", "compensate": {"method": compensate}}
+    recipe = Recipe.from_dict({**tiny_recipe(source, text, select=select), **changes})
+    found = expect(tiny_config("llama"), recipe, plan, RecoverySettings())
+    states = (96 + others) * 7 * tiny_config("llama").hidden_size * 4
+    assert found.memory["search"].activations == states
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

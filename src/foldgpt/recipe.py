@@ -61,8 +61,8 @@ class Select(_Section):
     sublayers: bool = False
     """Remove attention and MLP apart, as many parameters as that many blocks have."""
     num_tokens: Tokens = Field(default=8192, ge=2)
-    """Calibration tokens that searches measure on, of those in the calibration section; gates judge on the others what
-    comes out level."""
+    """Calibration tokens that searches measure on, of those in the calibration section; gates judge on others of them
+    what comes out level."""
     options: dict[str, Any] = {}
     """What one selector alone understands; see docs/selection.md."""
 

@@ -1,10 +1,10 @@
 """Closed-form compensation: the blocks before a cut take over, linearly, what the removed ones did."""
 
-from foldgpt.compensation.compensate import compensate, why_not
+from foldgpt.compensation.compensate import carrying_blocks, compensate, why_not
 from foldgpt.compensation.compensator import RIDGES, Compensator
 from foldgpt.compensation.correction import Correction, CutReport
 from foldgpt.compensation.judge import Compensated, compensate_, compensate_and_judge_
-from foldgpt.compensation.merge import merge_
+from foldgpt.compensation.merge import merge_, merged, restore_
 
 __all__ = [
     "RIDGES",
@@ -12,9 +12,12 @@ __all__ = [
     "Compensator",
     "Correction",
     "CutReport",
+    "carrying_blocks",
     "compensate",
     "compensate_",
     "compensate_and_judge_",
     "merge_",
+    "merged",
+    "restore_",
     "why_not",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Literal
 
 import torch
@@ -83,7 +83,7 @@ def compensate(
     compensator = Compensator(replay, ridge=ridge, outliers=outliers, rounds=rounds)
     kept = [index for index in range(replay.num_blocks) if index not in removed]
     begins = dict(zip(kept, [*kept[1:], replay.num_blocks], strict=True))
-    carriers = {index for index in kept if begins[index] > index + 1 or index in absent}
+    carriers = carrying_blocks(replay.num_blocks, removed, absent)
     if where == "behind":
         first = min([*carriers, *(kept[:1] if kept[0] else [])], default=replay.num_blocks)
         carriers = {index for index in kept if index >= first}
@@ -130,6 +130,18 @@ def compensate(
                 stream_WTH = output_WTH
         is_own = is_own and begins[index] == index + 1
     return corrections
+
+
+def carrying_blocks(num_blocks: int, removed: Collection[int], lacking: Collection[int]) -> set[int]:
+    """Kept blocks that make up for something: those before a cut, and those that lose a sublayer.
+
+    Args:
+        num_blocks: blocks of the source.
+        removed: those that go whole.
+        lacking: those that stay without their attention or MLP.
+    """
+    kept = (index for index in range(num_blocks) if index not in removed)
+    return {index for index in kept if index + 1 in removed or index in lacking}
 
 
 def _parts(removal: FoldPlan | Iterable[int]) -> tuple[set[int], dict[int, Sublayer], dict[Sublayer, set[int]]]:

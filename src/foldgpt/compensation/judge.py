@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from foldgpt.artifacts import finite
 from foldgpt.compensation.compensate import compensate
 from foldgpt.compensation.correction import Correction
-from foldgpt.compensation.merge import merge_
+from foldgpt.compensation.merge import merge_, restore_, values_of_carriers
 from foldgpt.errors import UsageError
 from foldgpt.objectives import Head, forward_kl
 from foldgpt.plan import FoldPlan
@@ -124,23 +124,16 @@ def compensate_and_judge_(
     corrections = compensate(model, plan, fitted.ids_WT, features=features, ridge=ridge, rounds=rounds, replay=fitted)
     head = Head(model)
     before = _kl(held, head, plan)
-    own = {name: parameter.clone() for name, parameter in _carriers(model, held, corrections).items()}
+    own = values_of_carriers(model, corrections)
     merge_(model, corrections)
     after = _kl(held, head, plan)
     kept = after < before
     if not kept:
-        for name, value in own.items():
-            model.get_parameter(name).copy_(value)
+        restore_(model, own)
         own = {}
         if corrections:
             note(f"compensation would raise the KL from {before:.3f} to {after:.3f} nats per token; left out")
     return Compensated(kept, before, after, fitted.ids_WT.numel(), held.ids_WT.numel(), corrections), own
-
-
-def _carriers(model: nn.Module, replay: Replay, corrections: Mapping[int, Correction]) -> dict[str, nn.Parameter]:
-    """All parameters of the blocks that carry a correction, by name."""
-    prefixes = tuple(f"{replay.decoder.blocks_path}.{index}." for index in corrections)
-    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(prefixes)}
 
 
 def _kl(replay: Replay, head: Head, plan: FoldPlan) -> float:

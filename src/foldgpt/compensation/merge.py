@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,40 @@ def merge_(model: nn.Module, corrections: Mapping[int, Correction]) -> None:
         written += _merged(decoder, index, correction)
     for parameter, value in written:
         parameter.copy_(value)
+
+
+@contextmanager
+def merged(model: nn.Module, corrections: Mapping[int, Correction]) -> Iterator[None]:
+    """The model with corrections merged; afterwards its parameters are what they were.
+
+    Args:
+        model: as for `merge_`.
+        corrections: likewise.
+
+    Raises:
+        UsageError: as `merge_` says.
+        UnsupportedModelError: likewise.
+    """
+    own = values_of_carriers(model, corrections)
+    try:
+        merge_(model, corrections)
+        yield
+    finally:
+        restore_(model, own)
+
+
+def values_of_carriers(model: nn.Module, corrections: Mapping[int, Correction]) -> dict[str, Tensor]:
+    """Copies of all parameters of the blocks that carry a correction, by name."""
+    path = decoder_of(model).blocks_path
+    prefixes = tuple(f"{path}.{index}." for index in corrections)
+    return {name: value.detach().clone() for name, value in model.named_parameters() if name.startswith(prefixes)}
+
+
+@torch.no_grad()
+def restore_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give parameters their former values, by name."""
+    for name, value in values.items():
+        model.get_parameter(name).copy_(value)
 
 
 def _merged(decoder: Decoder, index: int, correction: Correction) -> list[tuple[nn.Parameter, Tensor]]:

@@ -35,6 +35,7 @@ from foldgpt.selection import (
     parameters_of,
     search_passes,
     search_windows,
+    windows_of_finals,
 )
 from foldgpt.selection.cost import num_positions
 from foldgpt.sharing import limit_of
@@ -165,8 +166,11 @@ def expect(
         flops["perplexity"] = tokens * (_forward_flops(student, measured.context) + head)
     weights = _bytes(source)
     states = num_searched * _hidden_size(source) * (len(decoder_of(source).blocks) + 1) * dtype.itemsize
-    if select.method == "gates" and 2 * (text.num_tokens - num_searched) >= num_searched:
-        states *= 2  # in the finals those of further text as well
+    if select.method == "gates":
+        searched = num_searched // text.context
+        further = text.num_tokens // text.context - searched
+        # In the finals those of other windows as well.
+        states *= 1 + windows_of_finals(searched, further, recipe.compensate.method != "none") / searched
     memory = {
         "search": Memory(weights, activations=states if passes else 0, other=_LOGIT_BYTES),
         "fold and verify": Memory(weights, teacher=_bytes(student)),

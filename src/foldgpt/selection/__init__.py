@@ -2,6 +2,7 @@
 
 from foldgpt.selection.budget import flops_of, number_for_target, number_to_remove, parameters_of, seconds_of
 from foldgpt.selection.cost import Objective, RemovalCost, search_windows
+from foldgpt.selection.gating.further_text import windows_of_finals
 from foldgpt.selection.registry import (
     ANALYSIS_FREE,
     BY_SUBLAYER,
@@ -36,4 +37,5 @@ __all__ = [
     "search_windows",
     "seconds_of",
     "select",
+    "windows_of_finals",
 ]

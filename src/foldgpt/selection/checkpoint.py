@@ -62,6 +62,7 @@ def _identity(method: str, request: Request) -> dict[str, Any]:
         "model": weights_fingerprint(request.model),
         "device": request.model.device.type,
         "ids": ids_fingerprint(request.ids_WT),
+        "further_ids": None if request.further_ids_WT is None else ids_fingerprint(request.further_ids_WT),
         "num_remove": request.num_remove,
         "seed": request.seed,
         "objective": request.objective,

@@ -190,6 +190,11 @@ class RemovalCost:
         return self._spent_before + own
 
     @property
+    def forward_tokens(self) -> float:
+        """`forward_equivalents` as a number of tokens that pass all blocks, to be added to work on other windows."""
+        return self.forward_equivalents * self.replay.ids_WT.numel()
+
+    @property
     def set_up_equivalents(self) -> float:
         """The part of `forward_equivalents` that is the source's: the recording, and its predictions."""
         return 1 + self._source_rows * self.head_cost / self.replay.ids_WT.numel()
@@ -232,11 +237,27 @@ class RemovalCost:
         return 0.0 if self.objective == "kl" else self.cost(frozenset())
 
     @torch.no_grad()
-    def costs(self, removed: Removed, sample: Sample | None = None, *, keep: bool = True) -> Tensor:
-        """The cost at each position of the sample, fp32 [R]."""
+    def costs(
+        self,
+        removed: Removed,
+        sample: Sample | None = None,
+        *,
+        keep: bool = True,
+        changed_from: int | None = None,
+    ) -> Tensor:
+        """The cost at each position of the sample, fp32 [R].
+
+        Args:
+            removed: the removed units.
+            sample: where to measure; all windows by default.
+            keep: keep the states passed on the way, for sets that begin alike.
+            changed_from: the first block whose weights are no longer the source's. States behind it do not hold for
+                other sets: they must not be kept.
+        """
+        assert changed_from is None or not keep
         sample = sample or self.everything  # before the clock begins: making one has a clock of its own
         began = time.perf_counter()
-        hidden_RH = self._predictions(self._run(removed, sample, keep), sample.rows_R)
+        hidden_RH = self._predictions(self._run(removed, sample, keep, changed_from=changed_from), sample.rows_R)
         self.add_head_rows(len(hidden_RH))
         if sample.source is not None:
             costs_R = sample.source.kl(hidden_RH)
@@ -255,14 +276,23 @@ class RemovalCost:
 
     # -------------------------------------------------------------------------------------------- streams
 
-    def _run(self, removed: Removed, sample: Sample, keep: bool, up_to: int | None = None) -> list[Tensor]:
+    def _run(
+        self,
+        removed: Removed,
+        sample: Sample,
+        keep: bool,
+        *,
+        up_to: int | None = None,
+        changed_from: int | None = None,
+    ) -> list[Tensor]:
         """The stream [B, T, H] after the last block, for each micro-batch, without the removed units."""
         num_blocks = self.replay.num_blocks
         whole, lacking = self.units.whole_blocks(removed), self.units.lacking(removed)
         if up_to is None:
             # States deeper than the last removed unit are of use to no set but this one.
             up_to = max((unit // self.units.per_block for unit in removed), default=-1) + 1
-        block, stream = self._deepest(removed, whole, sample)
+        unchanged = num_blocks if changed_from is None else changed_from
+        block, stream = self._deepest(removed, whole, sample, unchanged)
         while block < num_blocks:
             if block in whole:
                 block += 1
@@ -279,9 +309,11 @@ class RemovalCost:
                 self._remember((sample.key, self.units.below(removed, block), block), stream)
         return stream
 
-    def _deepest(self, removed: Removed, whole: frozenset[int], sample: Sample) -> tuple[int, list[Tensor]]:
-        """The deepest known state of a set: a block index and the stream that enters it."""
-        for block in range(self.replay.num_blocks, -1, -1):
+    def _deepest(
+        self, removed: Removed, whole: frozenset[int], sample: Sample, unchanged: int
+    ) -> tuple[int, list[Tensor]]:
+        """The deepest known state of a set up to block `unchanged`: a block index and the stream that enters it."""
+        for block in range(unchanged, -1, -1):
             # A cut that goes on changes the compensation of the block before it.
             if self.compensate and block in whole and block > 0:
                 continue

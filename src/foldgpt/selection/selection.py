@@ -36,7 +36,8 @@ class Request:
         model: the source model, in memory, for selectors that measure. The others do not look at its weights: they
             read off its config which sets can be folded, and without a model take it that all can.
         ids_WT: calibration windows, int64 [W, T], for selectors that measure.
-        further_ids_WT: more of them, on which `gates` judges in the end what it could not tell apart.
+        further_ids_WT: more of them, [W, T] with the same T, for what `gates` could not tell apart: it is judged there
+            in the end, after fits on some of them where removed blocks are compensated.
         objective: what is measured: "kl" to the source or "lm", the language-modelling loss.
         compensate: judge a set by what it costs after closed-form compensation.
         sublayers: remove attention and MLP apart, as many parameters as `num_remove` blocks have.

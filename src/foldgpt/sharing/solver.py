@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import foldgpt
 from foldgpt.artifacts import finite, with_infinity
-from foldgpt.compensation import compensate_and_judge_
+from foldgpt.compensation import compensate_and_judge_, restore_
 from foldgpt.errors import FoldGPTError, PlanError, UnsupportedModelError, UsageError
 from foldgpt.families import Decoder, decoder_of
 from foldgpt.fingerprints import ids_fingerprint, weights_fingerprint
@@ -440,8 +440,7 @@ class _Solver:
                 self.model.get_parameter(name).copy_(value)
             yield
         finally:
-            for name, value in own.items():
-                self.model.get_parameter(name).copy_(value)
+            restore_(self.model, own)
 
     def _compensation(self, plan: FoldPlan, settings: Compensation) -> dict[str, Tensor]:
         """Parameters that compensation changes, by name; none where folding would leave it out.

@@ -2,24 +2,22 @@
 
 A search measures hundreds of sets at the same few thousand positions and takes the least cost. Among sets that are
 level, the least is the one that these positions flatter most, so that what decides between them has to be other text.
+Where removed blocks are compensated, it is also the fit: searches make a weaker one than folding does, and it tells
+sets apart less finely.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from foldgpt.artifacts import finite, with_infinity
 from foldgpt.progress import bar
-from foldgpt.selection.cost import RemovalCost
 from foldgpt.selection.units import Removed
-
-#: Sets are level whose damage is at most this much more than the best one's. On 2,048 positions the mean KL is known to
-#: about 3 %; differences between sets, which are measured at the same ones, to less.
-_LEVEL = 0.03
-#: The best of them; each is measured once a round.
-_MOST = 4
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,68 @@ class Final:
     num_tokens: int
 
 
+class Measure(Protocol):
+    """What sets cost on some windows.
+
+    Attributes:
+        seconds: time spent so far.
+    """
+
+    seconds: float
+
+    @property
+    def forward_tokens(self) -> float:
+        """Work so far, as tokens that pass all blocks."""
+
+    def cost(self, removed: Removed) -> float:
+        """The cost of a set."""
+
+    def source_cost(self) -> float:
+        """What removing nothing costs."""
+
+
+@dataclass
+class Round:
+    """What is measured on one part of the text.
+
+    Attributes:
+        sets: that are in it, the best first.
+        costs: of those that have been measured; infinite where the predictions are not finite.
+        floor: what removing nothing costs; None until it has been measured.
+    """
+
+    sets: list[Removed]
+    costs: dict[Removed, float] = field(default_factory=dict)
+    floor: float | None = None
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {
+            "sets": [sorted(removed) for removed in self.sets],
+            "measured": [sorted(removed) for removed in self.costs],
+            "costs": finite(list(self.costs.values())),
+            "floor": self.floor,
+        }
+
+    @classmethod
+    def from_json_dict(cls, value: Mapping[str, Any]) -> Round:
+        """Read what `to_json_dict` wrote."""
+        measured = map(frozenset, value["measured"])
+        costs = dict(zip(measured, with_infinity(value["costs"]), strict=True))
+        return cls([frozenset(removed) for removed in value["sets"]], costs, value["floor"])
+
+
 def finals(
     known: Mapping[Removed, float],
     floor: float,
     rounds: Iterable[Tensor],
-    measure: Callable[[Tensor], RemovalCost],
+    measure: Callable[[Tensor], Measure],
     *,
+    level: float,
+    most: int,
+    past: list[Round],
     affordable: Callable[[Sequence[Removed], Tensor], int],
-    after_round: Callable[[RemovalCost], None],
+    after_each: Callable[[Measure], None],
 ) -> list[Final]:
     """Measure what is level on further text, part by part, until one is ahead or no more can be paid for.
 
@@ -53,41 +105,58 @@ def finals(
         floor: what removing nothing costs there; see `RemovalCost.source_cost`.
         rounds: further windows, int64 [W, T] each.
         measure: the measure on some windows.
+        level: sets are level whose damage is at most this share more than the best one's.
+        most: so many of them are measured, the best ones.
+        past: what an earlier run of the same search measured; what is measured now is added.
         affordable: how many of these sets, from the first on, may be measured on these windows.
-        after_round: gets the measure of each round, with what it has spent.
+        after_each: called with the measure whenever it has measured something.
 
     Returns:
-        The sets that were measured in every round, best first; none if one was ahead from the start, or if there is no
-        text or no allowance for a round of two.
+        The sets that were measured in every round, best first, without those whose predictions are not finite; none if
+        one was ahead from the start, or if there is no text or no allowance for a round of two.
     """
-    level = _level(known, floor)
-    totals = dict.fromkeys(level, 0.0)
+    left = _best_ones(known, floor, level)[:most]
+    totals = dict.fromkeys(left, 0.0)
     floors, num_tokens = 0.0, 0
-    for ids_WT in rounds:
-        level = level[: affordable(level, ids_WT)]
-        if len(level) < 2:
-            break
-        cost = measure(ids_WT)
-        with bar("the best ones on further text", len(level)) as progress:
-            for removed in sorted(level, key=sorted):  # what begins alike shares states
-                totals[removed] += ids_WT.numel() * cost.cost(removed)
-                progress.advance()
-        floors += ids_WT.numel() * cost.source_cost()
+    for number, ids_WT in enumerate(rounds):
+        if number == len(past):
+            left = left[: affordable(left, ids_WT)] if len(left) > 1 else []
+            if len(left) < 2:
+                break
+            past.append(Round(left))
+        costs, floor = _completed(past[number], ids_WT, measure, after_each)
+        totals = {removed: totals[removed] + ids_WT.numel() * cost for removed, cost in costs.items()}
+        floors += ids_WT.numel() * floor
         num_tokens += ids_WT.numel()
-        after_round(cost)
-        del cost  # with its states, before the next ones are recorded
-        totals = {removed: totals[removed] for removed in level}
-        level = _level(totals, floors)
+        left = _best_ones(totals, floors, level)
     if not num_tokens:
         return []
-    return [Final(removed, totals[removed] / num_tokens, num_tokens) for removed in _best_first(totals)]
+    best = [removed for removed in _best_first(totals) if math.isfinite(totals[removed])]
+    return [Final(removed, totals[removed] / num_tokens, num_tokens) for removed in best]
 
 
-def _level(costs: Mapping[Removed, float], floor: float) -> list[Removed]:
+def _completed(
+    found: Round, ids_WT: Tensor, measure: Callable[[Tensor], Measure], after_each: Callable[[Measure], None]
+) -> tuple[dict[Removed, float], float]:
+    """What the sets of a round cost, and what removing nothing does; measured as far as it is not known."""
+    if len(found.costs) < len(found.sets) or found.floor is None:
+        cost = measure(ids_WT)  # let go on return, with its states, before the next ones are recorded
+        with bar("the best ones on further text", len(found.sets)) as progress:
+            progress.advance(len(found.costs))
+            for removed in sorted(set(found.sets) - found.costs.keys(), key=sorted):  # what begins alike shares states
+                found.costs[removed] = cost.cost(removed)
+                progress.advance()
+                after_each(cost)
+        found.floor = cost.source_cost()
+        after_each(cost)
+    return found.costs, found.floor
+
+
+def _best_ones(costs: Mapping[Removed, float], floor: float, level: float) -> list[Removed]:
     """The best set, and those that are level with it, best first."""
-    best = _best_first(costs)[:_MOST]
+    best = _best_first(costs)
     least = costs[best[0]]
-    return [removed for removed in best if costs[removed] - least <= _LEVEL * abs(least - floor)]
+    return [removed for removed in best if costs[removed] - least <= level * abs(least - floor)]
 
 
 def _best_first(costs: Mapping[Removed, float]) -> list[Removed]:

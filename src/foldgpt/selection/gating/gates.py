@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from foldgpt.artifacts import finite, with_infinity
 from foldgpt.errors import UsageError, did_you_mean
 from foldgpt.progress import bar
@@ -21,7 +19,8 @@ from foldgpt.selection.checkpoint import Checkpoint
 from foldgpt.selection.cost import RemovalCost, Sample
 from foldgpt.selection.gated_pass import gradient_equivalents
 from foldgpt.selection.gating.estimator import Estimator
-from foldgpt.selection.gating.finals import Final, finals
+from foldgpt.selection.gating.finals import Final, Round
+from foldgpt.selection.gating.further_text import FurtherText
 from foldgpt.selection.gating.hard_concrete import HardConcrete
 from foldgpt.selection.gating.refine import measured_in_refinement, refine
 from foldgpt.selection.gating.score_function import ScoreFunction
@@ -44,14 +43,11 @@ _ESTIMATORS = ("score", "concrete", "smoothed")
 #: An allowance that nothing spends; far above it, arithmetic with it overflows.
 _MOST_EFFORT = 1_000_000
 
-#: Shares of the allowance after which leave-one-out scores and the learning of gates must be done; and refinement, if
-#: there is further text: the rest is for the finals.
-_SCORES_UNTIL, _LEARNING_UNTIL, _REFINING_UNTIL = 0.225, 0.54, 0.9
-#: What a round of the finals may keep of the states of its few sets, in bytes.
-_FINALS_CACHE = 256 * 2**20
+#: Shares of the allowance after which leave-one-out scores and the learning of gates must be done.
+_SCORES_UNTIL, _LEARNING_UNTIL = 0.225, 0.54
 #: Refinement measures on a quarter of the windows, or on those that hold this many tokens if that is more.
 _REFINEMENT_TOKENS = 8192
-#: The sets that refinement likes best are measured on all windows.
+#: So many sets that refinement likes best, and as many as finals take, are measured on all windows.
 _FINALISTS = 3
 
 
@@ -113,10 +109,10 @@ class _Search:
         self._cost = cost
         self._options = options
         self._seed = request.seed
-        self._rounds = _rounds(request)
-        # Of a search with other defaults or without finals nothing is taken over.
-        self._checkpoint = Checkpoint("gates", replace(request, options={**options, "rounds": len(self._rounds)}), cost)
-        fresh = {"set_up": 0.0, "set_up_again": 0.0, "scores": [], "trace": [], "known": []}
+        self._further = FurtherText(request, cost)
+        # Of a search with other defaults nothing is taken over.
+        self._checkpoint = Checkpoint("gates", replace(request, options=options), cost)
+        fresh = {"set_up": 0.0, "set_up_again": 0.0, "scores": [], "trace": [], "known": [], "finals": []}
         self._progress: dict[str, Any] = {**fresh, **self._checkpoint.found}
         self._set_up_before: float = self._progress["set_up"]
         self._set_up_again_before: float = self._progress["set_up_again"]
@@ -218,21 +214,21 @@ class _Search:
         units = self._cost.units
         sample = self._refinement_sample
         probabilities_U = estimator.keep_probabilities()
-        measurements: list[Measurement] = list(getattr(estimator, "measurements", []))
+        drawn: list[Measurement] = list(getattr(estimator, "measurements", []))
         surrogate = Surrogate(scores, units.per_block)
         known = {frozenset(found): value for found, value in self._progress["known"]}
-        measurements += measured_in_refinement(known)
+        measurements = [*drawn, *measured_in_refinement(known)]
         if measurements:
             surrogate.fit(measurements)
         own = units.fill(ranked(probabilities_U.tolist()))
-        start = {own, units.fill(ranked(scores))}
-        start |= {m.removed for m in measurements} | spans(units)
-        reserve = (
-            0.0 if self._judges_everything else self._cost.predicted_equivalents(_FINALISTS, self._cost.everything)
-        )
-
+        start = {own, units.fill(ranked(scores)), *(measurement.removed for measurement in drawn)}
+        num_finalists = max(_FINALISTS, self._further.most if self._further.rounds else 0)
+        allowance = self._allowance
+        if not self._judges_everything:
+            allowance -= self._cost.predicted_equivalents(num_finalists, self._cost.everything)
+        # By what is the same after an interruption.
+        allowance -= self._further.reserve(self._allowance, start)
         one = self._cost.predicted_equivalents(1, sample)
-        until = _REFINING_UNTIL if self._rounds else 1.0
 
         def keep(*, now: bool = False) -> None:
             self._progress["known"] = [[sorted(found), value] for found, value in known.items()]
@@ -242,46 +238,31 @@ class _Search:
             refine(
                 self._cost,
                 sample,
-                start,
+                start | known.keys() | spans(units),
                 own=own,
                 keep_probabilities_U=probabilities_U,
                 surrogate=surrogate,
                 measurements=measurements,
                 known=known,
-                is_spent=lambda: self._spent() + one > until * self._allowance - reserve,
+                is_spent=lambda: self._spent() + one > allowance,
                 after_round=keep,
             )
             self._progress["refined"] = True
             keep(now=True)
         if self._judges_everything:
             return known
-        finalists = sorted(known, key=lambda found: known[found])[:_FINALISTS]
+        finalists = sorted(known, key=lambda found: known[found])[:num_finalists]
         return {found: self._cost.cost(found) for found in sorted(finalists, key=sorted)}
 
     def _finals(self, known: Mapping[Removed, float]) -> list[Final]:
         """What is level by the search, judged on further text."""
-        if not known or not self._rounds:
-            return []
-        cost = self._cost
-        cost.forget()
+        past = [Round.from_json_dict(kept) for kept in self._progress["finals"]]
 
-        def affordable(removed: Sequence[Removed], ids_WT: Tensor) -> int:
-            left = self._allowance - self._spent()
-            counts = range(len(removed), 0, -1)
-            return next((n for n in counts if cost.further_equivalents(removed[:n], ids_WT) <= left), 0)
+        def keep() -> None:
+            self._progress["finals"] = [found.to_json_dict() for found in past]
+            self._save()
 
-        def count_in(round_cost: RemovalCost) -> None:
-            share = round_cost.replay.ids_WT.numel() / cost.replay.ids_WT.numel()
-            cost.add_spent(round_cost.seconds, round_cost.forward_equivalents * share)
-
-        return finals(
-            known,
-            cost.source_cost(),
-            self._rounds,
-            lambda ids_WT: replace(self._request, ids_WT=ids_WT).need_cost("gates", cache_bytes=_FINALS_CACHE),
-            affordable=affordable,
-            after_round=count_in,
-        )
+        return self._further.finals(known, lambda: self._allowance - self._spent(), past, keep)
 
     # ------------------------------------------------------------------------------------------- bookkeeping
 
@@ -321,15 +302,6 @@ def greedy_equivalents(cost: RemovalCost) -> float:
 def gates_passes(request: Request, head: float) -> float:
     """What `gates` may spend; it often ends before."""
     return float(gates_options(request)["effort"]) * greedy_passes(request, head)
-
-
-def _rounds(request: Request) -> list[Tensor]:
-    """Further windows in parts as long as the text of the search; a last one may be half as long."""
-    further_WT, ids_WT = request.further_ids_WT, request.ids_WT
-    if further_WT is None or ids_WT is None:
-        return []
-    parts = further_WT.split(max(1, ids_WT.numel() // further_WT.shape[1]))
-    return [part for part in parts if 2 * part.numel() >= ids_WT.numel()]
 
 
 def spans(units: Units) -> set[Removed]:
