@@ -352,7 +352,7 @@ def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_sweep(tmp_pat
     handle.remove()
 
 
-@pytest.mark.parametrize("change", ["windows", "weights", "source", "mask", "damaged"])
+@pytest.mark.parametrize("change", ["windows", "weights", "source", "mask", "version", "damaged"])
 def test_checkpoint_of_another_request_is_not_used(change: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "_CHECKPOINT_SECONDS", 0.0)
     model = tiny_model("llama")
@@ -372,6 +372,10 @@ def test_checkpoint_of_another_request_is_not_used(change: str, tmp_path: Any, m
         request["source"] = SourceIdentity(spec="other", fingerprint="0")
     elif change == "mask":
         request["attention_mask"] = (torch.arange(16) < 9).long().expand(4, 16)
+    elif change == "version":
+        # Sums of another version are not taken over, whatever they are.
+        checkpoint.write_text(checkpoint.read_text().replace('"windows_done": ', '"windows_done": 1'))
+        monkeypatch.setattr("foldgpt.__version__", "0.0.0")
     else:
         checkpoint.write_text('{"format": "foldgpt.analysis-check')
     found = analyze(model, ids, batch_size=1, checkpoint=checkpoint, **request)

@@ -7,10 +7,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+import foldgpt
 from foldgpt.artifacts import check_free_file, hash_of, read_json, write_json
 from foldgpt.errors import ArtifactError
+from foldgpt.fingerprints import weights_fingerprint
 
 _OWN = ("format", "fingerprint")
+
+
+def computed_with(model: nn.Module) -> dict[str, Any]:
+    """What whoever goes on with a computation must share with whoever began it, as JSON values.
+
+    Another version of foldgpt may find other numbers, and so may another kind of device.
+    """
+    return {
+        "foldgpt": foldgpt.__version__,
+        "model": weights_fingerprint(model),
+        "device": next(model.parameters()).device.type,
+    }
 
 
 class ProgressFile:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import foldgpt
-from foldgpt.fingerprints import ids_fingerprint, weights_fingerprint
-from foldgpt.progress_file import ProgressFile
+from foldgpt.fingerprints import ids_fingerprint
+from foldgpt.progress_file import ProgressFile, computed_with
 from foldgpt.selection.cost import RemovalCost
 from foldgpt.selection.selection import Request
 
@@ -57,10 +56,8 @@ def _identity(method: str, request: Request) -> dict[str, Any]:
     """All that decides the result."""
     assert request.model is not None and request.ids_WT is not None
     return {
-        "foldgpt": foldgpt.__version__,
+        **computed_with(request.model),
         "method": method,
-        "model": weights_fingerprint(request.model),
-        "device": request.model.device.type,
         "ids": ids_fingerprint(request.ids_WT),
         "further_ids": None if request.further_ids_WT is None else ids_fingerprint(request.further_ids_WT),
         "num_remove": request.num_remove,

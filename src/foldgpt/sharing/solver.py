@@ -19,16 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import foldgpt
 from foldgpt.artifacts import finite, with_infinity
 from foldgpt.compensation import compensate_and_judge_, restore_
 from foldgpt.errors import FoldGPTError, PlanError, UnsupportedModelError, UsageError
 from foldgpt.families import Decoder, decoder_of
-from foldgpt.fingerprints import ids_fingerprint, weights_fingerprint
+from foldgpt.fingerprints import ids_fingerprint
 from foldgpt.folding import predicted_parameters
 from foldgpt.plan import SUBLAYERS, Compensation, Fitting, FoldPlan, Group, SourceModel, Sublayer
 from foldgpt.progress import note
-from foldgpt.progress_file import ProgressFile
+from foldgpt.progress_file import ProgressFile, computed_with
 from foldgpt.replay import Replay
 from foldgpt.sharing.adjacent import adjacent_groups
 from foldgpt.sharing.distance import SharingCost
@@ -407,9 +406,7 @@ class _Solver:
     def _identity(self, ids_WT: Tensor) -> dict[str, Any]:
         """All that decides the result."""
         return {
-            "foldgpt": foldgpt.__version__,
-            "model": weights_fingerprint(self.model),
-            "device": self.decoder.model.device.type,
+            **computed_with(self.model),
             "source": self.source.model_dump(mode="json"),
             "ids": ids_fingerprint(ids_WT),
             "limit": self.limit,
