@@ -61,6 +61,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--row", action="append", choices=list(ROWS), help=f"may be repeated ({', '.join(DEFAULT_ROWS)})"
     )
+    parser.add_argument(
+        "--reference", choices=list(ROWS), default="bi", help="the row that the others are compared with (bi)"
+    )
     recovered = parser.add_mutually_exclusive_group()
     recovered.add_argument(
         "--recovered", action="append", choices=list(ROWS), help="rows to recover as well; may be repeated (all)"
@@ -123,7 +126,11 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
                 "data_dir": None if arguments.no_tasks else arguments.data_dir,
                 "limit": None if arguments.no_tasks else arguments.limit or None,
             },
-            "compare": {"rows": {name: ROWS[name] for name in names}, "recovered": arguments.recovered},
+            "compare": {
+                "rows": {name: ROWS[name] for name in names},
+                "recovered": arguments.recovered,
+                "reference": arguments.reference,
+            },
         }
     )
     if not arguments.recovered_only:
