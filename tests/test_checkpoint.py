@@ -516,7 +516,7 @@ def test_a_group_of_mixed_kinds_changes_nothing() -> None:
 
 def test_a_folded_model_is_not_folded_again() -> None:
     model, plan = folded(removed=(), shared=True)
-    with pytest.raises(PlanError, match="folded already; unfold_ it first"):
+    with pytest.raises(PlanError, match="folded already; fold its source"):
         fold_(model, plan)
     unfold_(model)
     fold_(model, plan)

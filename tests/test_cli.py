@@ -98,9 +98,10 @@ def test_the_verbs_one_after_another(model: Path, text: Path, tmp_path: Path) ->
 
 def test_recover_trains_a_folded_model(model: Path, text: Path, tmp_path: Path) -> None:
     plan, folded = tmp_path / "plan.json", tmp_path / "folded"
-    options = ("--select", "last", "--remove", 1, "--compensate", "none")
-    assert foldgpt("plan", model, *options, "--out", plan, "-q").exit_code == 0
-    assert foldgpt("fold", model, "--plan", plan, "--out", folded, "-q").exit_code == 0
+    options = ("--select", "last", "--remove", 1, "--compensate", "linear", "--text", text, "--context", 32)
+    assert foldgpt("plan", model, *options, "--tokens", 256, "--out", plan, "-q").exit_code == 0
+    made = foldgpt("fold", model, "--plan", plan, "--out", folded, "-q")
+    assert made.exit_code == 0 and "compensation: KL to the source" in made.stdout
     arguments = ("recover", folded, "--teacher", model, "--text", text, "--tokens", "0.512k", "--context", 32)
     arguments += ("--held-out-tokens", 64, "--set", "batch_size=4", "--set", "learning_rate=1e-2")
     arguments += ("--minutes", 60, "--separate-documents")
@@ -113,6 +114,10 @@ def test_recover_trains_a_folded_model(model: Path, text: Path, tmp_path: Path) 
     assert "6 → 5 blocks" in shown and made.stdout.startswith(shown[shown.index("held-out loss") :])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folded", "plan.json", "recovered"]
     hub.check_card(tmp_path / "recovered" / "README.md")
+    record = (folded / "compensation.json").read_bytes()
+    assert (tmp_path / "recovered" / "compensation.json").read_bytes() == record, "it holds for this model too"
+    unfolded = foldgpt("recover", model, "--teacher", model, "--text", text, "--out", tmp_path / "other", "-q")
+    assert unfolded.exit_code == 2 and "it is no folded model" in unfolded.stderr
     wrong = foldgpt(*arguments, "--set", "rank", "--out", tmp_path / "other", "-q")
     assert wrong.exit_code == 2 and "--set takes NAME=VALUE, not 'rank'" in wrong.stderr
     few = foldgpt(*arguments, "--tokens", 96, "--out", tmp_path / "other", "-q")
@@ -420,6 +425,7 @@ def test_show_finds_a_comparison_by_its_file_too(tmp_path: Path) -> None:
     ("name", "value", "message"),
     [
         ("selection.json", {"format": "foldgpt.selection"}, "cannot be shown: its 'format' is 'foldgpt.selection'"),
+        ("compensation.json", {"kept": True, "kl_before": 1.0}, "cannot be shown: it does not say what it is"),
         ("analysis.json", {"format": "foldgpt.analysis", "version": 7}, "analysis.json: analysis of version 7"),
         ("list.json", [1], "list.json: "),
         ("recovery.json", {"format": "foldgpt.plan"}, "recovery.json is not the record of a recovery"),

@@ -149,9 +149,9 @@ def test_a_stopped_search_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyte
     assert again.report["refined"] == resumed.report["refined"]
 
 
-@pytest.mark.parametrize("estimator", ["score", "concrete"])
+@pytest.mark.parametrize(("estimator", "after"), [("score", 6), ("concrete", 6), ("score", 10)])
 def test_a_search_stopped_at_its_first_scores_goes_on_and_finds_the_same(
-    estimator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    estimator: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The head is large: what is set up behind the interruption has to be taken from the allowance, as without one."""
     model = tiny_model("llama", num_hidden_layers=NUM_BLOCKS, vocab_size=4096)
@@ -162,7 +162,7 @@ def test_a_search_stopped_at_its_first_scores_goes_on_and_finds_the_same(
     measure, measured = RemovalCost.cost, []
 
     def counted(self: RemovalCost, removed: frozenset[int], *arguments: Any, **named: Any) -> float:
-        if len(measured) == 6:
+        if len(measured) == after:
             raise KeyboardInterrupt
         measured.append(removed)
         return measure(self, removed, *arguments, **named)
@@ -173,7 +173,7 @@ def test_a_search_stopped_at_its_first_scores_goes_on_and_finds_the_same(
     again: list[frozenset[int]] = []
     monkeypatch.setattr(RemovalCost, "cost", lambda self, s, *a, **k: again.append(s) or measure(self, s, *a, **k))
     resumed = select("gates", stopped)
-    assert again[:4] == [frozenset({block}) for block in (6, 7, 8, 9)]
+    assert again[: NUM_BLOCKS - after] == [frozenset({block}) for block in range(after, NUM_BLOCKS)]
     assert (resumed.removed, resumed.order, resumed.scores) == (whole.removed, whole.order, whole.scores)
     taken = ("seconds", "forward_equivalents")
     assert {k: v for k, v in resumed.report.items() if k not in taken} == {

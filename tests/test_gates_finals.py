@@ -291,7 +291,7 @@ def test_compensated_sets_are_judged_behind_the_fit_that_folding_makes(
     report = select("gates", request).report
     ((fitted, held),) = seen
     everything = torch.cat([request.ids_WT, request.further_ids_WT])
-    assert torch.equal(fitted, everything[:32]), "fitted on twice the windows of the search"
+    assert torch.equal(fitted, everything[:48]), "fitted on three times the windows of the search"
     assert torch.equal(held, everything[-16:]), "and measured on as many as it has"
     by_hand = FoldedCost(request, fitted, held)
     for final in report["finals"]:

@@ -405,8 +405,19 @@ def test_what_tensorboard_writes_is_kept_beside_the_output(tmp_path: Path, monke
     assert all(folder.is_dir() for folder in folders)
 
 
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_teacher_of_other_weights_is_pointed_out(
+    seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student, _, plan = tiny_pair()
+    teacher = tiny_model("llama", seed=seed).to(torch.bfloat16)
+    windows, held_out = TrainingWindows(tiny_windows(8, seed=1)), TrainingWindows(tiny_windows(4, seed=2))
+    check_inputs(student, teacher, plan, RecoverySettings(batch_size=4), windows, held_out)
+    assert ("was hardly folded from it" in capsys.readouterr().err) == bool(seed)
+
+
 @pytest.mark.parametrize(
-    "what", ["vocabulary", "channels", "blocks", "same model", "no teacher", "too few", "ids", "mask"]
+    "what", ["vocabulary", "channels", "blocks", "more blocks", "same model", "no teacher", "too few", "ids", "mask"]
 )
 def test_inputs_that_do_not_fit_are_refused(tmp_path: Path, what: str) -> None:
     student, teacher, plan = tiny_pair()
@@ -415,6 +426,7 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path: Path, what: str) -> None:
         "vocabulary": "vocabulary has 130 entries",
         "channels": "have 64 channels, the student's 32, so last_error and states cannot",
         "blocks": "the teacher has 4 blocks, the plan's source 6",
+        "more blocks": "the teacher has 7 blocks, the plan's source 6",
         "same model": "one model in memory",
         "no teacher": "there is none",
         "too few": "do not fill one step",
@@ -427,13 +439,15 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path: Path, what: str) -> None:
         teacher = tiny_model("llama", hidden_size=64)
     elif what == "blocks":
         teacher = tiny_model("llama", num_hidden_layers=4)
+    elif what == "more blocks":
+        teacher = tiny_model("llama", num_hidden_layers=7)
     elif what == "same model":
         teacher = student
     elif what == "no teacher":
         teacher = None
     elif what == "ids":
         windows[0, 0] = 400
-    losses = {"channels": {"last_error": 1.0, "states": 1.0}, "blocks": {"states": 1.0}}.get(what, {})
+    losses = {"last_error": 1.0, "states": 1.0} if what == "channels" else {}
     settings = RecoverySettings(batch_size=100 if what == "too few" else 4, **losses)
     with pytest.raises(UsageError, match=expected):
         scored = torch.zeros_like(windows, dtype=torch.bool) if what == "mask" else None

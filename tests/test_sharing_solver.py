@@ -220,7 +220,7 @@ def test_predictions_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyP
         with pytest.raises(FoldGPTError, match=r"remove 2: .*not finite.*--dtype"):
             solved(model, 0.83, ids)
     decoder_of(model).blocks[5].mlp.down_proj.weight.data[0, 0] = math.nan
-    with pytest.raises(FoldGPTError, match=r"own predictions are not finite.*--dtype"):
+    with pytest.raises(FoldGPTError, match=r"layers\.5\.mlp\.down_proj\.weight holds values that are not finite"):
         solved(model, 0.83, ids)
 
 

@@ -14,8 +14,17 @@ from foldgpt.evaluation import Evaluation, LastWord, Measured, ModelSize, PeakMe
 from foldgpt.evaluation.generations import Generation
 from foldgpt.evaluation.tasks import Accuracy
 from foldgpt.plan import FoldPlan, Group, SourceModel
+from foldgpt.recovery_result import RecoveryResult
 from foldgpt.strip import fates_of, group_letter, plan_strip
-from foldgpt.tables import comparison_table, generation_lines, protocol_lines
+from foldgpt.tables import (
+    comparison_table,
+    compensation_line,
+    generation_lines,
+    protocol_lines,
+    recovery_lines,
+    selection_lines,
+)
+from report_inputs import compensated, recovery
 
 
 def measured(name: str, num_blocks: int, **changes: Any) -> Measured:
@@ -272,3 +281,59 @@ def test_fates_name_the_group() -> None:
 @pytest.mark.parametrize(("number", "letter"), [(0, "A"), (25, "Z"), (26, "a"), (51, "z"), (52, "A")])
 def test_letters(number: int, letter: str) -> None:
     assert group_letter(number) == letter
+
+
+@pytest.mark.parametrize(("best_step", "expected"), [(40, "1.2 M trained parameters merged"), (0, "not kept")])
+def test_what_was_trained_is_merged_only_where_it_was_better(best_step: int, expected: str) -> None:
+    result = RecoveryResult(**{**recovery(), "best_step": best_step})
+    assert expected in recovery_lines(result).plain
+    assert ("merged" in recovery_lines(result).plain) == bool(best_step)
+
+
+def test_one_window_has_no_standard_error_and_no_word_of_it() -> None:
+    several = measured("folded", 24)
+    assert several.perplexity is not None
+    alone = measured("folded", 24, perplexity=dataclasses.replace(several.perplexity, standard_error=None))
+    assert "± 0.29 (standard error over windows)" in protocol_lines(Evaluation(several, None, None)).plain
+    assert "standard error" not in protocol_lines(Evaluation(alone, None, None)).plain
+
+
+def test_a_plan_says_what_its_search_measured() -> None:
+    report: dict[str, Any] = {
+        "objective": "kl",
+        "compensated": True,
+        "cost": 0.50614,
+        "num_tokens": 8192,
+        "forward_equivalents": 51.84,
+        "seconds": 161.2,
+        "finals": [
+            {"removed": [4, 5], "cost": 0.4251, "num_tokens": 8192},
+            {"removed": [3, 5], "cost": 0.48, "num_tokens": 8192},
+        ],
+    }
+    source = SourceModel(model="m", model_type="llama", num_blocks=12)
+
+    def lines(**changes: Any) -> str:
+        made = FoldPlan.create(source, removed=[4, 5], origin={"report": {**report, **changes}})
+        found = selection_lines(made)
+        assert found is not None
+        return found.plain
+
+    assert lines() == (
+        "KL to the source 0.5061 nats per token on 8,192 calibration tokens, behind the search's fit; 51.8 forward "
+        "passes over them, 161 s\n"
+        "on 8,192 further tokens, behind the fit of folding: 0.4251, the next best of 2 sets 0.4800"
+    )
+    plain = lines(compensated=False, objective="lm", finals=[])
+    assert plain.startswith("language-modelling loss 0.5061") and "fit" not in plain and "\n" not in plain
+    # Nothing was measured, or the plan was written by hand.
+    for origin in ({}, {"report": {"draws": 3}}, {"report": None}):
+        assert selection_lines(FoldPlan.create(source, removed=[4], origin=origin)) is None
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_it_is_said_what_compensation_did(kept: bool) -> None:
+    text = compensation_line(compensated(kept)).plain
+    assert text.startswith(f"compensation: KL to the source 0.6000 → {0.3 if kept else 0.6:.4f} nats per token on 8")
+    assert text.endswith("left out") == (not kept)
+    assert "→ not finite" in compensation_line({**compensated(False), "kl_after": None}).plain

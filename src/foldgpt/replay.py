@@ -225,6 +225,9 @@ class Replay:
         self.num_block_calls = 0.0
         largest = float(last_BTH.abs().max())
         if not math.isfinite(largest):
+            for name, parameter in self.model.named_parameters():
+                if not bool(parameter.isfinite().all()):
+                    raise FoldGPTError(f"{name} holds values that are not finite; the weights may be damaged")
             raise FoldGPTError("the model's own predictions are not finite; load it in float32 or bfloat16 (--dtype)")
         if not torch.allclose(replayed.float(), last_BTH.float(), rtol=1e-3, atol=1e-3 * largest):
             raise UnsupportedModelError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from foldgpt.analysis import Analysis, SourceIdentity, analyze
 from foldgpt.artifacts import read_json
-from foldgpt.compensation import Compensated, compensate_
+from foldgpt.compensation import COMPENSATION, Compensated, compensate_
 from foldgpt.corpus import OwnText, Windows, calibration_windows
 from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, UsageError
 from foldgpt.evaluation import Evaluation, Measured, Subject, evaluate
@@ -32,6 +32,9 @@ from foldgpt.sharing import (
 )
 from foldgpt.sources import load_source, resolve
 from foldgpt.workbench import Workbench
+
+#: The file beside a folded model that says what the fits of shared weights did.
+SHARING = "sharing.json"
 
 #: Text of several kinds, by which tokenizers are told apart.
 _PROBE = "The 2nd fold (of 30) costs $1.50; naïve café, 東京, Привет!\n\n    x = a[0] ** 2  # it's — “so”"
@@ -73,11 +76,11 @@ def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool
         recorded = sharing_replay(source.model, _windows_of(plan.fitting, source.tokenizer, own, without).ids)
     if plan.compensation is not None:
         compensated = _compensate_(source.model, plan, plan.compensation, source.tokenizer, own)
-        notes["compensation.json"] = compensated.to_json_dict()
+        notes[COMPENSATION] = compensated.to_json_dict()
     if recorded is not None:
         note("fitting shared weights and private terms")
         fitted = fit_sharing(source.model, plan, recorded.ids_WT, replay=recorded)
-        notes["sharing.json"] = fitted.to_json_dict()
+        notes[SHARING] = fitted.to_json_dict()
         fits = fitted.fits
     fold_(source.model, plan, fits)
     note("saving and verifying the folded model")
@@ -147,6 +150,8 @@ def make_recovered(
     """
     bench.check_training_tokens()
     recipe, section = bench.recipe, bench.recipe.recover
+    if folded.is_dir() and not (folded / "plan.json").is_file():
+        raise UsageError(f"{folded} holds no plan.json, so it is no folded model: there is nothing to recover")
     plan = FoldPlan.load(folded)
     note(f"loading {folded}")
     student = load_source(
@@ -170,6 +175,8 @@ def make_recovered(
         bench.recovery_settings,
         out,
         tokenizer=student.tokenizer,
+        # What folding said of its fits holds for this model too.
+        notes={name: read_json(folded / name) for name in (COMPENSATION, SHARING) if (folded / name).is_file()},
         teacher_cache=section.teacher_cache or (None if bench.common is None else bench.common / "teacher"),
         report_to=section.report_to,
         replace=replace,

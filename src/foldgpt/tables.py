@@ -119,10 +119,12 @@ def protocol_lines(evaluation: Evaluation) -> Text:
         if len(protocol.get("texts", [])) == 1:
             protocol = {**protocol, "texts": [text]}  # in full where another text has its name
         formats = {name: known[figure][1].dtype for name, known in perplexities.items() if figure in known}
-        error = "" if scores.standard_error is None else f" ± {scores.value * scores.standard_error:.2g}"
+        error = ""
+        if scores.standard_error is not None:
+            error = f" ± {scores.value * scores.standard_error:.2g} (standard error over windows)"
         parts.append(
             f"Perplexity in {_formats(formats)}: {_written(protocol)}. "
-            f"{measured.name}: {significant(scores.value)}{error} (standard error over windows)."
+            f"{measured.name}: {significant(scores.value)}{error}."
         )
     if measured.speed is not None:
         protocol = measured.speed.protocol
@@ -243,11 +245,48 @@ def analysis_lines(analysis: Analysis) -> Text:
 
 def recovery_lines(result: RecoveryResult) -> Text:
     """What a recovery did, in two lines."""
+    outcome = "merged" if result.best_step else "not kept: training made nothing better"
     return Text(
         f"held-out loss {result.before['loss']:.4f} → {result.after['loss']:.4f} (step {result.best_step} of "
         f"{result.num_steps})\n"
-        f"{result.num_tokens:,} tokens, {millions(result.num_trained)} trained parameters merged, "
+        f"{result.num_tokens:,} tokens, {millions(result.num_trained)} trained parameters {outcome}, "
         f"{result.seconds:,.0f} s; ended by {result.ended}"
+    )
+
+
+def selection_lines(plan: FoldPlan) -> Text | None:
+    """How far from its source the model was that a search settled on, and what the search took; None without a search.
+
+    The measure is that of the search: see docs/selection.md.
+    """
+    report = plan.origin.get("report")
+    if not isinstance(report, Mapping) or not {"cost", "num_tokens", "forward_equivalents", "seconds"} <= report.keys():
+        return None
+    what = "KL to the source" if report.get("objective") == "kl" else "language-modelling loss"
+    fit = ", behind the search's fit" if report.get("compensated") else ""
+    lines = [
+        f"{what} {report['cost']:.4f} nats per token on {report['num_tokens']:,} calibration tokens{fit}; "
+        f"{report['forward_equivalents']:.1f} forward passes over them, {report['seconds']:,.0f} s"
+    ]
+    finals = report.get("finals") or []
+    if len(finals) > 1:
+        fit = ", behind the fit of folding" if report.get("compensated") else ""
+        lines.append(
+            f"on {finals[0]['num_tokens']:,} further tokens{fit}: {finals[0]['cost']:.4f}, the next best of "
+            f"{len(finals)} sets {finals[1]['cost']:.4f}"
+        )
+    return Text("\n".join(lines), style="dim")
+
+
+def compensation_line(record: Mapping[str, Any]) -> Text:
+    """What compensation did, as the file beside a folded model says it."""
+    before, after = (
+        "not finite" if record[name] is None else f"{record[name]:.4f}" for name in ("kl_before", "kl_after")
+    )
+    outcome = "" if record["kept"] else "; left out"
+    return Text(
+        f"compensation: KL to the source {before} → {after} nats per token on {record['num_held_out']:,} held-out "
+        f"tokens{outcome}"
     )
 
 

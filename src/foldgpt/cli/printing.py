@@ -59,12 +59,25 @@ def print_strip(plan: FoldPlan) -> None:
 
 
 def print_plan(plan: FoldPlan) -> None:
-    """Print a plan as a strip of blocks, and what it was chosen among if it was solved for a size."""
-    from foldgpt.tables import candidates_table
+    """Print a plan as a strip of blocks, what its search measured, and what it was chosen among for a size."""
+    from foldgpt.tables import candidates_table, selection_lines
 
     print_strip(plan)
+    lines = selection_lines(plan)
+    if lines is not None:
+        print_shown(lines)
     if "candidates" in plan.origin:
         print_shown(candidates_table(plan))
+
+
+def print_compensation(folder: Path) -> None:
+    """Print what compensation did to the model in a folder, if anything."""
+    from foldgpt.artifacts import read_json
+    from foldgpt.compensation import COMPENSATION
+    from foldgpt.tables import compensation_line
+
+    if (folder / COMPENSATION).is_file():
+        print_shown(compensation_line(read_json(folder / COMPENSATION, "record of the compensation")))
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

@@ -15,6 +15,7 @@ from foldgpt.cli.options import (
 from foldgpt.cli.printing import (
     print_analysis,
     print_comparison,
+    print_compensation,
     print_evaluation,
     print_generations,
     print_json,
@@ -79,6 +80,8 @@ def show(
             return
         for name, value in found.items():
             _PRINTED[name](value)
+            if name == "plan" and path.is_dir():
+                print_compensation(path)
             if isinstance(value, Evaluation) and not path.is_dir():
                 # Long, and on the page of a run.
                 print_generations(value)
@@ -112,8 +115,10 @@ def _read(file: Path) -> tuple[str, Written]:
     value = read_json(file)
     if file.name == RECOVERY:
         return "recovery", RecoveryResult.load(file.parent)
-    # A plan may be written by hand, and need not say its format.
+    # A plan may be written by hand, and need not say its format; records beside a model have none.
     given = value.get("format", "foldgpt.plan") if isinstance(value, dict) else "foldgpt.plan"
+    if isinstance(value, dict) and not {"format", "source", "removed", "groups"} & value.keys():
+        raise ArtifactError(f"{file} cannot be shown: it does not say what it is, and it is no plan")
     if given == "foldgpt.plan":
         return "plan", FoldPlan.from_json_dict(value, str(file))
     if given == "foldgpt.evaluation":

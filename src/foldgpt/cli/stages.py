@@ -39,6 +39,7 @@ from foldgpt.cli.options import (
 )
 from foldgpt.cli.printing import (
     print_analysis,
+    print_compensation,
     print_evaluation,
     print_generations,
     print_json,
@@ -229,6 +230,7 @@ def fold(
             print_json(asdict(verification))
         else:
             print_strip(made)
+            print_compensation(out)
             print_shown(verification_lines(verification))
             print_paths([out])
 

@@ -3,10 +3,11 @@
 from foldgpt.compensation.compensate import carrying_blocks, compensate, why_not
 from foldgpt.compensation.compensator import RIDGES, Compensator
 from foldgpt.compensation.correction import Correction, CutReport
-from foldgpt.compensation.judge import Compensated, compensate_, compensate_and_judge_
+from foldgpt.compensation.judge import COMPENSATION, Compensated, compensate_, compensate_and_judge_
 from foldgpt.compensation.merge import merge_, merged, restore_
 
 __all__ = [
+    "COMPENSATION",
     "RIDGES",
     "Compensated",
     "Compensator",

@@ -19,6 +19,8 @@ from foldgpt.plan import FoldPlan
 from foldgpt.progress import note
 from foldgpt.replay import Replay
 
+#: The file beside a folded model that says what compensation did.
+COMPENSATION = "compensation.json"
 #: The share of the windows, from the end, on which compensation is judged and nothing is fitted.
 _HELD_OUT = 0.125
 

@@ -185,7 +185,7 @@ def _check_plan(decoder: Decoder, plan: FoldPlan) -> None:
     if (layout := getattr(decoder.model.config, "fold_layout", None)) is not None:
         if layout["absent"]:
             raise PlanError("sublayers of this model are removed already; fold the source itself, by one plan")
-        raise PlanError("this model is folded already; unfold_ it first")
+        raise PlanError("this model is folded already; fold its source by one plan, or unfold_ it first (in Python)")
     num_blocks = len(decoder.blocks)
     if plan.source.num_blocks != num_blocks:
         raise PlanError(

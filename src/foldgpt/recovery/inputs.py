@@ -10,6 +10,7 @@ from torch import nn
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import decoder_of
 from foldgpt.plan import FoldPlan
+from foldgpt.progress import note
 from foldgpt.recovery.settings import RecoverySettings
 from foldgpt.recovery.states import Body
 from foldgpt.recovery.windows import TrainingWindows
@@ -80,11 +81,27 @@ def _check_teacher(student: nn.Module, teacher: nn.Module | None, plan: FoldPlan
             f"the teacher's hidden states have {theirs.config.hidden_size:,} channels, the student's "
             f"{ours.config.hidden_size:,}, so {' and '.join(compared)} cannot compare them; set 0, and learn by kl"
         )
-    if settings.states and len(theirs.blocks) < plan.source.num_blocks:
+    if len(theirs.blocks) != plan.source.num_blocks:
         raise UsageError(
-            f"the teacher has {len(theirs.blocks)} blocks, the plan's source {plan.source.num_blocks}; states are "
-            "compared by source index. Take the source as the teacher, or set states to 0"
+            f"the teacher has {len(theirs.blocks)} blocks, the plan's source {plan.source.num_blocks}; the teacher is "
+            f"the model that was folded ({plan.source.model})"
         )
+    if not _have_one_embedding(student, teacher):
+        note(
+            "the teacher's embeddings are not the student's, so the student was hardly folded from it "
+            f"({plan.source.model} is the source); it learns from this teacher all the same"
+        )
+
+
+@torch.no_grad()
+def _have_one_embedding(student: Any, teacher: Any) -> bool:
+    """Whether the token embeddings are the same, which neither folding nor recovery changes, or cannot be compared."""
+    ours, theirs = (model.get_input_embeddings().weight for model in (student, teacher))
+    if ours.is_meta or theirs.is_meta:
+        return True
+    # Either may have been loaded in another format.
+    coarse = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
+    return ours.shape == theirs.shape and torch.equal(ours.to(coarse), theirs.to(ours.device, coarse))
 
 
 @torch.no_grad()

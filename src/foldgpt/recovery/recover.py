@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ def recover(
     out: str | Path,
     *,
     tokenizer: Any = None,
+    notes: Mapping[str, Any] | None = None,
     work: str | Path | None = None,
     teacher_cache: str | Path | None = None,
     report_to: Sequence[str] = (),
@@ -70,6 +71,7 @@ def recover(
         settings: losses, trained parameters, schedule.
         out: where the recovered model is saved, with `recovery.json` in it.
         tokenizer: saved with it.
+        notes: further JSON files to put beside it, by name.
         work: folder of the checkpoints while it runs, new or empty; by default beside `out`. It is removed at the end.
         teacher_cache: keep the teacher's states on the training windows in this folder, for this and later runs.
         report_to: loggers as transformers names them: "tensorboard", "wandb", "trackio". TensorBoard's files are kept
@@ -119,7 +121,7 @@ def recover(
                 out,
                 tokenizer=tokenizer,
                 expected_parameters=num_parameters,
-                notes={RECOVERY: result.to_json_dict()},
+                notes={**(notes or {}), RECOVERY: result.to_json_dict()},
                 replace=replace,
             )
             if not keep_work:

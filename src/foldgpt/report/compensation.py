@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from foldgpt.artifacts import read_json
+from foldgpt.compensation import COMPENSATION
 from foldgpt.errors import ArtifactError
 from foldgpt.plan import FoldPlan
-
-_RECORD = "compensation.json"
 
 
 def was_compensated(folder: Path, plan: FoldPlan) -> bool:
     """Whether what was fitted was merged; folding leaves it out where predictions on held-out text got worse.
 
     Args:
-        folder: a folded checkpoint, or a recovered one, which has no record of its own: then that of the model it was
-            made from counts, where it lies beside it as in a run.
+        folder: a folded or recovered checkpoint.
         plan: the checkpoint's.
 
     Returns:
@@ -27,10 +25,7 @@ def was_compensated(folder: Path, plan: FoldPlan) -> bool:
     """
     if plan.compensation is None:
         return False
-    beside = folder.parent / "folded"
-    path = folder / _RECORD
-    if not path.is_file() and (beside / "plan.json").is_file() and FoldPlan.load(beside) == plan:
-        path = beside / _RECORD
+    path = folder / COMPENSATION
     if not path.is_file():
         return False
     record = read_json(path, "record of the compensation")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -125,7 +125,6 @@ class RemovalCost:
         self.head_cost = self.head.vocab_size * replay.states[0].shape[-1] / blocks
         self._spent_before = 0.0
         self._head_rows = 0.0
-        self._source_rows = 0.0
         self._seed = seed
         self._position_share, self._most_positions = position_share, most_positions
         self._samples: dict[tuple[int, int], Sample] = {}
@@ -173,7 +172,6 @@ class RemovalCost:
         source = None
         if self.objective == "kl":
             source = SourcePredictions(self.head, self._predictions([self.replay.states[-1][windows]], rows_R))
-            self._source_rows += 2 * wanted
         return Sample(batches, windows, rows_R, source, targets_R.to(self.replay.states[0].device))
 
     # --------------------------------------------------------------------------------------------- costs
@@ -197,7 +195,23 @@ class RemovalCost:
     @property
     def set_up_equivalents(self) -> float:
         """The part of `forward_equivalents` that is the source's: the recording, and its predictions."""
-        return 1 + self._source_rows * self.head_cost / self.replay.ids_WT.numel()
+        return 1 + self._source_equivalents(self._samples)
+
+    @property
+    def samples(self) -> list[tuple[int, int]]:
+        """The samples that have been made, as `sample` is called for them."""
+        return list(self._samples)
+
+    def set_up_again(self, samples: Collection[tuple[int, int]]) -> float:
+        """What of `set_up_equivalents` an earlier run had set up already, which had made these samples."""
+        return 1 + self._source_equivalents(self._samples.keys() & set(samples))
+
+    def _source_equivalents(self, samples: Iterable[tuple[int, int]]) -> float:
+        """What the source's own predictions on some samples have taken: two passes of the head by the KL."""
+        if self.objective != "kl":
+            return 0.0
+        rows = sum(len(self._samples[key].rows_R) for key in samples)
+        return 2 * rows * self.head_cost / self.replay.ids_WT.numel()
 
     def add_spent(self, seconds: float, forward_equivalents: float) -> None:
         """Count what the same search took elsewhere as well: before it was stopped, or on other windows.

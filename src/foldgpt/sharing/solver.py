@@ -241,9 +241,8 @@ class _Solver:
         pairs = middle(adjacent_groups(self.decoder, kept, size=2), kept, shared)
         # Norms stay private, so pairs take a little more than what is left of removed blocks.
         if len(pairs) == shared and self._parameters(self._plan(removed, pairs)) <= self.limit:
-            self._measure(
-                f"remove {number - shared}, share {shared} adjacent pairs", removed, lambda: pairs, fits=False
-            )
+            named = f"{shared} adjacent pair" + "s" * (shared != 1)
+            self._measure(f"remove {number - shared}, share {named}", removed, lambda: pairs, fits=False)
 
     def _measured_pairs(self, number: int, shared: int) -> None:
         """Groups chosen by measured costs, least-squares donors, and what the budget leaves for private terms.

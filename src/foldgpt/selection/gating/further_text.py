@@ -25,8 +25,8 @@ _LEVEL_COMPENSATED, _MOST_COMPENSATED = 0.1, 6
 #: The share of the allowance that a search leaves for finals; at most, where sets are compensated.
 _SHARE, _SHARE_COMPENSATED = 0.1, 0.25
 #: Compensated sets are fitted on so many times the search's windows at most, and measured on as many as those, but on
-#: no more than this share of all.
-_FITTED, _HELD_OUT = 2, 0.25
+#: no more than this share of all. Behind a fit on fewer, the order may be neither the search's nor that of folding.
+_FITTED, _HELD_OUT = 3, 0.25
 #: What a round may keep of the states of its few sets, in bytes.
 _CACHE = 256 * 2**20
 

@@ -112,9 +112,10 @@ class _Search:
         self._further = FurtherText(request, cost)
         # Of a search with other defaults nothing is taken over.
         self._checkpoint = Checkpoint("gates", replace(request, options=options), cost)
-        fresh = {"set_up": 0.0, "set_up_again": 0.0, "scores": [], "trace": [], "known": [], "finals": []}
+        fresh = {"samples": [], "set_up_again": 0.0, "scores": [], "trace": [], "known": [], "finals": []}
         self._progress: dict[str, Any] = {**fresh, **self._checkpoint.found}
-        self._set_up_before: float = self._progress["set_up"]
+        self._goes_on = bool(self._checkpoint.found)
+        self._samples_before = [tuple(sample) for sample in self._progress["samples"]]
         self._set_up_again_before: float = self._progress["set_up_again"]
         self._allowance: float = options["effort"] * greedy_equivalents(cost)
 
@@ -283,10 +284,10 @@ class _Search:
     @property
     def _set_up_again(self) -> float:
         """What was set up more than once, all interruptions together."""
-        return self._set_up_again_before + min(self._cost.set_up_equivalents, self._set_up_before)
+        return self._set_up_again_before + (self._cost.set_up_again(self._samples_before) if self._goes_on else 0.0)
 
     def _save(self, *, now: bool = False) -> None:
-        self._progress["set_up"] = max(self._set_up_before, self._cost.set_up_equivalents)
+        self._progress["samples"] = sorted({*self._samples_before, *self._cost.samples})
         self._progress["set_up_again"] = self._set_up_again
         self._checkpoint.save(self._progress, now=now)
 
