@@ -95,6 +95,7 @@ def test_a_checkpoint_comes_with_plan_and_verification(tmp_path: Path, shared: b
     assert 0 <= verification.cache_error < 1e-4
     assert verification.num_parameters == sum(p.numel() for p in model.parameters())
     assert verification.weight_bytes == 4 * verification.num_parameters
+    assert len({path.stat().st_mode for path in (tmp_path / "folded").iterdir() if path.is_file()}) == 1, "as readable"
 
 
 def test_the_plan_is_in_the_config_of_a_model_that_shares(tmp_path: Path) -> None:

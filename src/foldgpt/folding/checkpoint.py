@@ -96,6 +96,9 @@ def save_folded(
         except SafetensorError as error:
             raise ArtifactError(f"cannot write {folder}: {error}. Nothing was left behind.") from error
         plan.save(staging / "plan.json")
+        for weights in staging.glob("*.safetensors"):
+            # safetensors lets the owner alone read them, whatever the umask says.
+            weights.chmod((staging / "plan.json").stat().st_mode)
         for name, value in (notes or {}).items():
             write_json(staging / name, value)
         verification = verify_checkpoint(staging, model, expected_parameters=expected_parameters)
