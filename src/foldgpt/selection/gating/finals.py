@@ -141,14 +141,13 @@ def _completed(
     """What the sets of a round cost, and what removing nothing does; measured as far as it is not known."""
     if len(found.costs) < len(found.sets) or found.floor is None:
         cost = measure(ids_WT)  # let go on return, with its states, before the next ones are recorded
+        found.floor = cost.source_cost()
         with bar("the best ones on further text", len(found.sets)) as progress:
             progress.advance(len(found.costs))
             for removed in sorted(set(found.sets) - found.costs.keys(), key=sorted):  # what begins alike shares states
                 found.costs[removed] = cost.cost(removed)
                 progress.advance()
                 after_each(cost)
-        found.floor = cost.source_cost()
-        after_each(cost)
     return found.costs, found.floor
 
 

@@ -77,8 +77,8 @@ class FurtherText:
             return _SHARE * allowance
         start = self._equivalents([], self.rounds[0])
         one = fmean(self._equivalents([removed], self.rounds[0]) - start for removed in sets)
-        number = min(self.most, int((_SHARE_COMPENSATED * allowance - start) / one))
-        return start + number * one if number > 1 else 0.0
+        share = _SHARE_COMPENSATED * allowance
+        return min(start + self.most * one, share) if start + 2 * one <= share else 0.0
 
     def finals(
         self, known: Mapping[Removed, float], left: Callable[[], float], past: list[Round], keep: Callable[[], None]
@@ -101,11 +101,15 @@ class FurtherText:
             return []
         self._cost.forget()
         counted = (0.0, 0.0)  # of the present round
+        resumes = any(0 < len(found.costs) < len(found.sets) for found in past)
 
         def measure(ids_WT: Tensor) -> Measure:
-            nonlocal counted
-            counted = (0.0, 0.0)
-            return self._measure(ids_WT)
+            nonlocal counted, resumes
+            found = self._measure(ids_WT)
+            # What an interrupted round records a second time is no part of the allowance.
+            counted = (0.0, found.forward_tokens if resumes else 0.0)
+            resumes = False
+            return found
 
         def count_in(measured: Measure) -> None:
             nonlocal counted

@@ -112,7 +112,7 @@ class _Search:
         self._further = FurtherText(request, cost)
         # Of a search with other defaults nothing is taken over.
         self._checkpoint = Checkpoint("gates", replace(request, options=options), cost)
-        fresh = {"samples": [], "set_up_again": 0.0, "scores": [], "trace": [], "known": [], "finals": []}
+        fresh = {"samples": [], "set_up_again": 0.0, "scores": [], "trace": [], "known": [], "judged": [], "finals": []}
         self._progress: dict[str, Any] = {**fresh, **self._checkpoint.found}
         self._goes_on = bool(self._checkpoint.found)
         self._samples_before = [tuple(sample) for sample in self._progress["samples"]]
@@ -223,12 +223,12 @@ class _Search:
             surrogate.fit(measurements)
         own = units.fill(ranked(probabilities_U.tolist()))
         start = {own, units.fill(ranked(scores)), *(measurement.removed for measurement in drawn)}
-        num_finalists = max(_FINALISTS, self._further.most if self._further.rounds else 0)
-        allowance = self._allowance
+        # By what is the same after an interruption.
+        for_finals = self._further.reserve(self._allowance, start)
+        allowance = self._allowance - for_finals
+        num_finalists = max(_FINALISTS, self._further.most if for_finals else 0)
         if not self._judges_everything:
             allowance -= self._cost.predicted_equivalents(num_finalists, self._cost.everything)
-        # By what is the same after an interruption.
-        allowance -= self._further.reserve(self._allowance, start)
         one = self._cost.predicted_equivalents(1, sample)
 
         def keep(*, now: bool = False) -> None:
@@ -253,7 +253,12 @@ class _Search:
         if self._judges_everything:
             return known
         finalists = sorted(known, key=lambda found: known[found])[:num_finalists]
-        return {found: self._cost.cost(found) for found in sorted(finalists, key=sorted)}
+        judged = {frozenset(found): value for found, value in self._progress["judged"]}
+        for found in sorted(set(finalists) - judged.keys(), key=sorted):
+            judged[found] = self._cost.cost(found)
+            self._progress["judged"] = [[sorted(removed), value] for removed, value in judged.items()]
+            self._save()
+        return judged
 
     def _finals(self, known: Mapping[Removed, float]) -> list[Final]:
         """What is level by the search, judged on further text."""
