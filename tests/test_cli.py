@@ -116,7 +116,7 @@ def test_recover_trains_a_folded_model(model: Path, text: Path, tmp_path: Path) 
     hub.check_card(tmp_path / "recovered" / "README.md")
     record = (folded / "compensation.json").read_bytes()
     assert (tmp_path / "recovered" / "compensation.json").read_bytes() == record, "it holds for this model too"
-    unfolded = foldgpt("recover", model, "--teacher", model, "--text", text, "--out", tmp_path / "other", "-q")
+    unfolded = foldgpt("recover", model, *arguments[2:], "--out", tmp_path / "other", "-q")
     assert unfolded.exit_code == 2 and "it is no folded model" in unfolded.stderr
     wrong = foldgpt(*arguments, "--set", "rank", "--out", tmp_path / "other", "-q")
     assert wrong.exit_code == 2 and "--set takes NAME=VALUE, not 'rank'" in wrong.stderr
