@@ -36,6 +36,27 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return tiny_source(folder / "model"), tiny_text(folder / "text.txt")
 
 
+@pytest.fixture(scope="module")
+def model(inputs: tuple[Path, Path]) -> Path:
+    """The tiny model of `inputs`."""
+    return inputs[0]
+
+
+@pytest.fixture(scope="module")
+def text(inputs: tuple[Path, Path]) -> Path:
+    """The text of `inputs`."""
+    return inputs[1]
+
+
+@pytest.fixture(autouse=True)
+def loud_again() -> Iterator[None]:
+    """What a test silences (`-q`) speaks again in the next one."""
+    yield
+    from foldgpt import progress
+
+    progress.be_quiet(False)
+
+
 @pytest.fixture
 def recipe(inputs: tuple[Path, Path]) -> Recipe:
     """A recipe of a whole run on them."""

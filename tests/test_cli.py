@@ -16,45 +16,17 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from typer.testing import CliRunner, Result
 
 import foldgpt as package
 import report_inputs
-from comparison_inputs import comparison
-from foldgpt import hub, planning, progress
-from foldgpt.analysis import sweep
-from foldgpt.artifacts import write_json
-from foldgpt.cli import app
+from cli_case import CALIBRATION, foldgpt
+from foldgpt import hub, progress
 from foldgpt.errors import ArtifactError
 from foldgpt.plan import FoldPlan, SourceModel
 from foldgpt.recipe import Recipe
-from foldgpt.selection.gating.score_function import ScoreFunction
 from models import tiny_model
 from run_inputs import tiny_recipe, tiny_source, tiny_text
 from tiny import tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_source(tmp_path_factory.mktemp("cli") / "model")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_text(tmp_path_factory.mktemp("cli-text") / "text.txt")
-
-
-@pytest.fixture(autouse=True)
-def loud_again() -> Any:
-    yield
-    progress.be_quiet(False)
-
-
-def foldgpt(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-CALIBRATION = ("--context", 32, "--tokens", 256)
 
 
 def test_the_verbs_one_after_another(model: Path, text: Path, tmp_path: Path) -> None:
@@ -400,50 +372,6 @@ def test_search_tokens_are_held_against_the_recipes_text(model: Path, text: Path
     assert not (tmp_path / "run").exists()
 
 
-def test_show_prints_all_there_is_of_a_run(tmp_path: Path) -> None:
-    run = report_inputs.write_run(tmp_path / "run")
-    shown = foldgpt("show", run).stdout
-    places = [shown.index(part) for part in ("12 → 10 blocks", "held-out loss 1.0000 → 0.4000", "perplexity")]
-    assert places == sorted(places)
-    assert "Once upon a time" not in shown
-    assert list(json.loads(foldgpt("show", run, "--json").stdout)) == ["plan", "recovery", "evaluation"]
-    # What a run leaves to its page is shown of its file.
-    assert "BI" not in shown and "BI" in foldgpt("show", run / "analysis.json").stdout
-    assert "Once upon a time" in foldgpt("show", run / "evaluation.json").stdout
-    assert "held-out loss" in foldgpt("show", run / "recovered" / "recovery.json").stdout
-    value = json.loads(foldgpt("show", run / "analysis.json", "--json").stdout)
-    assert value == {"analysis": report_inputs.analysis().to_json_dict()}
-
-
-def test_show_finds_a_comparison_by_its_file_too(tmp_path: Path) -> None:
-    write_json(tmp_path / "comparison.json", comparison().to_dict())
-    by_folder, by_file = foldgpt("show", tmp_path), foldgpt("show", tmp_path / "comparison.json")
-    assert "gates + sharing" in by_file.stdout and by_file.stdout == by_folder.stdout
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("selection.json", {"format": "foldgpt.selection"}, "cannot be shown: its 'format' is 'foldgpt.selection'"),
-        ("compensation.json", {"kept": True, "kl_before": 1.0}, "cannot be shown: it does not say what it is"),
-        ("analysis.json", {"format": "foldgpt.analysis", "version": 7}, "analysis.json: analysis of version 7"),
-        ("list.json", [1], "list.json: "),
-        ("recovery.json", {"format": "foldgpt.plan"}, "recovery.json is not the record of a recovery"),
-    ],
-)
-def test_show_says_which_file_it_cannot_show(tmp_path: Path, name: str, value: Any, message: str) -> None:
-    write_json(tmp_path / name, value)
-    made = foldgpt("show", tmp_path / name)
-    assert made.exit_code in (1, 2) and message in made.stderr and str(tmp_path) in made.stderr
-
-
-def test_show_of_a_folder_with_nothing_to_show_says_what_it_looked_for(tmp_path: Path) -> None:
-    made = foldgpt("show", tmp_path)
-    assert made.exit_code == 1
-    for name in ("plan.json", "analysis.json", "evaluation.json", "comparison.json"):
-        assert name in made.stderr
-
-
 def test_a_run_in_place_of_its_model_is_refused_by_the_name_of_that(model: Path, tmp_path: Path) -> None:
     run = report_inputs.write_run(tmp_path / "run", evaluation=None, recovery=None)
     verbs = [("eval", run), ("recover", run, "--teacher", model, "--tokens", "4k", "--out", tmp_path / "out")]
@@ -486,108 +414,6 @@ def test_one_of_several_processes_draws_bars(monkeypatch: pytest.MonkeyPatch) ->
         with progress.bar("Analysing", total=2) as running:
             running.advance()
         assert bool(screen.getvalue()) == first
-
-
-def test_plan_measures_by_itself_and_knows_its_groups(model: Path, text: Path, tmp_path: Path) -> None:
-    made = foldgpt(
-        *("plan", model, "--text", text, *CALIBRATION, "--select", "angular", "--remove-ratio", 0.34, "-q"),
-        *("--share", "adjacent", "--group-size", 2, "--donor", "last", "--out", tmp_path / "plan.json"),
-    )
-    assert made.exit_code == 0, made.output
-    plan = FoldPlan.load(tmp_path / "plan.json")
-    first, last = plan.removed
-    assert last == first + 1
-    assert [group.donor for group in plan.groups] == ["last", "last"]
-
-
-def test_a_stopped_plan_goes_on_beside_the_file(
-    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = ("plan", model, "--text", text, *CALIBRATION, "--select", "gates", "--remove", 2, "-q")
-    arguments += ("--compensate", "none", "--out", tmp_path / "plan.json")
-    with monkeypatch.context() as patched:
-        patched.setattr(ScoreFunction, "step", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert foldgpt(*arguments).exit_code == 130
-    assert [path.name for path in tmp_path.iterdir()] == [".plan.json.search"]
-    made = foldgpt(*arguments)
-    assert made.exit_code == 0, made.output
-    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
-
-
-def test_a_plan_that_failed_behind_its_analysis_does_not_sweep_again(
-    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = ("plan", model, "--text", text, *CALIBRATION, "--select", "bi", "--remove", 2, "-q")
-    arguments += ("--compensate", "none", "--out", tmp_path / "plan.json")
-    monkeypatch.setattr(sweep, "_CHECKPOINT_SECONDS", 0.0)
-    with monkeypatch.context() as patched:
-        patched.setattr(planning, "select", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert foldgpt(*arguments).exit_code == 130
-    assert [path.name for path in tmp_path.iterdir()] == [".plan.json.analysis"]
-    assert foldgpt(*arguments).exit_code == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
-
-
-def test_plan_keeps_positions_that_start_at_zero(model: Path, text: Path, tmp_path: Path) -> None:
-    made = foldgpt(
-        *("plan", model, "--text", text, *CALIBRATION, "--select", "last", "--remove", 1, "--compensate", "none"),
-        *("--share", "adjacent", "--start", "zero", "--rank", 2, "--out", tmp_path / "plan.json", "-q"),
-    )
-    assert made.exit_code == 0, made.output
-    plan = FoldPlan.load(tmp_path / "plan.json")
-    (group,) = plan.groups
-    assert group.started_at_zero == plan.at_start.removed == plan.kept[-1:]
-    assert group.ranks == 2 and group.private == ("norms", "scales")
-
-
-def test_plan_finds_the_best_for_a_size_and_fold_keeps_to_it(model: Path, text: Path, tmp_path: Path) -> None:
-    made = foldgpt(
-        *("plan", model, "--text", text, *CALIBRATION, "--select", "loo", "--compensate", "none"),
-        *("--share", "auto", "--size", "0.6", "--out", tmp_path / "plan.json"),
-    )
-    assert made.exit_code == 0, made.output
-    assert "remove 3" in made.output and "adjacent pairs" in made.output
-    plan = FoldPlan.load(tmp_path / "plan.json")
-    candidates = plan.origin["candidates"]
-    best = min(candidates, key=lambda candidate: candidate["kl"])
-    assert plan.origin["chosen"] == best["name"] and plan.removed == tuple(best["removed"])
-    # A winner with groups was measured as fitted: without the text in its plan, fold would not fit it.
-    assert [list(group.blocks) for group in plan.groups] == [group["blocks"] for group in best["groups"]] != []
-    assert plan.fitting is not None
-    assert (plan.fitting.texts, plan.fitting.context, plan.fitting.num_tokens) == ((str(text),), 32, 256)
-    folded = foldgpt("fold", model, "--plan", tmp_path / "plan.json", "--out", tmp_path / "folded", "-q", "--json")
-    assert folded.exit_code == 0, folded.output
-    assert json.loads(folded.stdout)["num_parameters"] == best["parameters"]
-    fitted = json.loads((tmp_path / "folded" / "sharing.json").read_text())
-    assert fitted["kl"] == pytest.approx(best["kl"], rel=1e-3)
-
-
-def test_selectors_that_look_at_nothing_measure_nothing(model: Path, tmp_path: Path) -> None:
-    made = foldgpt(
-        "plan",
-        model,
-        "--text",
-        "no-such.txt",
-        "--select",
-        "last",
-        "--remove",
-        2,
-        "--compensate",
-        "none",
-        "--out",
-        tmp_path / "p",
-        "-q",
-    )
-    assert made.exit_code == 0, made.output
-    assert FoldPlan.load(tmp_path / "p").removed == (4, 5)
-
-
-def test_search_tokens_are_also_for_the_best_donors(model: Path, text: Path, tmp_path: Path) -> None:
-    made = foldgpt(
-        *("plan", model, "--text", text, *CALIBRATION, "--select", "last", "--remove", 1, "--compensate", "none"),
-        *("--share", "adjacent", "--donor", "best", "--search-tokens", 64, "--out", tmp_path / "plan.json", "-q"),
-    )
-    assert made.exit_code == 0, made.output
 
 
 def test_run_takes_a_recipe_and_flags(model: Path, text: Path, tmp_path: Path) -> None:

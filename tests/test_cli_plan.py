@@ -1,0 +1,116 @@
+"""The command line: `plan`, its selectors, its groups, and its progress where it was stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cli_case import CALIBRATION, foldgpt
+from foldgpt import planning
+from foldgpt.analysis import sweep
+from foldgpt.plan import FoldPlan
+from foldgpt.selection.gating.score_function import ScoreFunction
+
+
+def test_plan_measures_by_itself_and_knows_its_groups(model: Path, text: Path, tmp_path: Path) -> None:
+    made = foldgpt(
+        *("plan", model, "--text", text, *CALIBRATION, "--select", "angular", "--remove-ratio", 0.34, "-q"),
+        *("--share", "adjacent", "--group-size", 2, "--donor", "last", "--out", tmp_path / "plan.json"),
+    )
+    assert made.exit_code == 0, made.output
+    plan = FoldPlan.load(tmp_path / "plan.json")
+    first, last = plan.removed
+    assert last == first + 1
+    assert [group.donor for group in plan.groups] == ["last", "last"]
+
+
+def test_a_stopped_plan_goes_on_beside_the_file(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("plan", model, "--text", text, *CALIBRATION, "--select", "gates", "--remove", 2, "-q")
+    arguments += ("--compensate", "none", "--out", tmp_path / "plan.json")
+    with monkeypatch.context() as patched:
+        patched.setattr(ScoreFunction, "step", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert foldgpt(*arguments).exit_code == 130
+    assert [path.name for path in tmp_path.iterdir()] == [".plan.json.search"]
+    made = foldgpt(*arguments)
+    assert made.exit_code == 0, made.output
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_plan_that_failed_behind_its_analysis_does_not_sweep_again(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("plan", model, "--text", text, *CALIBRATION, "--select", "bi", "--remove", 2, "-q")
+    arguments += ("--compensate", "none", "--out", tmp_path / "plan.json")
+    monkeypatch.setattr(sweep, "_CHECKPOINT_SECONDS", 0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(planning, "select", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert foldgpt(*arguments).exit_code == 130
+    assert [path.name for path in tmp_path.iterdir()] == [".plan.json.analysis"]
+    assert foldgpt(*arguments).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_plan_keeps_positions_that_start_at_zero(model: Path, text: Path, tmp_path: Path) -> None:
+    made = foldgpt(
+        *("plan", model, "--text", text, *CALIBRATION, "--select", "last", "--remove", 1, "--compensate", "none"),
+        *("--share", "adjacent", "--start", "zero", "--rank", 2, "--out", tmp_path / "plan.json", "-q"),
+    )
+    assert made.exit_code == 0, made.output
+    plan = FoldPlan.load(tmp_path / "plan.json")
+    (group,) = plan.groups
+    assert group.started_at_zero == plan.at_start.removed == plan.kept[-1:]
+    assert group.ranks == 2 and group.private == ("norms", "scales")
+
+
+def test_plan_finds_the_best_for_a_size_and_fold_keeps_to_it(model: Path, text: Path, tmp_path: Path) -> None:
+    made = foldgpt(
+        *("plan", model, "--text", text, *CALIBRATION, "--select", "loo", "--compensate", "none"),
+        *("--share", "auto", "--size", "0.6", "--out", tmp_path / "plan.json"),
+    )
+    assert made.exit_code == 0, made.output
+    assert "remove 3" in made.output and "adjacent pairs" in made.output
+    plan = FoldPlan.load(tmp_path / "plan.json")
+    candidates = plan.origin["candidates"]
+    best = min(candidates, key=lambda candidate: candidate["kl"])
+    assert plan.origin["chosen"] == best["name"] and plan.removed == tuple(best["removed"])
+    # A winner with groups was measured as fitted: without the text in its plan, fold would not fit it.
+    assert [list(group.blocks) for group in plan.groups] == [group["blocks"] for group in best["groups"]] != []
+    assert plan.fitting is not None
+    assert (plan.fitting.texts, plan.fitting.context, plan.fitting.num_tokens) == ((str(text),), 32, 256)
+    folded = foldgpt("fold", model, "--plan", tmp_path / "plan.json", "--out", tmp_path / "folded", "-q", "--json")
+    assert folded.exit_code == 0, folded.output
+    assert json.loads(folded.stdout)["num_parameters"] == best["parameters"]
+    fitted = json.loads((tmp_path / "folded" / "sharing.json").read_text())
+    assert fitted["kl"] == pytest.approx(best["kl"], rel=1e-3)
+
+
+def test_selectors_that_look_at_nothing_measure_nothing(model: Path, tmp_path: Path) -> None:
+    made = foldgpt(
+        "plan",
+        model,
+        "--text",
+        "no-such.txt",
+        "--select",
+        "last",
+        "--remove",
+        2,
+        "--compensate",
+        "none",
+        "--out",
+        tmp_path / "p",
+        "-q",
+    )
+    assert made.exit_code == 0, made.output
+    assert FoldPlan.load(tmp_path / "p").removed == (4, 5)
+
+
+def test_search_tokens_are_also_for_the_best_donors(model: Path, text: Path, tmp_path: Path) -> None:
+    made = foldgpt(
+        *("plan", model, "--text", text, *CALIBRATION, "--select", "last", "--remove", 1, "--compensate", "none"),
+        *("--share", "adjacent", "--donor", "best", "--search-tokens", 64, "--out", tmp_path / "plan.json", "-q"),
+    )
+    assert made.exit_code == 0, made.output

@@ -1,0 +1,58 @@
+"""The command line: `show`, of runs, files, comparisons, and what it cannot show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import report_inputs
+from cli_case import foldgpt
+from comparison_inputs import comparison
+from foldgpt.artifacts import write_json
+
+
+def test_show_prints_all_there_is_of_a_run(tmp_path: Path) -> None:
+    run = report_inputs.write_run(tmp_path / "run")
+    shown = foldgpt("show", run).stdout
+    places = [shown.index(part) for part in ("12 → 10 blocks", "held-out loss 1.0000 → 0.4000", "perplexity")]
+    assert places == sorted(places)
+    assert "Once upon a time" not in shown
+    assert list(json.loads(foldgpt("show", run, "--json").stdout)) == ["plan", "recovery", "evaluation"]
+    # What a run leaves to its page is shown of its file.
+    assert "BI" not in shown and "BI" in foldgpt("show", run / "analysis.json").stdout
+    assert "Once upon a time" in foldgpt("show", run / "evaluation.json").stdout
+    assert "held-out loss" in foldgpt("show", run / "recovered" / "recovery.json").stdout
+    value = json.loads(foldgpt("show", run / "analysis.json", "--json").stdout)
+    assert value == {"analysis": report_inputs.analysis().to_json_dict()}
+
+
+def test_show_finds_a_comparison_by_its_file_too(tmp_path: Path) -> None:
+    write_json(tmp_path / "comparison.json", comparison().to_dict())
+    by_folder, by_file = foldgpt("show", tmp_path), foldgpt("show", tmp_path / "comparison.json")
+    assert "gates + sharing" in by_file.stdout and by_file.stdout == by_folder.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("selection.json", {"format": "foldgpt.selection"}, "cannot be shown: its 'format' is 'foldgpt.selection'"),
+        ("compensation.json", {"kept": True, "kl_before": 1.0}, "cannot be shown: it does not say what it is"),
+        ("analysis.json", {"format": "foldgpt.analysis", "version": 7}, "analysis.json: analysis of version 7"),
+        ("list.json", [1], "list.json: "),
+        ("recovery.json", {"format": "foldgpt.plan"}, "recovery.json is not the record of a recovery"),
+    ],
+)
+def test_show_says_which_file_it_cannot_show(tmp_path: Path, name: str, value: Any, message: str) -> None:
+    write_json(tmp_path / name, value)
+    made = foldgpt("show", tmp_path / name)
+    assert made.exit_code in (1, 2) and message in made.stderr and str(tmp_path) in made.stderr
+
+
+def test_show_of_a_folder_with_nothing_to_show_says_what_it_looked_for(tmp_path: Path) -> None:
+    made = foldgpt("show", tmp_path)
+    assert made.exit_code == 1
+    for name in ("plan.json", "analysis.json", "evaluation.json", "comparison.json"):
+        assert name in made.stderr
