@@ -4,7 +4,7 @@ from foldgpt.compensation.compensate import carrying_blocks, compensate, why_not
 from foldgpt.compensation.compensator import RIDGES, Compensator
 from foldgpt.compensation.correction import Correction, CutReport
 from foldgpt.compensation.judge import COMPENSATION, Compensated, compensate_, compensate_and_judge_
-from foldgpt.compensation.merge import merge_, merged, restore_
+from foldgpt.compensation.merge import merge_, merged, set_parameters_
 
 __all__ = [
     "COMPENSATION",
@@ -19,6 +19,6 @@ __all__ = [
     "compensate_and_judge_",
     "merge_",
     "merged",
-    "restore_",
+    "set_parameters_",
     "why_not",
 ]

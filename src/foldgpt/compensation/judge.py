@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from foldgpt.artifacts import finite
 from foldgpt.compensation.compensate import compensate
 from foldgpt.compensation.correction import Correction
-from foldgpt.compensation.merge import merge_, restore_, values_of_carriers
+from foldgpt.compensation.merge import merge_, set_parameters_, values_of_carriers
 from foldgpt.errors import UsageError
 from foldgpt.objectives import Head, forward_kl
 from foldgpt.plan import FoldPlan
@@ -131,7 +131,7 @@ def compensate_and_judge_(
     after = _kl(held, head, plan)
     kept = after < before
     if not kept:
-        restore_(model, own)
+        set_parameters_(model, own)
         own = {}
         if corrections:
             note(f"compensation would raise the KL from {before:.3f} to {after:.3f} nats per token; left out")

@@ -63,7 +63,7 @@ def merged(model: nn.Module, corrections: Mapping[int, Correction]) -> Iterator[
         merge_(model, corrections)
         yield
     finally:
-        restore_(model, own)
+        set_parameters_(model, own)
 
 
 def values_of_carriers(model: nn.Module, corrections: Mapping[int, Correction]) -> dict[str, Tensor]:
@@ -74,8 +74,8 @@ def values_of_carriers(model: nn.Module, corrections: Mapping[int, Correction]) 
 
 
 @torch.no_grad()
-def restore_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Give parameters their former values, by name."""
+def set_parameters_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give parameters these values, by name."""
     for name, value in values.items():
         model.get_parameter(name).copy_(value)
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from foldgpt.errors import UsageError
 from foldgpt.families import decoder_of
+from foldgpt.formats import significant
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,10 @@ def number_for_target(share: Share, target: float) -> int:
             return number
         left -= block
     raise UsageError(
-        f"no number of removed blocks, whichever they are, brings the model to {_amount(target)} {share.what}: it has "
-        f"{_amount(share.total)}, of which all {len(share.per_block)} blocks are {_amount(sum(share.per_block))}, and "
-        "one must stay"
+        f"no number of removed blocks, whichever they are, brings the model to {significant(target)} {share.what}: it "
+        f"has {significant(share.total)}, of which all {len(share.per_block)} blocks are "
+        f"{significant(sum(share.per_block))}, and one must stay"
     )
-
-
-def _amount(value: float) -> str:
-    """Parameters and FLOPs in full, seconds with six digits."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:,.6g}"
 
 
 def parameters_of(model: nn.Module) -> Share:

@@ -203,7 +203,9 @@ class RemovalCost:
         return list(self._samples)
 
     def set_up_again(self, samples: Collection[tuple[int, int]]) -> float:
-        """What of `set_up_equivalents` an earlier run had set up already, which had made these samples."""
+        """What of `set_up_equivalents` an earlier run that had made these samples set up too; 0 if it made none."""
+        if not samples:
+            return 0.0
         return 1 + self._source_equivalents(self._samples.keys() & set(samples))
 
     def _source_equivalents(self, samples: Iterable[tuple[int, int]]) -> float:

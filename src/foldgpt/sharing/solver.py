@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from foldgpt.artifacts import finite, with_infinity
-from foldgpt.compensation import compensate_and_judge_, restore_
+from foldgpt.compensation import compensate_and_judge_, set_parameters_
 from foldgpt.errors import FoldGPTError, PlanError, UnsupportedModelError, UsageError
 from foldgpt.families import Decoder, decoder_of
 from foldgpt.fingerprints import ids_fingerprint
@@ -432,11 +432,10 @@ class _Solver:
         merged = {} if plan.compensation is None else self._compensation(plan, plan.compensation)
         own = {name: self.model.get_parameter(name).clone() for name in merged}
         try:
-            for name, value in merged.items():
-                self.model.get_parameter(name).copy_(value)
+            set_parameters_(self.model, merged)
             yield
         finally:
-            restore_(self.model, own)
+            set_parameters_(self.model, own)
 
     def _compensation(self, plan: FoldPlan, settings: Compensation) -> dict[str, Tensor]:
         """Parameters that compensation changes, by name; none where folding would leave it out.
@@ -456,13 +455,9 @@ class _Solver:
                 ridge=settings.ridge,
                 rounds=settings.rounds,
             )
-            merged = {}
-            for name, value in own.items():
-                parameter = self.model.get_parameter(name)
-                if not torch.equal(parameter, value):
-                    merged[name] = parameter.clone()
-                parameter.copy_(value)
-            self._compensations[key] = merged
+            merged = {name: self.model.get_parameter(name).clone() for name in own}
+            set_parameters_(self.model, own)
+            self._compensations[key] = {name: new for name, new in merged.items() if not torch.equal(new, own[name])}
         return self._compensations[key]
 
 

@@ -120,7 +120,7 @@ def finals(
     floors, num_tokens = 0.0, 0
     for number, ids_WT in enumerate(rounds):
         if number == len(past):
-            left = left[: affordable(left, ids_WT)] if len(left) > 1 else []
+            left = left[: affordable(left, ids_WT)]
             if len(left) < 2:
                 break
             past.append(Round(left))

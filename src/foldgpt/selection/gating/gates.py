@@ -114,7 +114,6 @@ class _Search:
         self._checkpoint = Checkpoint("gates", replace(request, options=options), cost)
         fresh = {"samples": [], "set_up_again": 0.0, "scores": [], "trace": [], "known": [], "judged": [], "finals": []}
         self._progress: dict[str, Any] = {**fresh, **self._checkpoint.found}
-        self._goes_on = bool(self._checkpoint.found)
         self._samples_before = [tuple(sample) for sample in self._progress["samples"]]
         self._set_up_again_before: float = self._progress["set_up_again"]
         self._allowance: float = options["effort"] * greedy_equivalents(cost)
@@ -289,7 +288,7 @@ class _Search:
     @property
     def _set_up_again(self) -> float:
         """What was set up more than once, all interruptions together."""
-        return self._set_up_again_before + (self._cost.set_up_again(self._samples_before) if self._goes_on else 0.0)
+        return self._set_up_again_before + self._cost.set_up_again(self._samples_before)
 
     def _save(self, *, now: bool = False) -> None:
         self._progress["samples"] = sorted({*self._samples_before, *self._cost.samples})
