@@ -6,6 +6,7 @@
 - half: the same as recovery, scored at half of the positions.
 - behind: LoRA in the block before the first cut and behind it (`train_blocks="behind"`).
 - cached: the same with the teacher's states read from a file (`teacher_cache`).
+- compiled: recovery with `compile=True`: each block of both models compiled; only where asked for by `--side`.
 - plain: transformers' Trainer and peft as one would write it: LoRA everywhere, full logits of both models and
   `F.kl_div`.
 - forward: one pass of the source to its logits on the same tokens, without gradients.
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -49,13 +51,14 @@ from foldgpt.plan import FoldPlan
 from foldgpt.progress import be_quiet
 from foldgpt.recovery import RecoverySettings, TrainingWindows, make_trainable_
 from foldgpt.recovery.common import common_blocks
+from foldgpt.recovery.compiled import compiled_blocks
 from foldgpt.recovery.distillation import IGNORED, Distillation
 from foldgpt.recovery.teacher import Teacher, cache_states
 from foldgpt.recovery.trainer import RecoveryTrainer
 from foldgpt.sources import DTYPES, load_source
 from provenance import provenance_of
 
-SIDES = ("recovery", "torch_attention", "half", "behind", "cached", "plain", "forward")
+SIDES = ("recovery", "compiled", "torch_attention", "half", "behind", "cached", "plain", "forward")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -74,7 +77,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    arguments.side = [side for side in SIDES[:-2] if side in (arguments.side or SIDES)]
+    asked = arguments.side or [side for side in SIDES if side != "compiled"]
+    arguments.side = [side for side in SIDES[:-2] if side in asked]
     return arguments
 
 
@@ -87,7 +91,9 @@ def main() -> None:
         return
     sides = [*arguments.side, *SIDES[-2:]]
     # First, while this process holds no model.
-    memory = {side: _peak_of(side) for side in sides}
+    # A GPU counts each process by itself.
+    with ThreadPoolExecutor(1 if arguments.device == "cpu" else len(sides)) as pool:
+        memory = dict(zip(sides, pool.map(_peak_of, sides), strict=True))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as until_end:
         steps = {side: prepare(side, arguments, Path(folder), until_end) for side in sides}
         seconds: dict[str, list[float]] = {side: [] for side in sides}
@@ -165,6 +171,8 @@ def prepare(side: str, arguments: argparse.Namespace, folder: Path, until_end: E
         batch["window"] = torch.arange(len(ids))
         if side == "half":
             batch["labels"] = ids.masked_fill(torch.arange(arguments.context, device=ids.device) % 2 == 0, IGNORED)
+        if side == "compiled":
+            until_end.enter_context(compiled_blocks(student, source))
         trainer: Trainer = RecoveryTrainer(
             Distillation(student, settings, head, teacher.head, common=common),
             args,

@@ -97,6 +97,16 @@ def test_mistakes_in_what_is_trained_on_show_before_anything_runs(
     assert stages_run == []
 
 
+def test_a_compiler_that_is_not_there_shows_before_anything_runs(
+    recipe: Recipe, tmp_path: Path, stages_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foldgpt.recovery.compiled._BACKEND", "nonsense")
+    compiling = recipe.changed(recover={"num_tokens": 4096, "context": 32, "settings": {"compile": True}})
+    with pytest.raises(FoldGPTError, match="torch.compile does not work on cpu"):
+        pipeline.run(compiling, tmp_path / "run")
+    assert stages_run == []
+
+
 def test_a_text_too_short_for_another_recipe_shows_before_anything_runs(
     inputs: tuple[Path, Path], tmp_path: Path, stages_run: list[str]
 ) -> None:

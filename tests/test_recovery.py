@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations import integration_utils
 
@@ -369,6 +370,32 @@ def test_gradient_checkpointing_changes_no_loss(tmp_path: Path) -> None:
     plain = tiny_recovery(tmp_path / "plain", windows=8)
     saving = tiny_recovery(tmp_path / "saving", windows=8, gradient_checkpointing=True)
     assert list(step_losses(saving.history).values()) == pytest.approx(list(step_losses(plain.history).values()))
+
+
+def test_compiled_blocks_change_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foldgpt.recovery.compiled._BACKEND", "aot_eager")  # needs no C++ compiler
+    plain = tiny_recovery(tmp_path / "plain", windows=12, train_fully="cuts", lm=0.5)
+    calls: list[nn.Module] = []
+    compile_ = nn.Module.compile
+
+    def seen(self: nn.Module, **options: Any) -> None:
+        calls.append(self)
+        compile_(self, **options)
+
+    monkeypatch.setattr(nn.Module, "compile", seen)
+    compiled = tiny_recovery(tmp_path / "compiled", windows=12, train_fully="cuts", lm=0.5, compile=True)
+    assert list(step_losses(compiled.history).values()) == pytest.approx(list(step_losses(plain.history).values()))
+    assert compiled.after == pytest.approx(plain.after)
+    student, teacher, _ = tiny_pair()
+    assert len(calls) == len(decoder_of(student).blocks) + len(decoder_of(teacher).blocks)
+    assert all(block._compiled_call_impl is None for block in calls)
+
+
+def test_without_a_compiler_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foldgpt.recovery.compiled._BACKEND", "nonsense")
+    with pytest.raises(UsageError, match=r"torch\.compile does not work on cpu here; train without.*nonsense"):
+        tiny_recovery(tmp_path, compile=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_loggers_are_known_and_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

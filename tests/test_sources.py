@@ -88,6 +88,20 @@ def test_the_dtype_can_be_chosen(folder: Path) -> None:
         load_source(str(folder), dtype="bfloat6", device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("cpu", "dtype", "says"), [("AVX2", "bfloat16", 1), ("AVX2", "float32", 0), ("AVX512", "bfloat16", 0)]
+)
+def test_formats_that_a_cpu_has_no_instructions_for_are_pointed_out_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cpu: str, dtype: str, says: int
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    load._say_if_slow.cache_clear()
+    for _ in range(2):
+        load_source(str(folder), dtype=dtype, device="cpu")
+    assert capsys.readouterr().err.count("this CPU has no instructions for bfloat16") == says
+    load._say_if_slow.cache_clear()
+
+
 def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match="device 'nonsense' is not available"):
         load_source(str(folder), device="nonsense")
@@ -96,10 +110,10 @@ def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
 def test_a_device_without_float64_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is fitted and verified in it would end in a TypeError, after all the work."""
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("mps"))
-    assert load._device_of("auto") == torch.device("cpu")
+    assert load.device_of("auto") == torch.device("cpu")
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
     with pytest.raises(UsageError, match="'mps' has no float64"):
-        load._device_of("mps")
+        load.device_of("mps")
 
 
 def test_the_tokenizer_is_saved_with_its_chat_template(folder: Path, tmp_path: Path) -> None:
@@ -537,8 +551,8 @@ def test_each_process_of_several_takes_a_device_of_its_own(monkeypatch: pytest.M
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert load._device_of("auto") == torch.device("cuda")
+    assert load.device_of("auto") == torch.device("cuda")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert load._device_of("auto") == torch.device("cuda:1")
+    assert load.device_of("auto") == torch.device("cuda:1")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
-    assert load._device_of("auto") == torch.device("cpu")
+    assert load.device_of("auto") == torch.device("cpu")

@@ -22,9 +22,9 @@ from foldgpt.folding.donors import DONORS, READY
 from foldgpt.plan import Compensation, Fitting, explain
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
-from foldgpt.recovery import RecoverySettings, TrainingWindows, check_loggers, packed_windows
+from foldgpt.recovery import RecoverySettings, TrainingWindows, check_compiler, check_loggers, packed_windows
 from foldgpt.selection import Request, check_name, check_request, number_to_remove, search_windows
-from foldgpt.sources import Source, load_config, load_source, load_tokenizer, model_fingerprint, resolve
+from foldgpt.sources import Source, device_of, load_config, load_source, load_tokenizer, model_fingerprint, resolve
 
 #: What depends on model, texts and measurements alone.
 _SAME_FOR_ALL_METHODS = ("place", "fingerprint", "tokenizer", "calibration", "tests", "tasks", "why_uncompensated")
@@ -74,7 +74,8 @@ class Workbench:
         """The part of `check` that needs the model's config alone, and no text, no rows of tasks and no tokenizer.
 
         Raises:
-            UsageError: too long windows, an unknown task or one without a text, a logger that is not there.
+            UsageError: too long windows, an unknown task or one without a text, a logger that is not there,
+                blocks that are to be compiled where that does not work.
         """
         self._check_names()
         self._check_contexts()
@@ -83,6 +84,8 @@ class Workbench:
         self._check_tasks()
         if self.recipe.recover.num_tokens:
             check_loggers(self.recipe.recover.report_to)
+            if self.recovery_settings.compile:
+                check_compiler(device_of(self.recipe.device))
 
     def _check_contexts(self) -> None:
         calibrated, measured, recover = self.recipe.calibration, self.recipe.evaluate, self.recipe.recover

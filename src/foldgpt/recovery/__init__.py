@@ -1,6 +1,7 @@
 """Recovery: train a folded model, briefly, to do again what its source does."""
 
 from foldgpt.recovery.chat import chat_windows
+from foldgpt.recovery.compiled import check_compiler
 from foldgpt.recovery.errors import DivergenceError
 from foldgpt.recovery.inputs import check_trainable
 from foldgpt.recovery.loggers import check_loggers
@@ -19,6 +20,7 @@ __all__ = [
     "RecoverySettings",
     "TrainingWindows",
     "chat_windows",
+    "check_compiler",
     "check_loggers",
     "check_trainable",
     "make_trainable_",

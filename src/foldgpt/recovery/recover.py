@@ -24,6 +24,7 @@ from foldgpt.plan import FoldPlan
 from foldgpt.progress import note, quiet_libraries
 from foldgpt.recovery.callbacks import step_of_end
 from foldgpt.recovery.common import common_blocks
+from foldgpt.recovery.compiled import check_compiler, compiled_blocks
 from foldgpt.recovery.distillation import Distillation
 from foldgpt.recovery.dropout import without_dropout
 from foldgpt.recovery.inputs import check_inputs, check_trainable
@@ -81,7 +82,8 @@ def recover(
             Until then the same call has but to save the model again.
 
     Raises:
-        UsageError: settings, windows and models do not fit each other, or a logger is not there.
+        UsageError: settings, windows and models do not fit each other, a logger is not there, or blocks are to be
+            compiled where that does not work.
         UnsupportedModelError: the student is quantised or in float16; or documents are to be kept apart, and the model
             mixes them.
         DivergenceError: the training went wrong; the message says where the best state is kept.
@@ -92,14 +94,16 @@ def recover(
     out = Path(out)
     check_place(out, replace=replace)
     check_loggers(report_to)
+    device = next(student.parameters()).device
+    if settings.compile:
+        check_compiler(device)
     work = work_beside(out) if work is None else Path(work)
     check_trainable(student)
     check_inputs(student, teacher, plan, settings, train, held_out)
     pairs = aligned_blocks(plan, settings.states_at) if settings.states else []
     if settings.states and not pairs:
         raise UsageError("states are to be compared at the cuts, but nothing follows on a removed part of the plan")
-    device_is_cpu = next(student.parameters()).device.type == "cpu"
-    args, train = _arguments(settings, train, work, cpu=device_is_cpu, report_to=report_to)
+    args, train = _arguments(settings, train, work, cpu=device.type == "cpu", report_to=report_to)
     is_main = args.process_index == 0
     identity = _identity(student, teacher, plan, train, held_out, settings)
     # Another recovery into the same place would take what this one has so far for a killed one's.
@@ -184,7 +188,8 @@ def _trained(
         # transformers would go on behind a step at which patience or the time had ended it.
         args.max_steps = ended_at
         train = train.first(ended_at * settings.batch_size)
-    with quiet_libraries(), attention_in_tiles(student, teacher):
+    compiled = compiled_blocks(student, teacher) if settings.compile else nullcontext()
+    with quiet_libraries(), attention_in_tiles(student, teacher), compiled:
         trainer = RecoveryTrainer(
             module,
             args,

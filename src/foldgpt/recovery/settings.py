@@ -72,6 +72,9 @@ class RecoverySettings:
     """Windows in one forward pass of one process."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """Compile each block by `torch.compile`: a quarter less time for a step on a GPU; on a CPU compiling takes minutes,
+    and saves a tenth."""
     minutes: float | None = None
     """Stop after this time, also when it was spent before and after an interruption."""
     evaluate_every: int = 100
@@ -123,5 +126,5 @@ class RecoverySettings:
 
         How long it may take, and in how much memory, is not part of it: one that ran out can go on with less.
         """
-        apart = ("minutes", "micro_batch_size", "gradient_checkpointing")
+        apart = ("minutes", "micro_batch_size", "gradient_checkpointing", "compile")
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in apart}

@@ -7,13 +7,14 @@ error, because a block with random weights looks like any other block.
 
 from foldgpt.sources.configs import load_config
 from foldgpt.sources.gguf_files import load_gguf
-from foldgpt.sources.load import DTYPES, Source, load_source, load_tokenizer
+from foldgpt.sources.load import DTYPES, Source, device_of, load_source, load_tokenizer
 from foldgpt.sources.locate import resolve
 from foldgpt.sources.weights import model_fingerprint
 
 __all__ = [
     "DTYPES",
     "Source",
+    "device_of",
     "load_config",
     "load_gguf",
     "load_source",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from foldgpt.errors import SourceError, UsageError, did_you_mean, first_line
-from foldgpt.progress import quiet_libraries
+from foldgpt.progress import note, quiet_libraries
 from foldgpt.sources.configs import load_config
 from foldgpt.sources.gguf_files import gguf_metadata, gguf_tokenizer, load_gguf
 from foldgpt.sources.locate import is_hub_snapshot, resolve
@@ -74,11 +75,12 @@ def load_source(
         UsageError: an unknown dtype or device.
     """
     torch_dtype = _dtype_of(dtype)
-    torch_device = _device_of(device)
+    torch_device = device_of(device)
     place = resolve(spec, revision=revision)
     commit = place.name if is_hub_snapshot(place) else None
     if place.is_file():
         model, tokenizer = load_gguf(place, dtype=torch_dtype or torch.bfloat16)
+        _say_if_slow(model.dtype, torch_device)
         return Source(model.to(torch_device), tokenizer, spec, commit, model_fingerprint(place))
 
     config = load_config(place, trust_remote_code=trust_remote_code)
@@ -95,6 +97,7 @@ def load_source(
             **placement,
         )
     check_complete(report, place)
+    _say_if_slow(model.dtype, torch_device)
     tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code)
     offloaded = any(parameter.is_meta for parameter in model.parameters())
     return Source(model.eval(), tokenizer, spec, commit, model_fingerprint(place), offloaded, offload_folder)
@@ -126,7 +129,22 @@ def _dtype_of(name: str) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def _device_of(name: str) -> torch.device:
+@functools.cache
+def _say_if_slow(dtype: torch.dtype, device: torch.device) -> None:
+    """Say it once where 16 bits cost time: oneDNN has no products of them for x86 without AVX-512."""
+    if device.type == "cpu" and dtype.itemsize == 2 and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        note(
+            f"this CPU has no instructions for {str(dtype).removeprefix('torch.')}: it takes several times as long as "
+            "float32 here (--dtype float32, or dtype in a recipe), which takes twice the memory and disk"
+        )
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name; "auto" is the accelerator where there is one that foldgpt can use, else the CPU.
+
+    Raises:
+        UsageError: it is not there, or cannot be used.
+    """
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         if found is None or found.type in _WITHOUT_FP64:

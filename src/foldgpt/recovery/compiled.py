@@ -1,0 +1,44 @@
+"""Blocks compiled by `torch.compile` while a student is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from foldgpt.errors import UsageError, first_line
+from foldgpt.families import decoder_of
+
+_BACKEND = "inductor"
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse to compile where that does not work; in a training the same error comes from deep inside.
+
+    Raises:
+        UsageError: `torch.compile` fails on this device, for want of a C++ compiler for example.
+    """
+    try:
+        torch.compile(lambda x: x + 1, backend=_BACKEND)(torch.zeros(8, device=device))
+    except Exception as error:  # compilers, linkers and drivers fail in their own ways
+        raise UsageError(
+            f"torch.compile does not work on {device} here; train without compile. {first_line(error)}"
+        ) from error
+
+
+@contextmanager
+def compiled_blocks(*models: nn.Module | None) -> Iterator[None]:
+    """Run the blocks of these models compiled, each by itself; afterwards they are ordinary modules again.
+
+    What is compiled serves all blocks that are alike. It takes seconds on a GPU and minutes on a CPU.
+    """
+    blocks = [block for model in models if model is not None for block in decoder_of(model).blocks]
+    try:
+        for block in blocks:
+            block.compile(backend=_BACKEND)
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
