@@ -54,7 +54,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=16_384, help="tokens by which the best state is chosen")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--windows", type=int, default=40, help="windows to measure on; 0 for all")
-    parser.add_argument("--data-dir", help="folder of the seven tasks' JSON-lines files, to measure accuracy as well")
+    parser.add_argument("--data-dir", help="folder of the tasks' JSON-lines files, to measure accuracy as well")
+    parser.add_argument("--task", action="append", choices=list(TASKS), help="may be repeated (all seven)")
     parser.add_argument("--limit", type=int, default=200, help="items of each task; 0 for all")
     parser.add_argument("--work", type=Path, help="keep recovered models here; the same command then goes on")
     parser.add_argument(
@@ -68,6 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kl", type=float, default=1.0)
     parser.add_argument("--lm", type=float, default=0.0)
     parser.add_argument("--last-error", type=float, default=0.0)
+    parser.add_argument("--last-cosine", type=float, default=0.0)
     parser.add_argument("--states", type=float, default=0.0)
     parser.add_argument("--train-blocks", default="all", choices=("all", "behind"))
     parser.add_argument("--train-fully", default="none", choices=("none", "cuts", "all"))
@@ -93,7 +95,9 @@ class Bench:
         )
         self.suite = None
         if arguments.data_dir:
-            self.suite = load_suite(list(TASKS), data_dir=arguments.data_dir, limit=arguments.limit or None)
+            self.suite = load_suite(
+                arguments.task or list(TASKS), data_dir=arguments.data_dir, limit=arguments.limit or None
+            )
         self._head = Head(self.source.model)
         self._theirs_WTH = last_hidden(self.source.model, self.judged_on.ids)
 
@@ -145,6 +149,7 @@ def main() -> None:
         kl=arguments.kl,
         lm=arguments.lm,
         last_error=arguments.last_error,
+        last_cosine=arguments.last_cosine,
         states=arguments.states,
         rank=arguments.rank,
         learning_rate=arguments.learning_rate,
@@ -203,7 +208,8 @@ def solved(original: dict[str, Any]) -> list[str]:
     return [
         task
         for task in TASKS
-        if original[f"accuracy.{task}"] > original[f"chance.{task}"] + 2 * original[f"error.{task}"]
+        if f"accuracy.{task}" in original
+        and original[f"accuracy.{task}"] > original[f"chance.{task}"] + 2 * original[f"error.{task}"]
     ]
 
 
@@ -224,9 +230,10 @@ def accuracies(name: str, values: list[float]) -> str:
 def as_markdown(result: dict[str, Any]) -> str:
     config, curve = result["config"], result["curve"]
     with_tasks = "accuracy" in result["original"]
-    names = ("kl", "lm", "last_error", "states")
+    names = ("kl", "lm", "last_error", "last_cosine", "states")
     losses = " + ".join(f"{config[name]:g} {name}" for name in names if config[name])
-    items = f" and on {config['limit'] or 'all'} items of each of seven tasks"
+    measured = [task for task in TASKS if f"accuracy.{task}" in result["original"]]
+    items = f" and on {config['limit'] or 'all'} items of each of {len(measured)} tasks"
     tasks = solved(result["original"]) if with_tasks else []
     rows = [("source", result["original"]), ("removed", result["removed"])]
     rows += [("compensated", result["compensated"])] if "compensated" in result else []
@@ -267,10 +274,10 @@ def as_markdown(result: dict[str, Any]) -> str:
             f"Accuracy is the mean of {', '.join(tasks) or 'no task'}: the tasks in which the source is better than "
             "chance by two standard errors. All of them, and their mean:",
             "",
-            f"| | {' | '.join(TASKS)} | mean |",
-            "|---" * (len(TASKS) + 2) + "|",
-            accuracies("chance", [result["original"][f"chance.{task}"] for task in TASKS]),
-            *(accuracies(name, [row[f"accuracy.{task}"] for task in TASKS]) for name, row in rows),
+            f"| | {' | '.join(measured)} | mean |",
+            "|---" * (len(measured) + 2) + "|",
+            accuracies("chance", [result["original"][f"chance.{task}"] for task in measured]),
+            *(accuracies(name, [row[f"accuracy.{task}"] for task in measured]) for name, row in rows),
         ]
     return "\n".join([*lines, "", provenance_of(result)]) + "\n"
 
