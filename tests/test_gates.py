@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from foldgpt.selection.gated_pass import gradient_equivalents
 from foldgpt.selection.gating import score_function
 from foldgpt.selection.gating.gates import greedy_equivalents, spans
 from foldgpt.selection.gating.hard_concrete import HardConcrete
-from foldgpt.selection.gating.refine import double_swaps, refine, swaps
+from foldgpt.selection.gating.refine import Refinement, double_swaps, swaps
 from foldgpt.selection.gating.score_function import ScoreFunction, draw, log_probability
 from foldgpt.selection.gating.smoothed import SmoothedL0
 from foldgpt.selection.gating.surrogate import Measurement, Surrogate
@@ -433,27 +434,31 @@ def test_an_attention_that_had_to_stay_goes_with_the_rest_of_its_block() -> None
         Units(3, 2, (4, 1) * 3, 15, ("sliding", "full", "full")).fill(range(6))
 
 
-def _measured_without_allowance(scores: list[float], own: frozenset[int] | None) -> list[frozenset[int]]:
-    """What refinement measures of sets of one unit when nothing is left to spend, in order."""
-    known: dict[frozenset[int], float] = {}
-    refine(
-        SimpleNamespace(units=Units.blocks(6, 1), cost=lambda removed, sample: 1.0),  # type: ignore[arg-type]
+def _refinement(
+    units: Units, cost: Callable[[frozenset[int], Any], float], scores: list[float], surrogate: Surrogate | None = None
+) -> Refinement:
+    """A refinement to which a function stands for the model."""
+    return Refinement(
+        SimpleNamespace(units=units, cost=cost),  # type: ignore[arg-type]
         None,  # type: ignore[arg-type]
-        [frozenset([unit]) for unit in range(6)],
-        own=own,
-        keep_probabilities_U=torch.full((6,), 0.5, dtype=torch.float64),
-        surrogate=Surrogate(scores, per_block=1),
+        keep_probabilities_U=torch.full((len(units),), 0.5, dtype=torch.float64),
+        surrogate=surrogate or Surrogate(scores, per_block=1),
         measurements=[],
-        known=known,
-        is_spent=lambda: True,
+        known={},
         after_round=lambda: None,
     )
-    return list(known)
+
+
+def _measured_without_allowance(scores: list[float], own: frozenset[int]) -> list[frozenset[int]]:
+    """What refinement measures of sets of one unit when nothing is left to spend, in order."""
+    found = _refinement(Units.blocks(6, 1), lambda removed, sample: 1.0, scores)
+    found.search([frozenset([unit]) for unit in range(6)], own, is_spent=lambda: True)
+    return list(found.known)
 
 
 def test_what_is_expected_to_be_best_is_measured_first() -> None:
     """It may be all that the allowance pays for; for one estimator nothing else is known before."""
-    assert _measured_without_allowance([0.5, 0.4, 0.3, 0.2, 0.1, 0.6], own=None) == [frozenset([4])]
+    assert _measured_without_allowance([0.5, 0.4, 0.3, 0.2, 0.1, 0.6], own=frozenset([4])) == [frozenset([4])]
 
 
 def test_what_the_gates_alone_would_remove_is_measured_whatever_the_regression_thinks() -> None:
@@ -473,23 +478,32 @@ def test_refinement_goes_on_while_a_swap_may_well_be_better(seed: int) -> None:
         return sum(scores[block] for block in removed) * float(torch.tensor([coupled[pair] for pair in pairs]).prod())
 
     surrogate = Surrogate(scores, per_block=1)
-    known: dict[frozenset[int], float] = {}
-    refine(
-        SimpleNamespace(units=units, cost=truth),  # type: ignore[arg-type]
-        None,  # type: ignore[arg-type]
-        [frozenset(units.fill(range(12)))],
-        keep_probabilities_U=torch.full((12,), 0.5, dtype=torch.float64),
-        surrogate=surrogate,
-        measurements=[],
-        known=known,
-        is_spent=lambda: len(known) >= 400,
-        after_round=lambda: None,
-    )
+    refinement = _refinement(units, truth, scores, surrogate)
+    known = refinement.known
+    start = frozenset(units.fill(range(12)))
+    refinement.search([start], start, is_spent=lambda: len(known) >= 400)
     best = min(known, key=lambda removed: known[removed])
     unmeasured = sorted(swaps(best, units, torch.full((12,), 0.5)) - known.keys(), key=sorted)
     assert len(known) < 400 and unmeasured
     bounds = surrogate.predict(unmeasured, -1) - surrogate.uncertainty(unmeasured, -1)
     assert float(bounds.min()) >= math.log(known[best])
+
+
+def test_around_a_set_the_swaps_that_may_be_good_enough_are_measured() -> None:
+    units = Units.blocks(8, 2)
+    scores = [0.1 * (block + 1) for block in range(8)]
+    refinement = _refinement(units, lambda removed, sample: sum(scores[block] for block in removed), scores)
+    center = frozenset([0, 3])
+    refinement.known[center] = 0.5
+    refinement.around(center, lambda known: 2.0 * min(known.values()), is_spent=lambda: False)
+    near = {removed for removed in refinement.known if removed != center}
+    assert near <= swaps(center, units, torch.full((8,), 0.5))
+    # The best is {0, 1}; twice its cost is 0.6, and {0, 7} costs 0.9.
+    assert {frozenset([0, block]) for block in (1, 2, 4)} <= near and frozenset([3, 7]) not in near
+    spent = _refinement(units, lambda removed, sample: 1.0, scores)
+    spent.known[center] = 0.5
+    spent.around(center, lambda known: 9.0, is_spent=lambda: True)
+    assert list(spent.known) == [center]
 
 
 def test_leave_one_out_is_the_cost_of_each_block_alone() -> None:

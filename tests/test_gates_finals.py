@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +18,10 @@ from foldgpt import pipeline
 from foldgpt.recipe import Recipe
 from foldgpt.selection import RemovalCost, Request, select
 from foldgpt.selection.folded_cost import FoldedCost
-from foldgpt.selection.gating.finals import Final, Round, finals
+from foldgpt.selection.gating.finals import Final, Round, finals, level_with_best
 from foldgpt.selection.gating.further_text import FurtherText, windows_of_finals
 from foldgpt.selection.gating.gates import greedy_equivalents
+from foldgpt.selection.gating.refine import Refinement
 from foldgpt.selection.units import Removed
 from models import tiny_model, token_ids
 from run_inputs import tiny_recipe
@@ -37,6 +38,7 @@ def _finals(
     floor: float = 0.0,
     windows: list[Tensor] | None = None,
     past: list[Round] | None = None,
+    earlier: Sequence[Sequence[Round]] = (),
 ) -> tuple[list[Final], list[Removed]]:
     """The outcome, and the sets in the order they were measured."""
     measured: list[Removed] = []
@@ -52,13 +54,12 @@ def _finals(
         return SimpleNamespace(seconds=0.0, forward_tokens=0.0, cost=cost, source_cost=lambda: floor)
 
     found = finals(
-        known,
-        floor,
+        level_with_best(known, floor, 0.03),
         windows or [WINDOWS] * len(truth),
         measure,
         level=0.03,
-        most=4,
         past=[] if past is None else past,
+        earlier=earlier,
         affordable=lambda removed, ids_WT: min(affordable, len(removed)),
         after_each=lambda cost: None,
     )
@@ -141,10 +142,49 @@ def test_predictions_that_are_not_finite_do_not_win() -> None:
     assert _finals({A: 1.0, B: 1.0}, [{A: math.inf, B: math.inf}] * 2)[0] == []
 
 
-def test_no_more_than_four_are_measured() -> None:
-    known = {frozenset([unit]): 1.0 for unit in range(9)}
-    found, _ = _finals(known, [dict.fromkeys(known, 1.0)])
-    assert [sorted(final.removed) for final in found] == [[0], [1], [2], [3]]
+def test_later_finals_measure_what_is_new_beside_what_won() -> None:
+    past: list[Round] = []
+    first, _ = _finals({A: 1.0, B: 1.0}, [{A: 1.0, B: 1.01}, {A: 1.3, B: 1.0}], past=past)
+    assert [final.removed for final in first] == [B, A]
+    truth = [{C: 1.0}, {C: 0.9}]
+    found, measured = _finals({B: 1.0, A: 1.0, C: 1.0}, truth, earlier=[past])
+    assert measured == [C, C]
+    assert found == [Final(C, 0.95, 32), Final(B, 1.005, 32), Final(A, 1.15, 32)]
+
+
+def test_where_nothing_new_can_be_paid_for_there_are_no_later_finals() -> None:
+    past: list[Round] = []
+    _finals({A: 1.0, B: 1.0}, [{A: 1.0, B: 1.01}], past=past)
+    later: list[Round] = []
+    assert _finals({A: 1.0, B: 1.0, C: 1.0}, [{}], earlier=[past], affordable=0, past=later) == ([], [])
+    assert later == []
+
+
+def _sets_in_finals(
+    request: Request, monkeypatch: pytest.MonkeyPatch, known: dict[Removed, float], **arguments: Any
+) -> list[Removed] | None:
+    """What `FurtherText` puts into finals; None where there are none."""
+    sent: list[list[Removed]] = []
+
+    def seen(sets: list[Removed], *_: Any, **__: Any) -> list[Final]:
+        sent.append(sets)
+        return []
+
+    monkeypatch.setattr("foldgpt.selection.gating.further_text.finals", seen)
+    further = FurtherText(request, request.need_cost("test"))
+    assert further.finals(known, lambda: 99.0, [], lambda: None, **arguments) == []
+    return sent[0] if sent else None
+
+
+def test_no_more_than_four_are_measured(long_request: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {frozenset([unit]): 1.0 + 0.01 * unit for unit in range(9)}
+    sets = _sets_in_finals(long_request, monkeypatch, known)
+    assert sets == [frozenset([unit]) for unit in range(4)]
+    earlier = [[Round(sets)]]
+    later = _sets_in_finals(long_request, monkeypatch, known, earlier=earlier, incumbents=sets[1:3])
+    assert later == [frozenset([unit]) for unit in (1, 2, 4, 5, 6, 7)]
+    known = {removed: known[removed] for removed in sets}
+    assert _sets_in_finals(long_request, monkeypatch, known, earlier=earlier, incumbents=sets[1:3]) is None
 
 
 @pytest.fixture
@@ -180,6 +220,97 @@ def test_the_winner_of_the_finals_is_removed(long_request: Request, monkeypatch:
 
     monkeypatch.setattr(RemovalCost, "cost", flattered)
     assert frozenset(select("gates", long_request).removed) != loser
+
+
+class _Liked:
+    """Further text on which sets are the better the more they have of three blocks."""
+
+    def __init__(self, blocks: set[int], stop_at: int | None = None) -> None:
+        self.blocks, self.stop_at = blocks, stop_at
+        self.measured: list[Removed] = []
+        self.seconds = self.forward_tokens = 0.0
+
+    def source_cost(self) -> float:
+        return 0.0
+
+    def cost(self, removed: Removed) -> float:
+        if len(self.measured) == self.stop_at:
+            raise KeyboardInterrupt
+        self.measured.append(removed)
+        return 1.0 - 0.2 * len(self.blocks & removed)
+
+
+@pytest.fixture
+def far_request(long_request: Request, monkeypatch: pytest.MonkeyPatch) -> Request:
+    """A search in which all sets are level, and for which passes are left."""
+    monkeypatch.setattr("foldgpt.selection.gating.further_text._LEVEL", 99.0)
+    return replace(long_request, further_ids_WT=long_request.ids_WT, options={"effort": 9.0})
+
+
+def test_what_wins_on_further_text_is_searched_around(far_request: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    liked = _Liked({0, 1, 2})
+    centers: list[Removed] = []
+
+    def around(self: Refinement, center: Removed, most: Callable[..., float], is_spent: Callable[[], bool]) -> None:
+        assert most(self.known) > min(self.known.values()) and not is_spent()
+        centers.append(center)
+        self.known[frozenset(liked.blocks)] = 1.01 * min(self.known.values())
+
+    monkeypatch.setattr(FurtherText, "_measure", lambda self, ids_WT: liked)
+    monkeypatch.setattr(Refinement, "around", around)
+    found = select("gates", far_request)
+    assert found.removed == (0, 1, 2) and len(set(liked.measured)) == len(liked.measured), "each is measured once"
+    assert centers[0] == max(liked.measured[:4], key=lambda removed: len(removed & liked.blocks))
+    assert frozenset([0, 1, 2]) in liked.measured[4:]
+
+
+@pytest.mark.parametrize("stop_at", [2, 4, 5, 7])
+def test_a_search_stopped_in_later_finals_ends_in_the_same(
+    far_request: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    monkeypatch.setattr("foldgpt.selection.checkpoint._SECONDS_BETWEEN", 0.0)
+    liked = _Liked({0, 4, 5})
+    monkeypatch.setattr(FurtherText, "_measure", lambda self, ids_WT: liked)
+    whole = select("gates", far_request)
+    assert len(liked.measured) > 7
+    stopped = replace(far_request, checkpoint=tmp_path / "progress.json")
+    first, rest = _Liked(liked.blocks, stop_at), _Liked(liked.blocks)
+    monkeypatch.setattr(FurtherText, "_measure", lambda self, ids_WT: first)
+    with pytest.raises(KeyboardInterrupt):
+        select("gates", stopped)
+    monkeypatch.setattr(FurtherText, "_measure", lambda self, ids_WT: rest)
+    resumed = select("gates", stopped)
+    assert [*first.measured, *rest.measured] == liked.measured
+    assert resumed.removed == whole.removed and resumed.report["finals"] == whole.report["finals"]
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_a_search_stopped_while_it_looks_around_ends_in_the_same(
+    far_request: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    monkeypatch.setattr("foldgpt.selection.checkpoint._SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(FurtherText, "_measure", lambda self, ids_WT: _Liked({0, 4, 5}))
+    whole = select("gates", far_request)
+    around, measure = Refinement.around, Refinement._measure
+    begun: list[int] = []
+
+    def watched(self: Refinement, *arguments: Any) -> None:
+        begun.append(0)
+        around(self, *arguments)
+
+    def interrupted(self: Refinement, *arguments: Any) -> bool:
+        if begun and begun[-1] == calls:
+            raise KeyboardInterrupt
+        begun[-1:] = [begun[-1] + 1] if begun else []
+        return measure(self, *arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Refinement, "around", watched)
+        patched.setattr(Refinement, "_measure", interrupted)
+        select("gates", stopped := replace(far_request, checkpoint=tmp_path / "progress.json"))
+    resumed = select("gates", stopped)
+    assert resumed.removed == whole.removed and resumed.report["finals"] == whole.report["finals"]
+    assert resumed.report["refined"] == whole.report["refined"]
 
 
 def test_finals_are_paid_from_the_allowance(long_request: Request) -> None:
@@ -237,7 +368,7 @@ def test_a_search_stopped_in_its_finals_ends_in_the_same(
     before, resumes = list(measured), True
     measured.clear()
     resumed = select("gates", stopped)
-    first = [frozenset(removed) for removed in json.loads(stopped.checkpoint.read_text())["finals"][0]["sets"]]
+    first = [frozenset(removed) for removed in json.loads(stopped.checkpoint.read_text())["stages"][0][0]["sets"]]
     assert len(before) == after and sorted([*before, *measured][: len(first)], key=sorted) == sorted(first, key=sorted)
     assert (resumed.removed, resumed.removed_attention, resumed.removed_mlp) == (
         whole.removed,

@@ -87,48 +87,49 @@ class Round:
 
 
 def finals(
-    known: Mapping[Removed, float],
-    floor: float,
+    sets: Sequence[Removed],
     rounds: Iterable[Tensor],
     measure: Callable[[Tensor], Measure],
     *,
     level: float,
-    most: int,
     past: list[Round],
+    earlier: Sequence[Sequence[Round]] = (),
     affordable: Callable[[Sequence[Removed], Tensor], int],
     after_each: Callable[[Measure], None],
 ) -> list[Final]:
     """Measure what is level on further text, part by part, until one is ahead or no more can be paid for.
 
     Args:
-        known: set → cost, as the search measured them.
-        floor: what removing nothing costs there; see `RemovalCost.source_cost`.
+        sets: that are level by the search, the best first.
         rounds: further windows, int64 [W, T] each.
         measure: the measure on some windows.
         level: sets are level whose damage is at most this share more than the best one's.
-        most: so many of them are measured, the best ones.
         past: what an earlier run of the same search measured; what is measured now is added.
+        earlier: finals that came before these, of the same search; what they measured is taken over.
         affordable: how many of these sets, from the first on, may be measured on these windows.
         after_each: called with the measure whenever it has measured something.
 
     Returns:
         The sets that were measured in every round, best first, without those whose predictions are not finite; none if
-        one was ahead from the start, or if there is no text or no allowance for a round of two.
+        there is no text or no allowance for a round of two, or for any set that has not been measured before.
     """
-    left = _best_ones(known, floor, level)[:most]
+    left = list(sets)
     totals = dict.fromkeys(left, 0.0)
     floors, num_tokens = 0.0, 0
     for number, ids_WT in enumerate(rounds):
         if number == len(past):
-            left = left[: affordable(left, ids_WT)]
-            if len(left) < 2:
+            found = _taken_over(left, [stage[number] for stage in earlier if number < len(stage)])
+            unmeasured = [removed for removed in left if removed not in found.costs]
+            paid = unmeasured[: affordable(unmeasured, ids_WT)] if unmeasured else []
+            found.sets = [removed for removed in left if removed in found.costs or removed in paid]
+            if len(found.sets) < 2 or (unmeasured and not paid):
                 break
-            past.append(Round(left))
+            past.append(found)
         costs, floor = _completed(past[number], ids_WT, measure, after_each)
         totals = {removed: totals[removed] + ids_WT.numel() * cost for removed, cost in costs.items()}
         floors += ids_WT.numel() * floor
         num_tokens += ids_WT.numel()
-        left = _best_ones(totals, floors, level)
+        left = level_with_best(totals, floors, level)
     if not num_tokens:
         return []
     best = [removed for removed in _best_first(totals) if math.isfinite(totals[removed])]
@@ -151,8 +152,20 @@ def _completed(
     return found.costs, found.floor
 
 
-def _best_ones(costs: Mapping[Removed, float], floor: float, level: float) -> list[Removed]:
-    """The best set, and those that are level with it, best first."""
+def _taken_over(sets: Sequence[Removed], rounds: Sequence[Round]) -> Round:
+    """A round of some sets with what earlier ones on the same part of the text have measured of them."""
+    costs = {removed: cost for found in rounds for removed, cost in found.costs.items() if removed in sets}
+    return Round(list(sets), costs, next((found.floor for found in rounds), None))
+
+
+def level_with_best(costs: Mapping[Removed, float], floor: float, level: float) -> list[Removed]:
+    """The best set, and those that are level with it, best first.
+
+    Args:
+        costs: set → cost.
+        floor: what removing nothing costs; see `RemovalCost.source_cost`.
+        level: sets are level whose damage is at most this share more than the best one's.
+    """
     best = _best_first(costs)
     least = costs[best[0]]
     return [removed for removed in best if costs[removed] - least <= level * abs(least - floor)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foldgpt.selection.cost import RemovalCost
 from foldgpt.selection.folded_cost import FoldedCost, fit_tokens
-from foldgpt.selection.gating.finals import Final, Measure, Round, finals
+from foldgpt.selection.gating.finals import Final, Measure, Round, finals, level_with_best
 from foldgpt.selection.selection import Request
 from foldgpt.selection.units import Removed
 
@@ -80,8 +80,28 @@ class FurtherText:
         share = _SHARE_COMPENSATED * allowance
         return min(start + self.most * one, share) if start + 2 * one <= share else 0.0
 
+    def price(self, removed: Removed) -> float:
+        """What measuring one more set in finals takes, in forward equivalents, before any round but the first."""
+        return self._equivalents([removed], self.rounds[0])
+
+    def level_cost(self, known: Mapping[Removed, float]) -> float:
+        """The cost up to which sets are level with the best one.
+
+        Args:
+            known: set → cost, as the search measured them.
+        """
+        least = min(known.values())
+        return least + self._level * abs(least - self._cost.source_cost())
+
     def finals(
-        self, known: Mapping[Removed, float], left: Callable[[], float], past: list[Round], keep: Callable[[], None]
+        self,
+        known: Mapping[Removed, float],
+        left: Callable[[], float],
+        past: list[Round],
+        keep: Callable[[], None],
+        *,
+        earlier: Sequence[Sequence[Round]] = (),
+        incumbents: Sequence[Removed] = (),
     ) -> list[Final]:
         """What is level by the search, judged on this text; what it takes is added to the search's measure.
 
@@ -90,14 +110,21 @@ class FurtherText:
             left: of the allowance, in forward equivalents.
             past: see `finals.finals`.
             keep: called whenever something was measured and counted.
+            earlier: see `finals.finals`.
+            incumbents: what came out of the finals before; only sets that those did not measure are put beside them.
 
         Returns:
-            See `finals.finals`.
+            See `finals.finals`; none as well where one set was ahead in the search.
 
         Raises:
             FoldGPTError: the predictions of a set that is not compensated are not finite.
         """
         if not known or not self.rounds:
+            return []
+        before = {removed for stage in earlier for found in stage for removed in found.sets}
+        level = level_with_best(known, self._cost.source_cost(), self._level)
+        sets = [*incumbents, *[removed for removed in level if removed not in before][: self.most]]
+        if len(sets) < 2 or len(sets) == len(incumbents):
             return []
         self._cost.forget()
         counted = (0.0, 0.0)  # of the present round
@@ -124,13 +151,12 @@ class FurtherText:
             return next((number for number in numbers if self._equivalents(sets[:number], ids_WT) <= left()), 0)
 
         return finals(
-            known,
-            self._cost.source_cost(),
+            sets,
             self.rounds,
             measure,
-            level=_LEVEL_COMPENSATED if self._request.compensate else _LEVEL,
-            most=self.most,
+            level=self._level,
             past=past,
+            earlier=earlier,
             affordable=affordable,
             after_each=count_in,
         )
@@ -146,6 +172,10 @@ class FurtherText:
         if self._fitted_WT is not None:
             equivalents += fit_tokens(sets, self._cost.units, self._fitted_WT.numel()) / self._num_tokens
         return equivalents
+
+    @property
+    def _level(self) -> float:
+        return _LEVEL_COMPENSATED if self._request.compensate else _LEVEL
 
     @property
     def _num_tokens(self) -> int:

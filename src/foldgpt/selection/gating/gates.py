@@ -1,14 +1,15 @@
 """Learned gates: find the blocks that can go, knowing how they depend on each other.
 
 Each unit's removal is measured alone; gates start from there and are learned with the backbone frozen; the sets they
-point to are then measured, and refined by swaps; sets that come out level are judged on further text. All stages share
-one allowance of forward passes, as many as greedy removal is expected to take for the same budget.
+point to are then measured, and refined by swaps; sets that come out level are judged on further text, and the swaps of
+what wins there are looked at as well. All stages share one allowance of forward passes, as many as greedy removal is
+expected to take for the same budget.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from foldgpt.selection.gating.estimator import Estimator
 from foldgpt.selection.gating.finals import Final, Round
 from foldgpt.selection.gating.further_text import FurtherText
 from foldgpt.selection.gating.hard_concrete import HardConcrete
-from foldgpt.selection.gating.refine import measured_in_refinement, refine
+from foldgpt.selection.gating.refine import Refinement
 from foldgpt.selection.gating.score_function import ScoreFunction
 from foldgpt.selection.gating.smoothed import SmoothedL0
 from foldgpt.selection.gating.surrogate import Measurement, Surrogate
@@ -112,7 +113,8 @@ class _Search:
         self._further = FurtherText(request, cost)
         # Of a search with other defaults nothing is taken over.
         self._checkpoint = Checkpoint("gates", replace(request, options=options), cost)
-        fresh = {"samples": [], "set_up_again": 0.0, "scores": [], "trace": [], "known": [], "judged": [], "finals": []}
+        fresh: dict[str, Any] = {"samples": [], "set_up_again": 0.0}
+        fresh |= {name: [] for name in ("scores", "trace", "known", "num_known", "judged", "stages")}
         self._progress: dict[str, Any] = {**fresh, **self._checkpoint.found}
         self._samples_before = [tuple(sample) for sample in self._progress["samples"]]
         self._set_up_again_before: float = self._progress["set_up_again"]
@@ -126,12 +128,10 @@ class _Search:
         by_gate = ranked(probabilities_U.tolist())
         removed = self._cost.units.fill(by_gate)
         known: dict[Removed, float] = {}
+        finalists: list[Final] = []
         if self._options["refine"]:
-            known = self._refine(scores, estimator)
-            removed = min(known, key=lambda found: known[found])
-        finalists = self._finals(known)
-        if finalists:
-            removed = finalists[0].removed
+            known, finalists = self._refine(scores, estimator)
+            removed = finalists[0].removed if finalists else _best(known)
         value = known[removed] if known else self._cost.cost(removed)
         order = sorted(removed, key=by_gate.index) + [unit for unit in by_gate if unit not in removed]
         return selection_of(
@@ -209,65 +209,90 @@ class _Search:
             return HardConcrete(self._cost, samples, scores, num_steps=num_steps, seed=self._seed)
         return SmoothedL0(self._cost, samples, scores, num_steps=num_steps)
 
-    def _refine(self, scores: Sequence[float], estimator: Estimator) -> dict[Removed, float]:
-        """Promising sets and their costs, on all windows."""
+    def _refine(self, scores: Sequence[float], estimator: Estimator) -> tuple[dict[Removed, float], list[Final]]:
+        """Promising sets and their costs on all windows, and what came out of the last finals, if there were any."""
         units = self._cost.units
-        sample = self._refinement_sample
-        probabilities_U = estimator.keep_probabilities()
         drawn: list[Measurement] = list(getattr(estimator, "measurements", []))
-        surrogate = Surrogate(scores, units.per_block)
-        known = {frozenset(found): value for found, value in self._progress["known"]}
-        measurements = [*drawn, *measured_in_refinement(known)]
-        if measurements:
-            surrogate.fit(measurements)
+        probabilities_U = estimator.keep_probabilities()
+
+        def keep(*, now: bool = False) -> None:
+            self._progress["known"] = [[sorted(found), value] for found, value in refinement.known.items()]
+            self._save(now=now)
+
+        refinement = Refinement(
+            self._cost,
+            self._refinement_sample,
+            keep_probabilities_U=probabilities_U,
+            surrogate=Surrogate(scores, units.per_block),
+            measurements=drawn,
+            known={frozenset(found): value for found, value in self._progress["known"]},
+            after_round=keep,
+        )
         own = units.fill(ranked(probabilities_U.tolist()))
         start = {own, units.fill(ranked(scores)), *(measurement.removed for measurement in drawn)}
         # By what is the same after an interruption.
         for_finals = self._further.reserve(self._allowance, start)
-        allowance = self._allowance - for_finals
-        num_finalists = max(_FINALISTS, self._further.most if for_finals else 0)
-        if not self._judges_everything:
-            allowance -= self._cost.predicted_equivalents(num_finalists, self._cost.everything)
-        one = self._cost.predicted_equivalents(1, sample)
+        most = max(_FINALISTS, self._further.most if for_finals else 0)
+        left = self._allowance - for_finals - self._price_of_judging(most)
 
-        def keep(*, now: bool = False) -> None:
-            self._progress["known"] = [[sorted(found), value] for found, value in known.items()]
-            self._save(now=now)
+        def search() -> None:
+            refinement.search(start | spans(units), own, self._spent_beyond(left))
 
-        if not self._progress.get("refined"):
-            refine(
-                self._cost,
-                sample,
-                start | known.keys() | spans(units),
-                own=own,
-                keep_probabilities_U=probabilities_U,
-                surrogate=surrogate,
-                measurements=measurements,
-                known=known,
-                is_spent=lambda: self._spent() + one > allowance,
-                after_round=keep,
-            )
-            self._progress["refined"] = True
+        known = self._judged(self._measured(0, refinement, search, keep), most)
+        finalists = self._finals(0, known, ())
+        centers = {_best(known)}
+        # What wins on further text may not be the set whose swaps were looked at.
+        while finalists and (center := finalists[0].removed) not in centers:
+            centers.add(center)
+            left = self._allowance - self._further.price(center) - self._price_of_judging(1)
+            number = len(centers) - 1
+
+            def look_around(center: Removed = center, left: float = left) -> None:
+                refinement.around(center, self._further.level_cost, self._spent_beyond(left))
+
+            known |= self._judged(self._measured(number, refinement, look_around, keep), most)
+            found = self._finals(number, known, [final.removed for final in finalists])
+            if not found:
+                break
+            finalists = found
+        return known, finalists
+
+    def _measured(
+        self, number: int, refinement: Refinement, measure: Callable[[], None], keep: Callable[..., None]
+    ) -> dict[Removed, float]:
+        """What one part of the refinement has measured, on its windows; it goes on where it was stopped."""
+        ends: list[int] = self._progress["num_known"]
+        if number == len(ends):
+            measure()
+            ends.append(len(refinement.known))
             keep(now=True)
+        start = ends[number - 1] if number else 0
+        return dict(list(refinement.known.items())[start : ends[number]])
+
+    def _judged(self, known: Mapping[Removed, float], most: int) -> dict[Removed, float]:
+        """The best of some sets, with their costs on all windows."""
         if self._judges_everything:
-            return known
-        finalists = sorted(known, key=lambda found: known[found])[:num_finalists]
+            return dict(known)
         judged = {frozenset(found): value for found, value in self._progress["judged"]}
-        for found in sorted(set(finalists) - judged.keys(), key=sorted):
+        best = sorted(known, key=lambda found: known[found])[:most]
+        for found in sorted(set(best) - judged.keys(), key=sorted):
             judged[found] = self._cost.cost(found)
             self._progress["judged"] = [[sorted(removed), value] for removed, value in judged.items()]
             self._save()
-        return judged
+        return {found: judged[found] for found in best}
 
-    def _finals(self, known: Mapping[Removed, float]) -> list[Final]:
-        """What is level by the search, judged on further text."""
-        past = [Round.from_json_dict(kept) for kept in self._progress["finals"]]
+    def _finals(self, number: int, known: Mapping[Removed, float], incumbents: Sequence[Removed]) -> list[Final]:
+        """What is level by the search, judged on further text; the first finals are number 0."""
+        stages = self._progress["stages"]
+        earlier = [[Round.from_json_dict(kept) for kept in stage] for stage in stages[:number]]
+        past = [Round.from_json_dict(kept) for stage in stages[number : number + 1] for kept in stage]
 
         def keep() -> None:
-            self._progress["finals"] = [found.to_json_dict() for found in past]
+            stages[number:] = [[found.to_json_dict() for found in past]]
             self._save()
 
-        return self._further.finals(known, lambda: self._allowance - self._spent(), past, keep)
+        left = self._spent_left
+        return self._further.finals(known, left, past, keep, earlier=earlier, incumbents=incumbents)
 
     # ------------------------------------------------------------------------------------------- bookkeeping
 
@@ -280,6 +305,18 @@ class _Search:
     @property
     def _judges_everything(self) -> bool:
         return self._refinement_sample is self._cost.everything
+
+    def _price_of_judging(self, number: int) -> float:
+        """What measuring so many sets on all windows takes, where refinement sees a part of them."""
+        return 0.0 if self._judges_everything else self._cost.predicted_equivalents(number, self._cost.everything)
+
+    def _spent_beyond(self, allowance: float) -> Callable[[], bool]:
+        """Whether one more set of refinement would be too much."""
+        one = self._cost.predicted_equivalents(1, self._refinement_sample)
+        return lambda: self._spent() + one > allowance
+
+    def _spent_left(self) -> float:
+        return self._allowance - self._spent()
 
     def _spent(self) -> float:
         """Of the allowance. What a resumed search sets up anew is not: interruptions should not shorten it."""
@@ -307,6 +344,10 @@ def greedy_equivalents(cost: RemovalCost) -> float:
 def gates_passes(request: Request, head: float) -> float:
     """What `gates` may spend; it often ends before."""
     return float(gates_options(request)["effort"]) * greedy_passes(request, head)
+
+
+def _best(known: Mapping[Removed, float]) -> Removed:
+    return min(known, key=lambda found: known[found])
 
 
 def spans(units: Units) -> set[Removed]:

@@ -5,14 +5,14 @@ differ from the best one by a swap of a removed for a kept unit, or by two swaps
 It ranks them by the least cost that they may well have: what it expects, less its own uncertainty (the confidence bound
 of Srinivas et al. 2010, arXiv 0912.3995). The best few are measured, the regression learns from them, and so on, until
 no single swap of the best set may well be better than it. What the regression gets wrong costs a measurement, not the
-result: the answer is the best *measured* set.
+result: the answer is the best *measured* set. Where finals prefer another set, its swaps are looked at in the same way.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -31,67 +31,121 @@ _DOUBT = 1.0
 _DOUBTFUL = 6
 
 
-def refine(
-    cost: RemovalCost,
-    sample: Sample,
-    start: Iterable[Removed],
-    *,
-    own: Removed | None = None,
-    keep_probabilities_U: Tensor,
-    surrogate: Surrogate,
-    measurements: list[Measurement],
-    known: dict[Removed, float],
-    is_spent: Callable[[], bool],
-    after_round: Callable[[], None],
-) -> None:
-    """Measure promising sets; the results are added to `known` and `measurements`.
+class Refinement:
+    """Measures promising sets; one object for all of a search.
 
     Args:
         cost: the measure.
         sample: where to measure.
-        start: sets to begin with; the most promising come first.
-        own: what the gates alone would remove; measured in any case.
         keep_probabilities_U: from the gates, fp64 [U].
-        surrogate: ranks what was not measured; fitted to `measurements` after each round.
+        surrogate: ranks what was not measured; fitted to all measurements after each round.
         measurements: of the gates' training, with other samples.
-        known: set → cost on `sample`; empty unless the search is resumed.
-        is_spent: whether no more may be measured.
+        known: set → cost on `sample`, of a search that is resumed.
         after_round: called after each round.
+
+    Attributes:
+        known: set → cost on `sample`, in the order in which they were measured.
     """
-    pool = set(start)
-    waited = 0
-    while True:
-        near: set[Removed] = set()
-        if known:
-            best = min(known, key=lambda removed: known[removed])
-            near = swaps(best, cost.units, keep_probabilities_U)
-            pool |= near | double_swaps(best, cost.units, keep_probabilities_U)
-        open_sets = sorted(pool - known.keys(), key=sorted)
-        if not open_sets:
-            return
-        expected_S, uncertain_S = (f(open_sets, _REFINEMENT) for f in (surrogate.predict, surrogate.uncertainty))
-        # Before anything is known, what is most likely good comes first.
-        bounds = (expected_S - (_DOUBT if known else 0.0) * uncertain_S).tolist()
-        if waited >= _PATIENCE:
-            least = _log(known[best])
-            if not any(bound < least for removed, bound in zip(open_sets, bounds, strict=True) if removed in near):
+
+    def __init__(
+        self,
+        cost: RemovalCost,
+        sample: Sample,
+        *,
+        keep_probabilities_U: Tensor,
+        surrogate: Surrogate,
+        measurements: Sequence[Measurement],
+        known: Mapping[Removed, float],
+        after_round: Callable[[], None],
+    ) -> None:
+        self.known = dict(known)
+        self._cost = cost
+        self._sample = sample
+        self._keep_probabilities_U = keep_probabilities_U
+        self._surrogate = surrogate
+        self._measurements = [*measurements, *_as_measurements(self.known)]
+        self._after_round = after_round
+        if self._measurements:
+            surrogate.fit(self._measurements)
+
+    def search(self, start: Iterable[Removed], own: Removed, is_spent: Callable[[], bool]) -> None:
+        """Measure what looks best, until no swap of the best set may well be better.
+
+        Args:
+            start: sets to begin with; the most promising come first.
+            own: what the gates alone would remove; measured in any case.
+            is_spent: whether no more may be measured.
+        """
+        pool = {*start, *self.known}
+        waited = 0
+        while True:
+            near: set[Removed] = set()
+            if self.known:
+                best = min(self.known, key=lambda removed: self.known[removed])
+                near = swaps(best, self._cost.units, self._keep_probabilities_U)
+                pool |= near | double_swaps(best, self._cost.units, self._keep_probabilities_U)
+            # Before anything is known, what is most likely good comes first.
+            bounds = self._bounds(pool, doubt=_DOUBT if self.known else 0.0)
+            if not bounds:
                 return
-        ranked = sorted(range(len(open_sets)), key=lambda index: bounds[index])
-        before = min(known.values(), default=math.inf)
-        chosen = [open_sets[index] for index in ranked[:_ROUND]]
-        # The first ones may be all that is paid for. Others are sorted: what begins alike shares states.
-        first = [] if known else list(dict.fromkeys([chosen[0], own or chosen[0]]))
+            if waited >= _PATIENCE:
+                least = _log(self.known[best])
+                if not any(bound < least for removed, bound in bounds.items() if removed in near):
+                    return
+            chosen = sorted(bounds, key=lambda removed: bounds[removed])[:_ROUND]
+            # The first ones may be all that is paid for.
+            first = [] if self.known else list(dict.fromkeys([chosen[0], own]))
+            before = min(self.known.values(), default=math.inf)
+            if not self._measure(chosen, is_spent, first):
+                return
+            waited = 0 if min(self.known.values()) < before else waited + 1
+
+    def around(
+        self,
+        center: Removed,
+        most: Callable[[Mapping[Removed, float]], float],
+        is_spent: Callable[[], bool],
+    ) -> None:
+        """Measure the swaps of a set that may well be good enough, until none is left.
+
+        Args:
+            center: the set.
+            most: the cost up to which sets are good enough, by all that is known.
+            is_spent: whether no more may be measured.
+        """
+        near = swaps(center, self._cost.units, self._keep_probabilities_U)
+        while True:
+            bounds = self._bounds(near, doubt=_DOUBT)
+            best = sorted(bounds, key=lambda removed: bounds[removed])[:_ROUND]
+            least = _log(most(self.known))
+            chosen = [removed for removed in best if bounds[removed] < least]
+            if not chosen or not self._measure(chosen, is_spent):
+                return
+
+    def _bounds(self, pool: Iterable[Removed], doubt: float) -> dict[Removed, float]:
+        """The least log cost that each set which was not measured may well have."""
+        open_sets = sorted(set(pool) - self.known.keys(), key=sorted)
+        if not open_sets:
+            return {}
+        expected_S, uncertain_S = (
+            f(open_sets, _REFINEMENT) for f in (self._surrogate.predict, self._surrogate.uncertainty)
+        )
+        return dict(zip(open_sets, (expected_S - doubt * uncertain_S).tolist(), strict=True))
+
+    def _measure(self, chosen: Sequence[Removed], is_spent: Callable[[], bool], first: Sequence[Removed] = ()) -> bool:
+        """One round; the first ones are measured in any case. False where no more may be measured."""
+        # Sorted: what begins alike shares states.
         for removed in [*first, *sorted(set(chosen).difference(first), key=sorted)]:
             if removed not in first and is_spent():
-                return
-            known[removed] = cost.cost(removed, sample)
-            measurements += measured_in_refinement({removed: known[removed]})
-        surrogate.fit(measurements)
-        waited = 0 if min(known.values()) < before else waited + 1
-        after_round()
+                return False
+            self.known[removed] = self._cost.cost(removed, self._sample)
+            self._measurements += _as_measurements({removed: self.known[removed]})
+        self._surrogate.fit(self._measurements)
+        self._after_round()
+        return True
 
 
-def measured_in_refinement(known: dict[Removed, float]) -> list[Measurement]:
+def _as_measurements(known: dict[Removed, float]) -> list[Measurement]:
     """Costs that refinement measured, as the regression reads them."""
     return [Measurement(removed, _REFINEMENT, _log(cost), _NOISE) for removed, cost in known.items()]
 
