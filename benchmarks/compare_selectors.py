@@ -363,7 +363,7 @@ def line_of(found: list[dict[str, Any]], sublayers: bool, tests: dict[str, Any])
     """One line of the table; several draws become mean and standard deviation."""
     row = found[0]
     same = len({tuple(r["removed"]) for r in found}) == 1
-    passes = "—" if row["forward_equivalents"] is None else f"{row['forward_equivalents']:.1f}"
+    passes = "—" if None in (took := [r["forward_equivalents"] for r in found]) else f"{statistics.mean(took):.1f}"
     cells = [
         f"{row['num_remove']} ({row['ratio']:.0%})",
         row["selector"],
