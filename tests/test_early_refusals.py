@@ -102,7 +102,7 @@ def test_a_compiler_that_is_not_there_shows_before_anything_runs(
 ) -> None:
     monkeypatch.setattr("foldgpt.recovery.compiled._BACKEND", "nonsense")
     compiling = recipe.changed(recover={"num_tokens": 4096, "context": 32, "settings": {"compile": True}})
-    with pytest.raises(FoldGPTError, match="torch.compile does not work on cpu"):
+    with pytest.raises(FoldGPTError, match=r"torch\.compile does not work on cpu"):
         pipeline.run(compiling, tmp_path / "run")
     assert stages_run == []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def _finals(
     known: dict[Removed, float],
     truth: list[dict[Removed, float]],
     *,
-    affordable: int = 9,
+    affordable: int | Iterator[int] = 9,
     floor: float = 0.0,
     windows: list[Tensor] | None = None,
     past: list[Round] | None = None,
@@ -60,7 +60,9 @@ def _finals(
         level=0.03,
         past=[] if past is None else past,
         earlier=earlier,
-        affordable=lambda removed, ids_WT: min(affordable, len(removed)),
+        affordable=lambda removed, ids_WT: min(
+            affordable if isinstance(affordable, int) else next(affordable), len(removed)
+        ),
         after_each=lambda cost: None,
     )
     return found, measured
@@ -150,6 +152,16 @@ def test_later_finals_measure_what_is_new_beside_what_won() -> None:
     found, measured = _finals({B: 1.0, A: 1.0, C: 1.0}, truth, earlier=[past])
     assert measured == [C, C]
     assert found == [Final(C, 0.95, 32), Final(B, 1.005, 32), Final(A, 1.15, 32)]
+
+
+def test_what_later_rounds_cannot_pay_for_unseats_nothing() -> None:
+    past: list[Round] = []
+    first, _ = _finals({A: 1.0, B: 1.0}, [{A: 1.0, B: 1.01}, {A: 1.3, B: 1.0}], past=past)
+    paid = iter([1, 0])
+    found, measured = _finals(
+        {A: 1.0, B: 1.0, C: 1.0}, [{C: 1.02}], earlier=[past], affordable=paid, windows=[WINDOWS] * 2
+    )
+    assert measured == [C] and found == first, "on the first part alone A would be ahead"
 
 
 def test_where_nothing_new_can_be_paid_for_there_are_no_later_finals() -> None:
@@ -251,8 +263,8 @@ def test_what_wins_on_further_text_is_searched_around(far_request: Request, monk
     liked = _Liked({0, 1, 2})
     centers: list[Removed] = []
 
-    def around(self: Refinement, center: Removed, most: Callable[..., float], is_spent: Callable[[], bool]) -> None:
-        assert most(self.known) > min(self.known.values()) and not is_spent()
+    def around(self: Refinement, center: Removed, limit: Callable[..., float], is_spent: Callable[[], bool]) -> None:
+        assert limit(self.known) > min(self.known.values()) and not is_spent()
         centers.append(center)
         self.known[frozenset(liked.blocks)] = 1.01 * min(self.known.values())
 
@@ -262,6 +274,27 @@ def test_what_wins_on_further_text_is_searched_around(far_request: Request, monk
     assert found.removed == (0, 1, 2) and len(set(liked.measured)) == len(liked.measured), "each is measured once"
     assert centers[0] == max(liked.measured[:4], key=lambda removed: len(removed & liked.blocks))
     assert frozenset([0, 1, 2]) in liked.measured[4:]
+
+
+@pytest.mark.parametrize("effort", [0.7, 1.0])
+def test_what_is_found_around_the_winner_is_paid_from_the_allowance(
+    far_request: Request, monkeypatch: pytest.MonkeyPatch, effort: float
+) -> None:
+    """Refinement sees a part of the windows here, and what it finds is measured on all of them."""
+    monkeypatch.setattr("foldgpt.selection.gating.gates._REFINEMENT_TOKENS", 64)
+    monkeypatch.setattr(FurtherText, "_measure", lambda self, ids_WT: _Liked({0, 4, 5}))
+    found: list[int] = []
+    around = Refinement.around
+
+    def counted(self: Refinement, *arguments: Any) -> None:
+        before = len(self.known)
+        around(self, *arguments)
+        found.append(len(self.known) - before)
+
+    monkeypatch.setattr(Refinement, "around", counted)
+    request = replace(far_request, options={"effort": effort})
+    spent = select("gates", request).report["forward_equivalents"]
+    assert found and spent <= effort * greedy_equivalents(request.need_cost("test"))
 
 
 @pytest.mark.parametrize("stop_at", [2, 4, 5, 7])
@@ -350,11 +383,11 @@ def test_a_search_stopped_in_its_finals_ends_in_the_same(
             found = real(self, ids_WT)
             cost = found.cost
 
-            def costs(removed: Removed) -> float:
+            def costs(removed: Removed, *arguments: Any) -> float:
                 if len(measured) == after and not resumes:
                     raise KeyboardInterrupt
                 measured.extend([removed] if removed else [])  # not what removing nothing costs
-                return float(cost(removed))
+                return float(cost(removed, *arguments))
 
             found.cost = costs
             return found

@@ -373,7 +373,15 @@ def test_gradient_checkpointing_changes_no_loss(tmp_path: Path) -> None:
 
 
 def test_compiled_blocks_change_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foldgpt.recovery.compiled._BACKEND", "aot_eager")  # needs no C++ compiler
+    graphs: list[int] = []
+
+    def backend(graph: Any, inputs: list[Any]) -> Any:  # needs no C++ compiler
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    monkeypatch.setattr("foldgpt.recovery.compiled._BACKEND", backend)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    torch._dynamo.reset()
     plain = tiny_recovery(tmp_path / "plain", windows=12, train_fully="cuts", lm=0.5)
     calls: list[nn.Module] = []
     compile_ = nn.Module.compile
@@ -389,6 +397,7 @@ def test_compiled_blocks_change_no_loss(tmp_path: Path, monkeypatch: pytest.Monk
     student, teacher, _ = tiny_pair()
     assert len(calls) == len(decoder_of(student).blocks) + len(decoder_of(teacher).blocks)
     assert all(block._compiled_call_impl is None for block in calls)
+    assert sum(nodes > 20 for nodes in graphs) >= 2, "whole blocks, with and without gradients"
 
 
 def test_without_a_compiler_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from foldgpt.errors import UsageError, first_line
 from foldgpt.families import decoder_of
 
 _BACKEND = "inductor"
+_VARIANTS = 64
 
 
 def check_compiler(device: torch.device) -> None:
@@ -20,8 +21,9 @@ def check_compiler(device: torch.device) -> None:
     Raises:
         UsageError: `torch.compile` fails on this device, for want of a C++ compiler for example.
     """
+    x = torch.zeros(8, device=device, requires_grad=True)
     try:
-        torch.compile(lambda x: x + 1, backend=_BACKEND)(torch.zeros(8, device=device))
+        torch.compile(lambda x: (x * x).sum(), backend=_BACKEND)(x).backward()
     except Exception as error:  # compilers, linkers and drivers fail in their own ways
         raise UsageError(
             f"torch.compile does not work on {device} here; train without compile. {first_line(error)}"
@@ -38,7 +40,10 @@ def compiled_blocks(*models: nn.Module | None) -> Iterator[None]:
     try:
         for block in blocks:
             block.compile(backend=_BACKEND)
-        yield
+        # All blocks have their code in common, and of that 8 variants at most are compiled by default: kinds of
+        # attention, what is trained in a block, with and without gradients.
+        with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
+            yield
     finally:
         for block in blocks:
             block._compiled_call_impl = None

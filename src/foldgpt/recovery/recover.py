@@ -94,12 +94,12 @@ def recover(
     out = Path(out)
     check_place(out, replace=replace)
     check_loggers(report_to)
-    device = next(student.parameters()).device
-    if settings.compile:
-        check_compiler(device)
     work = work_beside(out) if work is None else Path(work)
     check_trainable(student)
     check_inputs(student, teacher, plan, settings, train, held_out)
+    device = next(student.parameters()).device
+    if settings.compile:
+        check_compiler(device)
     pairs = aligned_blocks(plan, settings.states_at) if settings.states else []
     if settings.states and not pairs:
         raise UsageError("states are to be compared at the cuts, but nothing follows on a removed part of the plan")

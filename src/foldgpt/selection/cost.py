@@ -128,6 +128,7 @@ class RemovalCost:
         self._seed = seed
         self._position_share, self._most_positions = position_share, most_positions
         self._samples: dict[tuple[int, int], Sample] = {}
+        self._source_costs: dict[tuple[int, int], float] = {}
         self._cache: OrderedDict[StateKey, list[Tensor]] = OrderedDict()
         self._cache_room = cache_bytes
         self._compensator = Compensator(replay, parts=_PARTS) if compensate else None
@@ -248,9 +249,19 @@ class RemovalCost:
             )
         return value
 
-    def source_cost(self) -> float:
-        """What removing nothing costs: 0 by the KL, the source's own loss by the language-modelling loss."""
-        return 0.0 if self.objective == "kl" else self.cost(frozenset())
+    def source_cost(self, sample: Sample | None = None) -> float:
+        """What removing nothing costs: 0 by the KL, the source's own loss by the language-modelling loss.
+
+        Args:
+            sample: where; all windows by default. Each is measured once.
+        """
+        if self.objective == "kl":
+            return 0.0
+        sample = sample or self.everything
+        key = (sample.windows.start, sample.windows.stop)
+        if key not in self._source_costs:
+            self._source_costs[key] = self.cost(frozenset(), sample)
+        return self._source_costs[key]
 
     @torch.no_grad()
     def costs(

@@ -122,7 +122,8 @@ def finals(
             unmeasured = [removed for removed in left if removed not in found.costs]
             paid = unmeasured[: affordable(unmeasured, ids_WT)] if unmeasured else []
             found.sets = [removed for removed in left if removed in found.costs or removed in paid]
-            if len(found.sets) < 2 or (unmeasured and not paid):
+            # Later rounds go on without what cannot be paid for: on less text it does not beat what is known on more.
+            if len(found.sets) < 2 or (unmeasured and not paid and number == 0):
                 break
             past.append(found)
         costs, floor = _completed(past[number], ids_WT, measure, after_each)
@@ -167,8 +168,13 @@ def level_with_best(costs: Mapping[Removed, float], floor: float, level: float) 
         level: sets are level whose damage is at most this share more than the best one's.
     """
     best = _best_first(costs)
-    least = costs[best[0]]
-    return [removed for removed in best if costs[removed] - least <= level * abs(least - floor)]
+    highest = highest_level_cost(costs[best[0]], floor, level)
+    return [removed for removed in best if costs[removed] <= highest]
+
+
+def highest_level_cost(least: float, floor: float, level: float) -> float:
+    """The cost up to which sets are level with the best one; see `level_with_best`."""
+    return least + level * abs(least - floor)
 
 
 def _best_first(costs: Mapping[Removed, float]) -> list[Removed]:

@@ -9,9 +9,9 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from foldgpt.selection.cost import RemovalCost
+from foldgpt.selection.cost import RemovalCost, Sample
 from foldgpt.selection.folded_cost import FoldedCost, fit_tokens
-from foldgpt.selection.gating.finals import Final, Measure, Round, finals, level_with_best
+from foldgpt.selection.gating.finals import Final, Measure, Round, finals, highest_level_cost, level_with_best
 from foldgpt.selection.selection import Request
 from foldgpt.selection.units import Removed
 
@@ -81,17 +81,21 @@ class FurtherText:
         return min(start + self.most * one, share) if start + 2 * one <= share else 0.0
 
     def price(self, removed: Removed) -> float:
-        """What measuring one more set in finals takes, in forward equivalents, before any round but the first."""
-        return self._equivalents([removed], self.rounds[0])
+        """What the first round of finals takes for one more set, its recording included, in forward equivalents.
 
-    def level_cost(self, known: Mapping[Removed, float]) -> float:
+        Args:
+            removed: a set like it; it may begin at the first block, though, and then shares no states.
+        """
+        return max(self._equivalents([found], self.rounds[0]) for found in (removed, removed | {0}))
+
+    def level_cost(self, known: Mapping[Removed, float], sample: Sample) -> float:
         """The cost up to which sets are level with the best one.
 
         Args:
             known: set → cost, as the search measured them.
+            sample: where it did.
         """
-        least = min(known.values())
-        return least + self._level * abs(least - self._cost.source_cost())
+        return highest_level_cost(min(known.values()), self._cost.source_cost(sample), self._level)
 
     def finals(
         self,

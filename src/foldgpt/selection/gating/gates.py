@@ -238,17 +238,22 @@ class _Search:
         def search() -> None:
             refinement.search(start | spans(units), own, self._spent_beyond(left))
 
-        known = self._judged(self._measured(0, refinement, search, keep), most)
+        measured = self._measured(0, refinement, search, keep)
+        centers = {_best(measured)}
+        known = self._judged(measured, most)
         finalists = self._finals(0, known, ())
-        centers = {_best(known)}
+
+        def limit(costs: Mapping[Removed, float]) -> float:
+            return self._further.level_cost(costs, self._refinement_sample)
+
         # What wins on further text may not be the set whose swaps were looked at.
         while finalists and (center := finalists[0].removed) not in centers:
             centers.add(center)
-            left = self._allowance - self._further.price(center) - self._price_of_judging(1)
+            left = self._allowance - self._further.price(center) - self._price_of_judging(most)
             number = len(centers) - 1
 
             def look_around(center: Removed = center, left: float = left) -> None:
-                refinement.around(center, self._further.level_cost, self._spent_beyond(left))
+                refinement.around(center, limit, self._spent_beyond(left))
 
             known |= self._judged(self._measured(number, refinement, look_around, keep), most)
             found = self._finals(number, known, [final.removed for final in finalists])

@@ -76,7 +76,7 @@ class Refinement:
             own: what the gates alone would remove; measured in any case.
             is_spent: whether no more may be measured.
         """
-        pool = {*start, *self.known}
+        pool = set(start)
         waited = 0
         while True:
             near: set[Removed] = set()
@@ -103,22 +103,22 @@ class Refinement:
     def around(
         self,
         center: Removed,
-        most: Callable[[Mapping[Removed, float]], float],
+        limit: Callable[[Mapping[Removed, float]], float],
         is_spent: Callable[[], bool],
     ) -> None:
         """Measure the swaps of a set that may well be good enough, until none is left.
 
         Args:
             center: the set.
-            most: the cost up to which sets are good enough, by all that is known.
+            limit: the cost up to which sets are good enough, by all that is known.
             is_spent: whether no more may be measured.
         """
         near = swaps(center, self._cost.units, self._keep_probabilities_U)
         while True:
             bounds = self._bounds(near, doubt=_DOUBT)
             best = sorted(bounds, key=lambda removed: bounds[removed])[:_ROUND]
-            least = _log(most(self.known))
-            chosen = [removed for removed in best if bounds[removed] < least]
+            highest = _log(limit(self.known))
+            chosen = [removed for removed in best if bounds[removed] < highest]
             if not chosen or not self._measure(chosen, is_spent):
                 return
 
@@ -134,15 +134,17 @@ class Refinement:
 
     def _measure(self, chosen: Sequence[Removed], is_spent: Callable[[], bool], first: Sequence[Removed] = ()) -> bool:
         """One round; the first ones are measured in any case. False where no more may be measured."""
+        cut_short = False
         # Sorted: what begins alike shares states.
         for removed in [*first, *sorted(set(chosen).difference(first), key=sorted)]:
-            if removed not in first and is_spent():
-                return False
+            cut_short = removed not in first and is_spent()
+            if cut_short:
+                break
             self.known[removed] = self._cost.cost(removed, self._sample)
             self._measurements += _as_measurements({removed: self.known[removed]})
         self._surrogate.fit(self._measurements)
         self._after_round()
-        return True
+        return not cut_short
 
 
 def _as_measurements(known: dict[Removed, float]) -> list[Measurement]:
