@@ -77,6 +77,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--name", default="recovery_curve", help="stem of the result files")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
+    if arguments.task and not arguments.data_dir:
+        parser.error("--task needs --data-dir")
     arguments.text = arguments.text or ["demo:wikipedia"]
     arguments.tokens = sorted(arguments.tokens or [100_000])
     return arguments

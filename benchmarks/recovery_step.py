@@ -91,7 +91,7 @@ def main() -> None:
         return
     sides = [*arguments.side, *SIDES[-2:]]
     # First, while this process holds no model.
-    # A GPU counts each process by itself.
+    # A GPU counts each process by itself; it needs memory for all of them.
     with ThreadPoolExecutor(1 if arguments.device == "cpu" else len(sides)) as pool:
         memory = dict(zip(sides, pool.map(_peak_of, sides), strict=True))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as until_end:

@@ -131,11 +131,11 @@ def _dtype_of(name: str) -> torch.dtype | None:
 
 @functools.cache
 def _say_if_slow(dtype: torch.dtype, device: torch.device) -> None:
-    """Say it once where 16 bits cost time: oneDNN has no products of them for x86 without AVX-512."""
+    """Say it once where 16 bits cost time: most x86 CPUs without AVX-512 have no products of them."""
     if device.type == "cpu" and dtype.itemsize == 2 and torch.backends.cpu.get_cpu_capability() == "AVX2":
         note(
-            f"this CPU has no instructions for {str(dtype).removeprefix('torch.')}: it takes several times as long as "
-            "float32 here (--dtype float32, or dtype in a recipe), which takes twice the memory and disk"
+            f"this CPU is likely to be slow in {str(dtype).removeprefix('torch.')}: without AVX-512 that takes several "
+            "times as long as float32 (--dtype float32, or dtype in a recipe; twice the memory and disk)"
         )
 
 
