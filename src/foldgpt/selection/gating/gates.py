@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from foldgpt.artifacts import finite, with_infinity
@@ -235,26 +236,18 @@ class _Search:
         most = max(_FINALISTS, self._further.most if for_finals else 0)
         left = self._allowance - for_finals - self._price_of_judging(most)
 
-        def search() -> None:
-            refinement.search(start | spans(units), own, self._spent_beyond(left))
-
+        search = partial(refinement.search, start | spans(units), own, self._spent_beyond(left))
         measured = self._measured(0, refinement, search, keep)
         centers = {_best(measured)}
         known = self._judged(measured, most)
         finalists = self._finals(0, known, ())
-
-        def limit(costs: Mapping[Removed, float]) -> float:
-            return self._further.level_cost(costs, self._refinement_sample)
-
+        limit = partial(self._further.level_cost, sample=self._refinement_sample)
         # What wins on further text may not be the set whose swaps were looked at.
         while finalists and (center := finalists[0].removed) not in centers:
             centers.add(center)
             left = self._allowance - self._further.price(center) - self._price_of_judging(most)
             number = len(centers) - 1
-
-            def look_around(center: Removed = center, left: float = left) -> None:
-                refinement.around(center, limit, self._spent_beyond(left))
-
+            look_around = partial(refinement.around, center, limit, self._spent_beyond(left))
             known |= self._judged(self._measured(number, refinement, look_around, keep), most)
             found = self._finals(number, known, [final.removed for final in finalists])
             if not found:
