@@ -460,13 +460,24 @@ def test_a_half_precision_checkpoint_is_held_to_its_own_precision(tmp_path: Path
         verify_checkpoint(tmp_path / "folded", model)
 
 
-def test_buffers_that_a_change_of_format_rounded_are_no_other_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_buffers_that_a_change_of_format_rounded_are_no_other_model(dtype: torch.dtype, tmp_path: Path) -> None:
     """S8: `.to(bfloat16)` rounds the rotary frequencies in memory; those of the reloaded model are made anew."""
-    model, plan = folded(shared=False)
-    model.to(torch.bfloat16)
-    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq * 1.01
+    model, plan = folded(shared=False, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    exact = model.model.rotary_emb.inv_freq.clone()
+    model.to(dtype)
+    assert not torch.equal(model.model.rotary_emb.inv_freq.float(), exact)
     verification = save_folded(model, plan, tmp_path / "folded")
     assert not verification.logits_identical and verification.reload_error < 1e-4
+
+
+def test_buffers_of_another_config_are_another_model_in_16_bits_too(tmp_path: Path) -> None:
+    model, plan = folded(shared=False)
+    model.to(torch.bfloat16)
+    save_folded(model, plan, tmp_path / "folded")
+    edit_config(tmp_path / "folded", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    with pytest.raises(VerificationError, match="computes something else"):
+        verify_checkpoint(tmp_path / "folded", model)
 
 
 # ------------------------------------------------------------------------------- plans that do not fit
