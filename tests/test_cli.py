@@ -170,6 +170,17 @@ def test_measurements_are_written_before_a_reader_has_enough(
     assert json.loads((tmp_path / "evaluation.json").read_text())["folded"]["size"]["num_blocks"] == 6
 
 
+def test_a_plan_of_other_weights_is_pointed_out(model: Path, tmp_path: Path) -> None:
+    plan, other = tmp_path / "plan.json", tmp_path / "other"
+    assert foldgpt("plan", model, *WITHOUT_SEARCH, "--out", plan, "-q").exit_code == 0
+    tiny_model("llama", seed=1).save_pretrained(other)
+    tiny_tokenizer(128).save_pretrained(other)
+    for source, expected in ((model, False), (other, True)):
+        made = foldgpt("fold", source, "--plan", plan, "--out", tmp_path / f"folded-{source.name}")
+        assert made.exit_code == 0, made.output
+        assert (f"the plan was made for other weights ({model})" in made.stderr) == expected
+
+
 def test_overwrite_replaces_a_folded_model_and_nothing_else(model: Path, text: Path, tmp_path: Path) -> None:
     plan, folded, thesis = tmp_path / "plan.json", tmp_path / "folded", tmp_path / "mine" / "thesis" / "a.txt"
     assert foldgpt("plan", model, *WITHOUT_SEARCH, "--out", plan, "-q").exit_code == 0

@@ -40,12 +40,14 @@ class SourceModel(_Frozen):
         revision: revision on the hub, if one was given.
         model_type: the architecture, e.g. "llama".
         num_blocks: number of blocks.
+        fingerprint: of its config and weights, where it was read from files; folding other weights says so.
     """
 
     model: str
     revision: str | None = None
     model_type: str
     num_blocks: int = Field(ge=1)
+    fingerprint: str | None = None
 
 
 #: Leaf (a linear layer by its name inside the block) → rank for all members, or one rank for each member.

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from foldgpt.analysis import Analysis
 from foldgpt.families import Decoder, attention_kinds, decoder_of, first_of_each_kind
 from foldgpt.folding import predicted_parameters, same_kind, source_model_of
-from foldgpt.plan import SUBLAYERS, Compensation, FoldPlan, Group
+from foldgpt.plan import SUBLAYERS, Compensation, FoldPlan, Group, SourceModel
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 from foldgpt.replay import Replay
@@ -103,12 +103,17 @@ def make_plan(
         groups = with_best_donors(Replay(source.model, bench.selection_ids()), groups)
     removes_anything = selection.removed or selection.removed_attention or selection.removed_mlp
     return FoldPlan.create(
-        source_model_of(source.model, name=recipe.model, revision=source.revision),
+        _source_model(bench),
         **_cut(recipe, selection, groups),
         compensation=compensation if removes_anything else None,
         fitting=bench.fitting if groups and recipe.share.fit else None,
         origin=origin,
     )
+
+
+def _source_model(bench: Workbench) -> SourceModel:
+    source = bench.source
+    return source_model_of(source.model, bench.recipe.model, source.revision, bench.fingerprint)
 
 
 def expected_parameters(recipe: Recipe, model: PreTrainedModel) -> int | None:
@@ -184,7 +189,7 @@ def _solved(
 
     solution = solve(
         source.model,
-        source_model_of(source.model, name=bench.recipe.model, revision=source.revision),
+        _source_model(bench),
         bench.calibration.ids,
         limit,
         removal,

@@ -63,6 +63,11 @@ def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool
     """Fold the recipe's model by a plan and save it, verified."""
     source = bench.take_source()
     check_foldable(source.model, plan)
+    if plan.source.fingerprint not in (None, source.fingerprint):
+        note(
+            f"the plan was made for other weights ({plan.source.model}) than those of {bench.recipe.model}: the blocks "
+            "it removes may not be the ones that this model can do without"
+        )
     expected = predicted_parameters(source.model, plan)
     notes: dict[str, Any] = {}
     fits: Mapping[int, GroupFit] = {}

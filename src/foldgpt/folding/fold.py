@@ -38,13 +38,16 @@ from foldgpt.plan import FoldPlan, SourceModel
 _INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number")
 
 
-def source_model_of(model: nn.Module, name: str | None = None, revision: str | None = None) -> SourceModel:
+def source_model_of(
+    model: nn.Module, name: str | None = None, revision: str | None = None, fingerprint: str | None = None
+) -> SourceModel:
     """What a plan needs to know of a loaded model.
 
     Args:
         model: a causal language model.
         name: how the user named it; the config's `name_or_path` by default.
         revision: its revision on the hub.
+        fingerprint: identity of its files; see `foldgpt.sources.model_fingerprint`.
     """
     decoder = decoder_of(model)
     config: Any = model.config
@@ -53,6 +56,7 @@ def source_model_of(model: nn.Module, name: str | None = None, revision: str | N
         revision=revision,
         model_type=decoder.model_type,
         num_blocks=len(decoder.blocks),
+        fingerprint=fingerprint,
     )
 
 
