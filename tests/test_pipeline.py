@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -261,6 +262,28 @@ def test_a_run_with_recovery_ends_in_a_recovered_model(recipe: Recipe, tmp_path:
     assert stages_run == []
     # Nor is the text packed again.
     assert not (tmp_path / "run" / ".recovered.windows").exists()
+
+
+def test_what_a_stopped_recovery_left_goes_where_recovery_is_switched_off(recipe: Recipe, tmp_path: Path) -> None:
+    pipeline.run(recipe, tmp_path / "run")
+    left = [tmp_path / "run" / name for name in (".recovered.recovery", ".recovered.windows")]
+    for folder in left:
+        folder.mkdir()
+    pipeline.run(recipe, tmp_path / "run")
+    assert not any(folder.exists() for folder in left)
+
+
+def test_a_text_that_was_moved_is_read_from_its_new_place(recipe: Recipe, text: Path, tmp_path: Path) -> None:
+    old = Path(shutil.copy(text, tmp_path / "old.txt"))
+    calibration = {"context": 32, "num_tokens": 256}
+    moving = {"select": {"method": "last", "remove": 1}, "compensate": {"method": "linear"}}
+    before = recipe.changed(calibration={**calibration, "texts": [str(old)]}, **moving)
+    pipeline.run(before, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "folded")
+    new = old.rename(tmp_path / "new.txt")
+    after = before.changed(calibration={**calibration, "texts": [str(new)]})
+    pipeline.run(after, tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run" / "folded" / "compensation.json").is_file()
 
 
 def test_recovery_runs_again_when_its_text_or_seed_changed_and_not_for_its_loggers(

@@ -453,7 +453,20 @@ def test_a_teacher_of_other_weights_is_pointed_out(
 
 
 @pytest.mark.parametrize(
-    "what", ["vocabulary", "channels", "blocks", "more blocks", "same model", "no teacher", "too few", "ids", "mask"]
+    "what",
+    [
+        "vocabulary",
+        "channels",
+        "blocks",
+        "more blocks",
+        "same model",
+        "no teacher",
+        "too few",
+        "ids",
+        "negative id",
+        "another plan",
+        "mask",
+    ],
 )
 def test_inputs_that_do_not_fit_are_refused(tmp_path: Path, what: str) -> None:
     student, teacher, plan = tiny_pair()
@@ -467,6 +480,8 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path: Path, what: str) -> None:
         "no teacher": "there is none",
         "too few": "do not fill one step",
         "ids": "hold the id 400",
+        "negative id": "hold the id -1;",
+        "another plan": "the student has 5 blocks, and the plan keeps 4",
         "mask": "nothing to predict",
     }[what]
     if what == "vocabulary":
@@ -483,6 +498,10 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path: Path, what: str) -> None:
         teacher = None
     elif what == "ids":
         windows[0, 0] = 400
+    elif what == "negative id":
+        windows[0, 0] = -1
+    elif what == "another plan":
+        plan = FoldPlan.create(plan.source, removed=[2, 3])
     losses = {"last_error": 1.0, "states": 1.0} if what == "channels" else {}
     settings = RecoverySettings(batch_size=100 if what == "too few" else 4, **losses)
     with pytest.raises(UsageError, match=expected):
@@ -498,7 +517,10 @@ def test_a_document_does_not_predict_the_next_one() -> None:
     assert item["labels"].tolist() == [IGNORED, 8, 2, IGNORED, 5, 2, IGNORED]
 
 
-def test_weight_decay_leaves_private_scales_and_norms_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_decay_leaves_private_scales_and_norms_alone(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decayed: set[str] = set()
     names = RecoveryTrainer.get_decay_parameter_names
 
@@ -508,12 +530,19 @@ def test_weight_decay_leaves_private_scales_and_norms_alone(tmp_path: Path, monk
         return found
 
     monkeypatch.setattr(RecoveryTrainer, "get_decay_parameter_names", watched)
-    teacher = tiny_model("llama")
+    teacher = tiny_model("llama").to(dtype)
     group = Group(blocks=(1, 2), donor="mean", private=("norms", "scales"), ranks=2)
     plan = FoldPlan.create(source_model_of(teacher), groups=[group])
     recovered_by(teacher, plan, tmp_path / "out", RecoverySettings(weight_decay=0.1, rank=2), windows=(4, 4))
-    assert any(name.endswith(".up") for name in decayed)
-    assert not [name for name in decayed if name.endswith(".scale") or "norm" in name]
+    assert any("up" in name.split(".") for name in decayed)
+    assert not [name for name in decayed if "scale" in name.split(".") or "norm" in name]
+
+
+def test_a_single_step_trains(tmp_path: Path) -> None:
+    teacher = tiny_model("llama")
+    plan = FoldPlan.create(source_model_of(teacher), removed=[2])
+    result = recovered_by(teacher, plan, tmp_path / "out", RecoverySettings(), windows=(2, 4))
+    assert [entry["learning_rate"] for entry in result.history if "learning_rate" in entry] == [1e-3]
 
 
 def test_fsdp_is_refused_for_shared_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from foldgpt.errors import PlanError, UnsupportedModelError
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, predicted_parameters, save_folded, source_model_of, unfold_
 from foldgpt.plan import FoldPlan, Group
+from foldgpt.recovery.inputs import check_trainable
 from models import tiny_model, token_ids
 from reference import stepwise_logits
 from replaced import double_weights_, replace_linears_
@@ -175,22 +176,26 @@ def test_s6_what_a_router_saves_beside_its_matrix_is_made_as_the_matrix_is(donor
     assert save_folded(model, plan, tmp_path / "folded").logits_identical
 
 
-def test_s6_means_of_integers_are_refused() -> None:
-    """What a quantiser's integers stand for, only it knows."""
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_s6_means_of_quantised_weights_are_refused(dtype: torch.dtype) -> None:
+    """What a quantiser's numbers stand for, only it knows."""
     model = tiny_model("llama")
     for block in model.model.layers[:2]:
         weight = block.mlp.up_proj.weight
-        block.mlp.up_proj.weight = torch.nn.Parameter((weight * 100).to(torch.int8), requires_grad=False)
-    before = model.model.layers[0].mlp.up_proj.weight.clone()
+        block.mlp.up_proj.weight = torch.nn.Parameter((weight * 100).to(dtype), requires_grad=False)
+    before = model.model.layers[0].mlp.up_proj.weight.float()
+    quantised = rf"mlp\.up_proj\.weight of block 0 is quantised \({str(dtype).removeprefix('torch.')}\).*'mean'"
     plans = {
         donor: FoldPlan.create(source_model_of(model), groups=[Group(blocks=(0, 1), donor=donor)])
         for donor in ("mean", "first")
     }
-    with pytest.raises(UnsupportedModelError, match=r"mlp\.up_proj\.weight of block 0 is quantised \(int8\).*'mean'"):
+    with pytest.raises(UnsupportedModelError, match=quantised):
         fold_(model, plans["mean"])
-    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+    with pytest.raises(UnsupportedModelError, match="quantised; recover the plain model"):
+        check_trainable(model)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight.float(), before)
     fold_(model, plans["first"])
-    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, before)
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight.float(), before)
 
 
 def test_s6_an_mlp_may_be_shared_between_kinds_of_attention() -> None:

@@ -157,6 +157,8 @@ def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis, selecti
         "analysis": _measures(analysis),
         "fingerprint": bench.fingerprint,
         "windows": bench.calibration.fingerprint,
+        # Folding reads them from where the plan says they are.
+        "texts": list(recipe.calibration.texts),
         "compensate": recipe.compensate.model_dump(mode="json"),
         "share": recipe.share.model_dump(mode="json"),
         # The windows on which the best donors are measured.
@@ -189,10 +191,11 @@ def _fold_stage(folder: RunFolder, bench: Workbench, plan: FoldPlan) -> None:
 
 def _recovery_stage(folder: RunFolder, bench: Workbench) -> str:
     """Train the folded model if the recipe asks for it; returns the name of the folder of the final model."""
+    out = folder.path / RECOVERED
     if not bench.recipe.recover.num_tokens:
         folder.drop("recovery")
+        drop_recovery_work(bench, out)
         return FOLDED
-    out = folder.path / RECOVERED
     folder.stage(
         "recovery",
         _recovery_inputs(folder, bench),

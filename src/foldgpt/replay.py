@@ -218,7 +218,13 @@ class Replay:
             if self._boundaries == "first":
                 for parts in states[1:]:
                     parts.clear()
-        return [torch.cat(parts) for parts in states if parts]
+        joined = []
+        while states:
+            # Let go one by one: all parts beside all that is made of them would take twice the memory.
+            if parts := states.pop(0):
+                joined.append(torch.cat(parts))
+            del parts
+        return joined
 
     def _check(self, states: list[list[Tensor]], last_BTH: Tensor) -> None:
         replayed = self.finish(self.run(states[0][0], range(self.num_blocks)))

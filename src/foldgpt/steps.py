@@ -170,6 +170,11 @@ def make_recovered(
             f"Give the model that it was folded from ({plan.source.model}) as teacher."
         )
     check_trainable(student.model)
+    if bench.recovery_settings.needs_teacher and bench.source.offloaded:
+        raise FoldGPTError(
+            f"{recipe.model} does not fit in the memory that is free beside {folded}; recovery needs both. Load them "
+            "in 16 bits (dtype), or take a larger machine"
+        )
     train, held_out = bench.training_windows(out)
     result = recover(
         student.model,

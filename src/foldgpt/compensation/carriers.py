@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from foldgpt.compensation.correction import Correction
 from foldgpt.errors import UnsupportedModelError
 from foldgpt.families import OUTPUT_MATRICES, Decoder
+from foldgpt.families.plain import is_plain
 from foldgpt.folding.kinds import output_bias, output_parameter, sublayer_modules
 from foldgpt.plan import Sublayer
 
@@ -81,7 +82,7 @@ def output_matrices(decoder: Decoder, index: int, sublayer: Sublayer, module: nn
         known = ", ".join(sorted(OUTPUT_MATRICES[sublayer]))
         raise UnsupportedModelError(f"{place} has no output matrix of a known name ({known}); it cannot be corrected")
     for matrix in found:
-        if matrix.weight.is_meta or not matrix.weight.is_floating_point():
+        if matrix.weight.is_meta or not is_plain(matrix.weight):
             raise UnsupportedModelError(f"{place} is offloaded or quantised; correct the plain model in memory first")
     return found
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from foldgpt.errors import PlanError, UnsupportedModelError, did_you_mean
 from foldgpt.families import Decoder
 from foldgpt.families.norms import weight_for
+from foldgpt.families.plain import is_plain
 from foldgpt.folding.donors import DONORS
 from foldgpt.folding.fitted import GroupFit, MemberFit
 from foldgpt.folding.kinds import scale_leaves, shareable_leaves, sublayer_modules
@@ -95,7 +96,7 @@ def check_weights(decoder: Decoder, group: Group, fit: GroupFit) -> None:
         return
     for index in group.blocks:
         for name, parameter in _shared_parameters(decoder, group, index).items():
-            if not parameter.is_floating_point():
+            if not is_plain(parameter):
                 raise UnsupportedModelError(
                     f"group {list(group.blocks)}: {name} of block {index} is quantised "
                     f"({str(parameter.dtype).removeprefix('torch.')}), so donor {group.donor!r} cannot make shared "

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from foldgpt.errors import PlanError, UnsupportedModelError, did_you_mean
 from foldgpt.families import Decoder, decoder_of
+from foldgpt.families.plain import is_plain
 from foldgpt.folding.fitted import LowRank, MemberFit
 from foldgpt.folding.kinds import low_rank_leaves, output_bias, output_parameter, scale_leaves, shareable_leaves
 from foldgpt.modeling.modeling_foldgpt import PrivateTerms
@@ -147,7 +148,7 @@ def merged(terms: Any, leaf: str) -> nn.Module:
         UnsupportedModelError: the weights are quantised.
     """
     module: nn.Module = terms.shared
-    if any(not parameter.is_floating_point() for parameter in module.parameters()):
+    if any(not is_plain(parameter) for parameter in module.parameters()):
         raise UnsupportedModelError(f"{leaf} is quantised; unfold the plain model, and quantise the result")
     if isinstance(module, (nn.Linear, Conv1D)):
         key, dimension = "weight", -1 if isinstance(module, Conv1D) else -2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def chat_windows(
             break
         try:
             tokens, spans = _rendered(chat, tokenizer)
-        except (TemplateError, ValueError, TypeError) as error:  # a template raises what it likes
+        except (TemplateError, ValueError, TypeError, NotImplementedError) as error:  # a template raises what it likes
             raise UsageError(f"chat {count + 1} cannot be rendered: {error}") from error
         ids_WT[count, : len(tokens)] = torch.tensor(tokens[:context], dtype=torch.int32)
         for start, stop in spans:
@@ -59,6 +59,9 @@ def chat_windows(
 
 def _rendered(chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids of a chat, and from where to where each reply runs in them."""
+    for message in chat:
+        if not isinstance(message, Mapping):
+            raise ValueError(f"a message is an object with role and content, not {message!r}")
     whole: str = tokenizer.apply_chat_template(list(chat), tokenize=False)
     characters = []
     for index, message in enumerate(chat):

@@ -9,6 +9,7 @@ from torch import nn
 
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import decoder_of
+from foldgpt.families.plain import is_plain
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note
 from foldgpt.recovery.settings import RecoverySettings
@@ -27,7 +28,7 @@ def check_trainable(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: they are quantised or in float16.
     """
-    if any(not parameter.is_floating_point() for parameter in model.parameters()):
+    if any(not is_plain(parameter) for parameter in model.parameters()):
         raise UnsupportedModelError("the model is quantised; recover the plain model, and quantise the result")
     if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
         raise UnsupportedModelError(
@@ -53,9 +54,16 @@ def check_inputs(
     config: Any = student.config
     vocabulary = config.get_text_config().vocab_size
     for name, windows in (("training", train), ("held-out", held_out)):
-        largest = int(windows.ids_WT.max())
-        if largest >= vocabulary or int(windows.ids_WT.min()) < 0:
-            raise UsageError(f"the {name} windows hold the id {largest:,}; the model's vocabulary has {vocabulary:,}")
+        least, largest = int(windows.ids_WT.min()), int(windows.ids_WT.max())
+        if least < 0 or largest >= vocabulary:
+            wrong = least if least < 0 else largest
+            raise UsageError(f"the {name} windows hold the id {wrong:,}; the model's vocabulary has {vocabulary:,}")
+    positions = len(decoder_of(student).blocks)
+    if positions != len(plan.kept):
+        raise UsageError(
+            f"the student has {positions} blocks, and the plan keeps {len(plan.kept)}; give the plan that the student "
+            "was folded by"
+        )
     if settings.needs_teacher:
         _check_teacher(student, teacher, plan, settings)
     if train.document_end is not None or held_out.document_end is not None:

@@ -80,6 +80,8 @@ def packed_windows(
         "windows": list(counts),
         "seed": seed,
         "bos": bool(prefix_of(tokenizer)),
+        # Tokenizers of one vocabulary may end documents differently.
+        "ids": [tokenizer.bos_token_id, end],
     }
     path = Path(folder) / f"{hash_of(protocol)[:32]}.ids"
     shape = (sum(counts), context)

@@ -38,6 +38,9 @@ from foldgpt.recovery.windows import TrainingWindows
 from foldgpt.recovery.work_folder import latest_checkpoint, prepare, remove_work, work_beside
 from foldgpt.recovery_result import RECOVERY, RecoveryResult
 
+#: Seconds that processes wait for each other: the first one may have all of the teacher's states to compute.
+_LONGEST_WAIT = 7 * 24 * 3600
+
 
 def recover(
     student: nn.Module,
@@ -281,7 +284,8 @@ def _arguments(
         max_steps=num_steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(settings.warmup_ratio * num_steps),
+        # The rate of the first step of a warm-up is 0, so a single step has none.
+        warmup_steps=min(math.ceil(settings.warmup_ratio * num_steps), num_steps - 1),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         per_device_train_batch_size=1,
@@ -303,6 +307,7 @@ def _arguments(
         use_cpu=cpu,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=not cpu,
+        ddp_timeout=_LONGEST_WAIT,
     )
     # One process drives one device; several GPUs are for several processes.
     args._n_gpu = min(args.n_gpu, 1)

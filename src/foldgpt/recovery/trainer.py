@@ -106,7 +106,13 @@ class RecoveryTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As in transformers, without private scales: decay would draw them to 0, where they add nothing."""
-        scales = {f"{name}.scale" for name, module in model.named_modules() if isinstance(module, PrivateTerms)}
+        scales = {
+            f"{name}.{place}"
+            for name, module in model.named_modules()
+            if isinstance(module, PrivateTerms)
+            # In 16 bits a copy in fp32 is what is trained.
+            for place in ("scale", "parametrizations.scale.original")
+        }
         return [name for name in super().get_decay_parameter_names(model) if name not in scales]
 
     def compute_loss(
