@@ -435,7 +435,12 @@ def test_an_attention_that_had_to_stay_goes_with_the_rest_of_its_block() -> None
 
 
 def _refinement(
-    units: Units, cost: Callable[[frozenset[int], Any], float], scores: list[float], surrogate: Surrogate | None = None
+    units: Units,
+    cost: Callable[[frozenset[int], Any], float],
+    scores: list[float],
+    surrogate: Surrogate | None = None,
+    known: dict[frozenset[int], float] | None = None,
+    waited: int = 0,
 ) -> Refinement:
     """A refinement to which a function stands for the model."""
     return Refinement(
@@ -444,9 +449,30 @@ def _refinement(
         keep_probabilities_U=torch.full((len(units),), 0.5, dtype=torch.float64),
         surrogate=surrogate or Surrogate(scores, per_block=1),
         measurements=[],
-        known={},
+        known=known or {},
+        waited=waited,
         after_round=lambda: None,
     )
+
+
+def test_a_resumed_refinement_waits_for_a_better_set_no_longer_than_one_that_was_not_stopped() -> None:
+    units = Units.blocks(12, 3)
+
+    def cost(removed: frozenset[int], sample: object = None) -> float:
+        return sum(0.1 + 0.01 * block for block in removed)
+
+    def searched(known: dict[frozenset[int], float], waited: int) -> Refinement:
+        scores = [0.1 + 0.01 * block for block in range(12)]
+        refinement = _refinement(units, cost, scores, known=known, waited=waited)
+        best = frozenset(range(3))
+        pool = [frozenset(found) for found in itertools.combinations(range(12), 3)]
+        refinement.search(pool, best, is_spent=lambda: False)
+        return refinement
+
+    whole = searched({}, 0)
+    assert len(whole.known) < 220
+    assert list(searched(whole.known, whole.waited).known) == list(whole.known)
+    assert len(searched(whole.known, 0).known) > len(whole.known)
 
 
 def _measured_without_allowance(scores: list[float], own: frozenset[int]) -> list[frozenset[int]]:

@@ -114,7 +114,7 @@ class _Search:
         self._further = FurtherText(request, cost)
         # Of a search with other defaults nothing is taken over.
         self._checkpoint = Checkpoint("gates", replace(request, options=options), cost)
-        fresh: dict[str, Any] = {"samples": [], "set_up_again": 0.0}
+        fresh: dict[str, Any] = {"samples": [], "set_up_again": 0.0, "waited": 0}
         fresh |= {name: [] for name in ("scores", "trace", "known", "num_known", "judged", "stages")}
         self._progress: dict[str, Any] = {**fresh, **self._checkpoint.found}
         self._samples_before = [tuple(sample) for sample in self._progress["samples"]]
@@ -218,6 +218,7 @@ class _Search:
 
         def keep(*, now: bool = False) -> None:
             self._progress["known"] = [[sorted(found), value] for found, value in refinement.known.items()]
+            self._progress["waited"] = refinement.waited
             self._save(now=now)
 
         refinement = Refinement(
@@ -227,6 +228,7 @@ class _Search:
             surrogate=Surrogate(scores, units.per_block),
             measurements=drawn,
             known={frozenset(found): value for found, value in self._progress["known"]},
+            waited=self._progress["waited"],
             after_round=keep,
         )
         own = units.fill(ranked(probabilities_U.tolist()))

@@ -41,10 +41,12 @@ class Refinement:
         surrogate: ranks what was not measured; fitted to all measurements after each round.
         measurements: of the gates' training, with other samples.
         known: set → cost on `sample`, of a search that is resumed.
+        waited: rounds without a better set, of a search that is resumed.
         after_round: called after each round.
 
     Attributes:
         known: set → cost on `sample`, in the order in which they were measured.
+        waited: rounds since the last better set.
     """
 
     def __init__(
@@ -56,9 +58,11 @@ class Refinement:
         surrogate: Surrogate,
         measurements: Sequence[Measurement],
         known: Mapping[Removed, float],
+        waited: int,
         after_round: Callable[[], None],
     ) -> None:
         self.known = dict(known)
+        self.waited = waited
         self._cost = cost
         self._sample = sample
         self._keep_probabilities_U = keep_probabilities_U
@@ -77,7 +81,6 @@ class Refinement:
             is_spent: whether no more may be measured.
         """
         pool = set(start)
-        waited = 0
         while True:
             near: set[Removed] = set()
             if self.known:
@@ -88,17 +91,15 @@ class Refinement:
             bounds = self._bounds(pool, doubt=_DOUBT if self.known else 0.0)
             if not bounds:
                 return
-            if waited >= _PATIENCE:
+            if self.waited >= _PATIENCE:
                 least = _log(self.known[best])
                 if not any(bound < least for removed, bound in bounds.items() if removed in near):
                     return
             chosen = sorted(bounds, key=lambda removed: bounds[removed])[:_ROUND]
             # The first ones may be all that is paid for.
             first = [] if self.known else list(dict.fromkeys([chosen[0], own]))
-            before = min(self.known.values(), default=math.inf)
             if not self._measure(chosen, is_spent, first):
                 return
-            waited = 0 if min(self.known.values()) < before else waited + 1
 
     def around(
         self,
@@ -135,6 +136,7 @@ class Refinement:
     def _measure(self, chosen: Sequence[Removed], is_spent: Callable[[], bool], first: Sequence[Removed] = ()) -> bool:
         """One round; the first ones are measured in any case. False where no more may be measured."""
         cut_short = False
+        before = min(self.known.values(), default=math.inf)
         # Sorted: what begins alike shares states.
         for removed in [*first, *sorted(set(chosen).difference(first), key=sorted)]:
             cut_short = removed not in first and is_spent()
@@ -142,6 +144,7 @@ class Refinement:
                 break
             self.known[removed] = self._cost.cost(removed, self._sample)
             self._measurements += _as_measurements({removed: self.known[removed]})
+        self.waited = 0 if min(self.known.values(), default=math.inf) < before else self.waited + 1
         self._surrogate.fit(self._measurements)
         self._after_round()
         return not cut_short
