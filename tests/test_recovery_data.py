@@ -165,7 +165,7 @@ def test_the_loss_is_on_replies_alone() -> None:
 
 #: The ways of the stock templates of Llama 3.1, Gemma 3 and Qwen 3, none of which marks what the assistant says: a
 #: preamble of the template's own and trimmed turns; the assistant called otherwise and turns joined by line ends;
-#: reasoning that is dropped once another question follows.
+#: reasoning that is put before the last reply, if only an empty one, and dropped once another question follows.
 STOCK_WAYS = {
     "llama": (
         "{{ '<eos>' }}{% if messages[0].role != 'system' %}{{ 'preamble|' }}{% endif %}"
@@ -181,7 +181,8 @@ STOCK_WAYS = {
         "{% set last = namespace(user=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
         "{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
         "{% for m in messages %}{{ m.role + '|' }}{% if m.role == 'assistant' and loop.index0 < last.user %}"
-        "{{ m.content.split('/think')[-1] }}{% else %}{{ m.content }}{% endif %}{{ '<eos>' }}{% endfor %}"
+        "{{ m.content.split('/think')[-1] }}{% else %}{% if m.role == 'assistant' and loop.last %}{{ 'think/think ' }}"
+        "{% endif %}{{ m.content }}{% endif %}{{ '<eos>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant|' }}{% endif %}"
     ),
 }
@@ -205,7 +206,7 @@ def test_c2_replies_are_found_in_templates_that_do_not_mark_them(way: str) -> No
         == {
             "llama": "first<eos>second<eos>",
             "gemma": "first end\nsecond end\n",
-            "qwen": " first <eos>second<eos>",
+            "qwen": " first <eos>think/think second<eos>",
         }[way]
     )
 

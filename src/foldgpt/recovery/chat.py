@@ -57,6 +57,27 @@ def chat_windows(
     return TrainingWindows(ids_WT, scored_WT)
 
 
+def _end_of_earlier_reply(whole: str, opening: str, closed: str, content: Any) -> int | None:
+    """Where a reply ends that is rendered with more before it while it is the last one; None if that cannot be told.
+
+    Qwen 3's template puts empty reasoning before the last reply, and leaves it out once another turn follows.
+
+    Args:
+        whole: the chat as it is rendered.
+        opening: what comes before the reply.
+        closed: the chat up to the reply, which is the last one there.
+        content: what the reply says.
+    """
+    if not isinstance(content, str) or not content or not (whole.startswith(opening) and closed.startswith(opening)):
+        return None
+    said, marker, closing = closed[len(opening) :].rpartition(content)
+    # Whatever else is rendered there belongs to the template: what is said is said once.
+    if not marker or content in said:
+        return None
+    stop = len(opening) + len(content + closing)
+    return stop if whole[len(opening) : stop] == content + closing else None
+
+
 def _rendered(chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids of a chat, and from where to where each reply runs in them."""
     for message in chat:
@@ -72,6 +93,10 @@ def _rendered(chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tu
         opening: str = tokenizer.apply_chat_template(list(chat[:index]), tokenize=False, add_generation_prompt=True)
         closed: str = tokenizer.apply_chat_template(list(chat[: index + 1]), tokenize=False)
         if not (whole.startswith(closed) and closed.startswith(opening)):
+            stop = _end_of_earlier_reply(whole, opening, closed, message.get("content"))
+            if stop is not None:
+                characters.append((len(opening), stop))
+                continue
             raise UsageError(
                 "the chat template renders a turn differently when others follow, so the assistant's spans cannot be "
                 "found by comparison; give windows with a mask of your own"
