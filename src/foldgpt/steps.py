@@ -160,7 +160,11 @@ def make_recovered(
     plan = FoldPlan.load(folded)
     note(f"loading {folded}")
     student = load_source(
-        str(folded), dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
+        str(folded),
+        dtype=recipe.dtype,
+        device=recipe.device,
+        max_memory_gb=recipe.max_memory_gb,
+        trust_remote_code=recipe.trust_remote_code,
     )
     if student.offloaded:
         raise FoldGPTError(f"{folded} does not fit in the memory that is free; it cannot be trained from elsewhere")
@@ -257,7 +261,11 @@ def make_evaluation(
     place = bench.place if not compare and str(folded) == recipe.model else resolve(str(folded))
     note(f"loading {folded}")
     measured = load_source(
-        str(place), dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
+        str(place),
+        dtype=recipe.dtype,
+        device=recipe.device,
+        max_memory_gb=recipe.max_memory_gb,
+        trust_remote_code=recipe.trust_remote_code,
     )
     if windows is not None:
         _check_comparable(bench.tokenizer, measured.tokenizer, bench.recipe.model, str(folded))
