@@ -41,7 +41,7 @@ def markup_parser() -> Any:
         import mwparserfromhell
     except ImportError:
         raise SourceError(
-            "reading demo:wikipedia needs mwparserfromhell. Install it with: pip install 'foldgpt[demo]'"
+            "reading demo:wikipedia needs mwparserfromhell. Install it with: pip install mwparserfromhell"
         ) from None
     return mwparserfromhell
 

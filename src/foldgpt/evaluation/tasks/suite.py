@@ -134,7 +134,9 @@ def load_suite(names: Sequence[str], *, data_dir: str | Path | None = None, limi
             file = find_file(Path(data_dir).expanduser(), definition.files, definition.task)
             rows[definition.task] = (file, read_rows(file, definition.fields))
     if importlib.util.find_spec("lm_eval") is None:
-        raise FoldGPTError("tasks need lm-evaluation-harness, which is not installed: pip install 'foldgpt[tasks]'")
+        raise FoldGPTError(
+            "tasks need lm-evaluation-harness, which is not installed: pip install 'lm_eval>=0.4.13,<0.5'"
+        )
     with _quiet_harness():
         loaded = {name: _load(TASKS[name], *rows.get(name, (None, None))) for name in names}
     return Suite(loaded, limit)
