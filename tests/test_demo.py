@@ -150,7 +150,7 @@ def test_a_missing_parser_is_named_before_anything_is_downloaded(
     shop: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "mwparserfromhell", None)
-    with pytest.raises(SourceError, match=re.escape("pip install mwparserfromhell")):
+    with pytest.raises(SourceError, match=re.escape("pip install 'foldgpt[demo]'")):
         demo_text("wikipedia")
     assert shop.asked == []
 

@@ -41,7 +41,8 @@ def markup_parser() -> Any:
         import mwparserfromhell
     except ImportError:
         raise SourceError(
-            "reading demo:wikipedia needs mwparserfromhell. Install it with: pip install mwparserfromhell"
+            "reading demo:wikipedia needs mwparserfromhell. Install it with: pip install 'foldgpt[demo]' (in foldgpt's "
+            "own folder: '.[demo]')"
         ) from None
     return mwparserfromhell
 

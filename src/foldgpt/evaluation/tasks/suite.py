@@ -135,7 +135,8 @@ def load_suite(names: Sequence[str], *, data_dir: str | Path | None = None, limi
             rows[definition.task] = (file, read_rows(file, definition.fields))
     if importlib.util.find_spec("lm_eval") is None:
         raise FoldGPTError(
-            "tasks need lm-evaluation-harness, which is not installed: pip install 'lm_eval>=0.4.13,<0.5'"
+            "tasks need lm-evaluation-harness, which is not installed: pip install 'foldgpt[tasks]' (in foldgpt's own "
+            "folder: '.[tasks]')"
         )
     with _quiet_harness():
         loaded = {name: _load(TASKS[name], *rows.get(name, (None, None))) for name in names}
