@@ -129,7 +129,6 @@ def test_a_place_below_a_file_is_refused_before_anything_is_loaded(
     model: Path, text: Path, tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("foldgpt.workbench.load_source", lambda *_, **__: pytest.fail("nothing must be loaded"))
-    monkeypatch.setattr("foldgpt.steps.load_source", lambda *_, **__: pytest.fail("nothing must be loaded"))
     (tmp_path / "file").write_text("")
     arguments = {
         "plan": [model, "--select", "greedy", "--remove", 1, "--text", text, *CALIBRATION],

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from foldgpt import pipeline
 from foldgpt.folding import unfold_
 from foldgpt.recipe import Recipe
+from foldgpt.sources.load import is_slow_in_16_bits
 
-#: 16 bits are several times slower than 32 on a CPU without AVX-512.
-_DTYPE, _BYTES = ("float32", 4) if torch.backends.cpu.get_cpu_capability() == "AVX2" else ("bfloat16", 2)
+_DTYPE, _BYTES = ("float32", 4) if is_slow_in_16_bits() else ("bfloat16", 2)
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1200)]
 

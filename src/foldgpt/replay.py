@@ -223,7 +223,6 @@ class Replay:
             # Let go one by one: all parts beside all that is made of them would take twice the memory.
             if parts := states.pop(0):
                 joined.append(torch.cat(parts))
-            del parts
         return joined
 
     def _check(self, states: list[list[Tensor]], last_BTH: Tensor) -> None:

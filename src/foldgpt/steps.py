@@ -30,7 +30,7 @@ from foldgpt.sharing import (
     fit_sharing,
     sharing_replay,
 )
-from foldgpt.sources import load_source, resolve
+from foldgpt.sources import resolve
 from foldgpt.workbench import Workbench
 
 #: The file beside a folded model that says what the fits of shared weights did.
@@ -158,14 +158,7 @@ def make_recovered(
     if folded.is_dir() and not (folded / "plan.json").is_file():
         raise UsageError(f"{folded} holds no plan.json, so it is no folded model: there is nothing to recover")
     plan = FoldPlan.load(folded)
-    note(f"loading {folded}")
-    student = load_source(
-        str(folded),
-        dtype=recipe.dtype,
-        device=recipe.device,
-        max_memory_gb=recipe.max_memory_gb,
-        trust_remote_code=recipe.trust_remote_code,
-    )
+    student = bench.load(folded, str(folded))
     if student.offloaded:
         raise FoldGPTError(f"{folded} does not fit in the memory that is free; it cannot be trained from elsewhere")
     if not _same_ids(bench.tokenizer, student.tokenizer):
@@ -259,14 +252,7 @@ def make_evaluation(
     windows, tasks = bench.test, bench.tasks
     # The model itself, measured alone, may be of a revision of its own.
     place = bench.place if not compare and str(folded) == recipe.model else resolve(str(folded))
-    note(f"loading {folded}")
-    measured = load_source(
-        str(place),
-        dtype=recipe.dtype,
-        device=recipe.device,
-        max_memory_gb=recipe.max_memory_gb,
-        trust_remote_code=recipe.trust_remote_code,
-    )
+    measured = bench.load(place, str(folded))
     if windows is not None:
         _check_comparable(bench.tokenizer, measured.tokenizer, bench.recipe.model, str(folded))
     speed = section.speed

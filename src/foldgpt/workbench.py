@@ -359,10 +359,19 @@ class Workbench:
     @cached_property
     def source(self) -> Source:
         """The loaded model, untouched."""
+        return self.load(self.place, self.recipe.model)
+
+    def load(self, place: str | Path, name: str) -> Source:
+        """Load a model as the recipe says: in its format, on its device and within its memory.
+
+        Args:
+            place: a model's files on this machine.
+            name: what it is called in messages.
+        """
         recipe = self.recipe
-        note(f"loading {recipe.model}")
+        note(f"loading {name}")
         return load_source(
-            str(self.place),
+            str(place),
             dtype=recipe.dtype,
             device=recipe.device,
             max_memory_gb=recipe.max_memory_gb,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -48,3 +48,11 @@ def merge_masters_(model: nn.Module) -> None:
             rounded = getattr(module, name).detach().clone()
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
             setattr(module, name, nn.Parameter(rounded))
+
+
+def parameters_called(module: nn.Module, kind: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a module of that name, with their places in it; also where a master stands for one.
+
+    A master in fp32 is called `parametrizations.scale.original`.
+    """
+    return ((place, parameter) for place, parameter in module.named_parameters() if kind in place.split("."))

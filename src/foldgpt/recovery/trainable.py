@@ -15,7 +15,7 @@ from foldgpt.plan import FoldPlan
 from foldgpt.recovery.common import first_changed
 from foldgpt.recovery.inputs import check_trainable
 from foldgpt.recovery.lora import attach_lora_, merge_lora_
-from foldgpt.recovery.masters import merge_masters_, train_
+from foldgpt.recovery.masters import merge_masters_, parameters_called, train_
 from foldgpt.recovery.settings import RecoverySettings
 
 
@@ -100,9 +100,8 @@ def trained_scales(student: nn.Module, plan: FoldPlan) -> list[nn.Parameter]:
     return [
         parameter
         for module, kind in modules
-        for name, parameter in module.named_parameters()
-        # A master in fp32 is called `parametrizations.scale.original`.
-        if parameter.requires_grad and kind in name.split(".")
+        for _, parameter in parameters_called(module, kind)
+        if parameter.requires_grad
     ]
 
 

@@ -25,6 +25,7 @@ from foldgpt.modeling.modeling_foldgpt import PrivateTerms
 from foldgpt.recovery.callbacks import MeasureAtEnd, Narrator, TimeBudget
 from foldgpt.recovery.distillation import IGNORED, Distillation
 from foldgpt.recovery.errors import DivergenceError
+from foldgpt.recovery.masters import parameters_called
 from foldgpt.recovery.states import States
 from foldgpt.recovery.teacher import CachedStates, Teacher
 from foldgpt.recovery.windows import TrainingWindows
@@ -110,8 +111,7 @@ class RecoveryTrainer(Trainer):
             f"{name}.{place}"
             for name, module in model.named_modules()
             if isinstance(module, PrivateTerms)
-            # In 16 bits a copy in fp32 is what is trained.
-            for place in ("scale", "parametrizations.scale.original")
+            for place, _ in parameters_called(module, "scale")
         }
         return [name for name in super().get_decay_parameter_names(model) if name not in scales]
 

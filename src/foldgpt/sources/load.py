@@ -129,10 +129,15 @@ def _dtype_of(name: str) -> torch.dtype | None:
     return DTYPES[name]
 
 
+def is_slow_in_16_bits() -> bool:
+    """Whether this CPU is likely to compute more slowly in 16 bits than in 32, having no products of them."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 @functools.cache
 def _say_if_slow(dtype: torch.dtype, device: torch.device) -> None:
     """Say it once where 16 bits cost time: most x86 CPUs without AVX-512 have no products of them."""
-    if device.type == "cpu" and dtype.itemsize == 2 and torch.backends.cpu.get_cpu_capability() == "AVX2":
+    if device.type == "cpu" and dtype.itemsize == 2 and is_slow_in_16_bits():
         note(
             f"this CPU is likely to be slow in {str(dtype).removeprefix('torch.')}: without AVX-512 that takes several "
             "times as long as float32 (--dtype float32, or dtype in a recipe; twice the memory and disk)"
