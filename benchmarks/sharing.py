@@ -314,7 +314,7 @@ class Bench:
         for _ in range(3):
             turn = [self._seconds(self.model), self._seconds(body)]
             started = time.perf_counter()
-            replay = Replay(self.model, self.calibration.ids, batch_size=self.replay.batch_size, boundaries="first")
+            replay = Replay(self.model, self.calibration.ids, batch_size=self.replay.batch_size, boundaries=[0])
             for _, moments in input_moments(replay, self.blocks):
                 held = {id(m): m.second_KK.numel() * m.second_KK.element_size() for m in moments.values()}
                 largest = max(largest, sum(held.values()))

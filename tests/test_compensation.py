@@ -154,8 +154,8 @@ def test_a_cut_at_the_first_block_has_nothing_to_carry_it() -> None:
     stream = torch.cat([replay.run(replay.states[0][rows], [1, 2]) for rows in replay.batches()])
     compensator = Compensator(replay)
     inner: list[torch.Tensor] = []
-    output, mlp = compensator.run(3, replay.split(stream), inner=inner)
-    expected = compensator.correct(3, output, mlp, replay.states[5], inner_RI=torch.cat(inner))[1]
+    output, mlp, inner = compensator.run(3, replay.split(stream), inner=True)
+    expected = compensator.correct(3, output, mlp, replay.states[5], inner_RI=inner)[1]
     torch.testing.assert_close(corrections[3].map_KH, expected.map_KH)
 
 
@@ -166,7 +166,7 @@ def test_a_cut_at_the_end_aims_at_what_leaves_the_last_block() -> None:
     replay = Replay(model, ids)
     corrections = compensate(model, [4, 5], ids, replay=replay, ridge=0.1, features="output")
     compensator = Compensator(replay, ridge=0.1)
-    output, mlp = compensator.run(3, replay.split(replay.states[3]))
+    output, mlp, _ = compensator.run(3, replay.split(replay.states[3]))
     _, expected = compensator.correct(3, output, mlp, replay.states[6])
     assert list(corrections) == [3]
     torch.testing.assert_close(corrections[3].map_KH, expected.map_KH)
@@ -383,7 +383,7 @@ def test_numbers_that_make_no_sense_are_refused() -> None:
     with pytest.raises(UsageError, match="1 part or more, not 0"):
         Compensator(replay, parts=0)
     compensator = Compensator(replay)
-    output, mlp = compensator.run(1, replay.split(replay.states[1]))
+    output, mlp, _ = compensator.run(1, replay.split(replay.states[1]))
     with pytest.raises(UsageError, match=r"\[2, 19, 32\]"):
         compensator.correct(1, output, mlp, replay.states[3][:, 1:])
     output[0, 0, 0] = float("nan")
@@ -422,7 +422,7 @@ def test_compensation_brings_predictions_nearer() -> None:
     def divergence(corrections: dict[int, Correction]) -> float:
         small = folded(model, plan, corrections)
         hidden = small.transformer(input_ids=ids).last_hidden_state
-        return float(forward_kl(head, source.finish(source.states[-1]).flatten(0, 1), hidden.flatten(0, 1)).mean())
+        return float(forward_kl(head, source.finish(source.end_WTH).flatten(0, 1), hidden.flatten(0, 1)).mean())
 
     assert divergence(compensate(model, plan, ids)) < 0.9 * divergence({})
 
@@ -515,9 +515,9 @@ def test_a_map_beyond_float16_is_left_out_and_the_other_cuts_are_kept(capsys: py
     replay = Replay(model, _ids(model))
     with torch.no_grad():
         stream = torch.cat([replay.block(2, part) for part in replay.split(replay.states[2])])
-    compensator, inner = Compensator(replay), []
-    output, mlp = compensator.run(4, replay.split(stream), inner=inner)
-    expected = compensator.correct(4, output, mlp, replay.states[6], inner_RI=torch.cat(inner))[1]
+    compensator = Compensator(replay)
+    output, mlp, inner = compensator.run(4, replay.split(stream), inner=True)
+    expected = compensator.correct(4, output, mlp, replay.states[6], inner_RI=inner)[1]
     torch.testing.assert_close(corrections[4].map_KH, expected.map_KH)
     before = copy.deepcopy(model.state_dict())
     done = compensate_(model, FoldPlan.create(source_model_of(model), removed=[3, 5]), _ids(model))

@@ -22,7 +22,7 @@ def test_what_is_linear_in_the_mlp_output_is_recovered_wholly() -> None:
     model = tiny_model("llama-tied")  # its down_proj has a bias
     replay = Replay(model, token_ids(model, (8, 30)))
     compensator = Compensator(replay, ridge=0.0)
-    output, mlp = compensator.run(2, replay.split(replay.states[2]))
+    output, mlp, _ = compensator.run(2, replay.split(replay.states[2]))
     wanted_map, wanted_bias = torch.randn(32, 32) * 0.2, torch.randn(32)
     target = output + mlp @ wanted_map + wanted_bias
     corrected, found = compensator.correct(2, output, mlp, target)
@@ -38,7 +38,7 @@ def test_the_ridge_draws_the_map_to_plain_removal() -> None:
     sizes = []
     for ridge in (0.0, 0.1, 10.0, 1e9):
         compensator = Compensator(replay, ridge=ridge)
-        output, mlp = compensator.run(1, replay.split(replay.states[1]))
+        output, mlp, _ = compensator.run(1, replay.split(replay.states[1]))
         corrected, found = compensator.correct(1, output, mlp, replay.states[4])
         sizes.append(float(found.map_KH.norm()))
         assert found.report.ridge == ridge
@@ -52,7 +52,7 @@ def test_the_ridge_is_chosen_on_held_out_tokens() -> None:
     model = tiny_model("llama")
     replay = Replay(model, token_ids(model, (8, 30)))
     compensator = Compensator(replay)
-    output, mlp = compensator.run(1, replay.split(replay.states[1]))
+    output, mlp, _ = compensator.run(1, replay.split(replay.states[1]))
     noise = output + torch.randn(output.shape, generator=generator)
     learnable = output + mlp @ torch.randn(32, 32, generator=generator)
     assert compensator.correct(1, output, mlp, noise)[1].report.ridge >= 1
@@ -65,7 +65,7 @@ def test_tokens_with_massive_activations_are_left_out(family: str) -> None:
     model = tiny_model(family)
     replay = Replay(model, token_ids(model, (8, 30)))
     compensator = Compensator(replay, ridge=0.1, outliers=10.0)
-    output, mlp = compensator.run(1, replay.split(replay.states[1]))
+    output, mlp, _ = compensator.run(1, replay.split(replay.states[1]))
     target = replay.states[3].clone()
     _, clean = compensator.correct(1, output, mlp, target)
     output[0, 0, 3], target[0, 0, 3] = 4000.0, 9000.0
@@ -85,7 +85,7 @@ def test_each_part_is_corrected_by_a_map_that_was_fitted_on_the_others(
     model = tiny_model(family)
     replay = Replay(model, token_ids(model, (windows, 60 // windows)))
     crossed = Compensator(replay, ridge=0.1, parts=parts)
-    output, mlp = crossed.run(1, replay.split(replay.states[1]))
+    output, mlp, _ = crossed.run(1, replay.split(replay.states[1]))
     target = replay.states[3]
     corrected, found = crossed.correct(1, output, mlp, target)
     plain = Compensator(replay, ridge=0.1)
@@ -112,7 +112,7 @@ def test_each_part_is_corrected_by_a_map_that_was_fitted_on_the_others(
 def test_noise_is_not_fitted_across_parts(family: str) -> None:
     model = tiny_model(family)
     replay = Replay(model, token_ids(model, (8, 8)))
-    output, mlp = Compensator(replay).run(1, replay.split(replay.states[1]))
+    output, mlp, _ = Compensator(replay).run(1, replay.split(replay.states[1]))
     noise = output + torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
 
     def error(parts: int) -> float:
@@ -127,7 +127,7 @@ def test_noise_is_not_fitted_across_parts(family: str) -> None:
 def test_massive_activations_stay_what_they_are() -> None:
     model = tiny_model("llama")
     replay = Replay(model, token_ids(model, (8, 30)))
-    output, mlp = Compensator(replay).run(1, replay.split(replay.states[1]))
+    output, mlp, _ = Compensator(replay).run(1, replay.split(replay.states[1]))
     target = replay.states[4].clone()
     massive = 1000 * torch.randn(32, generator=torch.Generator().manual_seed(3))
     for states in (output, mlp, target):
@@ -151,7 +151,7 @@ def test_a_map_and_scales_in_front_of_the_stream_are_found_through_the_norm(fami
     merge_(other, {2: correction(scale_H=effective_scale(norm) * torch.linspace(0.7, 1.4, 32))})
     target = Replay(other, replay.ids_WT).states[3]
     compensator = Compensator(replay, ridge=1e-6, rounds=10)
-    output, mlp = compensator.run(2, replay.split(replay.states[2]))
+    output, mlp, _ = compensator.run(2, replay.split(replay.states[2]))
     corrected, found = compensator.correct(2, output, mlp, target)
     assert found.report.after < 0.02 * found.report.before
     assert (corrected - target).norm() < 0.15 * (output - target).norm()
@@ -193,7 +193,7 @@ def test_where_nothing_is_missing_nothing_changes_behind_a_norm(family: str) -> 
     model = tiny_model(family)
     replay = Replay(model, token_ids(model, (8, 30)))
     compensator = Compensator(replay)
-    output, mlp = compensator.run(2, replay.split(replay.states[2]))
+    output, mlp, _ = compensator.run(2, replay.split(replay.states[2]))
     corrected, found = compensator.correct(2, output, mlp, output)
     torch.testing.assert_close(corrected, output, rtol=1e-4, atol=1e-4)
     assert found.map_KH.abs().max() < 1e-3
@@ -245,7 +245,7 @@ def test_the_held_out_tokens_are_used_in_the_end() -> None:
     model = tiny_model("llama")
     replay = Replay(model, token_ids(model, (8, 30)))
     compensator = Compensator(replay, ridge=0.1, outliers=1e9)
-    output, mlp = compensator.run(1, replay.split(replay.states[1]))
+    output, mlp, _ = compensator.run(1, replay.split(replay.states[1]))
     target = replay.states[3]
     weight = 1 / target.flatten(0, 1).square().sum(-1)
     expected, _ = solve(Sums.of(mlp.flatten(0, 1), (target - output).flatten(0, 1), weight), 0.1, bias=False)

@@ -59,7 +59,7 @@ def test_each_recipe_runs_through_on_a_tiny_model(path: Path) -> None:
     assert abs(recipe.select.remove / num_blocks - ratio) <= 0.5 / num_blocks
     assert found.kept_block_parameters == found.block_parameters * (num_blocks - recipe.select.remove) // num_blocks
     assert found.num_trained > 0
-    assert set(found.memory) == {"search", "fold and verify", "recovery"}
+    assert set(found.memory) == {"search", "fits", "fold and verify", "recovery"}
     assert set(found.flops) == {"analysis", "search", "source's perplexity", "perplexity", "teacher", "recovery"}
 
 

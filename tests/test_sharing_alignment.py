@@ -26,7 +26,7 @@ def reorder_(block: Any, alignment: Alignment) -> None:
 
 
 def aligned(model: Any, reference: int, member: int) -> dict[str, Any]:
-    replay = Replay(model, token_ids(model, (3, 16)), boundaries="first")
+    replay = Replay(model, token_ids(model, (3, 16)), boundaries=[0])
     return align(replay.decoder, reference, member, dict(input_moments(replay, [reference, member])))
 
 

@@ -38,7 +38,7 @@ def test_moments_are_those_of_the_inputs_in_the_untouched_model(family: str) -> 
     model(input_ids=ids, use_cache=False)
     for handle in handles:
         handle.remove()
-    got = dict(input_moments(Replay(model, ids, batch_size=2, boundaries="first"), [1, 3]))
+    got = dict(input_moments(Replay(model, ids, batch_size=2, boundaries=[0]), [1, 3]))
     assert sorted(got) == [1, 3]
     relative = 1 / stream[0].float().flatten(0, 1).square().mean(-1)
     for linear in linears:
@@ -64,7 +64,7 @@ def test_layers_with_one_input_share_its_moments() -> None:
 def test_no_block_is_held_when_the_next_is_asked_for() -> None:
     model = tiny_model("llama")
     alive = []
-    stream = input_moments(Replay(model, token_ids(model, (2, 10)), boundaries="first"), range(6))
+    stream = input_moments(Replay(model, token_ids(model, (2, 10)), boundaries=[0]), range(6))
     for _, moments in stream:
         alive.append(weakref.ref(moments["mlp.down_proj"]))
         del moments
@@ -74,7 +74,7 @@ def test_no_block_is_held_when_the_next_is_asked_for() -> None:
 
 def test_the_pass_calls_each_block_once() -> None:
     model = tiny_model("llama")
-    replay = Replay(model, token_ids(model, (8, 10)), batch_size=2, boundaries="first")
+    replay = Replay(model, token_ids(model, (8, 10)), batch_size=2, boundaries=[0])
     for _ in input_moments(replay, [0, 4]):
         pass
     assert replay.num_block_calls == pytest.approx(5)
@@ -85,11 +85,11 @@ def test_the_pass_calls_each_block_once() -> None:
 def test_the_first_boundary_alone_is_that_of_a_full_recording() -> None:
     model = tiny_model("gemma3")
     ids = token_ids(model, (5, 12))
-    full, first = Replay(model, ids, batch_size=2), Replay(model, ids, batch_size=2, boundaries="first")
+    full, first = Replay(model, ids, batch_size=2), Replay(model, ids, batch_size=2, boundaries=[0])
     assert torch.equal(first.states[0], full.states[0])
     end = torch.cat([first.run(first.states[0][rows], range(6)) for rows in first.batches()])
-    assert torch.equal(end, full.states[-1])
-    torch.testing.assert_close(first.finish(end), full.finish(full.states[-1]))
+    assert torch.equal(end, full.end_WTH)
+    torch.testing.assert_close(first.finish(end), full.finish(full.end_WTH))
 
 
 def test_the_gram_matrix_is_weighted_and_goes_over_chunks() -> None:

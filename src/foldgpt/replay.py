@@ -13,9 +13,9 @@ observed, and the replay of the untouched model must give its own hidden states 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +35,14 @@ class Replay:
         model: a causal language model, in memory.
         ids_WT: token ids, int64, without padding.
         batch_size: windows per micro-batch; by default about 2,048 tokens.
-        boundaries: "all", or "first" to record no more than what enters block 0. Then the untouched model runs on
-            the first micro-batch only, and the states of all others cost next to nothing, in time and in memory.
+        boundaries: where the residual stream is recorded, beside what enters block 0; by default everywhere. Beyond
+            the last of them the untouched model runs on the first micro-batch only.
 
     The model is put into evaluation mode.
 
     Attributes:
-        states: the residual stream h_0 … h_N at the block boundaries, [W, T, H] each, in the model's dtype; h_N
-            leaves the last block, before the final norm. h_0 alone with `boundaries="first"`.
+        states: the residual stream h_0 … h_N at the recorded block boundaries, [W, T, H] each, in the model's dtype;
+            h_N leaves the last block, before the final norm.
         num_block_calls: block calls so far, in calls on all W windows: N of them are one forward pass.
 
     Raises:
@@ -56,7 +56,7 @@ class Replay:
         ids_WT: Tensor,
         *,
         batch_size: int | None = None,
-        boundaries: Literal["all", "first"] = "all",
+        boundaries: Collection[int] | None = None,
     ) -> None:
         self.decoder: Decoder = decoder_of(model)
         if any(parameter.is_meta for parameter in model.parameters()):
@@ -77,11 +77,11 @@ class Replay:
         self.ids_WT = ids_WT
         self.batch_size = max(1, 2048 // ids_WT.shape[1]) if batch_size is None else batch_size
         self.num_block_calls = 0.0
-        self._boundaries = boundaries
+        self._boundaries = {0, *(range(self.num_blocks + 1) if boundaries is None else boundaries)}
         self._body = model.get_submodule(self.decoder.blocks_path.rpartition(".")[0])
         self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._tail: list[nn.Module] = []
-        self.states: list[Tensor] = self._record()
+        self.states: dict[int, Tensor] = self._record()
 
     @property
     def num_blocks(self) -> int:
@@ -92,6 +92,11 @@ class Replay:
     def num_windows(self) -> int:
         """Windows that were recorded."""
         return len(self.ids_WT)
+
+    @property
+    def end_WTH(self) -> Tensor:
+        """h_N, which leaves the last block; it must have been recorded."""
+        return self.states[self.num_blocks]
 
     def batches(self) -> Iterator[slice]:
         """The windows of each micro-batch."""
@@ -158,8 +163,9 @@ class Replay:
         return self.decoder.sublayers
 
     @torch.no_grad()
-    def _record(self) -> list[Tensor]:
-        states: list[list[Tensor]] = [[] for _ in range(self.num_blocks + 1)]
+    def _record(self) -> dict[int, Tensor]:
+        states: dict[int, list[Tensor]] = {boundary: [] for boundary in sorted(self._boundaries)}
+        deepest = max(states)
         blocks = self.decoder.blocks
         for windows in self.batches():
             seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -167,29 +173,28 @@ class Replay:
             last: list[Tensor] = []
             size = windows.stop - windows.start
             # What blocks are called with depends on the micro-batch's shape alone.
-            only_first = self._boundaries == "first" and size in self._arguments
+            known = self._arguments.get(size)
 
             def before(
                 _: nn.Module,
                 args: tuple[Any, ...],
                 kwargs: dict[str, Any],
                 seen: list[Any] = seen,
-                only_first: bool = only_first,
-                size: int = size,
+                known: list[Any] | None = known,
             ) -> None:
-                hidden = args[0] if args else kwargs["hidden_states"]
-                # Copied: some families update their tensors in place.
-                states[len(seen)].append(hidden.clone())
+                boundary = len(seen)
+                if boundary in states:
+                    # Copied: some families update their tensors in place.
+                    states[boundary].append((args[0] if args else kwargs["hidden_states"]).clone())
                 rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-                known = self._arguments.get(size)
-                if known is not None and not _same(known[len(seen)], (args[1:], rest)):
+                if known is not None and not _same(known[boundary], (args[1:], rest)):
                     raise UnsupportedModelError(
                         f"the blocks of {type(self.model).__name__} are called with more of the text than the hidden "
                         "states, so they cannot be replayed; searches that measure removed blocks are not possible for "
                         "it. BI, angular and last still are."
                     )
                 seen.append((args[1:], rest))
-                if only_first:
+                if known is not None and boundary == deepest:
                     raise _Stop
 
             def after_last(_: nn.Module, args: Any, output: Any, last: list[Tensor] = last) -> None:
@@ -210,22 +215,16 @@ class Replay:
             finally:
                 for handle in handles:
                     handle.remove()
-            states[-1] += last
+            if self.num_blocks in states:
+                states[self.num_blocks] += last
             self._tail = tail
             self._arguments[size] = seen
             if windows.start == 0:
                 self._check(states, output.last_hidden_state)
-            if self._boundaries == "first":
-                for parts in states[1:]:
-                    parts.clear()
-        joined = []
-        while states:
-            # Let go one by one: all parts beside all that is made of them would take twice the memory.
-            if parts := states.pop(0):
-                joined.append(torch.cat(parts))
-        return joined
+        # Let go one by one: all parts beside all that is made of them would take twice the memory.
+        return {boundary: torch.cat(states.pop(boundary)) for boundary in sorted(states)}
 
-    def _check(self, states: list[list[Tensor]], last_BTH: Tensor) -> None:
+    def _check(self, states: Mapping[int, list[Tensor]], last_BTH: Tensor) -> None:
         replayed = self.finish(self.run(states[0][0], range(self.num_blocks)))
         self.num_block_calls = 0.0
         largest = float(last_BTH.abs().max())

@@ -78,7 +78,7 @@ def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool
         # Weights that a fit has to make cannot be made without it.
         needed = any(group.donor == "least_squares" for group in plan.groups)
         without = "" if needed else ", or set its fitting to null"
-        recorded = sharing_replay(source.model, _windows_of(plan.fitting, source.tokenizer, own, without).ids)
+        recorded = sharing_replay(source.model, _windows_of(plan.fitting, source.tokenizer, own, without).ids, plan)
     if plan.compensation is not None:
         compensated = _compensate_(source.model, plan, plan.compensation, source.tokenizer, own)
         notes[COMPENSATION] = compensated.to_json_dict()

@@ -87,6 +87,19 @@ def output_matrices(decoder: Decoder, index: int, sublayer: Sublayer, module: nn
     return found
 
 
+def inner_width(decoder: Decoder, index: int, sublayer: Sublayer) -> int | None:
+    """How much the sublayer's one output matrix is given for each token; None for several. Nothing has to be in memory.
+
+    Raises:
+        UnsupportedModelError: the family's sublayers are not known.
+    """
+    module = output_module(decoder, index, sublayer)
+    matrices = _matrices(module, sublayer_modules(decoder, sublayer)[-1], sublayer)
+    if len(matrices) != 1 or matrices[0].weight.ndim != 2:
+        return None
+    return matrices[0].weight.shape[0 if matrices[0].transposed else 1]
+
+
 def _matrices(root: nn.Module, root_name: str, sublayer: Sublayer) -> list[OutputMatrix]:
     matrices = []
     for path, module in root.named_modules():

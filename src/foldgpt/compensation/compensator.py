@@ -115,18 +115,18 @@ class Compensator:
         if not output_WTH.shape == mlp_output_WTH.shape == target_WTH.shape:
             shapes = ", ".join(str(list(x.shape)) for x in (output_WTH, mlp_output_WTH, target_WTH))
             raise UsageError(f"output, MLP output and target of block {block} must have one shape, got {shapes}")
-        self._check(block, sublayer)
-        inputs_RH = mlp_output_WTH.flatten(0, -2)
-        output_RH = output_WTH.flatten(0, -2).float()
-        target_RH = target_WTH.flatten(0, -2).float()
-        weight_R = self._weights(block, inputs_RH, target_RH - output_RH, target_RH)
+        self._check(block, sublayer, output_WTH)
+        inputs_RH, output_RH = mlp_output_WTH.flatten(0, -2), output_WTH.flatten(0, -2)
+        # One copy in fp32: of a large model it takes twice what the source's stream at a boundary does.
+        missing_RH = target_WTH.flatten(0, -2).to(torch.float32, copy=True)
+        weight_R = 1 / missing_RH.square().sum(-1).clamp_min(1e-30)
+        missing_RH -= output_RH
+        weight_R = self._without_outliers(block, weight_R, (inputs_RH, missing_RH, target_WTH.flatten(0, -2)))
         parts = _split(target_WTH, self.parts) if self.parts > 1 else _fitted_and_held_out(target_WTH)
         norm = norm_behind(self.replay.decoder, block, sublayer)
         fit = self._fit_linear if norm is None else self._fit_normed
         features_RK = inputs_RH if inner_RI is None else inner_RI
-        found_RH, correction = fit(
-            block, sublayer, inputs_RH, features_RK, output_RH, target_RH - output_RH, weight_R, parts
-        )
+        found_RH, correction = fit(block, sublayer, inputs_RH, features_RK, output_RH, missing_RH, weight_R, parts)
         return found_RH.to(output_WTH.dtype).view(output_WTH.shape), correction
 
     def _fit_linear(
@@ -143,7 +143,7 @@ class Compensator:
         decoder = self.replay.decoder
         matrices = output_matrices(decoder, block, sublayer, output_module(decoder, block, sublayer))
         bias = len(matrices) == 1 and matrices[0].bias is not None
-        wanted_RH = missing_RH / self._multiplier
+        wanted_RH = missing_RH if self._multiplier == 1 else missing_RH / self._multiplier
         sums = [Sums.of(features_RK[rows], wanted_RH[rows], weight_R[rows]) for rows in parts]
         fitted, held = added(sums[:-1]), sums[-1]
         ridges = RIDGES if self.ridge == "auto" else (self.ridge,)
@@ -163,8 +163,8 @@ class Compensator:
             block=block,
             sublayer=sublayer,
             features="output" if features_RK is inputs_RH else "inner",
-            map_KH=map_KH.to(output_RH),
-            bias_H=None if bias_H is None else bias_H.to(output_RH),
+            map_KH=map_KH.to(missing_RH),
+            bias_H=None if bias_H is None else bias_H.to(missing_RH),
             scale_H=None,
             report=report,
         )
@@ -174,13 +174,13 @@ class Compensator:
             others = [added([*sums[:i], *sums[i + 1 :]]) for i in range(len(parts) - 1)]
             maps = [*(solve(other, ridge, bias=bias) for other in others), part]
             pieces = [(rows, *found) for rows, found in zip(parts, maps, strict=True)]
-        found_RH = output_RH.clone()
+        found_RH = output_RH.to(missing_RH.dtype, copy=True)
         for rows, piece_KH, piece_H in pieces:
             # In the dtype of the states, as the merged model will.
-            change_RH = (features_RK[rows] @ piece_KH.to(features_RK)).float()
+            change_RH = (features_RK[rows] @ piece_KH.to(features_RK)).to(missing_RH.dtype)
             if piece_H is not None:
                 change_RH += piece_H.to(change_RH)
-            found_RH[rows] += self._multiplier * change_RH
+            found_RH[rows] += change_RH if self._multiplier == 1 else self._multiplier * change_RH
         return found_RH, correction
 
     def _fit_normed(
@@ -202,10 +202,11 @@ class Compensator:
         wanted_RH = missing_RH + contribution_RH
 
         def fit(left_out: slice, ridge: float) -> NormedFit:
-            kept_R = torch.ones_like(weight_R, dtype=torch.bool)
-            kept_R[left_out] = False
-            inputs, features, wanted, weight = (x[kept_R] for x in (inputs_RH, features_RK, wanted_RH, weight_R))
-            return fit_through_norm(inputs, features, wanted, weight, scale_H, epsilon, ridge=ridge, rounds=self.rounds)
+            weight = weight_R.clone()
+            weight[left_out] = 0  # no row of it is looked at
+            return fit_through_norm(
+                inputs_RH, features_RK, wanted_RH, weight, scale_H, epsilon, ridge=ridge, rounds=self.rounds
+            )
 
         def error(found: NormedFit, rows: slice) -> float:
             inputs, features, wanted, weight = (x[rows] for x in (inputs_RH, features_RK, wanted_RH, weight_R))
@@ -240,10 +241,9 @@ class Compensator:
             found_RH[rows] += piece.contribution(inputs_RH[rows], features_RK[rows], epsilon)
         return found_RH, correction
 
-    def _weights(self, block: int, inputs_RH: Tensor, wanted_RH: Tensor, target_RH: Tensor) -> Tensor:
-        """1 / ‖L‖² of each token, 0 for those left out."""
-        weight_R = 1 / target_RH.square().sum(-1).clamp_min(1e-30)
-        for rows in (inputs_RH, wanted_RH, target_RH):
+    def _without_outliers(self, block: int, weight_R: Tensor, looked_at: Sequence[Tensor]) -> Tensor:
+        """The weights, 0 for tokens that are left out."""
+        for rows in looked_at:
             norm_R = torch.linalg.vector_norm(rows.float(), dim=-1)
             if not bool(norm_R.isfinite().all()):
                 raise UsageError(f"the states of block {block} hold values that are not finite")
@@ -252,16 +252,17 @@ class Compensator:
                 weight_R = weight_R.masked_fill(norm_R > self.outliers * median, 0.0)
         return weight_R
 
-    def _check(self, block: int, sublayer: Sublayer) -> None:
-        """Once for each sublayer: its output, times the multiplier, is what reaches the stream."""
+    def _check(self, block: int, sublayer: Sublayer, stream_WTH: Tensor) -> None:
+        """Once for each sublayer: its output, times the multiplier, is what reaches the stream (of this size)."""
         decoder = self.replay.decoder
         module = output_module(decoder, block, sublayer)  # refuses unknown families
         if sublayer in self._checked or norm_behind(decoder, block, sublayer) is not None:
             return
+        # Any stream of a recorded shape: both sublayers are given what they put out.
         first = next(iter(self.replay.batches()))
-        hidden_BTH = self.replay.states[block][first]
+        hidden_BTH = self.replay.states[0][first]
         generator = torch.Generator().manual_seed(0)
-        size = float(self.replay.states[block + 1][first].float().square().mean().sqrt())
+        size = float(stream_WTH[first].float().square().mean().sqrt())
         probe_BTH = torch.randn(hidden_BTH.shape, generator=generator).to(hidden_BTH) * size
         # The other sublayer is silenced: an MLP would answer to a change of the attention before it.
         other = output_module(decoder, block, "mlp" if sublayer == "attention" else "attention")
@@ -298,8 +299,8 @@ class Compensator:
         *,
         sublayer: Sublayer = "mlp",
         absent: Sublayer | None = None,
-        inner: list[Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        inner: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Pass a stream through one block.
 
         Args:
@@ -307,34 +308,51 @@ class Compensator:
             stream: what goes in, in recorded micro-batches [B, T, H] (see `Replay.split`).
             sublayer: whose output is wanted.
             absent: a sublayer that is removed and adds nothing.
-            inner: a list to which what the sublayer's output matrix is given is appended, [tokens, I] a micro-batch;
-                it stays empty where there is more than one such matrix.
+            inner: whether what the sublayer's output matrix is given is wanted as well.
 
         Returns:
-            What comes out and what the sublayer put out, both [W, T, H]: o and M for `correct`.
+            What comes out and what the sublayer put out, both [W, T, H]: o and M for `correct`. Then what the output
+            matrix is given, [W T, I]; None where it is not wanted, and where there is more than one such matrix.
         """
-        collected: list[Tensor] = []
-
-        def collect(_module: nn.Module, _args: object, output: Any) -> None:
-            # Copied: a block may add to it in place (Falcon).
-            collected.append((output[0] if isinstance(output, tuple) else output).clone())
-
+        num_rows = sum(part.shape[:-1].numel() for part in stream)
+        collected, given = _Rows(num_rows), _Rows(num_rows)
         decoder = self.replay.decoder
         module = output_module(decoder, block, sublayer)
-        handles = [module.register_forward_hook(collect)]
-        if inner is not None:
-            holder = inner_module(module, output_matrices(decoder, block, sublayer, module))
-            if holder is not None:
-                handles.append(
-                    holder.register_forward_pre_hook(lambda _module, args: inner.append(args[0].flatten(0, -2).clone()))
-                )
+        handles = [
+            # Some MLPs work on flattened tokens.
+            module.register_forward_hook(
+                lambda _module, _args, output: collected.add(output[0] if isinstance(output, tuple) else output)
+            )
+        ]
+        holder = inner_module(module, output_matrices(decoder, block, sublayer, module)) if inner else None
+        if holder is not None:
+            handles.append(holder.register_forward_pre_hook(lambda _module, args: given.add(args[0])))
         try:
             output_WTH = torch.cat([self.replay.block(block, hidden_BTH, without=absent) for hidden_BTH in stream])
         finally:
             for handle in handles:
                 handle.remove()
-        # Some MLPs work on flattened tokens.
-        return output_WTH, torch.cat([part.reshape(-1) for part in collected]).view(output_WTH.shape)
+        assert collected.rows_RK is not None
+        return output_WTH, collected.rows_RK.view(output_WTH.shape), given.rows_RK
+
+
+class _Rows:
+    """Rows that come part by part, in one tensor from the first on: parts and all that is made of them take twice that.
+
+    They are copied: a block may add to its sublayer's output in place (Falcon).
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self.rows_RK: Tensor | None = None
+        self._num_rows = num_rows
+        self._filled = 0
+
+    def add(self, part: Tensor) -> None:
+        part_RK = part.flatten(0, -2)
+        if self.rows_RK is None:
+            self.rows_RK = part_RK.new_empty(self._num_rows, part_RK.shape[1])
+        self.rows_RK[self._filled : self._filled + len(part_RK)] = part_RK
+        self._filled += len(part_RK)
 
 
 def _replaced(output: Any, put: Tensor) -> Any:

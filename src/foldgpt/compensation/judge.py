@@ -13,7 +13,9 @@ from foldgpt.artifacts import finite
 from foldgpt.compensation.compensate import compensate
 from foldgpt.compensation.correction import Correction
 from foldgpt.compensation.merge import merge_, set_parameters_, values_of_carriers
+from foldgpt.compensation.walk import Walk
 from foldgpt.errors import UsageError
+from foldgpt.families import decoder_of
 from foldgpt.objectives import Head, forward_kl
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note
@@ -22,7 +24,7 @@ from foldgpt.replay import Replay
 #: The file beside a folded model that says what compensation did.
 COMPENSATION = "compensation.json"
 #: The share of the windows, from the end, on which compensation is judged and nothing is fitted.
-_HELD_OUT = 0.125
+HELD_OUT = 0.125
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,11 @@ def compensate_(
     """
     if len(ids_WT) < 2:
         raise UsageError(f"compensation needs at least 2 calibration windows, got {len(ids_WT)}; give more tokens")
-    num_held = max(1, round(len(ids_WT) * _HELD_OUT))
-    fitted, held = Replay(model, ids_WT[:-num_held]), Replay(model, ids_WT[-num_held:])
+    num_held = max(1, round(len(ids_WT) * HELD_OUT))
+    # Of everything else the recordings would take more memory than the model.
+    num_blocks = len(decoder_of(model).blocks)
+    fitted = Replay(model, ids_WT[:-num_held], boundaries=Walk.of(plan, num_blocks).boundaries)
+    held = Replay(model, ids_WT[-num_held:], boundaries=[0, num_blocks])
     return compensate_and_judge_(model, plan, fitted, held, features=features, ridge=ridge, rounds=rounds)[0]
 
 
@@ -113,8 +118,8 @@ def compensate_and_judge_(
     Args:
         model: the source, not folded, as it was recorded.
         plan: what will be removed.
-        fitted: the model on the windows that are fitted on.
-        held: likewise on those by which it is judged.
+        fitted: the model on the windows that are fitted on, at least at the `Walk`'s boundaries.
+        held: likewise on those by which it is judged, at the first and the last.
         features: see `compensate`.
         ridge: see `Compensator`.
         rounds: see `Compensator`.
@@ -149,6 +154,6 @@ def _kl(replay: Replay, head: Head, plan: FoldPlan) -> float:
         stream_BTH = replay.states[0][rows]
         for index in plan.kept:
             stream_BTH = replay.block(index, stream_BTH, without=absent.get(index))
-        source_RH = replay.finish(replay.states[-1][rows]).flatten(0, 1)
+        source_RH = replay.finish(replay.end_WTH[rows]).flatten(0, 1)
         total += float(forward_kl(head, source_RH, replay.finish(stream_BTH).flatten(0, 1)).sum())
     return total / replay.ids_WT.numel()

@@ -15,7 +15,7 @@ from torch import Tensor
 _CHUNK_ROWS = 1024
 
 #: Gram matrices wider than this (half a gigabyte, and several of them are held) are kept off accelerators.
-_WIDEST_ON_DEVICE = 8192
+WIDEST_ON_DEVICE = 8192
 
 Solution = TypeVar("Solution")
 
@@ -53,7 +53,7 @@ class Sums:
         """
         used = weight_R.nonzero()[:, 0]
         width, height = inputs_RK.shape[1], wanted_RH.shape[1]
-        device = inputs_RK.device if width <= _WIDEST_ON_DEVICE else torch.device("cpu")
+        device = inputs_RK.device if width <= WIDEST_ON_DEVICE else torch.device("cpu")
         zeros = functools.partial(torch.zeros, dtype=torch.float64, device=device)
         gram, cross, mean_K, mean_H = zeros(width, width), zeros(width, height), zeros(width), zeros(height)
         square = zeros(())

@@ -16,6 +16,9 @@ from foldgpt.compensation.least_squares import Sums, solve
 from foldgpt.compensation.scales import away_from_zero, best_scales
 from foldgpt.families.norms import rms_normed
 
+#: Divided at a time, in fp32.
+_ROWS_AT_A_TIME = 4096
+
 
 @dataclass(frozen=True)
 class NormedFit:
@@ -70,7 +73,9 @@ def fit_through_norm(
         if number:
             inverse_R1 = torch.rsqrt(mapped.square().mean(-1, keepdim=True) + epsilon)
             scale = away_from_zero(fit.scale_H)
-            divided = (features * inverse_R1).to(features.dtype)
+            divided = torch.empty_like(features)
+            for part in torch.arange(len(features), device=features.device).split(_ROWS_AT_A_TIME):
+                divided[part] = (features[part] * inverse_R1[part]).to(features.dtype)
             change, _ = solve(Sums.of(divided, wanted - scale * rows * inverse_R1, weight), ridge, bias=False)
             fit = NormedFit(change.to(rows) / scale, fit.scale_H)
             mapped = fit.mapped(rows, features)

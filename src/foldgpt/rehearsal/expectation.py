@@ -28,6 +28,7 @@ from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings
 from foldgpt.recovery.trainable import make_trainable_
+from foldgpt.rehearsal.fits import bytes_of_fits
 from foldgpt.selection import (
     Request,
     number_for_target,
@@ -58,7 +59,7 @@ class Memory:
     Attributes:
         weights: of the model that is measured or trained.
         teacher: of the source beside it.
-        activations: what autograd keeps of one micro-batch, or the states that a search keeps.
+        activations: what autograd keeps of one micro-batch, or the states that a search or a fit keeps.
         optimizer: gradients and moments of what is trained, and its fp32 values.
         other: logits of a chunk.
     """
@@ -117,9 +118,9 @@ def expect(
 ) -> Expectation:
     """Count what a recipe will take on the real model.
 
-    Counted are the analysis, the search, the recovery with its measurements on held-out windows, and perplexity. Not
-    counted are the fits of the compensation and of shared weights, what the size solver and the choice of the best
-    donor measure, tasks, and reading and writing.
+    Counted are the analysis, the search, the recovery with its measurements on held-out windows, and perplexity; of the
+    fits of the compensation and of shared weights what they keep in memory. Not counted are the operations of those,
+    what the size solver and the choice of the best donor measure, tasks, and reading and writing.
 
     Where only the blocks behind the first cut are trained (`train_blocks: behind`), it is counted as if all were. How
     much is left out then, of the training and of the student's passes, goes by the place of that cut, and a plan that
@@ -173,8 +174,11 @@ def expect(
         states *= 1 + windows_of_finals(searched, further, recipe.compensate.method != "none") / searched
     memory = {
         "search": Memory(weights, activations=states if passes else 0, other=_LOGIT_BYTES),
+        "fits": Memory(weights, activations=bytes_of_fits(source, plan, text.num_tokens)),
         "fold and verify": Memory(weights, teacher=_bytes(student)),
     }
+    if not memory["fits"].activations:
+        del memory["fits"]
     num_trained = 0
     section = recipe.recover
     if section.num_tokens:

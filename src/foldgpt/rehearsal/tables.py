@@ -45,9 +45,9 @@ def expectation_lines(rehearsal: Rehearsal, *, teraflops: float, devices: int = 
     whose = "one device" if devices == 1 else f"each of {devices} devices"
     lines.append(
         f"All together {_peta(rehearsal.flops)}: {total} at {teraflops:g} TFLOP/s sustained on {whose} (--tflops, "
-        "--devices). Not counted: the fits of the compensation and of shared weights (share.fit), what share.method "
-        "auto and donor best measure, what train_blocks behind saves, tasks, perplexity on whole texts, reading and "
-        "writing."
+        "--devices). Not counted: the time of the fits of the compensation and of shared weights (share.fit), what "
+        "share.method auto and donor best measure, what train_blocks behind saves, tasks, perplexity on whole texts, "
+        "reading and writing."
     )
     if devices > 1:
         lines.append(_sharing_line(rehearsal, devices))
@@ -72,7 +72,7 @@ def _memory_lines(row: Expectation) -> list[str]:
         parts = {
             "weights": memory.weights,
             "verified beside it" if stage == "fold and verify" else "teacher": memory.teacher,
-            "states" if stage == "search" else "activations": memory.activations,
+            "states" if stage in ("search", "fits") else "activations": memory.activations,
             "optimizer": memory.optimizer,
             "logits": memory.other,
         }

@@ -172,7 +172,7 @@ class RemovalCost:
         targets_R = ids_WT.flatten()[(rows_R + 1).clamp_max(ids_WT.numel() - 1)]
         source = None
         if self.objective == "kl":
-            source = SourcePredictions(self.head, self._predictions([self.replay.states[-1][windows]], rows_R))
+            source = SourcePredictions(self.head, self._predictions([self.replay.end_WTH[windows]], rows_R))
         return Sample(batches, windows, rows_R, source, targets_R.to(self.replay.states[0].device))
 
     # --------------------------------------------------------------------------------------------- costs
@@ -359,7 +359,7 @@ class RemovalCost:
         """Pass a block that makes up for what is removed of it, and for the removed blocks up to block `after`."""
         assert self._compensator is not None
         carrier: Sublayer = "attention" if absent == "mlp" else "mlp"
-        output_WTH, carried_WTH = self._compensator.run(block, stream, sublayer=carrier, absent=absent)
+        output_WTH, carried_WTH, _ = self._compensator.run(block, stream, sublayer=carrier, absent=absent)
         target_WTH = self.replay.states[after][sample.windows]
         corrected_WTH, _ = self._compensator.correct(block, output_WTH, carried_WTH, target_WTH, sublayer=carrier)
         return list(corrected_WTH.split([len(hidden) for hidden in stream]))

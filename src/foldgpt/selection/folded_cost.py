@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from foldgpt.compensation import carrying_blocks, compensate, merged
+from foldgpt.compensation import Walk, compensate, merged
 from foldgpt.errors import UsageError
 from foldgpt.folding import source_model_of
 from foldgpt.plan import FoldPlan
@@ -95,16 +95,5 @@ def fit_tokens(sets: Sequence[Removed], units: Units, num_tokens: int) -> float:
         units: what they are made of.
         num_tokens: that they are fitted on.
     """
-    return (1 + sum(_num_run(removed, units) for removed in sets) / units.num_blocks) * num_tokens
-
-
-def _num_run(removed: Removed, units: Units) -> int:
-    """Blocks that `compensate` runs: the kept ones from the first to the last that carries a correction."""
-    whole = units.whole_blocks(removed)
-    kept = [block for block in range(units.num_blocks) if block not in whole]
-    carriers = carrying_blocks(units.num_blocks, whole, units.lacking(removed))
-    if not carriers:
-        return 0
-    # Behind a cut at the start nothing is the source's own.
-    first = min(carriers) if kept[0] == 0 else kept[0]
-    return sum(first <= block <= max(carriers) for block in kept)
+    walks = (Walk.around(units.num_blocks, units.whole_blocks(removed), units.lacking(removed)) for removed in sets)
+    return (1 + sum(len(walk.blocks) for walk in walks) / units.num_blocks) * num_tokens

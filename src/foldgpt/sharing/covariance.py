@@ -131,7 +131,7 @@ def input_moments(
     """The moments of the inputs of each linear layer of some blocks, block after block.
 
     Args:
-        replay: the source on the calibration windows; `boundaries="first"` is enough.
+        replay: the source on the calibration windows; `boundaries=[0]` is enough.
         blocks: source indices.
         sublayers: whose layers.
 

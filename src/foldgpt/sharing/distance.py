@@ -40,7 +40,7 @@ def weight_distances(replay: Replay, *, reach: int | None = None) -> dict[Part, 
     infinitely far apart.
 
     Args:
-        replay: the source; `boundaries="first"` is enough.
+        replay: the source; `boundaries=[0]` is enough.
         reach: leave out pairs that are more than so many blocks apart; they count as infinitely far.
 
     Returns:
@@ -89,7 +89,7 @@ class SharingCost:
         generator = torch.Generator().manual_seed(seed)
         self._rows_R = torch.randperm(num_tokens, generator=generator)[:_MOST_POSITIONS].sort().values
         self._source = SourcePredictions(
-            Head(replay.model), self._finished([replay.states[-1][rows] for rows in self.batches])
+            Head(replay.model), self._finished([replay.end_WTH[rows] for rows in self.batches])
         )
 
     @torch.no_grad()

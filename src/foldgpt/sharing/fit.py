@@ -39,8 +39,13 @@ _LEAST_BATCHES = 8
 _BATCH_TOKENS = 2048
 
 
-def sharing_replay(model: nn.Module, ids_WT: Tensor) -> Replay:
+def sharing_replay(model: nn.Module, ids_WT: Tensor, plan: FoldPlan | None = None) -> Replay:
     """The source recorded on calibration windows, in micro-batches small enough to hold some of them out.
+
+    Args:
+        model: the source.
+        ids_WT: the windows, int64 [W, T].
+        plan: what will be fitted, if it is known: then the states that it needs are kept, and no others.
 
     Raises:
         UsageError: fewer than two windows.
@@ -48,7 +53,29 @@ def sharing_replay(model: nn.Module, ids_WT: Tensor) -> Replay:
     if ids_WT.ndim == 2 and len(ids_WT) < 2:
         raise UsageError(f"sharing is fitted on at least 2 calibration windows, got {len(ids_WT)}; give more tokens")
     windows, tokens = ids_WT.shape
-    return Replay(model, ids_WT, batch_size=max(1, min(_BATCH_TOKENS // tokens, windows // _LEAST_BATCHES)))
+    batch_size = max(1, min(_BATCH_TOKENS // tokens, windows // _LEAST_BATCHES))
+    return Replay(model, ids_WT, batch_size=batch_size, boundaries=None if plan is None else boundaries_of(plan))
+
+
+def boundaries_of(plan: FoldPlan) -> frozenset[int]:
+    """Block boundaries at which the fits of a plan's groups look at the source's stream."""
+    start = plan.at_start
+    members = {block for group in plan.groups for block in group.blocks}
+    ends = {_end(start, block) for block in members}
+    return frozenset((0, _first(plan), *members, *ends, plan.source.num_blocks))
+
+
+def _first(plan: FoldPlan) -> int:
+    """The first block that may be another one than the source's: the one that makes up for the first cut."""
+    start = plan.at_start
+    members = (block for group in plan.groups for block in group.blocks)
+    missing = (*start.removed, *start.removed_attention, *start.removed_mlp)
+    return max(0, min((*members, *missing), default=0) - 1)
+
+
+def _end(start: FoldPlan, block: int) -> int:
+    """The boundary to aim at behind a block: where the next one begins that contributes from the start."""
+    return min((later for later in start.kept if later > block), default=start.source.num_blocks)
 
 
 @torch.no_grad()
@@ -74,7 +101,7 @@ def fit_sharing(
         UnsupportedModelError: what a block does with its sublayers' outputs is not known, or a group's donor has to
             be fitted and cannot be. Other groups that cannot be fitted are taken as they are folded without a fit.
     """
-    replay = replay or sharing_replay(model, ids_WT)
+    replay = replay or sharing_replay(model, ids_WT, plan)
     if replay.model is not model:
         raise UsageError("the replay is of another copy of the model; blocks are called through it")
     return _Fitting(replay, plan, aligned).run()
@@ -108,9 +135,7 @@ class _Fitting:
         began = self.replay.num_block_calls
         members = {block for group in self.plan.groups for block in group.blocks}
         last = max(members, default=-1)
-        # The first block that may be another one than the source's is the one that makes up for the first cut.
-        missing = (*self.start.removed, *self.start.removed_attention, *self.start.removed_mlp)
-        first = max(0, min((*members, *missing), default=0) - 1)
+        first = _first(self.plan)
         stream_WTH = self.replay.states[first].clone()
         with bar("fitting", len(self.plan.kept)) as progress:
             for index in self.plan.kept:
@@ -202,7 +227,7 @@ class _Fitting:
         total, tokens = 0.0, 0
         for rows, hidden_BTH in zip(self.held, streams, strict=True):
             ours_RH = self.replay.finish(self.student.run(hidden_BTH, blocks)).flatten(0, 1)
-            theirs_RH = self.replay.finish(self.replay.states[-1][rows]).flatten(0, 1)
+            theirs_RH = self.replay.finish(self.replay.end_WTH[rows]).flatten(0, 1)
             total += float(forward_kl(self.head, theirs_RH, ours_RH).sum())
             tokens += len(ours_RH)
         return total / tokens
@@ -377,9 +402,8 @@ class _Place:
         return role is None or self.index not in role[1].started_at_zero
 
     def _end(self) -> int:
-        """The boundary to aim at: where the next block begins that contributes from the start."""
-        later = [block for block in self.fitting.start.kept if block > self.index]
-        return later[0] if later else self.replay.num_blocks
+        """The boundary to aim at."""
+        return _end(self.fitting.start, self.index)
 
     # ------------------------------------------------------------------------------------ names and parts
 
