@@ -277,6 +277,7 @@ def recover(
     revision: Revision = None,
     dtype: DType = None,
     device: Device = None,
+    max_memory_gb: MaxMemory = None,
     seed: Seed = None,
     trust_remote_code: TrustRemoteCode = None,
     overwrite: OverwriteFolded = False,
@@ -296,6 +297,7 @@ def recover(
             revision=revision,
             dtype=dtype,
             device=device,
+            max_memory_gb=max_memory_gb,
             seed=seed,
             trust_remote_code=trust_remote_code,
             recover={
@@ -352,6 +354,7 @@ def evaluate(
     revision: Revision = None,
     dtype: DType = None,
     device: Device = None,
+    max_memory_gb: MaxMemory = None,
     seed: Seed = None,
     trust_remote_code: TrustRemoteCode = None,
     overwrite: Overwrite = False,
@@ -377,6 +380,7 @@ def evaluate(
             revision=revision,
             dtype=dtype,
             device=device,
+            max_memory_gb=max_memory_gb,
             seed=seed,
             trust_remote_code=trust_remote_code,
             evaluate={

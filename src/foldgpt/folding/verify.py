@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from foldgpt.errors import VerificationError, first_line
 from foldgpt.families import brings_own_code, decode
+from foldgpt.free_memory import free_memory
 from foldgpt.progress import quiet_libraries
 
 #: Largest relative error (of centred logits, root mean square) taken for rounding, by dtype. Wrong positions,
@@ -196,9 +196,7 @@ def _error_in_fp32(model: nn.Module, reloaded: nn.Module, probe: torch.Tensor, d
 
 
 def _fits_in_fp32(model: nn.Module, copies: int = 1) -> bool:
-    device = _device_of(model)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return copies * sum(4 * p.numel() for p in model.parameters()) < free / 2
+    return copies * sum(4 * p.numel() for p in model.parameters()) < free_memory(_device_of(model)) / 2
 
 
 def _probe(model: nn.Module) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,9 @@ from foldgpt.objectives import Head
 from foldgpt.progress import bar
 from foldgpt.recovery.states import Body, States
 from foldgpt.recovery.windows import places_in_documents
+
+#: Bytes of a number → integers of as many, as which the same bits are kept: numpy has no bf16.
+_BITS = {2: (np.int16, torch.int16), 4: (np.int32, torch.int32), 8: (np.int64, torch.int64)}
 
 
 class Teacher:
@@ -46,31 +48,29 @@ class Teacher:
 
 
 class CachedStates:
-    """The teacher's states on all training windows, in bf16 in one memory-mapped file.
+    """The teacher's states on all training windows, in its own format in one memory-mapped file.
 
-    Several recoveries from one teacher on the same windows then share one pass. The file takes 2 bytes for each
-    token, channel and kind of state.
+    Several recoveries from one teacher on the same windows then share one pass, and come out as without. The file
+    takes as many bytes for each token, channel and kind of state as a weight of the teacher.
 
     Args:
         path: the file, as `cache_states` made it.
         shape: W, S, T, H: windows, states of a window (the last hidden ones first), tokens, channels.
+        dtype: the teacher's.
         has_entry: whether the second state of a window is the one behind the common blocks.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int, int], *, has_entry: bool = False) -> None:
-        self._has_entry = has_entry
-        # Numpy has no bf16: the same bits as int16.
-        self._table = np.memmap(path, dtype=np.int16, mode="r", shape=shape)
+    def __init__(
+        self, path: Path, shape: tuple[int, int, int, int], dtype: torch.dtype, *, has_entry: bool = False
+    ) -> None:
+        self._dtype, self._has_entry = dtype, has_entry
+        self._table = np.memmap(path, dtype=_BITS[dtype.itemsize][0], mode="r", shape=shape)
 
     def states(self, windows: Tensor, device: torch.device, dtype: torch.dtype) -> States:
         """States of some windows, by number, in the teacher's format."""
-        rows = torch.from_numpy(self._table[windows.cpu().numpy()]).view(torch.bfloat16).to(device, dtype)
+        rows = torch.from_numpy(self._table[windows.cpu().numpy()]).view(self._dtype).to(device, dtype)
         last, *between = rows.unbind(1)
-        if not self._has_entry:
-            return States(last, tuple(between))
-        found = _with_entry(last, between)
-        # Rounded to bf16 it is not what a model in another format would go on with.
-        return found if dtype == torch.bfloat16 else dataclasses.replace(found, entry_BTH=None)
+        return _with_entry(last, between) if self._has_entry else States(last, tuple(between))
 
 
 def cache_states(
@@ -88,11 +88,11 @@ def cache_states(
     Raises:
         ArtifactError: the file cannot be written.
     """
-    hidden = teacher.head.hidden_size
+    hidden, dtype = teacher.head.hidden_size, next(teacher.model.parameters()).dtype
     shape = (len(ids_WT), 1 + len(teacher.behind), ids_WT.shape[1], hidden)
     parts = [weights_fingerprint(teacher.model), ids_fingerprint(ids_WT), list(teacher.behind), list(shape)]
     has_entry = teacher.common > 0
-    path = folder / f"{hash_of([*parts, document_end, has_entry])[:32]}.states"
+    path = folder / f"{hash_of([*parts, document_end, has_entry, str(dtype)])[:32]}.states"
     if not path.is_file():
         try:
             with alone(path):
@@ -101,7 +101,7 @@ def cache_states(
                     _write(teacher, ids_WT, document_end, path, batch_size)
         except OSError as error:
             raise ArtifactError(f"cannot write {path}: {error.strerror or error}. Nothing was left behind.") from error
-    return CachedStates(path, shape, has_entry=has_entry)
+    return CachedStates(path, shape, dtype, has_entry=has_entry)
 
 
 def _write(
@@ -111,15 +111,16 @@ def _write(
     path: Path,
     batch_size: int,
 ) -> None:
-    device = next(teacher.model.parameters()).device
+    parameter = next(teacher.model.parameters())
+    device, (_, bits) = parameter.device, _BITS[parameter.element_size()]
     with staged_file(path) as file, bar("the teacher's states", len(ids_WT)) as progress:
         for start in range(0, len(ids_WT), batch_size):
             ids_BT = ids_WT[start : start + batch_size].to(device).long()
             places_BT = None if document_end is None else places_in_documents(ids_BT, document_end)
             found = teacher.states(ids_BT, places_BT)
             entry = [] if found.entry_BTH is None else [found.entry_BTH]
-            table = torch.stack([found.last_BTH, *entry, *found.between], dim=1).bfloat16().cpu()
-            file.write(table.contiguous().view(torch.int16).numpy().tobytes())
+            table = torch.stack([found.last_BTH, *entry, *found.between], dim=1).to("cpu", parameter.dtype)
+            file.write(table.contiguous().view(bits).numpy().tobytes())
             progress.advance(len(table))
 
 

@@ -8,11 +8,11 @@ import tempfile
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from foldgpt.errors import SourceError, UsageError, did_you_mean, first_line
+from foldgpt.free_memory import free_memory
 from foldgpt.progress import note, quiet_libraries
 from foldgpt.sources.configs import load_config
 from foldgpt.sources.gguf_files import gguf_metadata, gguf_tokenizer, load_gguf
@@ -175,15 +175,13 @@ def _placement(
 ) -> tuple[dict[str, Any], tempfile.TemporaryDirectory[str] | None]:
     """Arguments that put the model on its device, or as much of it as the memory allows."""
     needed = sum(loaded_bytes(entry, dtype) for header in headers for entry in header.values())
-    free_ram = psutil.virtual_memory().available * _MEMORY_SHARE
-    free = torch.cuda.mem_get_info(device)[0] * _MEMORY_SHARE if device.type == "cuda" else free_ram
-    allowed = free if max_memory_gb is None else max_memory_gb * 1e9
+    allowed = free_memory(device) * _MEMORY_SHARE if max_memory_gb is None else max_memory_gb * 1e9
     if needed <= allowed:
         return {"device_map": {"": device}}, None
     folder = tempfile.TemporaryDirectory(prefix="foldgpt-offload-")
     on_gpu = device.type == "cuda"
     limits = {(device.index or 0) if on_gpu else "cpu": int(allowed)}
     if on_gpu:
-        limits["cpu"] = int(free_ram)
+        limits["cpu"] = int(free_memory(torch.device("cpu")) * _MEMORY_SHARE)
     placement = {"device_map": "auto", "max_memory": limits, "offload_folder": folder.name}
     return placement, folder

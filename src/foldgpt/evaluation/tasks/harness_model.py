@@ -14,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from foldgpt.evaluation.errors import MeasurementError
+from foldgpt.free_memory import free_memory
 from foldgpt.progress import bar
 
 #: What the logits of one batch may take in fp32, in bytes. A single input may take more: it cannot be split.
@@ -115,8 +116,7 @@ class LoadedModel(HFLM):
         times = 1 if self.device.type == "cpu" else _ON_ACCELERATORS
         most_tokens, most_logits = times * _BATCH_TOKENS, times * _LOGIT_BYTES // (4 * self._vocab_size)
         if self.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.device)[0]
-            most_logits = min(most_logits, max(free // 8, _LOGIT_BYTES) // (4 * self._vocab_size))
+            most_logits = min(most_logits, max(free_memory(self.device) // 8, _LOGIT_BYTES) // (4 * self._vocab_size))
         batch: list[_Input] = []
         num_logits = 0
         for item in inputs:
