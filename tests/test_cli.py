@@ -106,6 +106,24 @@ def test_eval_of_one_model_alone(model: Path, text: Path) -> None:
     assert value["folded"]["perplexity"]["protocol"]["text_complete"] is True
 
 
+def test_eval_reads_from_disk_what_may_not_be_in_memory_and_recover_says_that_it_cannot(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    measured = ("--perplexity", text, "--context", 32, "--no-speed", "--no-memory", "--json", "-q")
+    whole, part = (foldgpt("eval", model, *measured, *more) for more in ((), ("--max-memory-gb", 0.00005)))
+    assert whole.exit_code == part.exit_code == 0, part.output
+    values = [json.loads(made.stdout)["folded"]["perplexity"]["value"] for made in (whole, part)]
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+    plan, folded = tmp_path / "plan.json", tmp_path / "folded"
+    options = ("--select", "last", "--remove", 1, "--compensate", "none", "--text", text, "--context", 32)
+    assert foldgpt("plan", model, *options, "--tokens", 256, "--out", plan, "-q").exit_code == 0
+    assert foldgpt("fold", model, "--plan", plan, "--out", folded, "-q").exit_code == 0
+    arguments = ("recover", folded, "--teacher", model, "--text", text, "--tokens", 512, "--context", 32)
+    made = foldgpt(*arguments, "--out", tmp_path / "recovered", "--max-memory-gb", 0.00005, "-q")
+    assert made.exit_code == 1 and "folded does not fit in the memory that is free (or allowed" in made.stderr
+    assert not (tmp_path / "recovered").exists()
+
+
 def test_eval_beside_a_model_that_numbers_words_differently_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     tiny_model("llama").save_pretrained(other)

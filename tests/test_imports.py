@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # autoload reaches modeling by name, later
     (
         "allocator",
+        "free_memory",
         "artifacts",
         "assignments",
         "cache",

@@ -14,7 +14,7 @@ from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.folding import fold_, private_modules, source_model_of
 from foldgpt.modeling.modeling_foldgpt import Borrowed
 from foldgpt.plan import FoldPlan, Group
-from foldgpt.recovery import RecoverySettings, make_trainable_, merge_trained_
+from foldgpt.recovery import RecoverySettings, check_device, make_trainable_, merge_trained_
 from foldgpt.recovery.lora import LoraLinear
 from foldgpt.recovery.trainable import blocks_beside_cuts, trained_scales
 from models import tiny_model, token_ids
@@ -245,9 +245,38 @@ def test_private_terms_alone_need_some() -> None:
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"skew": 1.0}, "skew"),
         ({"patience": 0}, "patience"),
+        ({"kl": 0.0, "lm": 1.0, "temperature": 2.0}, "temperature is 2.0, but it is of the loss kl"),
+        ({"kl": 0.0, "lm": 1.0, "divergence": "reverse"}, "divergence is reverse, but it is of the loss kl"),
+        ({"skew": 0.3}, "skew is 0.3, but it is of the skewed divergence, and this one is forward"),
+        ({"states_at": "all"}, "states_at is all, but it says where states are compared"),
+        ({"rank": 0, "alpha": 8.0}, "alpha is 8.0, but it is of LoRA terms"),
+        ({"norms": False, "private_terms": False, "scale_rate": 3.0}, "scale_rate is 3.0"),
     ],
     ids=str,
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         RecoverySettings(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"divergence": "skewed", "skew": 0.3},
+        {"kl": 0.0, "lm": 1.0, "temperature": 1.0},
+        {"states": 1, "states_at": "all"},
+    ],
+    ids=str,
+)
+def test_settings_that_are_read_are_taken(changes: dict[str, Any]) -> None:
+    RecoverySettings(**changes)
+
+
+def test_another_accelerator_than_the_first_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would move everything to the first, which may be in use by others."""
+    with pytest.raises(UsageError, match=r"device cuda:1: .*CUDA_VISIBLE_DEVICES=1"):
+        check_device(torch.device("cuda:1"))
+    for name in ("cpu", "cuda", "cuda:0"):
+        check_device(torch.device(name))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    check_device(torch.device("cuda:1"))

@@ -160,7 +160,10 @@ def make_recovered(
     plan = FoldPlan.load(folded)
     student = bench.load(folded, str(folded))
     if student.offloaded:
-        raise FoldGPTError(f"{folded} does not fit in the memory that is free; it cannot be trained from elsewhere")
+        raise FoldGPTError(
+            f"{folded} does not fit in the memory that is free (or allowed by max_memory_gb); it cannot be trained "
+            "from elsewhere"
+        )
     if not _same_ids(bench.tokenizer, student.tokenizer):
         raise UsageError(
             f"{folded} has another tokenizer than {recipe.model}, so it cannot learn from its predictions. "
@@ -169,8 +172,8 @@ def make_recovered(
     check_trainable(student.model)
     if bench.recovery_settings.needs_teacher and bench.source.offloaded:
         raise FoldGPTError(
-            f"{recipe.model} does not fit in the memory that is free beside {folded}; recovery needs both. Load them "
-            "in 16 bits (dtype), or take a larger machine"
+            f"{recipe.model} does not fit in the memory that is free (or allowed by max_memory_gb) beside {folded}; "
+            "recovery needs both. Load them in 16 bits (dtype), or take a larger machine"
         )
     train, held_out = bench.training_windows(out)
     result = recover(

@@ -22,7 +22,14 @@ from foldgpt.folding.donors import DONORS, READY
 from foldgpt.plan import Compensation, Fitting, explain
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
-from foldgpt.recovery import RecoverySettings, TrainingWindows, check_compiler, check_loggers, packed_windows
+from foldgpt.recovery import (
+    RecoverySettings,
+    TrainingWindows,
+    check_compiler,
+    check_device,
+    check_loggers,
+    packed_windows,
+)
 from foldgpt.selection import Request, check_name, check_request, number_to_remove, search_windows
 from foldgpt.sources import Source, device_of, load_config, load_source, load_tokenizer, model_fingerprint, resolve
 
@@ -84,6 +91,7 @@ class Workbench:
         self._check_tasks()
         if self.recipe.recover.num_tokens:
             check_loggers(self.recipe.recover.report_to)
+            check_device(device_of(self.recipe.device))
             if self.recovery_settings.compile:
                 check_compiler(device_of(self.recipe.device))
 

@@ -17,9 +17,14 @@ from foldgpt.sizes import size
 _CHANGEABLE = ("select", "compensate", "share", "recover")
 _NOT_FOLDERS = re.compile(r"[^a-z0-9]+")
 
-#: Losses that look at the teacher, and terms beyond LoRA, switched off: what most papers call healing.
+#: Losses that look at the teacher with all that is theirs, and terms beyond LoRA, switched off: what most papers call
+#: healing.
 _PLAIN_LORA = {
     "kl": 0.0,
+    "divergence": "forward",
+    "temperature": 1.0,
+    "skew": 0.1,
+    "states_at": "cuts",
     "lm": 1.0,
     "last_error": 0.0,
     "last_cosine": 0.0,

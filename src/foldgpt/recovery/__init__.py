@@ -3,7 +3,7 @@
 from foldgpt.recovery.chat import chat_windows
 from foldgpt.recovery.compiled import check_compiler
 from foldgpt.recovery.errors import DivergenceError
-from foldgpt.recovery.inputs import check_trainable
+from foldgpt.recovery.inputs import check_device, check_trainable
 from foldgpt.recovery.loggers import check_loggers
 from foldgpt.recovery.packing import packed_windows
 from foldgpt.recovery.recover import recover
@@ -21,6 +21,7 @@ __all__ = [
     "TrainingWindows",
     "chat_windows",
     "check_compiler",
+    "check_device",
     "check_loggers",
     "check_trainable",
     "make_trainable_",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -34,6 +35,19 @@ def check_trainable(model: nn.Module) -> None:
         raise UnsupportedModelError(
             "the model is in float16, in which the gradient of a mean over many tokens rounds to nothing; recover it "
             "in bfloat16 or float32 (dtype)"
+        )
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse devices on which transformers would not train: a process by itself takes the first accelerator.
+
+    Raises:
+        UsageError: another one is named.
+    """
+    if device.index not in (None, 0) and "LOCAL_RANK" not in os.environ:
+        raise UsageError(
+            f"device {device}: transformers trains on {device.type}:0 only. Let {device.index} be the first, with "
+            f"CUDA_VISIBLE_DEVICES={device.index} in front of the command and device {device.type}"
         )
 
 

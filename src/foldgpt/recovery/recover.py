@@ -27,7 +27,7 @@ from foldgpt.recovery.common import common_blocks
 from foldgpt.recovery.compiled import check_compiler, compiled_blocks
 from foldgpt.recovery.distillation import Distillation
 from foldgpt.recovery.dropout import without_dropout
-from foldgpt.recovery.inputs import check_inputs, check_trainable
+from foldgpt.recovery.inputs import check_device, check_inputs, check_trainable
 from foldgpt.recovery.loggers import check_loggers, keep_logs_
 from foldgpt.recovery.settings import RecoverySettings
 from foldgpt.recovery.states import aligned_blocks
@@ -101,6 +101,7 @@ def recover(
     check_trainable(student)
     check_inputs(student, teacher, plan, settings, train, held_out)
     device = next(student.parameters()).device
+    check_device(device)
     if settings.compile:
         check_compiler(device)
     pairs = aligned_blocks(plan, settings.states_at) if settings.states else []

@@ -115,6 +115,22 @@ class RecoverySettings:
             raise UsageError("nothing is asked of the student's output: set kl, lm, last_error or last_cosine")
         if not (self.rank or self.norms or self.private_terms or self.train_fully != "none"):
             raise UsageError("nothing is trained: set rank, norms, private_terms or train_fully")
+        self._check_idle()
+
+    def _check_idle(self) -> None:
+        """Refuse what was set and would change nothing: whoever set it expects that it does."""
+        needs = {
+            "divergence": (self.kl > 0, "is of the loss kl, and its weight is 0"),
+            "temperature": (self.kl > 0, "is of the loss kl, and its weight is 0"),
+            "skew": (self.divergence == "skewed", f"is of the skewed divergence, and this one is {self.divergence}"),
+            "states_at": (self.states > 0, "says where states are compared, and their weight (states) is 0"),
+            "alpha": (self.rank > 0, "is of LoRA terms, and there are none: rank is 0"),
+            "scale_rate": (self.norms or self.private_terms, "is of scales, and none are trained"),
+        }
+        for field in fields(self):
+            is_read, why = needs.get(field.name, (True, ""))
+            if not is_read and (value := getattr(self, field.name)) != field.default:
+                raise UsageError(f"{field.name} is {value}, but it {why}: leave it out, or set what it is for")
 
     @property
     def needs_teacher(self) -> bool:
