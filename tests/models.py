@@ -103,7 +103,7 @@ def model_of_an_unknown_family(num_blocks: int) -> PreTrainedModel:
     """A tiny random model whose family has no entry: what its sublayers are is not known."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "cohere",
+        "doge",
         vocab_size=128,
         hidden_size=32,
         intermediate_size=48,

@@ -141,10 +141,10 @@ class Replay:
     @contextmanager
     def _without(self, index: int, sublayer: Sublayer) -> Iterator[nn.Module]:
         """The block while one sublayer is out of it, with the norms that serve it alone (as `fold_` does it)."""
-        block, sublayers = self.decoder.blocks[index], self._sublayers
+        block, norms = self.decoder.blocks[index], self._sublayers.norms(sublayer)
         attention = sublayer == "attention"
-        *before, output = sublayers.modules(sublayer)
-        originals = {name: block.get_submodule(name) for name in (*before, output, *sublayers.norms(sublayer))}
+        *before, output = self.decoder.modules(index, sublayer)
+        originals = {name: block.get_submodule(name) for name in (*before, output, *norms)}
         try:
             for name in originals:
                 block.set_submodule(name, Absent(returns_pair=attention) if name == output else nn.Identity())

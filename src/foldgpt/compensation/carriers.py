@@ -54,7 +54,7 @@ def output_module(decoder: Decoder, index: int, sublayer: Sublayer) -> nn.Module
     Raises:
         UnsupportedModelError: the family's sublayers are not known.
     """
-    return decoder.blocks[index].get_submodule(sublayer_modules(decoder, sublayer)[-1])
+    return decoder.blocks[index].get_submodule(sublayer_modules(decoder, index, sublayer)[-1])
 
 
 def norm_behind(decoder: Decoder, index: int, sublayer: Sublayer) -> nn.Module | None:
@@ -76,7 +76,7 @@ def output_matrices(decoder: Decoder, index: int, sublayer: Sublayer, module: nn
         UnsupportedModelError: the family's sublayers are not known, there are none with a known name, or they are not
             plain matrices in memory.
     """
-    found = _matrices(module, sublayer_modules(decoder, sublayer)[-1], sublayer)
+    found = _matrices(module, sublayer_modules(decoder, index, sublayer)[-1], sublayer)
     place = f"the {sublayer} of block {index} of model type {decoder.model_type!r}"
     if not found:
         known = ", ".join(sorted(OUTPUT_MATRICES[sublayer]))
@@ -94,7 +94,7 @@ def inner_width(decoder: Decoder, index: int, sublayer: Sublayer) -> int | None:
         UnsupportedModelError: the family's sublayers are not known.
     """
     module = output_module(decoder, index, sublayer)
-    matrices = _matrices(module, sublayer_modules(decoder, sublayer)[-1], sublayer)
+    matrices = _matrices(module, sublayer_modules(decoder, index, sublayer)[-1], sublayer)
     if len(matrices) != 1 or matrices[0].weight.ndim != 2:
         return None
     return matrices[0].weight.shape[0 if matrices[0].transposed else 1]

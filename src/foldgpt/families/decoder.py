@@ -9,6 +9,7 @@ from torch import nn
 
 from foldgpt.errors import UnsupportedModelError
 from foldgpt.families.table import Sublayers, family_of, sublayers_of
+from foldgpt.plan import Sublayer
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,23 @@ class Decoder:
     blocks_path: str
     blocks: nn.ModuleList
     sublayers: Sublayers | None
+
+    def modules(self, index: int, sublayer: Sublayer) -> tuple[str, ...]:
+        """The modules of one sublayer of block `index`; the last one returns its output.
+
+        In a block that does not attend, what stands in the attention's place. The family's sublayers must be known.
+        """
+        assert self.sublayers is not None
+        names = self.sublayers.modules(sublayer)
+        if sublayer == "attention" and not self.attends(index):
+            block = self.blocks[index]
+            return next(((name,) for name in self.sublayers.mixers if hasattr(block, name)), names)
+        return names
+
+    def attends(self, index: int) -> bool:
+        """Whether block `index` has an attention, and nothing else in its place. The sublayers must be known."""
+        assert self.sublayers is not None
+        return not self.sublayers.mixers or hasattr(self.blocks[index], self.sublayers.attention[-1])
 
     def set_blocks(self, blocks: nn.ModuleList) -> None:
         """Put another list of blocks in place of the present one."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from foldgpt.plan import Sublayer
 
 #: Names of the matrices that a sublayer ends in; in mixtures each expert has one, or all are one parameter.
 OUTPUT_MATRICES: dict[Sublayer, frozenset[str]] = {
-    "mlp": frozenset({"down_proj", "c_proj", "dense_4h_to_h", "fc2"}),
+    "mlp": frozenset({"down_proj", "c_proj", "dense_4h_to_h", "fc2", "w2"}),
     "attention": frozenset({"o_proj", "out_proj", "c_proj", "dense"}),
 }
 
@@ -28,6 +28,8 @@ class Sublayers:
             two run in parallel on the block's input.
         attention_norm_behind: the norm, if any, between the attention's output and the residual stream.
         mlp_norm_behind: the same for the MLP.
+        mixers: modules that stand in the attention's place in blocks that do not attend (linear attention,
+            convolutions); see `Decoder.modules`.
     """
 
     attention: tuple[str, ...] = ("self_attn",)
@@ -37,9 +39,10 @@ class Sublayers:
     between: str | None = "post_attention_layernorm"
     attention_norm_behind: str | None = None
     mlp_norm_behind: str | None = None
+    mixers: tuple[str, ...] = ()
 
     def modules(self, sublayer: Sublayer) -> tuple[str, ...]:
-        """The modules of one sublayer; the last one returns its output."""
+        """The modules of one sublayer of a block that attends; the last one returns its output."""
         return self.attention if sublayer == "attention" else self.mlp
 
     def norms(self, sublayer: Sublayer) -> tuple[str, ...]:
@@ -89,37 +92,93 @@ _POST_NORM = Sublayers(
     mlp_norm_behind="post_feedforward_layernorm",
 )
 
+#: As Llama's, but that the MLP, its norms or both have other names.
+_LFM = Sublayers(
+    mlp=("feed_forward",),
+    attention_norms=("operator_norm",),
+    mlp_norms=("ffn_norm",),
+    between="ffn_norm",
+    mixers=("conv",),
+)
+_APERTUS = Sublayers(
+    attention_norms=("attention_layernorm",), mlp_norms=("feedforward_layernorm",), between="feedforward_layernorm"
+)
+_VAULT_GEMMA = Sublayers(mlp_norms=("pre_feedforward_layernorm",), between="pre_feedforward_layernorm")
+_GLM4 = Sublayers(
+    attention_norms=("input_layernorm", "post_self_attn_layernorm"),
+    mlp_norms=("post_attention_layernorm", "post_mlp_layernorm"),
+    attention_norm_behind="post_self_attn_layernorm",
+    mlp_norm_behind="post_mlp_layernorm",
+)
+_AFMOE = Sublayers(
+    attention_norms=("input_layernorm", "post_attention_layernorm"),
+    mlp_norms=("pre_mlp_layernorm", "post_mlp_layernorm"),
+    between="pre_mlp_layernorm",
+    attention_norm_behind="post_attention_layernorm",
+    mlp_norm_behind="post_mlp_layernorm",
+)
+#: One norm feeds both sublayers, so it belongs to neither.
+_PARALLEL = Sublayers(attention_norms=(), mlp_norms=(), between=None)
+
 _LLAMA_SHAPED = Family(variants=(Variant(_PRE_NORM),))
 _GEMMA_SHAPED = Family(variants=(Variant(_SANDWICH),))
+_HYBRID = Family(variants=(Variant(replace(_PRE_NORM, mixers=("linear_attn",))),))
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
         (
+            "arcee",
+            "bitnet",
+            "cwm",
             "deepseek_v2",
             "deepseek_v3",
+            "dots1",
+            "ernie4_5",
+            "exaone",
+            "gemma",
+            "glm",
+            "glm4_moe",
+            "glm4_moe_lite",
             "granite",
+            "helium",
+            "hunyuan_v1_dense",
+            "internlm3",
             "llama",
+            "minimax_m2",
+            "ministral",
+            "ministral3",
             "mistral",
             "mixtral",
+            "nanochat",
+            "nemotron",
             "olmo",
+            "olmoe",
             "phi3",
+            "phimoe",
             "qwen2",
             "qwen2_moe",
             "qwen3",
             "qwen3_moe",
+            "seed_oss",
             "smollm3",
+            "starcoder2",
         ),
         _LLAMA_SHAPED,
     ),
-    "gemma": _LLAMA_SHAPED,
+    **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"), _HYBRID),
+    **dict.fromkeys(("cohere", "cohere2", "phi"), Family(variants=(Variant(_PARALLEL),))),
+    **dict.fromkeys(("lfm2", "lfm2_moe"), Family(variants=(Variant(_LFM),))),
+    "afmoe": Family(variants=(Variant(_AFMOE),)),
+    "apertus": Family(variants=(Variant(_APERTUS),)),
+    "glm4": Family(variants=(Variant(_GLM4),)),
+    "vaultgemma": Family(variants=(Variant(_VAULT_GEMMA),)),
     "gemma2": _GEMMA_SHAPED,
     "gemma3_text": _GEMMA_SHAPED,
     "gemma3": Family(blocks="model.language_model.layers", variants=(Variant(_SANDWICH),)),
-    "olmo2": Family(variants=(Variant(_POST_NORM),)),
+    **dict.fromkeys(("exaone4", "flex_olmo", "olmo2", "olmo3"), Family(variants=(Variant(_POST_NORM),))),
     "stablelm": Family(
         variants=(
-            # In the parallel form one norm feeds both sublayers, so it belongs to neither.
-            Variant(Sublayers(attention_norms=(), mlp_norms=(), between=None), {"use_parallel_residual": True}),
+            Variant(_PARALLEL, {"use_parallel_residual": True}),
             Variant(_PRE_NORM),
         )
     ),

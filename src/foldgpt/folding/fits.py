@@ -206,7 +206,7 @@ def _roots(decoder: Decoder, group: Group) -> tuple[str, ...] | None:
         return None
     (sublayer,) = group.sublayers
     assert decoder.sublayers is not None
-    return (*sublayer_modules(decoder, sublayer), *decoder.sublayers.norms(sublayer))
+    return (*sublayer_modules(decoder, group.holder, sublayer), *decoder.sublayers.norms(sublayer))
 
 
 def _norms_behind(decoder: Decoder, group: Group) -> list[str]:

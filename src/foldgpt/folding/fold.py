@@ -239,6 +239,13 @@ def _check_first_attention(decoder: Decoder, plan: FoldPlan) -> None:
             "cannot remove all blocks that attend: transformers reads the length of the KV cache from one of them. "
             f"Keep at least one of {attending}."
         )
+    for index in plan.removed_attention:
+        if decoder.sublayers is not None and not decoder.attends(index):
+            (mixer,) = decoder.modules(index, "attention")
+            raise PlanError(
+                f"cannot remove the attention of block {index}: it has none, but {mixer} in its place, which can only "
+                "go with its block"
+            )
     for kind, index in first_of_each_kind(kinds, plan.kept).items():
         if index in plan.removed_attention:
             raise PlanError(
@@ -251,7 +258,7 @@ def _absent_modules(decoder: Decoder, plan: FoldPlan) -> dict[int, tuple[tuple[s
     """Source index → (modules replaced by zero, modules replaced by the identity) for removed sublayers."""
     absent: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}
     for index, sublayer in plan.absent_sublayers.items():
-        *before, output = sublayer_modules(decoder, sublayer)
+        *before, output = sublayer_modules(decoder, index, sublayer)
         assert decoder.sublayers is not None
         absent[index] = ((output,), (*before, *decoder.sublayers.norms(sublayer)))
     return absent
@@ -341,4 +348,4 @@ def _become_folded_(model: nn.Module, plan: FoldPlan, layout: dict[str, Any]) ->
     config.fold_plan = plan.to_json_dict()
     config.fold_layout = layout
     config.auto_map = dict(AUTO_MAP)
-    model.__class__ = folded_model_class(source_class)
+    model.__class__ = folded_model_class(source_class, model_type)

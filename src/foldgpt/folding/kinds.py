@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -25,8 +25,8 @@ _KIND_FIELDS: dict[Sublayer, tuple[str, ...]] = {
 }
 
 
-def sublayer_modules(decoder: Decoder, sublayer: Sublayer) -> tuple[str, ...]:
-    """Names inside a block of the modules of one sublayer; the last one returns its output.
+def sublayer_modules(decoder: Decoder, index: int, sublayer: Sublayer) -> tuple[str, ...]:
+    """Names inside block `index` of the modules of one sublayer; the last one returns its output.
 
     Raises:
         UnsupportedModelError: the family has no entry, so its sublayers are not known.
@@ -37,7 +37,7 @@ def sublayer_modules(decoder: Decoder, sublayer: Sublayer) -> tuple[str, ...]:
             "be removed and shared whole, but not attention and MLP apart, and what is removed cannot be compensated. "
             "Add a row to foldgpt/families/table.py, or switch off what needs them."
         )
-    return decoder.sublayers.modules(sublayer)
+    return decoder.modules(index, sublayer)
 
 
 def shareable_leaves(decoder: Decoder, index: int, sublayers: Sequence[Sublayer]) -> list[str]:
@@ -50,7 +50,7 @@ def shareable_leaves(decoder: Decoder, index: int, sublayers: Sequence[Sublayer]
     if set(sublayers) == set(SUBLAYERS) and decoder.sublayers is None:
         roots = [name for name, _ in block.named_children()]
     else:
-        roots = [name for sublayer in sublayers for name in sublayer_modules(decoder, sublayer)]
+        roots = [name for sublayer in sublayers for name in sublayer_modules(decoder, index, sublayer)]
     return [leaf for root in roots for leaf in _leaves(block.get_submodule(root), root)]
 
 
@@ -67,9 +67,14 @@ def low_rank_leaves(decoder: Decoder, index: int, sublayers: Sequence[Sublayer])
     """
     block = decoder.blocks[index]
     leaves = {name: block.get_submodule(name) for name in shareable_leaves(decoder, index, sublayers)}
-    return [
-        name for name, leaf in leaves.items() if isinstance(leaf, (nn.Linear, Conv1D)) and min(leaf.weight.shape) > 1
-    ]
+    return [name for name, leaf in leaves.items() if _puts_out_a_product(leaf) and min(leaf.weight.shape) > 1]
+
+
+def _puts_out_a_product(leaf: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
+    """Whether a leaf is a linear layer, and no router that is derived from one and puts out its choice (PhiMoE)."""
+    kind: Any = type(leaf)
+    is_of_architecture = kind.__module__.startswith("transformers.models.") and kind.forward is not nn.Linear.forward
+    return isinstance(leaf, (nn.Linear, Conv1D)) and not is_of_architecture
 
 
 def scale_leaves(decoder: Decoder, index: int, sublayers: Sequence[Sublayer]) -> list[str]:
@@ -85,7 +90,7 @@ def scale_leaves(decoder: Decoder, index: int, sublayers: Sequence[Sublayer]) ->
     block = decoder.blocks[index]
     found: list[str] = []
     for sublayer in sublayers:
-        modules = sublayer_modules(decoder, sublayer)
+        modules = sublayer_modules(decoder, index, sublayer)
         assert decoder.sublayers is not None
         if decoder.sublayers.norm_behind(sublayer) is not None:
             continue

@@ -283,10 +283,17 @@ def copy_code_to(folder: Any) -> None:
 
 
 @functools.cache
-def folded_model_class(source_class: Any) -> Any:
-    """The class of folded models whose source has the given class (a causal or a base model)."""
+def folded_model_class(source_class: Any, model_type: str) -> Any:
+    """The class of folded models whose source has the given class (a causal or a base model) and architecture.
+
+    One class may serve several architectures: an Exaone is a `LlamaForCausalLM` with a config of its own.
+    """
+    own = source_class.config_class
+    config_class = folded_config_class(model_type)
     name = f"Folded{source_class.__name__}"
-    config_class = folded_config_class(source_class.config_class.model_type)
+    if own.model_type != model_type:
+        kind = source_class.__name__.removeprefix(own.__name__.removesuffix("Config"))
+        name = f"{config_class.__name__.removesuffix('Config')}{kind}"
     folded = type(
         name,
         (FoldedMixin, source_class),
@@ -306,7 +313,7 @@ def __getattr__(name: str) -> Any:
     source_class: Any = getattr(transformers, name.removeprefix("Folded"), None) if name.startswith("Folded") else None
     is_of_transformers = isinstance(source_class, type) and issubclass(source_class, PreTrainedModel)
     if is_of_transformers and getattr(source_class.config_class, "model_type", None) in CONFIG_MAPPING:
-        return folded_model_class(source_class)
+        return folded_model_class(source_class, source_class.config_class.model_type)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -322,8 +329,8 @@ class _Front:
     @classmethod
     def class_for(cls, config: Any) -> Any:
         """The model class for a folded config."""
-        source_config_class = type(config).__mro__[1]
-        return folded_model_class(cls._mapping[source_config_class])
+        source_config_class: Any = type(config).__mro__[1]
+        return folded_model_class(cls._mapping[source_config_class], source_config_class.model_type)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
@@ -362,4 +369,5 @@ def register(source_model_type: str) -> None:
     source_config_class = config_class.__mro__[1]
     for auto, mapping in ((AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING), (AutoModel, MODEL_MAPPING)):
         if source_config_class in mapping:
-            auto.register(config_class, folded_model_class(mapping[source_config_class]), exist_ok=True)
+            model_class = folded_model_class(mapping[source_config_class], source_model_type)
+            auto.register(config_class, model_class, exist_ok=True)

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import nn
 
-from foldgpt.errors import UsageError
+from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import SPECIAL_FIRST_BLOCK, Decoder, attending_blocks, attention_kinds, first_of_each_kind
 from foldgpt.folding.kinds import sublayer_modules
 from foldgpt.plan import SUBLAYERS, Sublayer
@@ -51,12 +51,17 @@ class Units:
         """Attention and MLP of each block apart; as many parameters are to go as `num_remove` blocks have.
 
         Raises:
-            UnsupportedModelError: the family's sublayers are not known.
+            UnsupportedModelError: the family's sublayers are not known, or not all blocks attend.
         """
         num_blocks = len(decoder.blocks)
+        if decoder.sublayers is not None and not all(map(decoder.attends, range(num_blocks))):
+            raise UnsupportedModelError(
+                f"some blocks of model type {decoder.model_type!r} do not attend, and what they have in the "
+                "attention's place cannot be removed apart; remove whole blocks"
+            )
         sizes = tuple(
-            sum(_count(block.get_submodule(name)) for name in sublayer_modules(decoder, sublayer))
-            for block in decoder.blocks
+            sum(_count(block.get_submodule(name)) for name in sublayer_modules(decoder, index, sublayer))
+            for index, block in enumerate(decoder.blocks)
             for sublayer in SUBLAYERS
         )
         target = round(num_remove * sum(sizes) / num_blocks)

@@ -69,7 +69,7 @@ def can_align(decoder: Decoder, index: int, sublayer: Sublayer) -> bool:
     """
     if decoder.sublayers is None:
         return False
-    names = decoder.sublayers.modules(sublayer)
+    names = decoder.modules(index, sublayer)
     if len(names) != 1:
         return False
     module = decoder.blocks[index].get_submodule(names[0])
@@ -136,7 +136,7 @@ class _Pair:
         sublayer: Sublayer,
     ) -> None:
         assert decoder.sublayers is not None
-        self.root = decoder.sublayers.modules(sublayer)[0]
+        self.root = decoder.modules(member, sublayer)[0]
         self.reference: nn.Module = decoder.blocks[reference].get_submodule(self.root)
         self.member: nn.Module = decoder.blocks[member].get_submodule(self.root)
         self._metrics = {

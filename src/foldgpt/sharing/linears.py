@@ -43,7 +43,7 @@ def linears_of(decoder: Decoder, index: int, sublayers: Sequence[Sublayer] = SUB
     block = decoder.blocks[index]
     found = []
     for sublayer in sublayers:
-        sublayer_modules(decoder, sublayer)  # refuses families without an entry
+        sublayer_modules(decoder, index, sublayer)  # refuses families without an entry
         for name in shareable_leaves(decoder, index, (sublayer,)):
             module = block.get_submodule(name)
             if not is_linear(module):

@@ -1,0 +1,241 @@
+"""What a row of the table of families says is so: of all that are not in the contract, on tiny random models."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from foldgpt.compensation import compensate, merge_, why_not
+from foldgpt.errors import PlanError, UnsupportedModelError
+from foldgpt.families import FAMILIES, decoder_of
+from foldgpt.folding import fold_, predicted_parameters, same_kind, save_folded, source_model_of
+from foldgpt.plan import FoldPlan, Group
+from foldgpt.replay import Replay
+from foldgpt.selection.units import Units
+from models import CONFIGS, token_ids
+
+#: Its text model is that of `gemma3_text`; beside it is one for images.
+_BUILT_ELSEWHERE = {"gemma3"}
+_MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_DEEPSEEK: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+_EXTRA: dict[str, dict[str, Any]] = {
+    "afmoe": {**_MIXTURE, "num_shared_experts": 1, "num_dense_layers": 1, "head_dim": 8, "sliding_window": 8},
+    "cohere2": {"sliding_window": 8},
+    "deepseek_v2": {**_DEEPSEEK, **_LATENT, "head_dim": 4},
+    "deepseek_v3": {**_DEEPSEEK, **_LATENT, "head_dim": 4},
+    "dots1": _DEEPSEEK,
+    "exaone4": {"sliding_window": 8},
+    "flex_olmo": _MIXTURE,
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "glm4_moe": {**_DEEPSEEK, "head_dim": 8},
+    "glm4_moe_lite": {**_DEEPSEEK, **_LATENT},
+    "helium": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "lfm2": {"block_multiple_of": 8, "full_attn_idxs": [1, 4], "layer_types": None},
+    "lfm2_moe": {**_MIXTURE, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"] * 2},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "ministral": {"head_dim": 8, "sliding_window": 8},
+    "ministral3": {"head_dim": 8},
+    "nemotron": {"head_dim": 8},
+    "olmo3": {"sliding_window": 8},
+    "olmoe": _MIXTURE,
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**_MIXTURE, "shared_expert_intermediate_size": 16},
+    "seed_oss": {"head_dim": 8},
+    "vaultgemma": {"head_dim": 8, "sliding_window": 8},
+}
+for _name in ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"):
+    _EXTRA[_name] = {
+        **({} if _name == "qwen3_5_text" else {**_MIXTURE, "shared_expert_intermediate_size": 16}),
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+
+IN_CONTRACT = {model_type for model_type, _ in CONFIGS.values()}
+ROWS = sorted(set(FAMILIES) - IN_CONTRACT - _BUILT_ELSEWHERE)
+HYBRID = {"lfm2", "lfm2_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"}
+
+
+def tiny(model_type: str) -> Any:
+    torch.manual_seed(0)
+    common = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    config = AutoConfig.for_model(model_type, **{**common, **_EXTRA.get(model_type, {})})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.6 if "embed" in name else 0.15)
+            elif "A_log" not in name and "dt_bias" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def silenced(model: nn.Module, index: int, name: str) -> nn.Module:
+    """A copy of the model in which one module of a block puts out zeros."""
+    model = copy.deepcopy(model)
+
+    def zeros(_module: nn.Module, _args: object, output: Any) -> Any:
+        return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+
+    decoder_of(model).blocks[index].get_submodule(name).register_forward_hook(zeros)
+    return model
+
+
+def seen_in(model: nn.Module, index: int, names: list[str]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What goes into a block and comes out of it, and what some of its modules put out."""
+    block = decoder_of(model).blocks[index]
+    found: dict[str, Tensor] = {}
+    ends: list[Tensor] = []
+
+    def first(value: Any) -> Tensor:
+        tensor: Tensor = (value[0] if isinstance(value, tuple) else value).clone()
+        return tensor
+
+    handles = [
+        block.get_submodule(name).register_forward_hook(
+            lambda _module, _args, output, name=name: found.__setitem__(name, first(output))
+        )
+        for name in names
+    ]
+    handles.append(
+        block.register_forward_pre_hook(
+            lambda _module, args, kwargs: ends.append((args[0] if args else kwargs["hidden_states"]).clone()),
+            with_kwargs=True,
+        )
+    )
+    handles.append(block.register_forward_hook(lambda _module, _args, output: ends.append(first(output))))
+    model(token_ids(model), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return ends[0], ends[1], found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ROWS)
+def test_a_block_adds_its_sublayers_to_the_stream_and_nothing_else(model_type: str) -> None:
+    model = tiny(model_type)
+    decoder = decoder_of(model)
+    assert decoder.sublayers is not None
+    for index, block in enumerate(decoder.blocks):
+        assert not list(block.parameters(recurse=False)), "what stands in the block itself is in no sublayer"
+        added = [
+            decoder.sublayers.norm_behind(sublayer) or decoder.modules(index, sublayer)[-1]
+            for sublayer in ("attention", "mlp")
+        ]
+        before, after, found = seen_in(model, index, added)
+        expected = before + sum(part.view(before.shape) for part in found.values())
+        torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
+        named = {
+            *decoder.modules(index, "attention"),
+            *decoder.modules(index, "mlp"),
+            *decoder.sublayers.norms("attention"),
+            *decoder.sublayers.norms("mlp"),
+        }
+        others = {name for name, child in block.named_children() if list(child.parameters())} - named
+        assert others <= ({"input_layernorm"} if decoder.sublayers.between is None else set())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ROWS)
+def test_a_removed_sublayer_is_one_that_is_silent(model_type: str, tmp_path: Path) -> None:
+    model = tiny(model_type)
+    decoder, ids = decoder_of(model), token_ids(model)
+    attending = [index for index in range(6) if decoder.attends(index)]
+    # The first that attends of its kind says how long the KV cache is.
+    last = attending[-1]
+    for index, sublayer in ((last, "attention"), (2, "mlp")):
+        folded = copy.deepcopy(model)
+        plan = FoldPlan.create(source_model_of(model), **{f"removed_{sublayer}": [index]})
+        fold_(folded, plan)
+        removed = decoder.modules(index, sublayer)[-1]  # type: ignore[arg-type]
+        behind = decoder.sublayers.norm_behind(sublayer)  # type: ignore[union-attr, arg-type]
+        expected = silenced(model, index, behind or removed)(ids, use_cache=False).logits
+        torch.testing.assert_close(folded(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(expected, model(ids, use_cache=False).logits, atol=1e-2)
+        save_folded(folded, plan, tmp_path / sublayer, expected_parameters=predicted_parameters(model, plan))
+
+
+@pytest.mark.parametrize("model_type", ROWS)
+def test_removed_blocks_are_compensated_and_blocks_share(model_type: str, tmp_path: Path) -> None:
+    model = tiny(model_type)
+    assert why_not(model) is None
+    decoder = decoder_of(model)
+    ids = token_ids(model, (16, 24))
+    corrections = compensate(model, [3], ids)
+    assert list(corrections) == [2]
+    target = Replay(model, ids).states[4]
+    plain = Replay(model, ids).states[3]
+    merged = copy.deepcopy(model)
+    merge_(merged, corrections)
+    corrected = Replay(merged, ids).states[3]
+    assert (corrected - target).square().sum() < (plain - target).square().sum()
+
+    pair = next(
+        (i, j)
+        for i in range(6)
+        for j in range(i + 1, 6)
+        if same_kind(decoder, i, j, ("attention", "mlp")) and i != 3 != j
+    )
+    group = Group(blocks=pair, private=("norms", "scales"), ranks=2)
+    plan = FoldPlan.create(source_model_of(merged), removed=[3], groups=[group])
+    fold_(merged, plan)
+    save_folded(merged, plan, tmp_path / "folded", expected_parameters=predicted_parameters(model, plan))
+
+
+@pytest.mark.parametrize("model_type", sorted(HYBRID))
+def test_what_stands_in_the_attention_s_place_goes_only_with_its_block(model_type: str) -> None:
+    model = tiny(model_type)
+    decoder = decoder_of(model)
+    attending = {index for index in range(6) if decoder.attends(index)}
+    assert 0 < len(attending) < 6
+    index = next(index for index in range(6) if index not in attending)
+    name = "conv" if model_type.startswith("lfm2") else "linear_attn"
+    plan = FoldPlan.create(source_model_of(model), removed_attention=[index])
+    with pytest.raises(PlanError, match=rf"cannot remove the attention of block {index}: it has none, but {name}"):
+        fold_(model, plan)
+    with pytest.raises(UnsupportedModelError, match="remove whole blocks"):
+        Units.sublayers(decoder, 1)
+
+
+def test_every_row_is_looked_at() -> None:
+    assert set(_EXTRA) <= set(ROWS)
+    assert set(ROWS) >= HYBRID
+    assert set(FAMILIES) == {*ROWS, *IN_CONTRACT, *_BUILT_ELSEWHERE}
