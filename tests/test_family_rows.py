@@ -16,9 +16,10 @@ from foldgpt.errors import PlanError, UnsupportedModelError
 from foldgpt.families import FAMILIES, decoder_of
 from foldgpt.folding import fold_, predicted_parameters, same_kind, save_folded, source_model_of
 from foldgpt.plan import FoldPlan, Group
+from foldgpt.recovery import RecoverySettings, make_trainable_, merge_trained_
 from foldgpt.replay import Replay
 from foldgpt.selection.units import Units
-from models import CONFIGS, token_ids
+from models import CONFIGS, tiny_model, token_ids
 
 #: Its text model is that of `gemma3_text`; beside it is one for images.
 _BUILT_ELSEWHERE = {"gemma3"}
@@ -42,6 +43,7 @@ _LATENT: dict[str, Any] = {
 }
 _EXTRA: dict[str, dict[str, Any]] = {
     "afmoe": {**_MIXTURE, "num_shared_experts": 1, "num_dense_layers": 1, "head_dim": 8, "sliding_window": 8},
+    "codegen": {"rotary_dim": 4, "n_inner": 48},
     "cohere2": {"sliding_window": 8},
     "deepseek_v2": {**_DEEPSEEK, **_LATENT, "head_dim": 4},
     "deepseek_v3": {**_DEEPSEEK, **_LATENT, "head_dim": 4},
@@ -52,6 +54,9 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "glm4": {"head_dim": 8},
     "glm4_moe": {**_DEEPSEEK, "head_dim": 8},
     "glm4_moe_lite": {**_DEEPSEEK, **_LATENT},
+    "gpt_bigcode": {"n_inner": 48},
+    "gpt_neo": {"attention_types": [[["global", "local"], 3]], "num_layers": 6, "num_heads": 4},
+    "gptj": {"rotary_dim": 4, "n_inner": 48},
     "helium": {"head_dim": 8},
     "hunyuan_v1_dense": {"head_dim": 8},
     "lfm2": {"block_multiple_of": 8, "full_attn_idxs": [1, 4], "layer_types": None},
@@ -79,7 +84,11 @@ for _name in ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"):
     }
 
 IN_CONTRACT = {model_type for model_type, _ in CONFIGS.values()}
-ROWS = sorted(set(FAMILIES) - IN_CONTRACT - _BUILT_ELSEWHERE)
+ROWS = sorted({name for name, row in FAMILIES.items() if row.variants} - IN_CONTRACT - _BUILT_ELSEWHERE)
+#: Of these only the place of the blocks is known.
+WHOLE = sorted({name for name, row in FAMILIES.items() if not row.variants})
+#: In the contract as they are built; here as they are loaded.
+MIXTURES = ("mixtral", "qwen3_moe")
 HYBRID = {"lfm2", "lfm2_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"}
 
 
@@ -170,7 +179,7 @@ def test_a_block_adds_its_sublayers_to_the_stream_and_nothing_else(model_type: s
             *decoder.sublayers.norms("mlp"),
         }
         others = {name for name, child in block.named_children() if list(child.parameters())} - named
-        assert others <= ({"input_layernorm"} if decoder.sublayers.between is None else set())
+        assert others <= ({"input_layernorm", "ln_1"} if decoder.sublayers.between is None else set())
 
 
 @torch.no_grad()
@@ -193,9 +202,15 @@ def test_a_removed_sublayer_is_one_that_is_silent(model_type: str, tmp_path: Pat
         save_folded(folded, plan, tmp_path / sublayer, expected_parameters=predicted_parameters(model, plan))
 
 
-@pytest.mark.parametrize("model_type", ROWS)
+def loaded(model: Any, folder: Path) -> Any:
+    """A model as it comes from its files, whose names for the weights may be others than those in memory."""
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("model_type", [*ROWS, *MIXTURES])
 def test_removed_blocks_are_compensated_and_blocks_share(model_type: str, tmp_path: Path) -> None:
-    model = tiny(model_type)
+    model = loaded(tiny_model(model_type) if model_type in MIXTURES else tiny(model_type), tmp_path / "source")
     assert why_not(model) is None
     decoder = decoder_of(model)
     ids = token_ids(model, (16, 24))
@@ -218,6 +233,37 @@ def test_removed_blocks_are_compensated_and_blocks_share(model_type: str, tmp_pa
     plan = FoldPlan.create(source_model_of(merged), removed=[3], groups=[group])
     fold_(merged, plan)
     save_folded(merged, plan, tmp_path / "folded", expected_parameters=predicted_parameters(model, plan))
+    # And again, from the files of the folded one.
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "folded", dtype=torch.float32)
+    save_folded(again, plan, tmp_path / "again")
+
+
+@pytest.mark.parametrize("model_type", [*ROWS, *MIXTURES])
+def test_what_recovery_trains_is_merged_and_nothing_else_changes(model_type: str, tmp_path: Path) -> None:
+    model = loaded(tiny_model(model_type) if model_type in MIXTURES else tiny(model_type), tmp_path / "source")
+    plan = FoldPlan.create(source_model_of(model), removed=[3])
+    fold_(model, plan)
+    names, ids = [name for name, _ in model.named_parameters()], token_ids(model)
+    make_trainable_(model, plan, RecoverySettings(rank=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_A" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        adapted = model(ids, use_cache=False).logits
+        merge_trained_(model)
+        torch.testing.assert_close(model(ids, use_cache=False).logits, adapted, rtol=1e-3, atol=1e-3)
+    assert [name for name, _ in model.named_parameters()] == names
+    save_folded(model, plan, tmp_path / "recovered")
+
+
+@pytest.mark.parametrize("model_type", WHOLE)
+def test_blocks_whose_sublayers_are_not_known_are_removed_and_shared_whole(model_type: str, tmp_path: Path) -> None:
+    model = tiny(model_type)
+    assert decoder_of(model).sublayers is None
+    plan = FoldPlan.create(source_model_of(model), removed=[1, 4], groups=[Group(blocks=(2, 3), ranks=2)])
+    folded = copy.deepcopy(model)
+    fold_(folded, plan)
+    save_folded(folded, plan, tmp_path / "folded", expected_parameters=predicted_parameters(model, plan))
 
 
 @pytest.mark.parametrize("model_type", sorted(HYBRID))
@@ -238,4 +284,4 @@ def test_what_stands_in_the_attention_s_place_goes_only_with_its_block(model_typ
 def test_every_row_is_looked_at() -> None:
     assert set(_EXTRA) <= set(ROWS)
     assert set(ROWS) >= HYBRID
-    assert set(FAMILIES) == {*ROWS, *IN_CONTRACT, *_BUILT_ELSEWHERE}
+    assert set(FAMILIES) == {*ROWS, *WHOLE, *IN_CONTRACT, *_BUILT_ELSEWHERE}

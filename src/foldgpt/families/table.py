@@ -10,7 +10,7 @@ from foldgpt.plan import Sublayer
 
 #: Names of the matrices that a sublayer ends in; in mixtures each expert has one, or all are one parameter.
 OUTPUT_MATRICES: dict[Sublayer, frozenset[str]] = {
-    "mlp": frozenset({"down_proj", "c_proj", "dense_4h_to_h", "fc2", "w2"}),
+    "mlp": frozenset({"down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2"}),
     "attention": frozenset({"o_proj", "out_proj", "c_proj", "dense"}),
 }
 
@@ -117,6 +117,7 @@ _AFMOE = Sublayers(
     attention_norm_behind="post_attention_layernorm",
     mlp_norm_behind="post_mlp_layernorm",
 )
+_GPT2 = Sublayers(("attn",), ("mlp",), ("ln_1",), ("ln_2",), between="ln_2")
 #: One norm feeds both sublayers, so it belongs to neither.
 _PARALLEL = Sublayers(attention_norms=(), mlp_norms=(), between=None)
 
@@ -182,15 +183,24 @@ FAMILIES: dict[str, Family] = {
             Variant(_PRE_NORM),
         )
     ),
-    "gpt2": Family(
-        blocks="transformer.h",
-        variants=(
-            Variant(
-                Sublayers(("attn",), ("mlp",), ("ln_1",), ("ln_2",), between="ln_2"),
-                {"add_cross_attention": False},
-            ),
+    **dict.fromkeys(
+        ("gpt2", "gpt_bigcode"),
+        Family(
+            blocks="transformer.h",
+            variants=(Variant(_GPT2, {"add_cross_attention": False}),),
         ),
     ),
+    **dict.fromkeys(
+        ("codegen", "gptj"),
+        Family(
+            blocks="transformer.h",
+            variants=(Variant(replace(_PARALLEL, attention=("attn",))),),
+        ),
+    ),
+    "gpt_neo": Family(blocks="transformer.h", variants=(Variant(_GPT2),)),
+    # Their attention (and MPT's MLP) adds the stream by itself.
+    "bloom": Family(blocks="transformer.h"),
+    "mpt": Family(blocks="transformer.blocks"),
     "gpt_neox": Family(
         blocks="gpt_neox.layers",
         variants=(

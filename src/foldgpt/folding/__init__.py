@@ -4,7 +4,7 @@ from foldgpt.folding.checkpoint import check_place, save_folded
 from foldgpt.folding.donors import DONORS
 from foldgpt.folding.fitted import GroupFit, LowRank, MemberFit
 from foldgpt.folding.fold import check_foldable, fold_, predicted_parameters, source_model_of, unfold_
-from foldgpt.folding.kinds import kind_of, same_kind
+from foldgpt.folding.kinds import is_linear_layer, kind_of, same_kind
 from foldgpt.folding.private import private_modules
 from foldgpt.folding.verify import Verification, verify_checkpoint
 
@@ -17,6 +17,7 @@ __all__ = [
     "check_foldable",
     "check_place",
     "fold_",
+    "is_linear_layer",
     "kind_of",
     "predicted_parameters",
     "private_modules",

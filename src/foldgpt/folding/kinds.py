@@ -67,14 +67,14 @@ def low_rank_leaves(decoder: Decoder, index: int, sublayers: Sequence[Sublayer])
     """
     block = decoder.blocks[index]
     leaves = {name: block.get_submodule(name) for name in shareable_leaves(decoder, index, sublayers)}
-    return [name for name, leaf in leaves.items() if _puts_out_a_product(leaf) and min(leaf.weight.shape) > 1]
+    return [name for name, leaf in leaves.items() if is_linear_layer(leaf) and min(leaf.weight.shape) > 1]
 
 
-def _puts_out_a_product(leaf: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
-    """Whether a leaf is a linear layer, and no router that is derived from one and puts out its choice (PhiMoE)."""
-    kind: Any = type(leaf)
+def is_linear_layer(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
+    """Whether a module is a linear layer, and no router that is derived from one and puts out its choice (PhiMoE)."""
+    kind: Any = type(module)
     is_of_architecture = kind.__module__.startswith("transformers.models.") and kind.forward is not nn.Linear.forward
-    return isinstance(leaf, (nn.Linear, Conv1D)) and not is_of_architecture
+    return isinstance(module, (nn.Linear, Conv1D)) and not is_of_architecture
 
 
 def scale_leaves(decoder: Decoder, index: int, sublayers: Sequence[Sublayer]) -> list[str]:

@@ -266,6 +266,9 @@ class FoldedMixin:
         """As in transformers; the code that loads the checkpoint is saved with it."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         copy_code_to(save_directory)
+        # Sources name weights in files otherwise than in memory (each expert by itself, say), which transformers
+        # translates by their model type. A folded model has another one, and is loaded by the names in memory.
+        self._weight_conversions: list[Any] = []
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def _get_files_timestamps(self, working_dir: Any) -> dict[str, float]:

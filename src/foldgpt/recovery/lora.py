@@ -73,29 +73,31 @@ class _LoraProduct(torch.autograd.Function):
         return input_TI, None, None, grad_a, grad_b, None
 
 
-def attach_lora_(student: nn.Module, names: Iterable[str], *, rank: int, alpha: float, seed: int) -> None:
-    """Give linear layers of a model LoRA terms, in place; all else in it is frozen.
+def attach_lora_(blocks: nn.ModuleList, names: Iterable[str], *, rank: int, alpha: float, seed: int) -> None:
+    """Give linear layers of a model's blocks LoRA terms, in place; all else in them is frozen.
 
     A layer that several positions share is one module, found at its owner: it gets one adapter, which all of them use
     and which is merged once. B starts at zero, so the model computes what it did.
 
     Args:
-        student: the model.
-        names: dotted names of the layers.
+        blocks: the blocks. Not the model: of one that names its architecture peft takes names of layers for those of
+            earlier versions of it, and puts terms on experts as well.
+        names: dotted names of the layers inside them.
         rank: R of A [R, I] and B [O, R].
         alpha: the terms are scaled by alpha / rank.
         seed: seed of A.
     """
     names = list(names)
-    conv = any(isinstance(student.get_submodule(name), Conv1D) for name in names)
+    conv = any(isinstance(blocks.get_submodule(name), Conv1D) for name in names)
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names, bias="none", fan_in_fan_out=conv
     )
     config._register_custom_module({nn.Linear: LoraLinear, Conv1D: LoraLinear})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, student, adapter_name=_ADAPTER)
-    for layer in _layers(student).values():
+        inject_adapter_in_model(config, blocks, adapter_name=_ADAPTER)
+    del blocks.peft_config
+    for layer in _layers(blocks).values():
         for term in (layer.lora_A, layer.lora_B):
             term.to(torch.promote_types(term[_ADAPTER].weight.dtype, torch.float32))
 
@@ -107,9 +109,7 @@ def merge_lora_(student: nn.Module) -> None:
     """
     for name, layer in _layers(student).items():
         student.set_submodule(name, layer.with_terms_added())
-    if hasattr(student, "peft_config"):
-        del student.peft_config
 
 
-def _layers(student: nn.Module) -> dict[str, LoraLinear]:
-    return {name: module for name, module in student.named_modules() if isinstance(module, LoraLinear)}
+def _layers(root: nn.Module) -> dict[str, LoraLinear]:
+    return {name: module for name, module in root.named_modules() if isinstance(module, LoraLinear)}

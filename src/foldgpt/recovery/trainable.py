@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import decoder_of
-from foldgpt.folding import private_modules
+from foldgpt.folding import is_linear_layer, private_modules
 from foldgpt.plan import FoldPlan
 from foldgpt.recovery.common import first_changed
 from foldgpt.recovery.inputs import check_trainable
@@ -55,12 +55,13 @@ def make_trainable_(student: nn.Module, plan: FoldPlan, settings: RecoverySettin
     if settings.rank:
         taken = {id(module) for module in full}
         names = [
-            f"{decoder.blocks_path}.{name}"
+            name
             for name, module in decoder.blocks.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D)) and id(module) not in taken and id(module) not in kept
+            if is_linear_layer(module) and id(module) not in taken and id(module) not in kept
         ]
         if names:
-            attach_lora_(student, names, rank=settings.rank, alpha=settings.alpha or settings.rank, seed=settings.seed)
+            alpha = settings.alpha or settings.rank
+            attach_lora_(decoder.blocks, names, rank=settings.rank, alpha=alpha, seed=settings.seed)
     train_(full)
     if not (terms or settings.rank or settings.norms or full):
         raise UsageError("nothing is trained: no position has private terms; set rank or norms")
