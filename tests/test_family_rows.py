@@ -11,15 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from foldgpt import pipeline
 from foldgpt.compensation import compensate, merge_, why_not
 from foldgpt.errors import PlanError, UnsupportedModelError
 from foldgpt.families import FAMILIES, decoder_of
 from foldgpt.folding import fold_, predicted_parameters, same_kind, save_folded, source_model_of
 from foldgpt.plan import FoldPlan, Group
+from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings, make_trainable_, merge_trained_
 from foldgpt.replay import Replay
 from foldgpt.selection.units import Units
 from models import CONFIGS, tiny_model, token_ids
+from run_inputs import tiny_recipe, tiny_text
+from tiny import tiny_tokenizer
 
 #: Its text model is that of `gemma3_text`; beside it is one for images.
 _BUILT_ELSEWHERE = {"gemma3"}
@@ -254,6 +258,21 @@ def test_what_recovery_trains_is_merged_and_nothing_else_changes(model_type: str
         torch.testing.assert_close(model(ids, use_cache=False).logits, adapted, rtol=1e-3, atol=1e-3)
     assert [name for name, _ in model.named_parameters()] == names
     save_folded(model, plan, tmp_path / "recovered")
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_5_text"])
+def test_a_recipe_runs_through_on_a_mixture_and_on_a_hybrid(model_type: str, tmp_path: Path) -> None:
+    """From its files, with all that a run can do: gates, compensation, shared weights, recovery, measurement."""
+    model, text = tmp_path / "model", tiny_text(tmp_path / "text.txt")
+    tiny(model_type).save_pretrained(model)
+    tiny_tokenizer(128).save_pretrained(model)
+    recover = {"num_tokens": 256, "context": 32, "held_out_tokens": 64, "settings": {"batch_size": 4, "rank": 2}}
+    changes = {"dtype": "float32", "select": {"method": "gates", "remove": 2}, "share": {"method": "adjacent"}}
+    result = pipeline.run(Recipe.from_dict(tiny_recipe(model, text, recover=recover, **changes)), tmp_path / "run")
+    assert len(result.plan.removed) == 2 and result.plan.groups and result.plan.compensation is not None
+    recovered = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "recovered", dtype=torch.float32)
+    assert type(recovered).__name__.startswith("Folded")
+    assert recovered.generate(token_ids(recovered, (1, 4)), max_new_tokens=4, do_sample=False).shape == (1, 8)
 
 
 @pytest.mark.parametrize("model_type", WHOLE)
