@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import typer
+from pydantic import BaseModel
 
 from foldgpt.cli import app
 from foldgpt.families import FAMILIES, config_fields
 from foldgpt.families.table import INDEX_IN_CODE, SPECIAL_FIRST_BLOCK
 from foldgpt.folding import DONORS
 from foldgpt.plan import Compensation, Fitting, FoldPlan, Group, SourceModel
+from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings
 from foldgpt.selection import SELECTORS
 from foldgpt.sources import DTYPES
@@ -172,6 +175,35 @@ def test_every_family_that_is_refused_in_part_is_in_the_docs() -> None:
 def test_the_selectors_in_the_docs_are_those_in_the_code() -> None:
     named = {row[0].strip("`") for row in rows_of(page("selection")) if row[0].startswith("`") and "--" not in row[0]}
     assert named == set(SELECTORS)
+
+
+def test_the_keys_of_a_recipe_are_all_in_the_docs_with_their_defaults_and_what_they_are() -> None:
+    text = page("recipes").partition("\n## Keys\n")[2].partition("\n## ")[0]
+    top, *rest = re.split(r"^`(\w+)`: .*$", text, flags=re.MULTILINE)
+    written = {"": rows_of(top), **{name: rows_of(rows) for name, rows in zip(rest[::2], rest[1::2], strict=True)}}
+    sections = {"": Recipe, **{name: type(value) for name, value in Recipe(model="m") if isinstance(value, BaseModel)}}
+    assert list(written) == list(sections)
+    for name, section in sections.items():
+        expected = []
+        for key, field in section.model_fields.items():
+            default = field.get_default()
+            if isinstance(default, BaseModel):
+                continue
+            shown = "required" if field.is_required() else f"`{json.dumps(default)}`"
+            expected.append([f"`{key}`", shown, " ".join((field.description or "").split())])
+        assert [row for row in written[name] if row[0].startswith("`")] == expected
+
+
+def test_the_benchmarks_are_all_listed_with_what_they_say_they_measure() -> None:
+    folder = ROOT / "benchmarks"
+    listed = {row[0].strip("`"): row[1] for row in rows_of((folder / "README.md").read_text()) if ".py" in row[0]}
+    expected = {}
+    for path in sorted(folder.glob("*.py")):
+        code = path.read_text(encoding="utf-8")
+        if "__main__" in code:
+            purpose = (ast.get_docstring(ast.parse(code)) or "").partition("\n\n")[0]
+            expected[path.name] = " ".join(purpose.split()).rstrip(".")
+    assert listed == expected
 
 
 def test_the_settings_of_a_recovery_are_all_in_the_docs_with_their_defaults() -> None:
