@@ -29,10 +29,13 @@ def test_show_prints_all_there_is_of_a_run(tmp_path: Path) -> None:
     assert value == {"analysis": report_inputs.analysis().to_json_dict()}
 
 
-def test_show_finds_a_comparison_by_its_file_too(tmp_path: Path) -> None:
+def test_show_finds_a_comparison_by_its_file_too_whatever_that_is_called(tmp_path: Path) -> None:
     write_json(tmp_path / "comparison.json", comparison().to_dict())
-    by_folder, by_file = foldgpt("show", tmp_path), foldgpt("show", tmp_path / "comparison.json")
-    assert "gates + sharing" in by_file.stdout and by_file.stdout == by_folder.stdout
+    write_json(tmp_path / "of-tuesday.json", comparison().to_dict())
+    by_folder, by_file, renamed = (
+        foldgpt("show", path) for path in (tmp_path, tmp_path / "comparison.json", tmp_path / "of-tuesday.json")
+    )
+    assert "gates + sharing" in by_file.stdout and by_file.stdout == by_folder.stdout == renamed.stdout
 
 
 @pytest.mark.parametrize(

@@ -55,13 +55,16 @@ def show(
 ) -> None:
     """Show a plan, an analysis, measurements, a recovery or a comparison."""
     with session(quiet=True):
-        from foldgpt.comparison import COMPARISON, Comparison
+        from foldgpt.artifacts import read_json
+        from foldgpt.comparison import COMPARISON, COMPARISON_FORMAT, Comparison
         from foldgpt.errors import ArtifactError
         from foldgpt.evaluation import Evaluation
 
-        folder = path.parent if path.name == COMPARISON else path
-        if (folder / COMPARISON).is_file():
-            print_comparison(Comparison.load(folder), as_json=as_json)
+        file = path / COMPARISON if path.is_dir() else path
+        # Under any name: they are copied to be kept.
+        value = read_json(file) if file.is_file() else None
+        if isinstance(value, dict) and (value.get("format") == COMPARISON_FORMAT or file.name == COMPARISON):
+            print_comparison(Comparison.load(file), as_json=as_json)
             return
         files = _files_of(path) if path.is_dir() else [path]
         if not files:

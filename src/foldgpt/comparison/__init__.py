@@ -1,7 +1,7 @@
 """Methods side by side: which rows there are, what differs for certain, and how it is written down."""
 
 from foldgpt.comparison.bootstrap import Interval, accuracy_difference, perplexity_difference
-from foldgpt.comparison.result import COMPARISON, Comparison, Finished, Method
+from foldgpt.comparison.result import COMPARISON, COMPARISON_FORMAT, Comparison, Finished, Method
 from foldgpt.comparison.rows import Row, rows_of_recipe
 from foldgpt.comparison.tables import (
     difference_table,
@@ -17,6 +17,7 @@ from foldgpt.comparison.training import Training
 
 __all__ = [
     "COMPARISON",
+    "COMPARISON_FORMAT",
     "Comparison",
     "Finished",
     "Interval",

@@ -17,7 +17,7 @@ from foldgpt.evaluation import Evaluation, Measured, Perplexity, Retained
 from foldgpt.plan import FoldPlan, explain
 from foldgpt.recipe import Compare
 
-FORMAT = "foldgpt.comparison"
+COMPARISON_FORMAT = "foldgpt.comparison"
 VERSION = 1
 
 #: The file that holds a comparison, in its folder.
@@ -128,7 +128,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, with its format and version."""
-        return {"format": FORMAT, "version": VERSION, **_ADAPTER.dump_python(self, mode="json")}
+        return {"format": COMPARISON_FORMAT, "version": VERSION, **_ADAPTER.dump_python(self, mode="json")}
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:
@@ -140,8 +140,8 @@ class Comparison:
         path = Path(path)
         path = path / COMPARISON if path.is_dir() else path
         value = read_json(path, "comparison")
-        if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
-            raise ArtifactError(f"{path} is not a comparison (its format should be {FORMAT!r}).")
+        if not isinstance(value, dict) or value.pop("format", None) != COMPARISON_FORMAT:
+            raise ArtifactError(f"{path} is not a comparison (its format should be {COMPARISON_FORMAT!r}).")
         version = value.pop("version", None)
         if version != VERSION:
             raise ArtifactError(f"{path} has version {version}; this foldgpt reads {VERSION}.")
