@@ -515,6 +515,24 @@ def test_refinement_goes_on_while_a_swap_may_well_be_better(seed: int) -> None:
     assert float(bounds.min()) >= math.log(known[best])
 
 
+def test_the_likeliest_runs_are_measured_at_the_beginning() -> None:
+    """From scattered blocks a run is several swaps away, none of which is any better by itself."""
+    units, scores = Units.blocks(12, 3), [0.1 + 0.02 * block for block in range(12)]
+    run, start = frozenset({4, 5, 6}), frozenset({0, 1, 2})
+
+    def cost(removed: frozenset[int], sample: object = None) -> float:
+        return 0.05 if removed == run else sum(scores[block] for block in removed)
+
+    def searched(runs: set[frozenset[int]]) -> dict[frozenset[int], float]:
+        refinement = _refinement(units, cost, scores)
+        refinement.search([start], start, is_spent=lambda: len(refinement.known) >= 10, runs=runs)
+        return refinement.known
+
+    assert run not in searched(set())
+    known = searched(spans(units))
+    assert min(known, key=lambda removed: known[removed]) == run
+
+
 def test_around_a_set_the_swaps_that_may_be_good_enough_are_measured() -> None:
     units = Units.blocks(8, 2)
     scores = [0.1 * (block + 1) for block in range(8)]

@@ -238,7 +238,7 @@ class _Search:
         most = max(_FINALISTS, self._further.most if for_finals else 0)
         left = self._allowance - for_finals - self._price_of_judging(most)
 
-        search = partial(refinement.search, start | spans(units), own, self._spent_beyond(left))
+        search = partial(refinement.search, start, own, self._spent_beyond(left), runs=spans(units))
         measured = self._measured(0, refinement, search, keep)
         centers = {_best(measured)}
         known = self._judged(measured, most)

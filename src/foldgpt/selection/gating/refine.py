@@ -2,6 +2,7 @@
 
 The regression ranks what has not been measured: the sets that were drawn while the gates were learned, and all that
 differ from the best one by a swap of a removed for a kept unit, or by two swaps of units whose gates were in doubt.
+The likeliest runs of neighbouring blocks are measured first.
 It ranks them by the least cost that they may well have: what it expects, less its own uncertainty (the confidence bound
 of Srinivas et al. 2010, arXiv 0912.3995). The best few are measured, the regression learns from them, and so on, until
 no single swap of the best set may well be better than it. What the regression gets wrong costs a measurement, not the
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -25,6 +26,9 @@ from foldgpt.selection.units import Removed, Units
 _ROUND = 4
 #: Rounds without a better set after which the search ends, if no swap of the best set may well be better.
 _PATIENCE = 6
+#: Runs measured at the beginning. From scattered blocks one is several swaps away, and the regression, which has seen
+#: scattered blocks, makes more of what a run costs than it is.
+_RUNS = 6
 #: Standard deviations below what is expected that a cost may well be.
 _DOUBT = 1.0
 #: Units in doubt that two swaps at once are tried for, of the removed and of the kept ones.
@@ -72,15 +76,23 @@ class Refinement:
         if self._measurements:
             surrogate.fit(self._measurements)
 
-    def search(self, start: Iterable[Removed], own: Removed, is_spent: Callable[[], bool]) -> None:
+    def search(
+        self,
+        start: Iterable[Removed],
+        own: Removed,
+        is_spent: Callable[[], bool],
+        *,
+        runs: Collection[Removed] = (),
+    ) -> None:
         """Measure what looks best, until no swap of the best set may well be better.
 
         Args:
             start: sets to begin with; the most promising come first.
             own: what the gates alone would remove; measured in any case.
             is_spent: whether no more may be measured.
+            runs: sets of neighbouring blocks, the likeliest of which are measured at the beginning too.
         """
-        pool = set(start)
+        pool = {*start, *runs}
         while True:
             near: set[Removed] = set()
             if self.known:
@@ -96,8 +108,11 @@ class Refinement:
                 if not any(bound < least for removed, bound in bounds.items() if removed in near):
                     return
             chosen = sorted(bounds, key=lambda removed: bounds[removed])[:_ROUND]
-            # The first ones may be all that is paid for.
-            first = [] if self.known else list(dict.fromkeys([chosen[0], own]))
+            first: list[Removed] = []
+            if not self.known:
+                # The first ones may be all that is paid for.
+                first = list(dict.fromkeys([chosen[0], own]))
+                chosen += sorted(bounds.keys() & set(runs), key=lambda run: (bounds[run], sorted(run)))[:_RUNS]
             if not self._measure(chosen, is_spent, first):
                 return
 
