@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -15,12 +16,15 @@ from foldgpt import pipeline
 from foldgpt.compensation import compensate, merge_, why_not
 from foldgpt.errors import PlanError, UnsupportedModelError
 from foldgpt.families import FAMILIES, decoder_of
-from foldgpt.folding import fold_, predicted_parameters, same_kind, save_folded, source_model_of
+from foldgpt.folding import fold_, predicted_parameters, same_kind, save_folded, source_model_of, unfold_
+from foldgpt.folding.kinds import shareable_leaves
 from foldgpt.plan import FoldPlan, Group
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings, make_trainable_, merge_trained_
 from foldgpt.replay import Replay
 from foldgpt.selection.units import Units
+from foldgpt.sharing import fit_sharing
+from foldgpt.sharing.alignment import can_align
 from models import CONFIGS, tiny_model, token_ids
 from run_inputs import tiny_recipe, tiny_text
 from tiny import tiny_tokenizer
@@ -161,6 +165,23 @@ def seen_in(model: nn.Module, index: int, names: list[str]) -> tuple[Tensor, Ten
     return ends[0], ends[1], found
 
 
+def input_of(model: nn.Module, index: int, name: str) -> Tensor:
+    """What goes into one module of a block."""
+    found: list[Tensor] = []
+    handle = (
+        decoder_of(model)
+        .blocks[index]
+        .get_submodule(name)
+        .register_forward_pre_hook(
+            lambda _module, args, kwargs: found.append((args[0] if args else kwargs["hidden_states"]).clone()),
+            with_kwargs=True,
+        )
+    )
+    model(token_ids(model), use_cache=False)
+    handle.remove()
+    return found[0]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", ROWS)
 def test_a_block_adds_its_sublayers_to_the_stream_and_nothing_else(model_type: str) -> None:
@@ -174,6 +195,9 @@ def test_a_block_adds_its_sublayers_to_the_stream_and_nothing_else(model_type: s
             for sublayer in ("attention", "mlp")
         ]
         before, after, found = seen_in(model, index, added)
+        if decoder.sublayers.between is not None:
+            between = input_of(model, index, decoder.sublayers.between)
+            torch.testing.assert_close(between, before + found[added[0]], rtol=1e-4, atol=1e-4)
         expected = before + sum(part.view(before.shape) for part in found.values())
         torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
         named = {
@@ -242,13 +266,15 @@ def test_removed_blocks_are_compensated_and_blocks_share(model_type: str, tmp_pa
     save_folded(again, plan, tmp_path / "again")
 
 
-@pytest.mark.parametrize("model_type", [*ROWS, *MIXTURES])
+@pytest.mark.parametrize("model_type", [*ROWS, *MIXTURES, "falcon"])
 def test_what_recovery_trains_is_merged_and_nothing_else_changes(model_type: str, tmp_path: Path) -> None:
-    model = loaded(tiny_model(model_type) if model_type in MIXTURES else tiny(model_type), tmp_path / "source")
+    model = loaded(tiny(model_type) if model_type in ROWS else tiny_model(model_type), tmp_path / "source")
     plan = FoldPlan.create(source_model_of(model), removed=[3])
     fold_(model, plan)
     names, ids = [name for name, _ in model.named_parameters()], token_ids(model)
     make_trainable_(model, plan, RecoverySettings(rank=2))
+    attached = [name for name, _ in model.named_parameters() if "lora_B" in name]
+    assert len(attached) >= 2 * len(plan.kept), "LoRA on attention and MLP, or on attention and shared experts"
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "lora_A" not in name:
@@ -304,3 +330,69 @@ def test_every_row_is_looked_at() -> None:
     assert set(_EXTRA) <= set(ROWS)
     assert set(ROWS) >= HYBRID
     assert set(FAMILIES) == {*ROWS, *WHOLE, *IN_CONTRACT, *_BUILT_ELSEWHERE}
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "exaone"])
+def test_an_unfolded_model_is_saved_as_its_source_is(model_type: str, tmp_path: Path) -> None:
+    """By the names that its files have, with the model type that it has."""
+    model = loaded(tiny(model_type) if model_type in ROWS else tiny_model(model_type), tmp_path / "source")
+    plan = FoldPlan.create(source_model_of(model), groups=[Group(blocks=(1, 2))])
+    fold_(model, plan)
+    save_folded(model, plan, tmp_path / "folded")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "folded", dtype=torch.float32)
+    unfold_(again)
+    assert again.config.model_type == model_type and decoder_of(again).sublayers is not None
+    again.save_pretrained(tmp_path / "unfolded")
+    names = [
+        {name for file in (tmp_path / folder).glob("*.safetensors") for name in load_file(file)}
+        for folder in ("source", "unfolded")
+    ]
+    assert names[0] == names[1]
+
+
+def test_queries_with_a_gate_beside_them_are_not_aligned() -> None:
+    model = tiny("qwen3_5_text")
+    assert not can_align(decoder_of(model), 1, "attention") and can_align(decoder_of(model), 1, "mlp")
+    plan = FoldPlan.create(source_model_of(model), groups=[Group(blocks=(1, 4), private=("norms", "scales"), ranks=2)])
+    assert fit_sharing(model, plan, token_ids(model, (16, 24))).fits
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_qk_norm": True}], ids=str)
+def test_norms_and_short_convolutions_are_no_shared_weights(changes: dict[str, Any]) -> None:
+    model = (
+        tiny("qwen3_5_text")
+        if not changes
+        else AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(
+                "cohere",
+                vocab_size=64,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                **changes,
+            )
+        )
+    )
+    leaves = shareable_leaves(decoder_of(model), 0, ("attention", "mlp"))
+    assert leaves and not [name for name in leaves if "norm" in name or "conv" in name]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("lfm2", {"block_dim": 32, "block_norm_eps": 1e-5, "block_mlp_init_scale": 1.0, "block_use_swiglu": True}),
+        ("qwen3_5_text", {"full_attention_interval": 3}),
+        ("cohere2", {"layer_switch": 4, "use_parallel_block": True}),
+        ("bloom", {"offset_alibi": 100}),
+        ("minimax_m2", {"attn_type_list": [1] * 6, "mtp_transformer_layers": 1}),
+    ],
+)
+def test_fields_of_published_configs_are_known(model_type: str, fields: dict[str, Any]) -> None:
+    model = tiny(model_type)
+    for name, value in fields.items():
+        setattr(model.config, name, value)
+    fold_(model, FoldPlan.create(source_model_of(model), removed=[3]))
+    assert model.config.num_hidden_layers == 5
+    assert len(getattr(model.config, "attn_type_list", [0] * 5)) == 5

@@ -97,6 +97,7 @@ RULES: dict[str, Rule] = {
     # One entry per block.
     "activation_sparsity_pattern": _slice_per_block,
     "attention_layers": _slice_per_block,
+    "attn_type_list": _slice_per_block,
     "indexer_types": _slice_indexers,
     "intermediate_size": _slice_per_block,
     "layer_rope_theta": _slice_per_block,
@@ -125,9 +126,11 @@ RULES: dict[str, Rule] = {
 #: Field → the explicit list that takes its place; harmless once that list is in the config.
 GENERATORS: dict[str, str] = {
     "_sliding_window_pattern": "layer_types",
+    "full_attention_interval": "layer_types",
     "global_attn_every_n_layers": "layer_types",
     "interleave_moe_layer_step": "moe_layers",
     "layer_group_size": "layer_types",
+    "layer_switch": "layer_types",
     "no_rope_layer_interval": "no_rope_layers",
     "sliding_window_pattern": "layer_types",
 }
@@ -149,8 +152,15 @@ HARMLESS = frozenset(
         "altup_active_idx",
         "apply_residual_connection_post_layernorm",
         "block_auto_adjust_ff_dim",
+        "block_dim",
+        "block_ff_dim",
         "block_ffn_dim_multiplier",
+        "block_mlp_init_scale",
         "block_multiple_of",
+        "block_norm_eps",
+        "block_out_init_scale",
+        "block_use_swiglu",
+        "block_use_xavier_init",
         "do_layer_norm_before",
         "layer_norm_elementwise_affine",
         "layer_norm_eps",
@@ -161,13 +171,17 @@ HARMLESS = frozenset(
         "mtp_layer_types",
         "mtp_layers_block_type",
         "mtp_mlp_layer_types",
+        "mtp_transformer_layers",
         "n_layer",
         "n_layers",
         "num_hidden_layers",
         "num_layers",
+        # Of ALiBi, in BLOOM's first checkpoints.
+        "offset_alibi",
         # Says in which order the pattern has the kinds of attention; `layer_types` lists them (Cohere 2).
         "order_of_interleaved_layers",
         "qk_layernorm",
+        "use_parallel_block",
         "vocab_size_per_layer_input",
         "word_embed_proj_dim",
         "_remove_final_layer_norm",

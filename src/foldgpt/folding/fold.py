@@ -144,6 +144,10 @@ def unfold_(model: nn.Module) -> None:
         config.fold_plan = {**config.fold_plan, "groups": [], "fitting": None}
         return
     config.__class__ = type(config).__mro__[1]
+    # Read from a file it stands in the config itself, in front of the class's own.
+    config.__dict__.pop("model_type", None)
+    # What folding said of the names in files holds no longer.
+    model.__dict__.pop("_weight_conversions", None)
     for name in ("fold_layout", "fold_plan", "source_model_type", "auto_map"):
         if hasattr(config, name):
             delattr(config, name)

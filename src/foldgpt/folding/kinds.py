@@ -55,6 +55,10 @@ def shareable_leaves(decoder: Decoder, index: int, sublayers: Sequence[Sublayer]
 
 
 def _leaves(module: nn.Module, name: str) -> list[str]:
+    # Of norms with a weight for each head (Cohere), and of short convolutions, whose weight the model reads past the
+    # module and so past what moves it to its device, each position keeps its own.
+    if "Norm" in type(module).__name__ or isinstance(module, nn.Conv1d):
+        return []
     if any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False)):
         return [name]
     return [leaf for child, sub in module.named_children() for leaf in _leaves(sub, f"{name}.{child}")]
@@ -71,10 +75,12 @@ def low_rank_leaves(decoder: Decoder, index: int, sublayers: Sequence[Sublayer])
 
 
 def is_linear_layer(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
-    """Whether a module is a linear layer, and no router that is derived from one and puts out its choice (PhiMoE)."""
-    kind: Any = type(module)
-    is_of_architecture = kind.__module__.startswith("transformers.models.") and kind.forward is not nn.Linear.forward
-    return isinstance(module, (nn.Linear, Conv1D)) and not is_of_architecture
+    """Whether a module is a linear layer, and none that is derived from one and puts out something else than a product.
+
+    So do routers, which put out their choice (PhiMoE, Llama 4), and layers in groups (DeepSeek V4).
+    """
+    is_derived = any(word in type(module).__name__ for word in ("Router", "Grouped"))
+    return isinstance(module, (nn.Linear, Conv1D)) and not is_derived
 
 
 def scale_leaves(decoder: Decoder, index: int, sublayers: Sequence[Sublayer]) -> list[str]:

@@ -80,7 +80,13 @@ def can_align(decoder: Decoder, index: int, sublayer: Sublayer) -> bool:
     others = {name: parameter for name, parameter in module.named_parameters() if name not in known}
     if sublayer == "mlp":
         return not others
-    if not isinstance(getattr(module, "head_dim", None), int):
+    head_dim = getattr(module, "head_dim", None)
+    if not isinstance(head_dim, int):
+        return False
+    # With a gate beside the queries (Qwen3.5) a head has more rows than its output has columns.
+    reading, writing = module.get_submodule("q_proj"), module.get_submodule("o_proj")
+    queries, outputs = weight_of(reading).shape[0], weight_of(writing).shape[1]
+    if queries != outputs or queries % head_dim:
         return False
     # A norm over the whole projection has a weight for each head; within a head, all share one.
     return all(
