@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -396,3 +398,16 @@ def test_fields_of_published_configs_are_known(model_type: str, fields: dict[str
     fold_(model, FoldPlan.create(source_model_of(model), removed=[3]))
     assert model.config.num_hidden_layers == 5
     assert len(getattr(model.config, "attn_type_list", [0] * 5)) == 5
+
+
+def test_a_folded_model_of_another_one_s_class_is_unpickled_anywhere(tmp_path: Path) -> None:
+    model = tiny("exaone")
+    plan = FoldPlan.create(source_model_of(model), groups=[Group(blocks=(1, 2))])
+    fold_(model, plan)
+    assert type(model).__name__ == "FoldedExaoneForCausalLM"
+    torch.save(model, tmp_path / "model.pt")
+    code = "import sys, torch; print(type(torch.load(sys.argv[1], weights_only=False)).__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model.pt")], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "FoldedExaoneForCausalLM", done.stderr

@@ -24,7 +24,7 @@ import transformers
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from .configuration_foldgpt import FoldedConfig, folded_config_class
@@ -317,6 +317,15 @@ def __getattr__(name: str) -> Any:
     is_of_transformers = isinstance(source_class, type) and issubclass(source_class, PreTrainedModel)
     if is_of_transformers and getattr(source_class.config_class, "model_type", None) in CONFIG_MAPPING:
         return folded_model_class(source_class, source_class.config_class.model_type)
+    # Of an architecture that uses another one's class, the name is made of its config's.
+    for model_type, config_name in CONFIG_MAPPING_NAMES.items():
+        if name.startswith(f"Folded{config_name.removesuffix('Config')}"):
+            for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING):
+                config_class = CONFIG_MAPPING[model_type]
+                if config_class in mapping:
+                    folded = folded_model_class(mapping[config_class], model_type)
+                    if folded.__name__ == name:
+                        return folded
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
