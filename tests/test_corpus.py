@@ -119,6 +119,8 @@ def test_a_hub_text_is_streamed_with_its_options(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert list(read_documents(["hub:owner/name?config=en&split=test&column=body"])) == ["a", "b"]
+    names = [texts.open_texts([spec])[0].name for spec in ("hub:owner/name?config=en", "hub:owner/name?split=test")]
+    assert names == ["hub:owner/name?config=en&split=train", "hub:owner/name?split=test"]
     assert calls == [("owner/name", "en", {"split": "test", "revision": None, "streaming": True})]
     with pytest.raises(SourceError, match="owner/name row 1: there is no column 'text'"):
         list(read_documents(["hub:owner/name"]))

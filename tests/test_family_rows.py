@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from foldgpt import pipeline
 from foldgpt.compensation import compensate, merge_, why_not
 from foldgpt.errors import PlanError, UnsupportedModelError
-from foldgpt.families import FAMILIES, decoder_of
+from foldgpt.families import FAMILIES, decoder_of, remap_config_
 from foldgpt.folding import fold_, predicted_parameters, same_kind, save_folded, source_model_of, unfold_
 from foldgpt.folding.kinds import shareable_leaves
 from foldgpt.plan import FoldPlan, Group
@@ -69,6 +69,7 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4, "n_inner": 48},
     "helium": {"head_dim": 8},
     "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 8},
     "lfm2": {"block_multiple_of": 8, "full_attn_idxs": [1, 4], "layer_types": None},
     "lfm2_moe": {**_MIXTURE, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"] * 2},
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
@@ -288,6 +289,26 @@ def test_what_recovery_trains_is_merged_and_nothing_else_changes(model_type: str
     save_folded(model, plan, tmp_path / "recovered")
 
 
+@pytest.mark.parametrize("model_type", [*ROWS, *MIXTURES])
+def test_of_vectors_only_norms_are_trained(model_type: str) -> None:
+    """Not the decay of linear attention, a router's bias, or what shapes an activation."""
+    model = tiny(model_type) if model_type in ROWS else tiny_model(model_type)
+    plan = FoldPlan.create(source_model_of(model), removed=[3])
+    fold_(model, plan)
+    without_weights = model_type in ("nanochat", "olmo")
+    if without_weights:
+        with pytest.raises(UnsupportedModelError, match="no linear layer or norm"):
+            make_trainable_(model, plan, RecoverySettings(rank=0))
+        return
+    make_trainable_(model, plan, RecoverySettings(rank=0))
+    trained = {name.rpartition(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {
+        name
+        for name, module in model.named_modules()
+        if "Norm" in type(module).__name__ and all(p.ndim == 1 for p in module.parameters())
+    }
+
+
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_5_text"])
 def test_a_recipe_runs_through_on_a_mixture_and_on_a_hybrid(model_type: str, tmp_path: Path) -> None:
     """From its files, with all that a run can do: gates, compensation, shared weights, recovery, measurement."""
@@ -311,6 +332,18 @@ def test_blocks_whose_sublayers_are_not_known_are_removed_and_shared_whole(model
     folded = copy.deepcopy(model)
     fold_(folded, plan)
     save_folded(folded, plan, tmp_path / "folded", expected_parameters=predicted_parameters(model, plan))
+
+
+def test_the_pattern_of_attention_is_that_of_the_kept_blocks() -> None:
+    model = tiny("gpt_neo")
+    fold_(model, FoldPlan.create(source_model_of(model), removed=[1, 2]))
+    assert model.config.attention_layers == ["global", "local", "global", "local"]
+    assert model.config.attention_types == [[["global", "local", "global", "local"], 1]]
+    assert type(model.config)(**model.config.to_dict()).attention_layers == model.config.attention_layers
+    other = AutoConfig.for_model("gpt_neo", attention_types=[[["global", "local"], 3]], num_layers=6)
+    other.attention_types = [[["global"], 4]]
+    with pytest.raises(UnsupportedModelError, match="is for 4 blocks, and there are 6"):
+        remap_config_(other, (0, 1))
 
 
 @pytest.mark.parametrize("model_type", sorted(HYBRID))

@@ -160,6 +160,25 @@ def test_s9_terms_are_merged_in_more_than_16_bits_and_rounded_once() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_weight_of_a_leaf_is_that_with_its_terms(family: str) -> None:
+    model, _ = folded(family=family)
+    looked_at = {
+        name: module.weight.detach().clone()
+        for position in (1, 4)
+        for name, module in decoder_of(model).blocks[position].named_modules()
+        if type(module).__name__ == "PrivateTerms"
+        for name in [f"{position}.{name}"]
+    }
+    assert len(looked_at) >= 8
+    unfold_(model)
+    for name, weight in looked_at.items():
+        position, _, leaf = name.partition(".")
+        expected = decoder_of(model).blocks[int(position)].get_submodule(leaf).weight
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
 def test_offloaded_to_disk(saved: tuple[Any, Path], tmp_path: Path) -> None:
     model, folder = saved
     places = ["cpu", "disk", "cpu", "cpu", "disk", "cpu"]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 import pyarrow.parquet
 
@@ -281,6 +281,8 @@ def _hub_text(spec: str) -> Text:
         if key not in _HUB_OPTIONS:
             raise UsageError(f"unknown option {key!r} in {spec}.{did_you_mean(key, _HUB_OPTIONS)}")
     column = options.get("column", _DEFAULT_COLUMN)
+    # A protocol has to say on which part of the data something was measured, also where nobody chose it.
+    split = options.setdefault("split", "train")
 
     def read(order: random.Random | None) -> Iterator[Document]:
         import datasets  # slow to import, and most texts are not from the hub
@@ -289,7 +291,7 @@ def _hub_text(spec: str) -> Text:
             rows = datasets.load_dataset(
                 name,
                 options.get("config"),
-                split=options.get("split", "train"),
+                split=split,
                 revision=options.get("revision"),
                 streaming=True,
             )
@@ -300,7 +302,7 @@ def _hub_text(spec: str) -> Text:
         except Exception as error:  # the client passes on errors of many libraries
             raise SourceError(f"cannot read the hub data set {name}: {first_line(error)}") from error
 
-    return Text(spec, "\n\n", read, lambda: spec)
+    return Text(f"hub:{name}?{urlencode(options, safe='/:')}", "\n\n", read, lambda: spec)
 
 
 def _own_text(spec: str, own: OwnText | None) -> Text:

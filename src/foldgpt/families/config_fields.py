@@ -46,6 +46,17 @@ def _slice_indexers(config: Any, name: str, kept: tuple[int, ...], num_blocks: i
     return sliced
 
 
+def _slice_repeated(config: Any, name: str, kept: tuple[int, ...], num_blocks: int) -> Any:
+    """Kinds of attention and how often they come again, [[[kind, …], times], …] (GPT-Neo): the kept ones, once."""
+    kinds = [kind for pattern, times in getattr(config, name) for _ in range(times) for kind in pattern]
+    if len(kinds) != num_blocks:
+        raise UnsupportedModelError(
+            f"config field {name!r} = {_shown(getattr(config, name))} is for {len(kinds)} blocks, and there are "
+            f"{num_blocks}; cannot tell which belong to which."
+        )
+    return [[[kinds[index] for index in kept], 1]]
+
+
 def _remap_indices(config: Any, name: str, kept: tuple[int, ...], num_blocks: int) -> Any:
     """A list of block indices: the positions of those that are kept."""
     position_of = {source: position for position, source in enumerate(kept)}
@@ -97,6 +108,7 @@ RULES: dict[str, Rule] = {
     # One entry per block.
     "activation_sparsity_pattern": _slice_per_block,
     "attention_layers": _slice_per_block,
+    "attention_types": _slice_repeated,
     "attn_type_list": _slice_per_block,
     "indexer_types": _slice_indexers,
     "intermediate_size": _slice_per_block,

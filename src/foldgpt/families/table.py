@@ -143,6 +143,7 @@ FAMILIES: dict[str, Family] = {
             "granite",
             "helium",
             "hunyuan_v1_dense",
+            "hunyuan_v1_moe",
             "internlm3",
             "llama",
             "minimax_m2",

@@ -26,6 +26,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from .configuration_foldgpt import FoldedConfig, folded_config_class
 
@@ -114,6 +115,18 @@ class PrivateTerms(nn.Module):
         self.scale = nn.Parameter(torch.ones(outputs)) if scale else None
         self.up = nn.Parameter(torch.zeros(outputs, rank)) if rank else None
         self.down = nn.Parameter(torch.randn(rank, inputs) / max(inputs, 1) ** 0.5) if rank else None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight that the leaf has together with its terms; some models look at it (its dtype) beside the call."""
+        weight: torch.Tensor = self.shared.weight
+        transposed = isinstance(getattr(self.shared, "owned", self.shared), Conv1D)
+        if self.scale is not None:
+            weight = weight * (self.scale if transposed else self.scale[:, None])
+        if self.up is None or self.down is None:
+            return weight
+        term = self.up @ self.down
+        return weight + (term.T if transposed else term)
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         output = self.shared(hidden, *args, **kwargs)

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterator
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import decoder_of
@@ -132,10 +131,16 @@ def _matrices(module: nn.Module) -> bool:
 
 
 def _norms(body: nn.Module) -> Iterator[nn.Module]:
-    """Modules that hold vectors alone; a linear layer's bias is not one."""
+    """Modules whose weight is a vector.
+
+    Other vectors are none of a norm: rates of decay in linear attention, biases by which a router chooses (they get no
+    gradient), the shape of an activation.
+    """
     for module in body.modules():
-        if isinstance(module, (nn.Linear, Conv1D)):
-            continue
-        own = list(module.parameters(recurse=False))
-        if own and all(parameter.ndim <= 1 and parameter.is_leaf for parameter in own):
+        own = dict(module.named_parameters(recurse=False))
+        if (
+            "weight" in own
+            and own.keys() <= {"weight", "bias"}
+            and all(p.ndim <= 1 and p.is_leaf for p in own.values())
+        ):
             yield module
