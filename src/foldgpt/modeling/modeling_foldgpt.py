@@ -119,7 +119,7 @@ class PrivateTerms(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The weight that the leaf has together with its terms; some models look at it (its dtype) beside the call."""
-        weight: torch.Tensor = self.shared.weight
+        weight: Any = self.shared.weight
         transposed = isinstance(getattr(self.shared, "owned", self.shared), Conv1D)
         if self.scale is not None:
             weight = weight * (self.scale if transposed else self.scale[:, None])
