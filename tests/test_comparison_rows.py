@@ -9,6 +9,7 @@ import pytest
 from foldgpt.comparison import rows_of_recipe
 from foldgpt.errors import UsageError
 from foldgpt.recipe import Recipe
+from foldgpt.recovery import RecoverySettings
 
 
 def recipe_of(**changes: Any) -> Recipe:
@@ -44,6 +45,22 @@ def test_recovery_doubles_the_rows_and_adds_plain_lora_on_the_language_modelling
     assert plain.num_tokens == 4096
     assert plain.settings["rank"] == 8 and plain.settings["lm"] == 1.0
     assert [plain.settings[loss] for loss in ("kl", "last_error", "last_cosine", "states")] == [0.0] * 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"divergence": "skewed", "skew": 0.3, "temperature": 2.0},
+        {"states": 1.0, "states_at": "all"},
+        {"private_terms": False, "scale_rate": 4.0},
+        {"train_fully": "cuts", "alpha": 32.0},
+    ],
+)
+def test_settings_that_a_row_switches_off_are_no_idle_ones_in_it(settings: dict[str, Any]) -> None:
+    """What plain LoRA does not train or look at is at its default there, whatever the recipe has."""
+    for row in rows_of_recipe(recipe_of(recover={"num_tokens": 4096, "settings": settings})):
+        if row.recovered:
+            RecoverySettings(**row.recipe.recover.settings)
 
 
 def test_rows_of_ones_own_change_the_recipe() -> None:

@@ -526,6 +526,17 @@ def test_a_map_beyond_float16_is_left_out_and_the_other_cuts_are_kept(capsys: py
     assert changed == {"model.layers.4.mlp.down_proj.weight"}
 
 
+def test_a_compensation_without_which_the_model_overflows_is_kept() -> None:
+    """Nothing is less than a KL that is no number."""
+    model = tiny_model("llama", mlp_bias=True).half()
+    with torch.no_grad():
+        for index, value in {1: 4e4, 2: -4e4, 4: 4e4, 5: -4e4}.items():
+            blocks_of(model)[index].mlp.down_proj.bias[0] = value
+    done = compensate_(model, FoldPlan.create(source_model_of(model), removed=[2]), _ids(model))
+    assert not math.isfinite(done.kl_before) and math.isfinite(done.kl_after)
+    assert done.kept
+
+
 def test_weights_beyond_float16_are_left_out_and_the_folded_model_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

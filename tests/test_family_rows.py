@@ -324,6 +324,35 @@ def test_a_recipe_runs_through_on_a_mixture_and_on_a_hybrid(model_type: str, tmp
     assert recovered.generate(token_ids(recovered, (1, 4)), max_new_tokens=4, do_sample=False).shape == (1, 8)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("donor", ["mean", "last"])
+@pytest.mark.parametrize("model_type", ["afmoe", "lfm2_moe", "minimax_m2"])
+def test_what_chooses_among_shared_experts_goes_with_them(model_type: str, donor: Any, tmp_path: Path) -> None:
+    """The correction of a router's scores that stands beside it: of another block's experts it says nothing."""
+    model = tiny(model_type)
+    decoder = decoder_of(model)
+    pair = next((i, j) for i in (2, 3) for j in (4, 5) if same_kind(decoder, i, j, ("attention", "mlp")))
+    name = "feed_forward.expert_bias" if model_type == "lfm2_moe" else "mlp.expert_bias"
+    name = "mlp.e_score_correction_bias" if model_type == "minimax_m2" else name
+
+    def biases() -> list[Tensor]:
+        holders = [decoder.blocks[index].get_submodule(name.rpartition(".")[0]) for index in pair]
+        return [getattr(holder, name.rpartition(".")[2]) for holder in holders]
+
+    for number, bias in enumerate(biases()):
+        bias.copy_(torch.tensor([0.0, 0.0, 9.0, 0.0]).roll(number))
+    first, last = (bias.clone() for bias in biases())
+    plan = FoldPlan.create(source_model_of(model), groups=[Group(blocks=pair, donor=donor)])
+    fold_(model, plan)
+    expected = last if donor == "last" else (first + last) / 2
+    assert all(torch.equal(bias, expected) for bias in biases())
+    assert save_folded(model, plan, tmp_path / "folded").logits_identical
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "folded", dtype=torch.float32)
+    unfold_(again)
+    ids = token_ids(model)
+    torch.testing.assert_close(again(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
 @pytest.mark.parametrize("model_type", WHOLE)
 def test_blocks_whose_sublayers_are_not_known_are_removed_and_shared_whole(model_type: str, tmp_path: Path) -> None:
     model = tiny(model_type)

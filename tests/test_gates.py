@@ -533,6 +533,22 @@ def test_the_likeliest_runs_are_measured_at_the_beginning() -> None:
     assert min(known, key=lambda removed: known[removed]) == run
 
 
+def test_a_short_allowance_is_spent_on_the_likeliest() -> None:
+    """Late blocks are cheap, and sets are measured in order of depth only among the few that look best."""
+    units, scores = Units.blocks(24, 6), [1.0 - 0.04 * block for block in range(24)]
+    measured: list[frozenset[int]] = []
+
+    def cost(removed: frozenset[int], sample: object = None) -> float:
+        measured.append(removed)
+        return 1.0
+
+    refinement = _refinement(units, cost, scores)
+    start = frozenset(units.fill(range(24)))
+    refinement.search([start], start, is_spent=lambda: len(measured) >= 3, runs=spans(units))
+    assert measured[1] == start, "the one that the gates alone would remove"
+    assert len(measured) == 3 and all(min(removed) >= 14 for removed in (measured[0], measured[2]))
+
+
 def test_around_a_set_the_swaps_that_may_be_good_enough_are_measured() -> None:
     units = Units.blocks(8, 2)
     scores = [0.1 * (block + 1) for block in range(8)]

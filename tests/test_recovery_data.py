@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from tokenizers import normalizers
 
 from foldgpt.corpus import texts
 from foldgpt.errors import SourceError, UsageError
@@ -75,6 +77,23 @@ def test_no_more_is_read_or_held_than_is_needed(tmp_path: Path, monkeypatch: pyt
         [str(tmp_path / "a.txt")], tiny_tokenizer(300), tmp_path / "ids", context=10, num_tokens=1000, num_held_out=100
     )
     assert train.ids_WT.shape == (100, 10)
+
+
+def test_windows_are_those_of_the_tokenizer_whatever_its_vocabulary(tmp_path: Path) -> None:
+    text = documents(tmp_path, "a", [f"Word{i:03d}" for i in range(30)])
+
+    def read(tokenizer: Any) -> torch.Tensor:
+        train, _ = packed_windows([text], tokenizer, tmp_path / "ids", context=16, num_tokens=64, num_held_out=16)
+        return train.ids_WT
+
+    plain, lower = tiny_tokenizer(300), tiny_tokenizer(300)
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert plain.get_vocab() == lower.get_vocab()
+    assert not torch.equal(read(plain), read(lower))
+    plain.pad_token = plain.eos_token
+    plain(["one", "three words more"], padding=True, truncation=True, max_length=8)
+    read(plain)
+    assert len(list((tmp_path / "ids").glob("*.ids"))) == 2, "what its last call left behind is not part of it"
 
 
 def test_texts_take_turns(tmp_path: Path) -> None:

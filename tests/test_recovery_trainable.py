@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.folding import fold_, private_modules, source_model_of
@@ -112,6 +113,32 @@ def test_terms_and_norms_of_a_16_bit_model_are_kept_in_fp32() -> None:
     merge_trained_(model)
     assert norm.weight.dtype == torch.bfloat16 and isinstance(norm.weight, nn.Parameter)
     torch.testing.assert_close(norm.weight.float(), given.float() + 0.1, rtol=5e-3, atol=5e-3)
+
+
+def test_norms_in_front_of_the_blocks_stay_where_only_those_behind_the_cut_are_trained() -> None:
+    """There the student's pass begins behind the blocks that it has in common with the teacher."""
+    config = AutoConfig.for_model("bloom", vocab_size=128, hidden_size=32, n_layer=6, n_head=4)
+    for where in ("behind", "all"):
+        model = AutoModelForCausalLM.from_config(config)
+        plan = FoldPlan.create(source_model_of(model), removed=[4])
+        fold_(model, plan)
+        make_trainable_(model, plan, RecoverySettings(rank=2, train_blocks=where))  # type: ignore[arg-type]
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert ("transformer.word_embeddings_layernorm.weight" in trained) == (where == "all")
+        assert "transformer.ln_f.weight" in trained
+
+
+def test_what_the_model_itself_does_not_train_stays() -> None:
+    model, plan = folded("llama")
+    correction = model.model.layers[1].mlp.up_proj.weight
+    correction.requires_grad_(False)
+    make_trainable_(model, plan, RecoverySettings(rank=0, train_fully="all"))
+    assert not model.model.layers[1].mlp.up_proj.weight.requires_grad
+    assert model.model.layers[1].mlp.down_proj.weight.requires_grad
+    frozen, plan = folded("llama")
+    frozen.requires_grad_(False)
+    make_trainable_(frozen, plan, RecoverySettings(rank=0, train_fully="all"))
+    assert frozen.model.layers[1].mlp.up_proj.weight.requires_grad
 
 
 def test_the_merge_is_rounded_once() -> None:

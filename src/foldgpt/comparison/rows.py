@@ -30,6 +30,7 @@ _PLAIN_LORA = {
     "last_cosine": 0.0,
     "states": 0.0,
     "norms": False,
+    "scale_rate": 1.0,
     "train_fully": "none",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -134,7 +135,8 @@ def compensate_and_judge_(
     own = values_of_carriers(model, corrections)
     merge_(model, corrections)
     after = _kl(held, head, plan)
-    kept = after < before
+    # What overflows without it (in float16) has no KL, and nothing is below that.
+    kept = after < before or (math.isfinite(after) and not math.isfinite(before))
     if not kept:
         set_parameters_(model, own)
         own = {}

@@ -118,6 +118,11 @@ def write_fit_(decoder: Decoder, group: Group, fit: GroupFit) -> None:
     if group.donor in DONORS:
         for name, buffer in _shared_buffers(decoder, group).items():
             buffer.copy_(_of_donor(decoder, group, name))
+    if group.giver is not None or group.donor in DONORS:
+        for name in _beside_experts(decoder, group, group.holder):
+            value = _of_donor(decoder, group, name)
+            for index in group.blocks:
+                _tensor(decoder.blocks[index], name).copy_(value)
     for index in group.blocks:
         # A norm's fit comes last: one that helps from the start takes the place of nothing.
         norms = {**_norms_at_start(decoder, group, index), **fit.members.get(index, MemberFit()).norms}
@@ -147,9 +152,8 @@ def values_without_fit(decoder: Decoder, group: Group, index: int) -> dict[str, 
 
 def _of_donor(decoder: Decoder, group: Group, name: str) -> Tensor:
     """A shared parameter or buffer as the group's donor makes it."""
-    module, _, leaf = name.rpartition(".")
     members = group.blocks if group.giver is None else (group.giver,)
-    values = [getattr(decoder.blocks[index].get_submodule(module), leaf).data for index in members]
+    values = [_tensor(decoder.blocks[index], name) for index in members]
     return values[0] if group.giver is not None else DONORS[group.donor](values)
 
 
@@ -188,10 +192,35 @@ def _shared_buffers(decoder: Decoder, group: Group) -> dict[str, Tensor]:
     }
 
 
+def _beside_experts(decoder: Decoder, group: Group, index: int) -> dict[str, Tensor]:
+    """Name inside the block → vector, of those that stand in a mixture beside experts that the group shares.
+
+    By such a vector the router chooses among them (AFMoE, LFM2, MiniMax M2), so it goes with the experts, although
+    each position has one of its own.
+    """
+    block = decoder.blocks[index]
+    leaves = shareable_leaves(decoder, index, group.sublayers)
+    experts = [leaf for leaf in leaves if any(p.ndim > 2 for p in block.get_submodule(leaf).parameters(recurse=False))]
+    found: dict[str, Tensor] = {}
+    for mixture in sorted({leaf.rpartition(".")[0] for leaf in experts} - {""}):
+        module = block.get_submodule(mixture)
+        for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if value.is_floating_point() and name in module.state_dict():
+                found[f"{mixture}.{name}"] = value.data
+    return found
+
+
+def _tensor(block: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of a block, by its name inside it."""
+    module, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(block.get_submodule(module), leaf).data
+    return tensor
+
+
 def own_parameters(decoder: Decoder, group: Group, index: int) -> dict[str, nn.Parameter]:
     """What a group's sublayers hold in block `index` beside the shared weights: norms and other vectors."""
     block = decoder.blocks[index]
-    shared = _shared_parameters(decoder, group, index)
+    shared = {**_shared_parameters(decoder, group, index), **_beside_experts(decoder, group, index)}
     roots = _roots(decoder, group)
     return {
         name: parameter

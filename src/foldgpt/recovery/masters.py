@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,13 +22,19 @@ class _Cast(nn.Module):
         return master.to(self.dtype)
 
 
-def train_(modules: Iterable[nn.Module]) -> None:
+def train_(modules: Iterable[nn.Module], fixed: Collection[int] = ()) -> None:
     """Make the own parameters of some modules trainable, in place; those in 16 bits get a master in fp32.
 
     An update of a few millionths of a weight is lost in 16 bits.
+
+    Args:
+        modules: the modules.
+        fixed: ids of parameters that stay as they are.
     """
     for module in modules:
         for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in fixed:
+                continue
             wide = torch.promote_types(parameter.dtype, torch.float32)
             if wide == parameter.dtype:
                 parameter.requires_grad_(True)

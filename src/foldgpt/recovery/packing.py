@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,9 @@ from foldgpt.corpus.windows import prefix_of
 from foldgpt.errors import ArtifactError, SourceError, UsageError
 from foldgpt.progress import bar
 from foldgpt.recovery.windows import TrainingWindows
+
+#: Upper case, accents, digits, spaces: what tokenizers treat differently.
+_PROBE = "The Straße cost 12,345.60 €;\n\tdon't — ﬁne  naïve 中文 x_1."
 
 #: Documents read ahead, of which each next one is drawn.
 _READ_AHEAD = 1024
@@ -75,7 +79,7 @@ def packed_windows(
     protocol = {
         "texts": list(specs),
         "contents": identity_of(specs, own=own),
-        "tokenizer": hash_of([len(tokenizer), tokenizer.convert_ids_to_tokens(list(range(0, len(tokenizer), 97)))]),
+        "tokenizer": _identity_of(tokenizer),
         "context": context,
         "windows": list(counts),
         "seed": seed,
@@ -100,6 +104,16 @@ def packed_windows(
     document_end = end if separate_documents else None
     held_out = TrainingWindows(ids_WT[: counts[0]], document_end=document_end)
     return TrainingWindows(ids_WT[counts[0] :], document_end=document_end), held_out
+
+
+def _identity_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells a tokenizer from others, also from those of the same vocabulary that split text otherwise."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return hash_of([type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer(_PROBE)["input_ids"]])
+    rules = json.loads(backend.to_str())
+    # Left behind by its last call.
+    return hash_of({name: value for name, value in rules.items() if name not in ("truncation", "padding")})
 
 
 def _write(

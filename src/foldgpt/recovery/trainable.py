@@ -40,6 +40,7 @@ def make_trainable_(student: nn.Module, plan: FoldPlan, settings: RecoverySettin
     """
     decoder = decoder_of(student)
     check_trainable(student)
+    fixed = _fixed(student)
     student.requires_grad_(False)
     first = first_changed(plan) if settings.train_blocks == "behind" else 0
     kept = {id(module) for block in decoder.blocks[:first] for module in block.modules()}
@@ -61,11 +62,14 @@ def make_trainable_(student: nn.Module, plan: FoldPlan, settings: RecoverySettin
         if names:
             alpha = settings.alpha or settings.rank
             attach_lora_(decoder.blocks, names, rank=settings.rank, alpha=alpha, seed=settings.seed)
-    train_(full)
+    train_(full, fixed)
     if not (terms or settings.rank or settings.norms or full):
         raise UsageError("nothing is trained: no position has private terms; set rank or norms")
     if settings.norms:
         body = student.get_submodule(decoder.blocks_path.rpartition(".")[0])
+        if settings.train_blocks == "behind":
+            # In front of the blocks the student does what the teacher does, and is not run.
+            apart |= {id(module) for name, module in body.named_modules() if "embed" in name}
         train_(module for module in _norms(body) if id(module) not in apart)
     if settings.private_terms:
         train_(terms)
@@ -124,6 +128,15 @@ def _trained_fully(blocks: nn.ModuleList, plan: FoldPlan, settings: RecoverySett
     if not beside:
         raise UsageError("train_fully is 'cuts', but the plan removes no block between two kept ones")
     return [blocks[position] for position in beside]
+
+
+def _fixed(student: nn.Module) -> set[int]:
+    """Ids of the parameters that the model itself does not train, such as a router's correction of its scores.
+
+    They get no gradient. Where all are frozen it was not the model that did it.
+    """
+    frozen = {id(parameter) for parameter in student.parameters() if not parameter.requires_grad}
+    return frozen if len(frozen) < sum(1 for _ in student.parameters()) else set()
 
 
 def _matrices(module: nn.Module) -> bool:

@@ -38,7 +38,7 @@ from foldgpt.selection import (
     search_windows,
     windows_of_finals,
 )
-from foldgpt.selection.cost import num_positions
+from foldgpt.selection.cost import CACHE_BYTES, num_positions
 from foldgpt.sharing import limit_of
 from foldgpt.sizes import size
 from foldgpt.sources import DTYPES
@@ -172,8 +172,10 @@ def expect(
         further = text.num_tokens // text.context - searched
         # In the finals those of other windows as well.
         states *= 1 + windows_of_finals(searched, further, recipe.compensate.method != "none") / searched
+    # States that measured sets went through are kept beside those of the source; a set has no more of them than that.
+    kept_states = min(CACHE_BYTES, passes * states)
     memory = {
-        "search": Memory(weights, activations=states if passes else 0, other=_LOGIT_BYTES),
+        "search": Memory(weights, activations=states + kept_states if passes else 0, other=_LOGIT_BYTES),
         "fits": Memory(weights, activations=bytes_of_fits(source, plan, text.num_tokens)),
         "fold and verify": Memory(weights, teacher=_bytes(student)),
     }

@@ -11,9 +11,13 @@ from typing import Any
 from foldgpt.compensation import HELD_OUT, Walk
 from foldgpt.compensation.carriers import inner_width, norm_behind
 from foldgpt.compensation.least_squares import WIDEST_ON_DEVICE
+from foldgpt.errors import UnsupportedModelError
 from foldgpt.families import decoder_of
-from foldgpt.plan import FoldPlan
+from foldgpt.folding.private import sizes_of_leaf
+from foldgpt.plan import FoldPlan, Group
 from foldgpt.sharing import boundaries_of
+from foldgpt.sharing.fit import SHARING_HELD_OUT
+from foldgpt.sharing.linears import linears_of
 
 _FP32, _FP64 = 4, 8
 
@@ -29,7 +33,12 @@ def bytes_of_fits(source: Any, plan: FoldPlan, num_tokens: int) -> float:
     itemsize = next(source.parameters()).element_size()
     hidden = int(source.config.get_text_config(decoder=True).hidden_size)
     stream = hidden * itemsize
-    sharing = num_tokens * stream * len(boundaries_of(plan)) if plan.fitting is not None else 0.0
+    sharing = 0.0
+    if plan.fitting is not None:
+        recorded = num_tokens * stream * len(boundaries_of(plan))
+        sharing = recorded + max(
+            (_bytes_of_group(source, group, num_tokens, hidden, itemsize) for group in plan.groups), default=0.0
+        )
     if plan.compensation is None:
         return sharing
     walk = Walk.of(plan, plan.source.num_blocks)
@@ -40,6 +49,43 @@ def bytes_of_fits(source: Any, plan: FoldPlan, num_tokens: int) -> float:
     recorded = rows * stream * len({0, *walk.boundaries}) + 2 * held * stream
     largest = max(_bytes_of_cut(source, index, rows, hidden, itemsize, walk, plan) for index in walk.carriers)
     return sharing + recorded + largest
+
+
+def _bytes_of_group(source: Any, group: Group, num_tokens: int, hidden: int, itemsize: int) -> float:
+    """What the fit of a group holds beside the recorded states, of whichever of its steps holds most."""
+    decoder = decoder_of(source)
+    rows = num_tokens * (1 - SHARING_HELD_OUT)
+    stream = num_tokens * hidden * itemsize
+    try:
+        linears = linears_of(decoder, group.holder, group.sublayers)
+    except UnsupportedModelError:
+        return 0.0  # taken as it is folded without a fit
+    block = decoder.blocks[group.holder]
+    largest = moments = 0.0
+    for linear in linears:
+        if not linear.writes:
+            continue
+        width, _ = sizes_of_leaf(block.get_submodule(linear.name), linear.name)
+        rank = max(group.rank_of(linear.name, member) for member in group.fitted_members)
+        # The layers that read the stream have one input.
+        moments += (hidden**2 + width**2) * _FP32
+        # Its inputs, its outputs and the wanted ones; and either the parts that the inputs are joined of, or what is
+        # reckoned of outputs, or the inputs divided by their norm.
+        kept = rows * (width * itemsize + 2 * hidden * _FP32)
+        divided = width * itemsize if rank and norm_behind(decoder, group.holder, linear.sublayer) is not None else 0
+        passing = rows * max(width * itemsize, 4 * hidden * _FP32, divided + 4 * hidden * _FP32)
+        # The stream in front of the member, and behind it without a fit.
+        largest = max(largest, 2 * stream + kept + passing + (_bytes_of_sums(width) if rank else 0))
+    if group.giver is not None and not any(group.rank_of(x.name, group.fitted_members[0]) for x in linears):
+        return largest
+    widest = max((sizes_of_leaf(block.get_submodule(x.name), x.name)[0] for x in linears if x.writes), default=0)
+    made = stream + len(group.blocks) * moments + (_bytes_of_sums(widest) if group.donor == "least_squares" else 0)
+    return max(largest, made)
+
+
+def _bytes_of_sums(width: int) -> float:
+    """Sums of two parts and of both, one with its ridge, and its factor; wide ones are kept off the device."""
+    return 5.0 * width**2 * _FP64 if width <= WIDEST_ON_DEVICE else 0.0
 
 
 def _bytes_of_cut(source: Any, index: int, rows: int, hidden: int, itemsize: int, walk: Walk, plan: FoldPlan) -> float:
@@ -55,6 +101,4 @@ def _bytes_of_cut(source: Any, index: int, rows: int, hidden: int, itemsize: int
         # The sublayer's share and the wanted one; the rows, features and targets that are used; they divided.
         streams += rows * hidden * 6 * _FP32
         features += 2 * rows * width * itemsize
-    # Sums of two parts and of both, one with its ridge, and its factor.
-    sums = 5 * width**2 * _FP64 if width <= WIDEST_ON_DEVICE else 0
-    return float(streams + features + sums)
+    return streams + features + _bytes_of_sums(width)

@@ -17,8 +17,28 @@ from foldgpt.errors import SourceError, UnsupportedModelError, first_line
 from foldgpt.sources import load_config, resolve
 from foldgpt.sources.configs import read_config
 
-#: One head's channels, most heads, tokens of the vocabulary, most experts.
-_HEAD_DIM, _MOST_HEADS, _VOCABULARY, _MOST_EXPERTS = 8, 4, 320, 4
+#: One head's channels, most heads, tokens of the vocabulary.
+_HEAD_DIM, _MOST_HEADS, _VOCABULARY = 8, 4, 320
+#: Most experts, of which a token goes through at most so many.
+_MOST_EXPERTS, _MOST_CHOSEN = 4, 2
+#: Widths are multiples of this: grouped products of experts want rows of 16 bytes.
+_STEP = 8
+#: What families call the channels of a head, of all kinds.
+_HEAD_CHANNELS = (
+    "head_dim",
+    "rotary_dim",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "v_head_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+)
+#: Numbers of experts, of those that a token goes through, and of the groups that they are chosen from.
+_MOST_OF_MIXTURES = {
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), _MOST_EXPERTS),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk"), _MOST_CHOSEN),
+    **dict.fromkeys(("n_group", "topk_group"), 1),
+}
 #: What families call the width of the MLP.
 _MLP_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _SPECIAL = ("<bos>", "<eos>", "<unk>")
@@ -86,20 +106,22 @@ def shrunk(config: Any) -> Any:
     for name in _MLP_WIDTHS:
         # As much wider than the stream as in the real model, so that attention is as much of a block.
         if getattr(config, name, None):
-            changes[name] = round(heads * _HEAD_DIM * getattr(config, name) / config.hidden_size)
+            width = heads * _HEAD_DIM * getattr(config, name) / config.hidden_size
+            changes[name] = max(1, round(width / _STEP)) * _STEP
     for name, value in (
-        ("head_dim", _HEAD_DIM),
+        *((name, _HEAD_DIM) for name in _HEAD_CHANNELS),
         ("num_kv_heads", changes["num_key_value_heads"]),
         ("word_embed_proj_dim", heads * _HEAD_DIM),
         ("sliding_window", 16),
         ("moe_intermediate_size", 16),
+        ("shared_expert_intermediate_size", 16),
     ):
         # Some configs reckon the channels of a head from the others.
         if getattr(config, name, None) and not isinstance(getattr(type(config), name, None), property):
             changes[name] = value
-    for name in ("num_local_experts", "num_experts"):
-        if getattr(config, name, None):
-            changes[name] = min(_MOST_EXPERTS, getattr(config, name))
+    for name, most in _MOST_OF_MIXTURES.items():
+        if isinstance(value := getattr(config, name, None), int) and value:
+            changes[name] = min(most, value)
     small = copy.deepcopy(config)
     for name, value in changes.items():
         if hasattr(small, name) or name.endswith("_id"):
@@ -108,9 +130,21 @@ def shrunk(config: Any) -> Any:
 
 
 def save_tiny(config: Any, folder: Path, *, seed: int = 0) -> Path:
-    """Save a random model of a small config with a tokenizer, as a source would be found on disk."""
+    """Save a random model of a small config with a tokenizer, as a source would be found on disk.
+
+    Raises:
+        UnsupportedModelError: the small config makes no model that runs.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            model(input_ids=torch.arange(4)[None], use_cache=False)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"a dry run needs a tiny {config.model_type}, and with the sizes that foldgpt gives it (in "
+            f"foldgpt/rehearsal/tiny.py) it does not run: {first_line(error)}"
+        ) from error
     model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return folder

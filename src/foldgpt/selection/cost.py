@@ -36,6 +36,9 @@ _POSITION_SHARE = 0.5
 #: But no more than this: 2,048 give the mean KL to about 3 %, and differences between sets much better.
 _MOST_POSITIONS = 2048
 
+#: What cached states of one search take at most.
+CACHE_BYTES = 1536 * 2**20
+
 #: What compensates is fitted on the windows that are measured on, each part on the others. Fitted and measured on the
 #: same tokens, sets with many cuts would win by fitting them, and lose on all other text.
 _PARTS = 4
@@ -113,7 +116,7 @@ class RemovalCost:
         seed: int = 0,
         position_share: float = _POSITION_SHARE,
         most_positions: int = _MOST_POSITIONS,
-        cache_bytes: int = 1536 * 2**20,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.replay = replay
         self.units = units or Units.blocks(replay.num_blocks, 0)

@@ -33,7 +33,7 @@ from foldgpt.sharing.shared_weights import Shared, shared_weights
 from foldgpt.sharing.student import Position, Student, with_terms
 
 #: The share of the windows, from the end, on which fits are judged and nothing is fitted.
-_HELD_OUT = 0.125
+SHARING_HELD_OUT = 0.125
 #: Micro-batches at least, if the windows suffice: fits and judgements are on whole ones.
 _LEAST_BATCHES = 8
 _BATCH_TOKENS = 2048
@@ -110,7 +110,7 @@ def fit_sharing(
 def split(replay: Replay) -> tuple[list[slice], list[slice]]:
     """The micro-batches that are fitted on, and those that fits are judged on."""
     batches = list(replay.batches())
-    num_held = max(1, round(len(batches) * _HELD_OUT))
+    num_held = max(1, round(len(batches) * SHARING_HELD_OUT))
     return batches[:-num_held], batches[-num_held:]
 
 
@@ -338,24 +338,28 @@ class _Place:
         """Fit the private terms of a sublayer's output layer on the stream that enters the block."""
         group = self.roles[sublayer][1]
         self.fitting.student.positions[self.index] = self.position(found)
-        parts = [self._seen(sublayer, stream_WTH[rows], rows) for rows in self.fitting.fitted]
+        columns: list[list[Tensor]] = [[], [], [], []]
+        for rows in self.fitting.fitted:
+            for column, part in zip(columns, self._seen(sublayer, stream_WTH[rows], rows), strict=True):
+                column.append(part)
+        lengths = [len(part) for part in columns[0]]
+        inputs_RK, shared_RH, contribution_RH, weight_R = map(_joined, columns)
         wanted = Wanted(
-            inputs_RK=torch.cat([part[0] for part in parts]),
-            shared_RH=torch.cat([part[1] for part in parts]),
-            contribution_RH=torch.cat([part[2] for part in parts]),
-            weight_R=torch.cat([part[3] for part in parts]),
+            inputs_RK=inputs_RK,
+            shared_RH=shared_RH,
+            contribution_RH=contribution_RH,
+            weight_R=weight_R,
             multiplier=self.fitting.multiplier,
             epsilon=self._epsilon(sublayer),
             start_H=self._start(sublayer),
         )
         batches = len(self.fitting.fitted)
         first_held = first_that_chooses(batches)
-        rows = sum(len(part[0]) for part in parts[:first_held]) if batches > 1 else len(parts[0][0]) // 2
         return fit_output(
             wanted,
             rank=group.rank_of(self._writing(sublayer), self.index),
             scales="scales" in group.private,
-            first_held=rows,
+            first_held=sum(lengths[:first_held]) if batches > 1 else lengths[0] // 2,
         )
 
     def _seen(self, sublayer: Sublayer, stream_BTH: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -448,6 +452,13 @@ class _Place:
         """The owner's norms, where the position begins with those."""
         owned = own_parameters(self.replay.decoder, group, group.holder)
         return {name: parameter.data for name, parameter in owned.items()}
+
+
+def _joined(column: list[Tensor]) -> Tensor:
+    """Parts of all micro-batches as one tensor; the parts themselves are let go."""
+    joined = torch.cat(column)
+    column.clear()
+    return joined
 
 
 @dataclass

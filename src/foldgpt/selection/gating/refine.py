@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -112,7 +112,8 @@ class Refinement:
             if not self.known:
                 # The first ones may be all that is paid for.
                 first = list(dict.fromkeys([chosen[0], own]))
-                chosen += sorted(bounds.keys() & set(runs), key=lambda run: (bounds[run], sorted(run)))[:_RUNS]
+                likely = sorted(bounds.keys() & set(runs), key=lambda run: (bounds[run], sorted(run)))[:_RUNS]
+                chosen = sorted({*chosen, *likely}, key=lambda removed: (bounds[removed], sorted(removed)))
             if not self._measure(chosen, is_spent, first):
                 return
 
@@ -149,11 +150,17 @@ class Refinement:
         return dict(zip(open_sets, (expected_S - doubt * uncertain_S).tolist(), strict=True))
 
     def _measure(self, chosen: Sequence[Removed], is_spent: Callable[[], bool], first: Sequence[Removed] = ()) -> bool:
-        """One round; the first ones are measured in any case. False where no more may be measured."""
+        """One round; the first ones are measured in any case. False where no more may be measured.
+
+        Args:
+            chosen: the sets, the most promising first.
+            is_spent: whether no more may be measured.
+            first: those that are measured in any case.
+        """
         cut_short = False
         before = min(self.known.values(), default=math.inf)
-        # Sorted: what begins alike shares states.
-        for removed in [*first, *sorted(set(chosen).difference(first), key=sorted)]:
+        others = [removed for removed in chosen if removed not in first]
+        for removed in [*first, *_in_rounds(others)]:
             cut_short = removed not in first and is_spent()
             if cut_short:
                 break
@@ -163,6 +170,12 @@ class Refinement:
         self._surrogate.fit(self._measurements)
         self._after_round()
         return not cut_short
+
+
+def _in_rounds(chosen: Sequence[Removed]) -> Iterator[Removed]:
+    """A few at a time, the most promising ones first, and among them those that begin alike: they share states."""
+    for start in range(0, len(chosen), _ROUND):
+        yield from sorted(chosen[start : start + _ROUND], key=sorted)
 
 
 def _as_measurements(known: dict[Removed, float]) -> list[Measurement]:
