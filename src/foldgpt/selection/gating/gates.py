@@ -25,7 +25,7 @@ from foldgpt.selection.gating.finals import Final, Round
 from foldgpt.selection.gating.further_text import FurtherText
 from foldgpt.selection.gating.hard_concrete import HardConcrete
 from foldgpt.selection.gating.refine import Refinement
-from foldgpt.selection.gating.score_function import ScoreFunction
+from foldgpt.selection.gating.score_function import NOISE, ScoreFunction
 from foldgpt.selection.gating.smoothed import SmoothedL0
 from foldgpt.selection.gating.surrogate import Measurement, Surrogate
 from foldgpt.selection.greedy import greedy_passes, removal_passes
@@ -47,6 +47,8 @@ _MOST_EFFORT = 1_000_000
 
 #: Shares of the allowance after which leave-one-out scores and the learning of gates must be done.
 _SCORES_UNTIL, _LEARNING_UNTIL = 0.225, 0.54
+#: Share of the allowance that a glance at all runs of neighbouring blocks may take.
+_GLANCE = 0.08
 #: Refinement measures on a quarter of the windows, or on those that hold this many tokens if that is more.
 _REFINEMENT_TOKENS = 8192
 #: So many sets that refinement likes best, and as many as finals take, are measured on all windows.
@@ -115,7 +117,7 @@ class _Search:
         # Of a search with other defaults nothing is taken over.
         self._checkpoint = Checkpoint("gates", replace(request, options=options), cost)
         fresh: dict[str, Any] = {"samples": [], "set_up_again": 0.0, "waited": 0}
-        fresh |= {name: [] for name in ("scores", "trace", "known", "num_known", "judged", "stages")}
+        fresh |= {name: [] for name in ("scores", "trace", "runs", "known", "num_known", "judged", "stages")}
         self._progress: dict[str, Any] = {**fresh, **self._checkpoint.found}
         self._samples_before = [tuple(sample) for sample in self._progress["samples"]]
         self._set_up_again_before: float = self._progress["set_up_again"]
@@ -214,6 +216,7 @@ class _Search:
         """Promising sets and their costs on all windows, and what came out of the last finals, if there were any."""
         units = self._cost.units
         drawn: list[Measurement] = list(getattr(estimator, "measurements", []))
+        at_a_glance = self._runs_at_a_glance()
         probabilities_U = estimator.keep_probabilities()
 
         def keep(*, now: bool = False) -> None:
@@ -226,19 +229,20 @@ class _Search:
             self._refinement_sample,
             keep_probabilities_U=probabilities_U,
             surrogate=Surrogate(scores, units.per_block),
-            measurements=drawn,
+            measurements=[*drawn, *at_a_glance],
             known={frozenset(found): value for found, value in self._progress["known"]},
             waited=self._progress["waited"],
             after_round=keep,
         )
         own = units.fill(ranked(probabilities_U.tolist()))
+        runs = spans(units)
         start = {own, units.fill(ranked(scores)), *(measurement.removed for measurement in drawn)}
         # By what is the same after an interruption.
         for_finals = self._further.reserve(self._allowance, start)
         most = max(_FINALISTS, self._further.most if for_finals else 0)
         left = self._allowance - for_finals - self._price_of_judging(most)
 
-        search = partial(refinement.search, start, own, self._spent_beyond(left), runs=spans(units))
+        search = partial(refinement.search, start, own, self._spent_beyond(left), runs=runs)
         measured = self._measured(0, refinement, search, keep)
         centers = {_best(measured)}
         known = self._judged(measured, most)
@@ -256,6 +260,21 @@ class _Search:
                 break
             finalists = found
         return known, finalists
+
+    def _runs_at_a_glance(self) -> list[Measurement]:
+        """All runs of neighbouring blocks on the first micro-batch, if that costs next to nothing.
+
+        The regression has seen scattered blocks, and cannot tell which runs are the likeliest.
+        """
+        runs = sorted(spans(self._cost.units), key=sorted)
+        first = self._cost.sample(0, 1)
+        if self._cost.predicted_equivalents(len(runs), first) > _GLANCE * self._allowance:
+            return []
+        known: list[float] = self._progress["runs"]
+        for run in runs[len(known) :]:
+            known.append(math.log(max(self._cost.cost(run, first), 1e-12)))
+            self._save(now=len(known) == len(runs))
+        return [Measurement(run, 0, log_cost, NOISE) for run, log_cost in zip(runs, known, strict=True)]
 
     def _measured(
         self, number: int, refinement: Refinement, measure: Callable[[], None], keep: Callable[..., None]

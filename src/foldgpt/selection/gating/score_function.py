@@ -26,6 +26,8 @@ from foldgpt.selection.gating.surrogate import Measurement, Surrogate
 from foldgpt.selection.measured import finite
 from foldgpt.selection.units import Removed, Units
 
+#: Standard deviation of the log cost on one micro-batch.
+NOISE = 0.05
 #: Sets measured in one step.
 _SAMPLES = 8
 #: Sets drawn for the surrogate's part of the gradient and for the probabilities.
@@ -56,7 +58,7 @@ class ScoreFunction:
         samples: Sequence[Sample],
         scores: Sequence[float],
         *,
-        noise: float = 0.05,
+        noise: float = NOISE,
         seed: int = 0,
         learning_rate: float = 0.25,
     ) -> None:
