@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,19 @@ def test_show_prints_all_there_is_of_a_run(tmp_path: Path) -> None:
     assert "held-out loss" in foldgpt("show", run / "recovered" / "recovery.json").stdout
     value = json.loads(foldgpt("show", run / "analysis.json", "--json").stdout)
     assert value == {"analysis": report_inputs.analysis().to_json_dict()}
+
+
+def test_a_plan_is_shown_at_once(tmp_path: Path) -> None:
+    """PyTorch and transformers take seconds to import."""
+    plan = report_inputs.write_run(tmp_path / "run") / "plan.json"
+    code = f"""
+import sys
+from foldgpt.cli import app
+app(["show", {str(plan)!r}], standalone_mode=False)
+print([name for name in ("torch", "transformers", "matplotlib") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "12 → 10 blocks" in done.stdout and done.stdout.endswith("[]\n")
 
 
 def test_show_finds_a_comparison_by_its_file_too_whatever_that_is_called(tmp_path: Path) -> None:

@@ -55,50 +55,68 @@ def show(
 ) -> None:
     """Show a plan, an analysis, measurements, a recovery or a comparison."""
     with session(quiet=True):
-        from foldgpt.artifacts import read_json
-        from foldgpt.comparison import COMPARISON, COMPARISON_FORMAT, Comparison
-        from foldgpt.errors import ArtifactError
-        from foldgpt.evaluation import Evaluation
-
-        file = path / COMPARISON if path.is_dir() else path
-        # Under any name: they are copied to be kept.
-        value = read_json(file) if file.is_file() else None
-        if isinstance(value, dict) and (value.get("format") == COMPARISON_FORMAT or file.name == COMPARISON):
-            print_comparison(Comparison.load(file), as_json=as_json)
+        if not _is_plan(path) and _print_if_comparison(path, as_json):
             return
-        files = _files_of(path) if path.is_dir() else [path]
-        if not files:
-            raise ArtifactError(
-                f"{path} holds no plan.json, analysis.json, evaluation.json or {COMPARISON}: it is no run, folded "
-                "model or comparison"
-            )
-        found = dict(map(_read, files))
+        found: dict[str, Any] = dict(map(_read, _files_of(path) if path.is_dir() else [path]))
         if as_json:
-            print_json(
-                {
-                    name: value.to_dict() if isinstance(value, Evaluation) else value.to_json_dict()
-                    for name, value in found.items()
-                }
-            )
+            print_json({name: _as_json(name, value) for name, value in found.items()})
             return
         for name, value in found.items():
             _PRINTED[name](value)
             if name == "plan" and path.is_dir():
                 print_compensation(path)
-            if isinstance(value, Evaluation) and not path.is_dir():
+            if name == "evaluation" and not path.is_dir():
                 # Long, and on the page of a run.
                 print_generations(value)
 
 
+def _is_plan(path: Path) -> bool:
+    """Whether a file says that it is a plan; to show one, nothing is imported that takes seconds."""
+    from foldgpt.artifacts import read_json
+
+    value = read_json(path) if path.is_file() else None
+    return isinstance(value, dict) and value.get("format") == "foldgpt.plan"
+
+
+def _print_if_comparison(path: Path, as_json: bool) -> bool:
+    """Print a comparison, if that is what a file or folder is."""
+    from foldgpt.artifacts import read_json
+    from foldgpt.comparison import COMPARISON, COMPARISON_FORMAT, Comparison
+
+    file = path / COMPARISON if path.is_dir() else path
+    # Under any name: they are copied to be kept.
+    value = read_json(file) if file.is_file() else None
+    if not isinstance(value, dict) or (value.get("format") != COMPARISON_FORMAT and file.name != COMPARISON):
+        return False
+    print_comparison(Comparison.load(file), as_json=as_json)
+    return True
+
+
+def _as_json(name: str, value: Any) -> Any:
+    return value.to_dict() if name == "evaluation" else value.to_json_dict()
+
+
 def _files_of(folder: Path) -> list[Path]:
-    """What is shown of a run, of a folded or recovered model, or of what is there of them, in this order."""
+    """What is shown of a run, of a folded or recovered model, or of what is there of them, in this order.
+
+    Raises:
+        ArtifactError: nothing of that is there.
+    """
+    from foldgpt.comparison import COMPARISON
+    from foldgpt.errors import ArtifactError
     from foldgpt.recovery_result import RECOVERY
     from foldgpt.run_folder import ANALYSIS, EVALUATION, PLAN, RECOVERED
 
     # The analysis is a long table, and where there is a plan it is on the page of the run.
     first = folder / PLAN if (folder / PLAN).is_file() else folder / ANALYSIS
-    files = (first, folder / RECOVERY, folder / RECOVERED / RECOVERY, folder / EVALUATION)
-    return [file for file in files if file.is_file()]
+    files = [first, folder / RECOVERY, folder / RECOVERED / RECOVERY, folder / EVALUATION]
+    found = [file for file in files if file.is_file()]
+    if not found:
+        raise ArtifactError(
+            f"{folder} holds no plan.json, analysis.json, evaluation.json or {COMPARISON}: it is no run, folded model "
+            "or comparison"
+        )
+    return found
 
 
 def _read(file: Path) -> tuple[str, Written]:
@@ -108,10 +126,8 @@ def _read(file: Path) -> tuple[str, Written]:
         ArtifactError: it is missing, is damaged, or holds something else.
         PlanError: it says that it is a plan, or does not say what it is, and it is no plan.
     """
-    from foldgpt.analysis import Analysis
     from foldgpt.artifacts import read_json
     from foldgpt.errors import ArtifactError
-    from foldgpt.evaluation import Evaluation
     from foldgpt.plan import FoldPlan
     from foldgpt.recovery_result import RECOVERY, RecoveryResult
 
@@ -125,8 +141,12 @@ def _read(file: Path) -> tuple[str, Written]:
     if given == "foldgpt.plan":
         return "plan", FoldPlan.from_json_dict(value, str(file))
     if given == "foldgpt.evaluation":
+        from foldgpt.evaluation import Evaluation
+
         return "evaluation", Evaluation.from_dict(value, str(file))
     if given == "foldgpt.analysis":
+        from foldgpt.analysis import Analysis
+
         try:
             return "analysis", Analysis.from_json_dict(value)
         except ArtifactError as error:
