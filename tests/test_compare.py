@@ -132,6 +132,7 @@ def test_files_say_the_same(recipe: Recipe, tmp_path: Path) -> None:
     result = side_by_side.compare(recipe.changed(compare={"recovered": []}), tmp_path / "c")
     with (tmp_path / "c" / "comparison.csv").open(encoding="utf-8") as file:
         records = list(csv.DictReader(file))
+    assert all(record["protocol"].startswith("Perplexity in float32: ") for record in records)
     assert [record["method"] for record in records] == [method.name for method in result.methods]
     assert [float(record["perplexity.text.txt"]) for record in records] == [
         method.perplexities["text.txt"] for method in result.methods

@@ -201,5 +201,7 @@ def rows_for_csv(comparison: Comparison) -> list[dict[str, object]]:
             interval = intervals.get(text)
             for part in ("difference", "low", "high"):
                 record[f"{text}.{part}"] = None if interval is None else getattr(interval, part)
+        # In each row: rows of several comparisons come to stand in one table.
+        record["protocol"] = " ".join(comparison.protocol)
         records.append(record)
     return records
