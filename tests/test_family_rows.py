@@ -276,6 +276,9 @@ def test_what_recovery_trains_is_merged_and_nothing_else_changes(model_type: str
     fold_(model, plan)
     names, ids = [name for name, _ in model.named_parameters()], token_ids(model)
     make_trainable_(model, plan, RecoverySettings(rank=2))
+    model(ids, use_cache=False).logits.sum().backward()
+    idle = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    assert not idle, "processes that share the work wait for a gradient of each"
     attached = [name for name, _ in model.named_parameters() if "lora_B" in name]
     assert len(attached) >= 2 * len(plan.kept), "LoRA on attention and MLP, or on attention and shared experts"
     with torch.no_grad():
