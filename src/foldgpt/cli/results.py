@@ -27,11 +27,12 @@ from foldgpt.cli.session import session
 
 if TYPE_CHECKING:
     from foldgpt.analysis import Analysis
+    from foldgpt.comparison import Comparison
     from foldgpt.evaluation import Evaluation
     from foldgpt.plan import FoldPlan
     from foldgpt.recovery_result import RecoveryResult
 
-    Written = FoldPlan | Analysis | Evaluation | RecoveryResult
+    Written = FoldPlan | Analysis | Evaluation | RecoveryResult | Comparison
 
 #: What can be shown of a file, and how.
 _PRINTED: dict[str, Callable[[Any], None]] = {
@@ -55,9 +56,10 @@ def show(
 ) -> None:
     """Show a plan, an analysis, measurements, a recovery or a comparison."""
     with session(quiet=True):
-        if not _is_plan(path) and _print_if_comparison(path, as_json):
-            return
         found: dict[str, Any] = dict(map(_read, _files_of(path) if path.is_dir() else [path]))
+        if "comparison" in found:
+            print_comparison(found["comparison"], as_json=as_json)
+            return
         if as_json:
             print_json({name: _as_json(name, value) for name, value in found.items()})
             return
@@ -70,34 +72,12 @@ def show(
                 print_generations(value)
 
 
-def _is_plan(path: Path) -> bool:
-    """Whether a file says that it is a plan; to show one, nothing is imported that takes seconds."""
-    from foldgpt.artifacts import read_json
-
-    value = read_json(path) if path.is_file() else None
-    return isinstance(value, dict) and value.get("format") == "foldgpt.plan"
-
-
-def _print_if_comparison(path: Path, as_json: bool) -> bool:
-    """Print a comparison, if that is what a file or folder is."""
-    from foldgpt.artifacts import read_json
-    from foldgpt.comparison import COMPARISON, COMPARISON_FORMAT, Comparison
-
-    file = path / COMPARISON if path.is_dir() else path
-    # Under any name: they are copied to be kept.
-    value = read_json(file) if file.is_file() else None
-    if not isinstance(value, dict) or (value.get("format") != COMPARISON_FORMAT and file.name != COMPARISON):
-        return False
-    print_comparison(Comparison.load(file), as_json=as_json)
-    return True
-
-
 def _as_json(name: str, value: Any) -> Any:
     return value.to_dict() if name == "evaluation" else value.to_json_dict()
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """What is shown of a run, of a folded or recovered model, or of what is there of them, in this order.
+    """What is shown of a comparison, a run, a folded or recovered model, or of what is there of them, in this order.
 
     Raises:
         ArtifactError: nothing of that is there.
@@ -107,6 +87,8 @@ def _files_of(folder: Path) -> list[Path]:
     from foldgpt.recovery_result import RECOVERY
     from foldgpt.run_folder import ANALYSIS, EVALUATION, PLAN, RECOVERED
 
+    if (folder / COMPARISON).is_file():
+        return [folder / COMPARISON]
     # The analysis is a long table, and where there is a plan it is on the page of the run.
     first = folder / PLAN if (folder / PLAN).is_file() else folder / ANALYSIS
     files = [first, folder / RECOVERY, folder / RECOVERED / RECOVERY, folder / EVALUATION]
@@ -132,6 +114,13 @@ def _read(file: Path) -> tuple[str, Written]:
     from foldgpt.recovery_result import RECOVERY, RecoveryResult
 
     value = read_json(file)
+    # To show what says that it is a plan, nothing is imported that takes seconds.
+    if isinstance(value, dict) and value.get("format") != "foldgpt.plan":
+        from foldgpt.comparison import COMPARISON, COMPARISON_FORMAT, Comparison
+
+        # Under any name: they are copied to be kept.
+        if value.get("format") == COMPARISON_FORMAT or file.name == COMPARISON:
+            return "comparison", Comparison.load(file)
     if file.name == RECOVERY:
         return "recovery", RecoveryResult.load(file.parent)
     # A plan may be written by hand, and need not say its format; records beside a model have none.

@@ -18,6 +18,7 @@ from foldgpt.plan import FoldPlan, Group
 from foldgpt.sharing import boundaries_of
 from foldgpt.sharing.fit import SHARING_HELD_OUT
 from foldgpt.sharing.linears import linears_of
+from foldgpt.sharing.shared_weights import needs_moments
 
 _FP32, _FP64 = 4, 8
 
@@ -62,23 +63,24 @@ def _bytes_of_group(source: Any, group: Group, num_tokens: int, hidden: int, ite
         return 0.0  # taken as it is folded without a fit
     block = decoder.blocks[group.holder]
     largest = moments = 0.0
+    widest = 0
     for linear in linears:
         if not linear.writes:
             continue
         width, _ = sizes_of_leaf(block.get_submodule(linear.name), linear.name)
+        widest = max(widest, width)
         rank = max(group.rank_of(linear.name, member) for member in group.fitted_members)
         # The layers that read the stream have one input.
         moments += (hidden**2 + width**2) * _FP32
         # Its inputs, its outputs and the wanted ones; and either the parts that the inputs are joined of, or what is
-        # reckoned of outputs, or the inputs divided by their norm.
+        # reckoned of outputs, and of inputs that are divided by a norm.
         kept = rows * (width * itemsize + 2 * hidden * _FP32)
         divided = width * itemsize if rank and norm_behind(decoder, group.holder, linear.sublayer) is not None else 0
-        passing = rows * max(width * itemsize, 4 * hidden * _FP32, divided + 4 * hidden * _FP32)
+        passing = rows * max(width * itemsize, divided + 4 * hidden * _FP32)
         # The stream in front of the member, and behind it without a fit.
         largest = max(largest, 2 * stream + kept + passing + (_bytes_of_sums(width) if rank else 0))
-    if group.giver is not None and not any(group.rank_of(x.name, group.fitted_members[0]) for x in linears):
+    if not needs_moments(group, linears):
         return largest
-    widest = max((sizes_of_leaf(block.get_submodule(x.name), x.name)[0] for x in linears if x.writes), default=0)
     made = stream + len(group.blocks) * moments + (_bytes_of_sums(widest) if group.donor == "least_squares" else 0)
     return max(largest, made)
 

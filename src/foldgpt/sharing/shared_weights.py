@@ -56,10 +56,7 @@ def shared_weights(replay: Replay, group: Group, batches: Sequence[slice], *, al
         UnsupportedModelError: the layers are not all linear, or the sublayers not known.
     """
     linears = linears_of(replay.decoder, group.holder, group.sublayers)
-    wants_moments = group.giver is None or any(
-        group.rank_of(linear.name, block) for linear in linears if not linear.writes for block in group.blocks
-    )
-    if not wants_moments:
+    if not needs_moments(group, linears):
         return Shared({linear.name: _leaf(replay, group.holder, linear.name) for linear in linears}, {}, made=False)
     members = _members(replay, group, batches, aligned)
     layers = _layers(replay, group, linears, members, batches)
@@ -72,6 +69,13 @@ def shared_weights(replay: Replay, group: Group, batches: Sequence[slice], *, al
         }
         reading[block] = terms
     return Shared(layers, reading, made=group.giver is None)
+
+
+def needs_moments(group: Group, linears: Sequence[Linear]) -> bool:
+    """Whether anything is made of what the members' layers are given: shared weights, or terms of reading layers."""
+    return group.giver is None or any(
+        group.rank_of(linear.name, block) for linear in linears if not linear.writes for block in group.blocks
+    )
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ expected to take for the same budget.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from foldgpt.selection.gating.hard_concrete import HardConcrete
 from foldgpt.selection.gating.refine import Refinement
 from foldgpt.selection.gating.score_function import NOISE, ScoreFunction
 from foldgpt.selection.gating.smoothed import SmoothedL0
-from foldgpt.selection.gating.surrogate import Measurement, Surrogate
+from foldgpt.selection.gating.surrogate import Measurement, Surrogate, log_of
 from foldgpt.selection.greedy import greedy_passes, removal_passes
 from foldgpt.selection.measured import leave_one_out, ranked, selection_of
 from foldgpt.selection.selection import Request, Selection
@@ -216,7 +216,8 @@ class _Search:
         """Promising sets and their costs on all windows, and what came out of the last finals, if there were any."""
         units = self._cost.units
         drawn: list[Measurement] = list(getattr(estimator, "measurements", []))
-        at_a_glance = self._runs_at_a_glance()
+        runs = spans(units)
+        at_a_glance = self._at_a_glance(runs)
         probabilities_U = estimator.keep_probabilities()
 
         def keep(*, now: bool = False) -> None:
@@ -235,7 +236,6 @@ class _Search:
             after_round=keep,
         )
         own = units.fill(ranked(probabilities_U.tolist()))
-        runs = spans(units)
         start = {own, units.fill(ranked(scores)), *(measurement.removed for measurement in drawn)}
         # By what is the same after an interruption.
         for_finals = self._further.reserve(self._allowance, start)
@@ -261,18 +261,18 @@ class _Search:
             finalists = found
         return known, finalists
 
-    def _runs_at_a_glance(self) -> list[Measurement]:
+    def _at_a_glance(self, spans_of_blocks: Collection[Removed]) -> list[Measurement]:
         """All runs of neighbouring blocks on the first micro-batch, if that costs next to nothing.
 
         The regression has seen scattered blocks, and cannot tell which runs are the likeliest.
         """
-        runs = sorted(spans(self._cost.units), key=sorted)
+        runs = sorted(spans_of_blocks, key=sorted)
         first = self._cost.sample(0, 1)
         if self._cost.predicted_equivalents(len(runs), first) > _GLANCE * self._allowance:
             return []
         known: list[float] = self._progress["runs"]
         for run in runs[len(known) :]:
-            known.append(math.log(max(self._cost.cost(run, first), 1e-12)))
+            known.append(log_of(self._cost.cost(run, first)))
             self._save(now=len(known) == len(runs))
         return [Measurement(run, 0, log_cost, NOISE) for run, log_cost in zip(runs, known, strict=True)]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from foldgpt.errors import UsageError
 from foldgpt.selection.cost import RemovalCost, Sample
-from foldgpt.selection.gating.surrogate import Measurement, Surrogate
+from foldgpt.selection.gating.surrogate import Measurement, Surrogate, log_of
 from foldgpt.selection.units import Removed, Units
 
 #: Sets measured between two fits of the regression.
@@ -104,7 +104,7 @@ class Refinement:
             if not bounds:
                 return
             if self.waited >= _PATIENCE:
-                least = _log(self.known[best])
+                least = log_of(self.known[best])
                 if not any(bound < least for removed, bound in bounds.items() if removed in near):
                     return
             chosen = sorted(bounds, key=lambda removed: bounds[removed])[:_ROUND]
@@ -134,7 +134,7 @@ class Refinement:
         while True:
             bounds = self._bounds(near, doubt=_DOUBT)
             best = sorted(bounds, key=lambda removed: bounds[removed])[:_ROUND]
-            highest = _log(limit(self.known))
+            highest = log_of(limit(self.known))
             chosen = [removed for removed in best if bounds[removed] < highest]
             if not chosen or not self._measure(chosen, is_spent):
                 return
@@ -180,11 +180,7 @@ def _in_rounds(chosen: Sequence[Removed]) -> Iterator[Removed]:
 
 def _as_measurements(known: dict[Removed, float]) -> list[Measurement]:
     """Costs that refinement measured, as the regression reads them."""
-    return [Measurement(removed, _REFINEMENT, _log(cost), _NOISE) for removed, cost in known.items()]
-
-
-def _log(cost: float) -> float:
-    return math.log(max(cost, 1e-12))
+    return [Measurement(removed, _REFINEMENT, log_of(cost), _NOISE) for removed, cost in known.items()]
 
 
 def swaps(removed: Removed, units: Units, keep_probabilities_U: Tensor) -> set[Removed]:

@@ -7,6 +7,7 @@ than pairs, so this is a Gaussian process: units nearby in depth are alike, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,11 @@ class Measurement:
     sample: int
     log_cost: float
     noise: float
+
+
+def log_of(cost: float) -> float:
+    """The logarithm of a cost, which may be 0."""
+    return math.log(max(cost, 1e-12))
 
 
 class Surrogate:
