@@ -114,3 +114,33 @@ def test_search_tokens_are_also_for_the_best_donors(model: Path, text: Path, tmp
         *("--share", "adjacent", "--donor", "best", "--search-tokens", 64, "--out", tmp_path / "plan.json", "-q"),
     )
     assert made.exit_code == 0, made.output
+
+
+def test_a_plan_from_an_analysis_fits_on_the_text_of_the_analysis(model: Path, text: Path, tmp_path: Path) -> None:
+    """With the defaults of the flags it would be fitted on another text than the blocks were ranked on."""
+    analysis = tmp_path / "analysis"
+    made = foldgpt("analyze", model, "--text", text, *CALIBRATION, "--seed", 3, "--out", analysis, "-q")
+    assert made.exit_code == 0, made.output
+    arguments = ("plan", model, "--analysis", analysis, "--select", "bi", "--remove", 2)
+    made = foldgpt(*arguments, "--out", tmp_path / "plan.json")
+    assert made.exit_code == 0, made.output
+    plan = FoldPlan.load(tmp_path / "plan.json")
+    fitted = plan.compensation
+    assert fitted is not None
+    assert (fitted.texts, fitted.context, fitted.num_tokens, fitted.seed) == ((str(text),), 32, 256, 3)
+    assert "what is fitted" not in made.stderr and "calibrated on text.txt, 8 windows of 32 tokens" in made.stdout
+    # What is said of it holds, and is told apart.
+    made = foldgpt(*arguments, "--tokens", 128, "--out", tmp_path / "other.json")
+    fitted = FoldPlan.load(tmp_path / "other.json").compensation
+    assert fitted is not None and (fitted.num_tokens, fitted.context) == (128, 32)
+    assert "what is fitted is fitted on 128 tokens of" in " ".join(made.stderr.split())
+
+
+def test_an_interruption_says_how_it_goes_on(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "select", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    arguments = ("--text", text, *CALIBRATION, "--select", "last", "--remove", 1, "-q", "--out", tmp_path / "plan.json")
+    stopped = foldgpt("plan", model, *arguments)
+    assert stopped.exit_code == 130
+    assert stopped.stderr == "stopped. The same command goes on from the last checkpoint.\n"

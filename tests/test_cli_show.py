@@ -13,22 +13,59 @@ import pytest
 import report_inputs
 from cli_case import foldgpt
 from comparison_inputs import comparison
-from foldgpt.artifacts import write_json
+from foldgpt import pipeline
+from foldgpt.artifacts import read_json, write_json
+from foldgpt.recipe import Recipe
+from run_inputs import tiny_recipe, tiny_source, tiny_text
 
 
 def test_show_prints_all_there_is_of_a_run(tmp_path: Path) -> None:
     run = report_inputs.write_run(tmp_path / "run")
     shown = foldgpt("show", run).stdout
-    places = [shown.index(part) for part in ("12 → 10 blocks", "held-out loss 1.0000 → 0.4000", "perplexity")]
+    places = [shown.index(part) for part in ("12 → 10 blocks", "loss 1.0000 → 0.4000", "perplexity")]
     assert places == sorted(places)
     assert "Once upon a time" not in shown
     assert list(json.loads(foldgpt("show", run, "--json").stdout)) == ["plan", "recovery", "evaluation"]
     # What a run leaves to its page is shown of its file.
     assert "BI" not in shown and "BI" in foldgpt("show", run / "analysis.json").stdout
     assert "Once upon a time" in foldgpt("show", run / "evaluation.json").stdout
-    assert "held-out loss" in foldgpt("show", run / "recovered" / "recovery.json").stdout
+    assert "recovery on held-out windows" in foldgpt("show", run / "recovered" / "recovery.json").stdout
     value = json.loads(foldgpt("show", run / "analysis.json", "--json").stdout)
     assert value == {"analysis": report_inputs.analysis().to_json_dict()}
+
+
+def test_of_a_run_that_was_stopped_it_is_said_how_it_goes_on(tmp_path: Path) -> None:
+    """What is there may look like all of it."""
+    recipe = Recipe.from_dict(tiny_recipe(tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")))
+    run = tmp_path / "run"
+    pipeline.run(recipe, run)
+    assert "not finished" not in foldgpt("show", run).stdout
+    ledger = read_json(run / "run.json")
+    for stage in ("source", "evaluation", "figures", "report"):
+        del ledger["stages"][stage]
+    write_json(run / "run.json", ledger)
+    shown = " ".join(foldgpt("show", run).stdout.split())
+    assert "This run is not finished (stages that are done: analysis, selection, plan, fold)." in shown
+    assert f"To go on: foldgpt run {run / 'recipe.yaml'} --out {run}" in shown
+
+
+def test_run_and_show_print_what_compensation_did(tmp_path: Path) -> None:
+    recipe = Recipe.from_dict(tiny_recipe(tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")))
+    recipe.save(tmp_path / "recipe.yaml")
+    made = foldgpt("run", tmp_path / "recipe.yaml", "--out", tmp_path / "run", "--quiet")
+    assert made.exit_code == 0, made.output
+    for shown in (made.stdout, foldgpt("show", tmp_path / "run").stdout):
+        assert "compensation: KL to the source" in shown
+        assert "was also used for calibration: its perplexity is no test of folded" in " ".join(shown.split())
+
+
+def test_no_page_is_built_in_the_folder_of_a_model(tmp_path: Path) -> None:
+    folder = tmp_path / "folded"
+    report_inputs.plan().save(folder / "plan.json")
+    write_json(folder / "config.json", {})
+    refused = foldgpt("report", folder)
+    assert refused.exit_code == 1 and "holds a model, not a run" in refused.stderr
+    assert not (folder / "report.html").exists()
 
 
 def test_a_plan_is_shown_at_once(tmp_path: Path) -> None:

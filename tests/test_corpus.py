@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from foldgpt.corpus import calibration_windows, evaluation_windows, read_documents, texts
+from foldgpt.corpus import calibration_windows, evaluation_windows, read_documents, reused_texts, texts
 from foldgpt.corpus.windows import _READ_AHEAD
 from foldgpt.errors import FoldGPTError, SourceError, UsageError
 from tiny import BOS_ID, EOS_ID, tiny_tokenizer
@@ -311,3 +311,16 @@ def test_bos_is_refused_where_there_is_none(tmp_path: Path) -> None:
     tokenizer.bos_token = None
     with pytest.raises(UsageError, match="no BOS token"):
         evaluation_windows([f"{tmp_path}/a.txt"], tokenizer, context=8, bos=True)
+
+
+def test_a_text_is_found_again_under_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    uses = {"calibration": ["demo:wikipedia", str(tmp_path / "*.txt")], "training": ["b.txt", "gone.txt"]}
+    tested = ["demo:wikipedia", "demo:wikipedia-test", "a.txt", "./b.txt", "hub:wikitext"]
+    assert reused_texts(tested, uses) == {
+        "demo:wikipedia": ["calibration"],
+        "a.txt": ["calibration"],
+        "./b.txt": ["calibration", "training"],
+    }

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from typer.testing import CliRunner
 
 from foldgpt.artifacts import write_text
 from foldgpt.cli import app
 from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
-from foldgpt.hub import push
+from foldgpt.hub import check_upload, push
 from foldgpt.report import write_model_card
 from report_inputs import evaluation, plan
 
@@ -70,7 +70,7 @@ def test_arguments_are_those_the_real_api_takes() -> None:
     for method, names in {
         "create_repo": ("repo_type", "private", "exist_ok"),
         "create_branch": ("branch", "repo_type", "exist_ok"),
-        "upload_folder": ("repo_id", "folder_path", "repo_type", "revision", "commit_message", "ignore_patterns"),
+        "upload_folder": ("repo_id", "folder_path", "repo_type", "revision", "commit_message", "allow_patterns"),
     }.items():
         assert set(names) <= set(inspect.signature(getattr(real, method)).parameters)
 
@@ -99,7 +99,6 @@ def test_a_name_without_an_owner_goes_where_the_repository_was_made(hub: type[St
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (HFValidationError("Repo id must be …"), UsageError, "not the name of a repository"),
         (LocalTokenNotFoundError("x"), FoldGPTError, "hf auth login"),
         (Refused("403 Forbidden: no rights"), FoldGPTError, "the hub refuses me/small: 403 Forbidden"),
         (ConnectionError("no route"), FoldGPTError, "cannot reach the hub: no route"),
@@ -140,3 +139,59 @@ def test_on_the_command_line(hub: type[StandIn], run: Path) -> None:
     shown = CliRunner().invoke(app, ["push", str(run), "me/small", "--private", "--quiet"])
     assert shown.exit_code == 0 and "https://huggingface.co/me/small" in shown.output
     assert hub.calls[0][1]["private"] is True
+
+
+def test_a_name_that_is_none_is_refused_before_the_hub_is_asked(hub: type[StandIn], run: Path) -> None:
+    with pytest.raises(UsageError, match=r"'me/small/er' is not the name of a repository"):
+        push(run, "me/small/er")
+    assert hub.calls == []
+
+
+def test_what_is_no_part_of_a_checkpoint_stays(hub: type[StandIn], run: Path) -> None:
+    folder = run / "folded"
+    for name in ("model.safetensors", "notes[1].txt", "report.html", ".foldgpt-partial-1", "weights.bak"):
+        write_text(folder / name, "x")
+    write_text(folder / "logs" / "events.json", "{}")
+    write_text(folder / "additional_chat_templates" / "tool.jinja", "x")
+    push(folder, "me/small")
+    sent = hub.calls[-1][1]["allow_patterns"]
+    kept = set(
+        huggingface_hub.utils.filter_repo_objects(
+            (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()), allow_patterns=sent
+        )
+    )
+    assert kept == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "notes[1].txt",
+        "plan.json",
+        "additional_chat_templates/tool.jinja",
+    }
+    upload = check_upload(folder, "me/small")
+    assert set(upload.files) == kept and upload.files["model.safetensors"] == 1
+    assert upload.left == [".foldgpt-partial-1", "logs", "report.html", "weights.bak"]
+
+
+def test_a_dry_run_lists_what_would_go_up_and_asks_nobody(hub: type[StandIn], run: Path) -> None:
+    write_text(run / "recovered" / "model.safetensors", "x" * 2_000_000)
+    write_text(run / "recovered" / "report.html", "x")
+    shown = CliRunner().invoke(app, ["push", str(run), "me/small", "--dry-run"])
+    assert shown.exit_code == 0 and hub.calls == []
+    assert "2.0 MB  model.safetensors" in shown.output
+    assert f"from {run / 'recovered'} to me/small" in shown.output and "left out" in shown.output
+    assert CliRunner().invoke(app, ["push", str(run), "me//small", "--dry-run"]).exit_code == 2
+
+
+def test_of_a_run_that_is_not_finished_no_model_goes_up(hub: type[StandIn], run: Path) -> None:
+    """It may be one that was to be trained."""
+    write_text(run / "run.json", "{}")
+    with pytest.raises(ArtifactError, match=r"is not finished.*foldgpt run .*recipe\.yaml --out"):
+        push(run, "me/small")
+    push(run / "folded", "me/small")
+    write_text(run / "report.html", "x")
+    push(run, "me/small")
+    assert [arguments["folder_path"].name for name, arguments in hub.calls if name == "upload_folder"] == [
+        "folded",
+        "recovered",
+    ]

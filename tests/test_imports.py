@@ -30,8 +30,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "autoload",
     ),
     ("",),  # the package itself: it imports nothing but `autoload` until a name is asked for
-    ("plan", "sizes", "wikipedia", "recovery_result", "progress_file"),
-    ("strip",),
+    ("validation", "sizes", "targets", "wikipedia", "recovery_result", "progress_file"),
+    ("plan",),
+    ("strip", "plan_lines"),
     ("recipe", "architectures"),
     ("families", "attention"),
     ("modeling",),

@@ -96,6 +96,11 @@ def test_a_plan_is_frozen() -> None:
             "groups.0: sublayers of group [2, 3] are named twice: ['mlp', 'mlp']",
         ),
         (
+            {"groups": [{**PAIR, "donor": "meen"}]},
+            "groups.0.donor: Input should be 'first', 'last', 'owner', 'mean' or 'least_squares' (got 'meen'). Did you "
+            "mean 'mean'?",
+        ),
+        (
             {"groups": [{**PAIR, "sublayers": ["ffn"]}]},
             "groups.0.sublayers.0: Input should be 'attention' or 'mlp' (got 'ffn')",
         ),
@@ -264,12 +269,15 @@ def test_a_hand_edited_file_counts_as_it_stands(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"kpet": [0]}, "kpet: unknown key"),
-        ({"groups": [{"block": [2, 3]}]}, "groups.0.blocks: Field required; groups.0.block: unknown key"),
+        ({"kpet": [0]}, "kpet: unknown key. Did you mean 'kept'?"),
+        (
+            {"groups": [{"block": [2, 3]}]},
+            "groups.0.blocks: is missing; groups.0.block: unknown key. Did you mean 'blocks'?",
+        ),
         ({"kept": [0, 2, "three", 4]}, "kept.2: Input should be a valid integer"),
         ({"kept": [0, 2.5, 3, 4]}, "kept.1: Input should be a valid integer"),
-        ({"kept": None}, "kept: Input should be a valid tuple (got None)"),
-        ({"source": "somebody/model"}, "source: Input should be a valid dictionary"),
+        ({"kept": None}, "kept: must be a list (got None)"),
+        ({"source": "somebody/model"}, "source: must hold keys and values (got 'somebody/model')"),
         (
             {"groups": [{"blocks": [2, 3], "ranks": {"mlp.up_proj": [4, -1]}}]},
             "groups.0.ranks: a rank is a whole number from 0; give one for all layers, or for each layer by name one "
@@ -290,13 +298,13 @@ def test_a_wrong_edit_is_named_with_its_place(edit: dict[str, Any], message: str
 
 
 def test_all_wrong_fields_are_named_at_once() -> None:
-    with pytest.raises(PlanError, match=r"kept: Field required; removed\.0: .*; extra: unknown key"):
+    with pytest.raises(PlanError, match=r"kept: is missing; removed\.0: .*; extra: unknown key"):
         FoldPlan.from_json_dict({"source": SOURCE.model_dump(), "removed": ["x"], "extra": 1})
 
 
 def test_a_file_that_holds_no_object_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("[1, 2]")
-    with pytest.raises(PlanError, match="valid dictionary"):
+    with pytest.raises(PlanError, match="must hold keys and values"):
         FoldPlan.load(tmp_path / "plan.json")
 
 

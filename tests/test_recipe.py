@@ -88,7 +88,7 @@ def test_every_field_is_documented_in_the_schema() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({}, "model: Field required"),
+        ({}, "model: is missing"),
         ({"modle": "x", "model": "x"}, "modle: unknown key. Did you mean 'model'?"),
         ({"model": "x", "selct": {}}, "selct: unknown key. Did you mean 'select'?"),
         ({"model": "x", "calibration": {"contxt": 3}}, "calibration.contxt: unknown key. Did you mean 'context'?"),
@@ -100,8 +100,11 @@ def test_every_field_is_documented_in_the_schema() -> None:
         ({"model": "x", "calibration": {"context": 512.0}}, "calibration.context: Input should be a valid integer"),
         ({"model": "x", "seed": True}, "seed: Input should be a valid integer (got True)"),
         ({"model": "x", "evaluate": {"speed": 1}}, "evaluate.speed: Input should be a valid boolean (got 1)"),
-        ({"model": "x", "calibration": {"texts": "a.txt"}}, "calibration.texts: Input should be a valid list"),
-        ({"model": "x", "calibration": None}, "calibration: Input should be a valid dictionary"),
+        (
+            {"model": "x", "calibration": {"texts": "a.txt"}},
+            "calibration.texts: must be a list (got 'a.txt')",
+        ),
+        ({"model": "x", "calibration": None}, "calibration: must hold keys and values (got None)"),
         # Ranges.
         ({"model": "x", "calibration": {"texts": []}}, "calibration.texts: List should have at least 1 item"),
         ({"model": "x", "calibration": {"context": 1}}, "calibration.context: Input should be greater than or equal"),
@@ -114,21 +117,24 @@ def test_every_field_is_documented_in_the_schema() -> None:
         ({"model": "x", "share": {"sublayers": ["ffn"]}}, "share.sublayers.0: Input should be 'attention' or 'mlp'"),
         (
             {"model": "x", "select": {"remove": 1, "remove_ratio": 0.5}},
-            "select: give remove or remove_ratio, not both",
+            "give select.remove or select.remove_ratio, not both",
         ),
         ({"model": "x", "recover": {"minutes": float("inf")}}, "recover.minutes: Input should be a finite number"),
-        ({"model": "x", "share": {"donor": "mean"}}, "share: donor says how blocks share weights, but method is none"),
-        ({"model": "x", "share": {"group_size": 3}}, "share: group_size says how blocks share weights"),
+        (
+            {"model": "x", "share": {"donor": "mean"}},
+            "share.donor says how blocks share weights, but share.method is none",
+        ),
+        ({"model": "x", "share": {"group_size": 3}}, "share.group_size says how blocks share weights"),
         (
             {"model": "x", "share": {"method": "adjacent", "sublayers": ["mlp", "mlp"]}},
             "share: sublayers are named twice: ['mlp', 'mlp']",
         ),
-        ({"model": "x", "evaluate": {"limit": 5}}, "evaluate: limit is for tasks, and there are none"),
-        ({"model": "x", "evaluate": {"data_dir": "d"}}, "evaluate: data_dir is for tasks, and there are none"),
-        ({"model": "x", "evaluate": {"texts": [], "stride": 8}}, "evaluate: stride is for texts, and there are none"),
+        ({"model": "x", "evaluate": {"limit": 5}}, "evaluate.limit is for tasks, and there are none"),
+        ({"model": "x", "evaluate": {"data_dir": "d"}}, "evaluate.data_dir is for tasks, and there are none"),
+        ({"model": "x", "evaluate": {"texts": [], "stride": 8}}, "evaluate.stride is for texts, and there are none"),
         (
             {"model": "x", "evaluate": {"stride": 513}},
-            "evaluate: stride is 513, more than the context, and would pass over tokens: give at most 512",
+            "evaluate.stride is 513, more than the context, and would pass over tokens: give at most 512",
         ),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:50],

@@ -16,9 +16,10 @@ from foldgpt import pipeline
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.errors import ArtifactError, FoldGPTError
 from foldgpt.evaluation import Evaluation, Measured
+from foldgpt.formats import block_ranges
 from foldgpt.plan import FoldPlan, Group, SourceModel
 from foldgpt.report import REPORT, build_report
-from foldgpt.report.headline import block_ranges, headlines, short_name
+from foldgpt.report.headline import headlines, short_name
 from report_inputs import (
     analysis,
     compensated,

@@ -94,6 +94,9 @@ def test_a_folder_in_which_nothing_was_made_is_anybodys(recipe: Recipe, tmp_path
     """The first mistake would keep the corrected command out of its folder."""
     with pytest.raises(UsageError, match="has 6 blocks"):
         pipeline.run(recipe.changed(select={"remove": 6}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    # One that the user made stays, and the next call may have it.
+    (tmp_path / "run").mkdir()
     with pytest.raises(FoldGPTError, match="nowhere"):
         pipeline.run(recipe.changed(evaluate={"texts": ["nowhere.txt"]}), tmp_path / "run")
     # Hours of an analysis are something.

@@ -103,8 +103,16 @@ def test_formats_that_a_cpu_has_no_instructions_for_are_pointed_out_once(
 
 
 def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
-    with pytest.raises(UsageError, match="device 'nonsense' is not available"):
-        load_source(str(folder), device="nonsense")
+    with pytest.raises(UsageError, match=r"device 'xpu:3' is not available"):
+        load_source(str(folder), device="xpu:3")
+    # Not a list of all that torch has names for.
+    for name, near in (
+        ("nonsense", r"Valid choices: auto, cpu, cuda"),
+        ("gpu", "Did you mean 'cuda'"),
+        ("cudo:0", "'cuda'"),
+    ):
+        with pytest.raises(UsageError, match=rf"unknown device '{name}'.*{near}"):
+            load_source(str(folder), device=name)
 
 
 def test_a_device_without_float64_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

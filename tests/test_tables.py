@@ -13,7 +13,8 @@ from foldgpt.cli.terminal import natural_width, split_to_width
 from foldgpt.evaluation import Evaluation, LastWord, Measured, ModelSize, PeakMemory, Perplexity, Rate, Speed, TaskScore
 from foldgpt.evaluation.generations import Generation
 from foldgpt.evaluation.tasks import Accuracy
-from foldgpt.plan import FoldPlan, Group, SourceModel
+from foldgpt.plan import Compensation, Fitting, FoldPlan, Group, SourceModel
+from foldgpt.plan_lines import plan_lines
 from foldgpt.recovery_result import RecoveryResult
 from foldgpt.strip import fates_of, group_letter, plan_strip
 from foldgpt.tables import (
@@ -22,7 +23,6 @@ from foldgpt.tables import (
     generation_lines,
     protocol_lines,
     recovery_lines,
-    selection_lines,
 )
 from report_inputs import compensated, recovery
 
@@ -87,7 +87,7 @@ def test_protocols_are_told() -> None:
     text = " ".join(rendered(protocol_lines(Evaluation(measured("folded", 24), None, None))).split())
     for part in (
         "Perplexity in bfloat16: texts demo:wikipedia + a.txt, join '\\n\\n' + '', tokens 20,480, stride 512, bos no.",
-        "folded: 29.12 ± 0.29",
+        "folded 29.12 ± 0.29",
         "128 prompt and 32 new tokens, batch 1, median of 5, cpu, bfloat16, 2 threads",
         "300.0 MB are Python and its libraries",
     ):
@@ -294,11 +294,54 @@ def test_one_window_has_no_standard_error_and_no_word_of_it() -> None:
     several = measured("folded", 24)
     assert several.perplexity is not None
     alone = measured("folded", 24, perplexity=dataclasses.replace(several.perplexity, standard_error=None))
-    assert "± 0.29 (standard error over windows)" in protocol_lines(Evaluation(several, None, None)).plain
+    assert (
+        "folded 29.12 ± 0.29 (± standard error over windows)." in protocol_lines(Evaluation(several, None, None)).plain
+    )
     assert "standard error" not in protocol_lines(Evaluation(alone, None, None)).plain
 
 
-def test_a_plan_says_what_its_search_measured() -> None:
+def test_sizes_of_two_formats_are_told_apart() -> None:
+    """With float32 asked for, a folded model may take more bytes than its bf16 source, and fewer parameters."""
+    source = measured("source", 30)
+    less = ModelSize(24, 113_300_000, 141_600_000, 85_000_000, 453_200_000, 18_432, 0, None)
+
+    def lines(bytes_on_disk: int) -> str:
+        folded = measured("folded", 24, size=less, bytes_on_disk=bytes_on_disk)
+        return protocol_lines(Evaluation(folded, source, {"bytes_on_disk": 1.68})).plain
+
+    assert (
+        "Size on disk: source is stored in 2 bytes a parameter, folded in 4; in one format the ratio would be 0.84×."
+    ) in lines(453_200_000)
+    assert "Size on disk" not in lines(226_600_000)
+
+
+def test_a_text_that_the_model_was_made_by_is_no_test() -> None:
+    reused = {"demo:wikipedia": ["calibration", "training"]}
+    text = protocol_lines(Evaluation(measured("recovered", 24, reused=reused), measured("source", 30), {})).plain
+    assert "demo:wikipedia was also used for calibration and training: its perplexity is no test of recovered." in text
+    assert "source 29.12 ± 0.29, recovered 29.12 ± 0.29 (± standard error over windows)." in text
+
+
+def test_a_large_error_has_no_exponent() -> None:
+    scores = measured("folded", 24).perplexity
+    assert scores is not None
+    wild = measured("folded", 24, perplexity=dataclasses.replace(scores, value=5123.4, standard_error=0.08))
+    assert "folded 5,123 ± 410 (" in protocol_lines(Evaluation(wild, None, None)).plain
+
+
+def test_a_recovery_says_what_it_was_trained_and_judged_on() -> None:
+    text = {"texts": ["a.txt", "demo:wikipedia"], "context": 512, "num_held_out": 16_384}
+    settings = {"kl": 1.0, "lm": 0.5, "rank": 16}
+    losses = {"before": {"loss": 2.0, "kl": 1.0}, "after": {"loss": 1.5, "kl": 0.7}}
+    lines = recovery_lines(RecoveryResult(**{**recovery(), **losses, "text": text, "settings": settings})).plain
+    assert (
+        "recovery on 16,384 held-out tokens: loss (kl + 0.5 lm) 2.0000 → 1.5000; KL to the source 1.0000 → 0.7000"
+        in lines
+    )
+    assert "tokens of a.txt + demo:wikipedia in windows of 512, " in lines
+
+
+def test_a_plan_says_where_it_comes_from_and_what_its_search_measured() -> None:
     report: dict[str, Any] = {
         "objective": "kl",
         "compensated": True,
@@ -311,24 +354,44 @@ def test_a_plan_says_what_its_search_measured() -> None:
             {"removed": [3, 5], "cost": 0.48, "num_tokens": 8192},
         ],
     }
-    source = SourceModel(model="m", model_type="llama", num_blocks=12)
+    source = SourceModel(model="m", revision="v2", model_type="llama", num_blocks=12)
+    protocol = {"texts": ["a.txt", "demo:wikipedia"], "windows": 64, "context": 1024}
+    origin = {"selector": "gates", "seed": 3, "calibration": {"protocol": protocol}}
+    text = Compensation(texts=("/data/a.txt",), context=512, num_tokens=32_768, fingerprint="f")
 
-    def lines(**changes: Any) -> str:
-        made = FoldPlan.create(source, removed=[4, 5], origin={"report": {**report, **changes}})
-        found = selection_lines(made)
-        assert found is not None
-        return found.plain
+    def lines(**changes: Any) -> list[str]:
+        whole = {**origin, "report": {**report, **changes}}
+        made = FoldPlan.create(source, removed=[4, 5], compensation=text, origin=whole)
+        return plan_lines(made).plain.splitlines()
 
-    assert lines() == (
-        "KL to the source 0.5061 nats per token on 8,192 calibration tokens, behind the search's fit; 51.8 forward "
-        "passes over them, 161 s\n"
-        "on 8,192 further tokens, behind the fit of folding: 0.4251, the next best of 2 sets 0.4800"
-    )
+    assert lines() == [
+        "m at v2 (llama): removed 4 and 5",
+        "chosen by gates, seed 3; calibrated on a.txt + demo:wikipedia, 64 windows of 1,024 tokens",
+        "KL to the source 0.5061 nats per token on 8,192 calibration tokens, compensated by the quick fit of the "
+        "search; 51.8 forward passes over them, 161 s",
+        "on 8,192 further tokens, compensated as folding does it: 0.4251, the next best of 2 sets 0.4800",
+        "compensation: linear, fitted when folding on /data/a.txt, 32,768 tokens in windows of 512",
+    ]
     plain = lines(compensated=False, objective="lm", finals=[])
-    assert plain.startswith("language-modelling loss 0.5061") and "fit" not in plain and "\n" not in plain
+    assert len(plain) == 4 and plain[2].startswith("language-modelling loss 0.5061") and "fit" not in plain[2]
     # Nothing was measured, or the plan was written by hand.
-    for origin in ({}, {"report": {"draws": 3}}, {"report": None}):
-        assert selection_lines(FoldPlan.create(source, removed=[4], origin=origin)) is None
+    for little in ({}, {"report": {"draws": 3}}, {"report": None}):
+        assert plan_lines(FoldPlan.create(source, removed=[4], origin=little)).plain == (
+            "m at v2 (llama): removed 4\ncompensation: none"
+        )
+
+
+def test_a_plan_of_sublayers_and_groups_says_what_goes_and_what_is_fitted() -> None:
+    source = SourceModel(model="m", model_type="llama", num_blocks=12)
+    fitting = Fitting(texts=("a.txt",), context=512, num_tokens=1024, fingerprint="f")
+    shared = FoldPlan.create(source, groups=[Group(blocks=(1, 2))], fitting=fitting)
+    assert plan_lines(shared).plain == (
+        "m (llama): no block removed\n"
+        "shared weights and private terms: fitted when folding on a.txt, 1,024 tokens in windows of 512"
+    )
+    apart = FoldPlan.create(source, removed=[3], removed_attention=[5, 6, 7], removed_mlp=[9])
+    first = plan_lines(apart).plain.splitlines()[0]
+    assert first == "m (llama): removed 3; attention removed 5–7; MLP removed 9"
 
 
 @pytest.mark.parametrize("kept", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def whole(value: float) -> str:
     """A whole number, in groups of three digits."""
@@ -18,9 +20,11 @@ def megabytes(value: float) -> str:
     return f"{value / 1e6:,.1f} MB" if value >= 1e5 else f"{value / 1e3:,.1f} kB"
 
 
-def significant(value: float) -> str:
-    """A positive number with four digits that say something."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+def significant(value: float, digits: int = 4) -> str:
+    """A positive number with so many digits that say something, and never with an exponent."""
+    if value >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}" if value >= 1e-4 or not value else f"{value:.{digits}f}"
 
 
 def percent(value: float) -> str:
@@ -38,3 +42,27 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def block_ranges(blocks: Sequence[int]) -> str:
+    """Source indices in few words: 3, 5–8 and 11."""
+    runs: list[list[int]] = []
+    for block in sorted(blocks):
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    # Two in a row are not worth a dash.
+    parts = [
+        part for run in runs for part in ([f"{run[0]}–{run[-1]}"] if len(run) > 2 else [str(block) for block in run])
+    ]
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
+
+
+def amount(value: float, unit: str) -> str:
+    """An amount of "parameters", "FLOPs" or "seconds", as people say it."""
+    if unit == "parameters":
+        return f"{millions(value)} parameters"
+    if unit == "FLOPs":
+        return f"{significant(value / 1e9)} GFLOPs" if value >= 1e9 else f"{significant(value / 1e6)} MFLOPs"
+    return f"{significant(1e3 * value)} ms" if value < 1 else f"{significant(value)} s"

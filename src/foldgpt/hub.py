@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -11,12 +13,64 @@ from foldgpt.progress import note
 
 #: What makes a folder a checkpoint that others can use.
 _NEEDED = ("config.json", "plan.json", "README.md")
+#: What belongs to a checkpoint: weights, configs, tokenizer, code, records, card and licence.
+_PARTS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.md", "LICENSE*", "NOTICE*")
+#: Folder of further chat templates of a tokenizer.
+_TEMPLATES = "additional_chat_templates"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What goes up.
+
+    Attributes:
+        folder: the checkpoint.
+        files: names in it, and bytes of each.
+        left: names of what stays: hidden files, folders and whatever is no part of a checkpoint.
+    """
+
+    folder: Path
+    files: dict[str, int]
+    left: list[str]
+
+
+def check_upload(folder: str | Path, repo: str) -> Upload:
+    """Everything of an upload that can be checked without the hub.
+
+    Args:
+        folder: the checkpoint, or the folder of a run: then its final model.
+        repo: "owner/name", or a name alone.
+
+    Raises:
+        ArtifactError: it is no folded checkpoint or that of a run that is not finished, or its card cannot be read by
+            the hub.
+        UsageError: the name of the repository is not valid.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UsageError(f"{repo!r} is not the name of a repository: {first_line(error)}") from error
+    folder = _checkpoint_in(Path(folder))
+    check_card(folder / "README.md")
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if _is_part(path)}
+    for path in sorted((folder / _TEMPLATES).glob("*.jinja")):
+        files[f"{_TEMPLATES}/{path.name}"] = path.stat().st_size
+    left = [path.name for path in sorted(folder.iterdir()) if path.name not in files and path.name != _TEMPLATES]
+    return Upload(folder, files, left)
+
+
+def _is_part(path: Path) -> bool:
+    return path.is_file() and any(path.match(pattern) for pattern in _PARTS) and not path.name.startswith(".")
 
 
 def push(folder: str | Path, repo: str, *, private: bool | None = None, revision: str | None = None) -> str:
     """Upload a folded checkpoint; the repository is made if it does not exist.
 
-    The token is that of `hf auth login` or of the variable HF_TOKEN, as everywhere with the hub.
+    The token is that of `hf auth login` or of the variable HF_TOKEN, as everywhere with the hub. Only what belongs to
+    a checkpoint goes up; see `check_upload`.
 
     Args:
         folder: the checkpoint, or the folder of a run: then its final model.
@@ -28,15 +82,16 @@ def push(folder: str | Path, repo: str, *, private: bool | None = None, revision
         The address of the repository.
 
     Raises:
-        ArtifactError: it is no folded checkpoint, or its card cannot be read by the hub.
-        UsageError: the name of the repository is not valid.
+        ArtifactError: as `check_upload` says.
+        UsageError: likewise.
         FoldGPTError: the hub refuses, or cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    folder = _checkpoint_in(Path(folder))
-    check_card(folder / "README.md")
+    upload = check_upload(folder, repo)
+    if upload.left:
+        note(f"left out, being no part of a checkpoint: {', '.join(upload.left)}")
     api = HfApi()
     try:
         address = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
@@ -44,18 +99,15 @@ def push(folder: str | Path, repo: str, *, private: bool | None = None, revision
         repo = address.repo_id
         if revision is not None:
             api.create_branch(repo, branch=revision, repo_type="model", exist_ok=True)
-        note(f"uploading {folder} to {repo}")
+        note(f"uploading {upload.folder} to {repo}")
         api.upload_folder(
             repo_id=repo,
-            folder_path=folder,
+            folder_path=upload.folder,
             repo_type="model",
             revision=revision,
             commit_message="Upload a model folded with FoldGPT",
-            # What a killed process left half-written.
-            ignore_patterns=[".foldgpt-partial-*"],
+            allow_patterns=[glob.escape(name) for name in upload.files],
         )
-    except HFValidationError as error:
-        raise UsageError(f"{repo!r} is not the name of a repository: {first_line(error)}") from error
     except LocalTokenNotFoundError as error:
         raise FoldGPTError("no token for the hub: run `hf auth login`, or set HF_TOKEN") from error
     except HfHubHTTPError as error:
@@ -86,6 +138,11 @@ def check_card(path: Path) -> None:
 
 
 def _checkpoint_in(folder: Path) -> Path:
+    if (folder / "run.json").is_file() and not (folder / "report.html").is_file():
+        raise ArtifactError(
+            f"the run in {folder} is not finished, so its final model may be missing: let it go on (`foldgpt run "
+            f"{folder / 'recipe.yaml'} --out {folder}`), or give the folder of a model in it"
+        )
     for final in (folder / "recovered", folder / "folded", folder):
         if (final / "config.json").is_file():
             missing = [name for name in _NEEDED if not (final / name).is_file()]

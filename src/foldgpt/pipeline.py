@@ -185,7 +185,12 @@ def _measures(analysis: Analysis) -> str:
 
 def _fold_stage(folder: RunFolder, bench: Workbench, plan: FoldPlan) -> None:
     path = folder.path / FOLDED
-    inputs = {"model": bench.fingerprint, "plan": hash_of(plan.to_json_dict()), **bench.numerics}
+    inputs = {
+        "model": bench.fingerprint,
+        "plan": hash_of(plan.to_json_dict()),
+        "save_dtype": bench.recipe.save_dtype,
+        **bench.numerics,
+    }
     folder.stage("fold", inputs, [FOLDED], lambda: make_folded(bench, plan, path, replace=True), lambda: None)
 
 
@@ -224,6 +229,7 @@ def _recovery_inputs(folder: RunFolder, bench: Workbench) -> dict[str, Any]:
         # What is kept beside and who is told changes nothing in the result.
         "recover": recipe.recover.model_dump(mode="json", exclude={"teacher_cache", "report_to"}),
         "seed": recipe.seed,
+        "save_dtype": recipe.save_dtype,
         **bench.numerics,
     }
 
@@ -280,9 +286,7 @@ def _report_stage(folder: RunFolder, bench: Workbench, final: str, evaluation: E
     recipe = bench.recipe
 
     def make() -> None:
-        write_model_card(
-            folder.path / final, evaluation=evaluation, source=bench.place, trained_on=recipe.training_texts
-        )
+        write_model_card(folder.path / final, evaluation=evaluation, source=bench.place)
         build_report(folder.path)
 
     inputs = {

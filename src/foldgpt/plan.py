@@ -18,9 +18,13 @@ from pydantic import (
 
 from foldgpt.artifacts import read_json, write_json
 from foldgpt.errors import PlanError
+from foldgpt.validation import explain
 
 Sublayer = Literal["attention", "mlp"]
 SUBLAYERS: tuple[Sublayer, ...] = ("attention", "mlp")
+
+#: How the weights that a group shares are made: see `Group.donor`.
+Donor = Literal["first", "last", "owner", "mean", "least_squares"]
 
 FORMAT: Final = "foldgpt.plan"
 VERSION: Final = 2
@@ -77,7 +81,7 @@ class Group(_Frozen):
 
     blocks: tuple[int, ...] = Field(min_length=2)
     sublayers: tuple[Sublayer, ...] = Field(default=SUBLAYERS, min_length=1)
-    donor: str = "first"
+    donor: Donor = "first"
     owner: int | None = None
     start: Literal["hard", "zero"] = "hard"
     private: tuple[Literal["norms", "scales"], ...] = ("norms",)
@@ -348,7 +352,7 @@ class FoldPlan(_Frozen):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            raise PlanError(f"{place}: {explain(error)}") from None
+            raise PlanError(f"{place}: {explain(error, cls)}") from None
 
     @classmethod
     def load(cls, path: str | Path) -> FoldPlan:
@@ -404,17 +408,3 @@ class FoldPlan(_Frozen):
     def is_removal_only(self) -> bool:
         """Whether the result is an ordinary model of the source's class: whole blocks removed, nothing else."""
         return not (self.removed_attention or self.removed_mlp or self.groups)
-
-
-def explain(error: ValidationError) -> str:
-    """A pydantic error as one readable line: place, problem, given value."""
-    lines = []
-    for item in error.errors():
-        place = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = "unknown key"
-        elif item["type"] != "value_error" and not isinstance(item["input"], (dict, list)):
-            message = f"{message} (got {item['input']!r})"
-        lines.append(f"{place}: {message}" if place else message)
-    return "; ".join(lines)

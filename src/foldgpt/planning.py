@@ -10,8 +10,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from foldgpt.analysis import Analysis
+from foldgpt.errors import UsageError
 from foldgpt.families import Decoder, attention_kinds, decoder_of, first_of_each_kind
 from foldgpt.folding import predicted_parameters, same_kind, source_model_of
+from foldgpt.formats import amount
 from foldgpt.plan import SUBLAYERS, Compensation, FoldPlan, Group, SourceModel
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
@@ -24,9 +26,11 @@ from foldgpt.selection import (
     number_to_remove,
     parameters_of,
     select,
+    share_for,
 )
 from foldgpt.sharing import adjacent_groups, limit_of, solve, with_best_donors, zero_started_groups
 from foldgpt.sizes import size
+from foldgpt.targets import target
 from foldgpt.workbench import Workbench
 
 
@@ -59,7 +63,39 @@ def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path
     limit = _limit(bench)
     if limit is not None:
         request = replace(request, num_remove=number_for_target(parameters_of(source.model), limit))
-    return select(section.method, request)
+    if section.target is None:
+        return select(section.method, request)
+    met = _meet(bench, section.target)
+    selection = select(section.method, replace(request, num_remove=met["num_remove"]))
+    return replace(selection, report={**selection.report, "target": met})
+
+
+def _meet(bench: Workbench, written: str) -> dict[str, Any]:
+    """How many blocks a target means, and how that was found, as JSON values.
+
+    Raises:
+        UsageError: no number of blocks meets it, the source does already, or times of a model that does not fit in
+            memory are asked for.
+    """
+    source, wanted = bench.source, target(written)
+    if wanted.is_measured and source.offloaded:
+        raise UsageError(
+            f"select.target is {written}, and {bench.recipe.model} does not fit in memory: the time of bringing its "
+            "weights would be measured. Give parameters or flops"
+        )
+    share = share_for(wanted, source.model, bench.calibration.ids[:1].to(source.model.device))
+    limit = wanted.limit(share.total)
+    number = number_for_target(share, limit)
+    if not number:
+        raise UsageError(
+            f"select.target is {written}, and {bench.recipe.model} takes no more as it is ("
+            f"{amount(share.total, share.what)}): there is nothing to remove"
+        )
+    note(
+        f"{written}: at most {amount(limit, share.what)} of {amount(share.total, share.what)}, so {number} of "
+        f"{len(share.per_block)} blocks go"
+    )
+    return {"target": written, "what": share.what, "source": share.total, "limit": limit, "num_remove": number}
 
 
 def _limit(bench: Workbench) -> int | None:
@@ -128,10 +164,16 @@ def expected_parameters(recipe: Recipe, model: PreTrainedModel) -> int | None:
     decoder = decoder_of(model)
     num_blocks = len(decoder.blocks)
     section = recipe.share
+    wanted = None if recipe.select.target is None else target(recipe.select.target)
+    if wanted is not None and wanted.what != "parameters":
+        return None
     sizes = {sum(parameter.numel() for parameter in block.parameters()) for block in decoder.blocks}
     if section.method == "auto" or recipe.select.sublayers or len(sizes) != 1:
         return None
     num_remove = number_to_remove(num_blocks, remove=recipe.select.remove, ratio=recipe.select.remove_ratio)
+    if wanted is not None:
+        share = parameters_of(model)
+        num_remove = number_for_target(share, wanted.limit(share.total))
     if section.method == "none":
         return sum(parameter.numel() for parameter in model.parameters()) - num_remove * sizes.pop()
     # The attention of the first kept block has to stay, so not every removed one may come back without its own.

@@ -11,11 +11,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from foldgpt.artifacts import write_text
 from foldgpt.counts import count
-from foldgpt.errors import ArtifactError, UsageError, did_you_mean
-from foldgpt.plan import SUBLAYERS, Sublayer, explain
+from foldgpt.errors import ArtifactError, UsageError
+from foldgpt.plan import SUBLAYERS, Sublayer
 from foldgpt.sizes import size
+from foldgpt.targets import target
+from foldgpt.validation import explain
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
+#: Names of number formats in other tools.
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+DType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    BeforeValidator(lambda value: _SHORT.get(value, value) if isinstance(value, str) else value),
+]
 
 
 def _count(value: Any) -> Any:
@@ -47,6 +55,10 @@ class Calibration(_Section):
     """Tokens in all windows together."""
 
 
+#: Keys that say how many blocks go; one at most is given.
+BUDGETS = ("remove", "remove_ratio", "target")
+
+
 class Select(_Section):
     """Which blocks are removed."""
 
@@ -56,6 +68,9 @@ class Select(_Section):
     """How many blocks to remove."""
     remove_ratio: float | None = Field(default=None, ge=0, lt=1)
     """The same as a fraction of all blocks."""
+    target: str | None = None
+    """What the folded model may take, in place of a number of blocks: `parameters=95M`, `flops=80%`, `prefill=80%` or
+    `decode=25ms`; a part is of what the source takes. See docs/selection.md."""
     objective: Literal["kl", "lm"] = "kl"
     """What searches measure: kl, the divergence from the source, or lm, the language-modelling loss."""
     sublayers: bool = False
@@ -68,9 +83,17 @@ class Select(_Section):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
-        if self.remove is not None and self.remove_ratio is not None:
-            raise ValueError("give remove or remove_ratio, not both")
+        given = [f"select.{name}" for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give {' or '.join(given)}, not {'both' if len(given) == 2 else 'all'}")
+        if self.target is not None and target(self.target).what != "parameters" and self.sublayers:
+            raise ValueError("with select.sublayers, select.target can be of parameters alone")
         return self
+
+    @property
+    def removes_anything(self) -> bool:
+        """Whether blocks are to go."""
+        return bool(self.remove or self.remove_ratio or self.target)
 
 
 class Compensate(_Section):
@@ -97,7 +120,7 @@ class Share(_Section):
     """Blocks in a group."""
     sublayers: list[Sublayer] = Field(default=list(SUBLAYERS), min_length=1)
     """What a group shares: attention, mlp or both."""
-    donor: str = "first"
+    donor: Literal["first", "last", "best", "mean", "least_squares"] = "first"
     """How the shared weights are made: those of the first or last member, of the best one by measured KL, the mean of
     all, or least_squares, fitted to all."""
     fit: bool = False
@@ -117,23 +140,25 @@ class Share(_Section):
         if self.method == "none":
             for name in _HOW_SHARED:
                 if self._is_given(name):
-                    raise ValueError(f"{name} says how blocks share weights, but method is none")
+                    raise ValueError(f"share.{name} says how blocks share weights, but share.method is none")
         if self.donor == "least_squares" and not self.fit:
-            raise ValueError("donor least_squares is fitted: set fit to true")
+            raise ValueError("share.donor least_squares is fitted: it needs share.fit")
         if self.start == "zero":
             for name in ("donor", "group_size"):
                 if self._is_given(name):
                     raise ValueError(
-                        f"positions that start at zero borrow from the nearest kept block; leave {name} out"
+                        f"positions that start at zero borrow from the nearest kept block; leave share.{name} out"
                     )
         if (self.size is not None) != (self.method == "auto"):
-            raise ValueError("size and method auto go together: auto needs a size, and other methods read none")
+            raise ValueError(
+                "share.size and share.method auto go together: auto needs a size, and other methods read none"
+            )
         if self.size is not None:
             size(self.size)
         if self.method == "auto":
             for name in _HOW_SHARED:
                 if self._is_given(name):
-                    raise ValueError(f"method auto chooses {name} itself; leave it out")
+                    raise ValueError(f"share.method auto chooses share.{name} itself; leave it out")
         return self
 
     def _is_given(self, name: str) -> bool:
@@ -194,13 +219,15 @@ class Evaluate(_Section):
             for name in ("data_dir", "limit"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"{name} is for tasks, and there are none: name some in tasks, or leave {name} out"
+                        f"evaluate.{name} is for tasks, and there are none: name some (evaluate.tasks), or leave it out"
                     )
         if self.stride is not None and not self.texts:
-            raise ValueError("stride is for texts, and there are none: name some in texts, or leave stride out")
+            raise ValueError(
+                "evaluate.stride is for texts, and there are none: name some (evaluate.texts), or leave it out"
+            )
         if self.stride is not None and self.stride > self.context:
             raise ValueError(
-                f"stride is {self.stride:,}, more than the context, and would pass over tokens: give at most "
+                f"evaluate.stride is {self.stride:,}, more than the context, and would pass over tokens: give at most "
                 f"{self.context:,}"
             )
         return self
@@ -275,7 +302,10 @@ class Recipe(_Section):
     revision: str | None = None
     """Revision on the hub."""
     dtype: DType = "auto"
-    """Number format the model is loaded and saved in; auto is the checkpoint's own."""
+    """Number format the model is loaded and computed in; auto is the checkpoint's own."""
+    save_dtype: DType = "auto"
+    """Number format the folded model is saved in; auto is that of the source's checkpoint, or `dtype` if that takes no
+    more."""
     device: str = "auto"
     """Device to compute on; auto takes a GPU if there is one."""
     max_memory_gb: float | None = Field(default=None, gt=0)
@@ -302,8 +332,9 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _one_size(self) -> Self:
         if self.share.method == "auto":
-            if self.select.remove is not None or self.select.remove_ratio is not None:
-                raise ValueError("share.size says how small the model gets; leave select.remove and remove_ratio out")
+            for name in BUDGETS:
+                if getattr(self.select, name) is not None:
+                    raise ValueError(f"share.size says how small the model gets; leave select.{name} out")
             if self.select.sublayers:
                 raise ValueError("share.method auto is for whole blocks; switch select.sublayers off")
         return self
@@ -349,8 +380,7 @@ class Recipe(_Section):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            hints = "".join(_hint(cls, item["loc"]) for item in error.errors() if item["type"] == "extra_forbidden")
-            raise UsageError(f"{place}: {explain(error)}.{hints}") from None
+            raise UsageError(f"{place}: {explain(error, cls)}") from None
 
     def save(self, path: str | Path) -> None:
         """Write the recipe, every default spelled out, as YAML."""
@@ -394,12 +424,11 @@ def merge_sections_(value: dict[str, Any], changes: Mapping[str, Mapping[str, An
     if selector is not None and selector != value["select"].get("method"):
         # Options are one selector's own, and not every one can remove attention and MLP apart.
         value["select"].update(options={}, sublayers=False)
-    budget = {"remove", "remove_ratio"}
-    asked = any(changes.get("select", {}).get(name) is not None for name in budget)
+    asked = any(changes.get("select", {}).get(name) is not None for name in BUDGETS)
     share = changes.get("share", {})
-    # A count, a ratio and a size are one wish: the new one takes the place of the old.
+    # A count, a ratio, a target and a size are one wish: the new one takes the place of the old.
     if asked or share.get("size") is not None:
-        value["select"].update(remove=None, remove_ratio=None)
+        value["select"].update(dict.fromkeys(BUDGETS))
     if asked and value["share"].get("method") == "auto" and "size" not in share:
         value["share"] = {}
     # What the section says beside its method belongs to that method.
@@ -407,13 +436,3 @@ def merge_sections_(value: dict[str, Any], changes: Mapping[str, Mapping[str, An
         value["share"] = {}
     for name, parts in changes.items():
         value[name].update(parts)
-
-
-def _hint(model: type[BaseModel], place: tuple[int | str, ...]) -> str:
-    """The nearest valid key for an unknown one."""
-    for part in place[:-1]:
-        annotation = model.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return ""
-        model = annotation
-    return did_you_mean(str(place[-1]), model.model_fields)

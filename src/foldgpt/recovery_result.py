@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +35,8 @@ class RecoveryResult:
             part did after its last checkpoint was done again, and is in neither `num_tokens` nor this.
         history: what was logged, each with its "step".
         settings: how it was done.
+        text: what it was trained and judged on: "texts" as they were given, "context", "num_held_out" (tokens),
+            "separate_documents" and "seed". Empty where that is not known, as in records of earlier versions.
     """
 
     before: Figures
@@ -47,6 +49,7 @@ class RecoveryResult:
     seconds: float
     history: list[Figures]
     settings: dict[str, Any]
+    text: dict[str, Any] = field(default_factory=dict)
 
     def to_json_dict(self) -> dict[str, Any]:
         """The result as plain JSON values."""

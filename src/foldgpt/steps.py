@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from foldgpt.analysis import Analysis, SourceIdentity, analyze
 from foldgpt.artifacts import read_json
 from foldgpt.compensation import COMPENSATION, Compensated, compensate_
-from foldgpt.corpus import OwnText, Windows, calibration_windows
+from foldgpt.corpus import OwnText, Windows, calibration_windows, reused_texts
 from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, UsageError
 from foldgpt.evaluation import Evaluation, Measured, Subject, evaluate
 from foldgpt.folding import (
@@ -24,7 +24,8 @@ from foldgpt.folding import (
 from foldgpt.plan import CalibrationText, Compensation, FoldPlan
 from foldgpt.progress import note
 from foldgpt.recovery import RecoveryResult, check_trainable, recover, remove_work, work_beside
-from foldgpt.run_folder import ANALYSIS
+from foldgpt.recovery_result import RECOVERY
+from foldgpt.run_folder import ANALYSIS, PLAN
 from foldgpt.selection.units import units_of
 from foldgpt.sharing import (
     fit_sharing,
@@ -97,6 +98,7 @@ def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool
         expected_parameters=expected,
         notes=notes,
         replace=replace,
+        dtype=bench.save_dtype(bench.place),
     )
 
 
@@ -155,8 +157,9 @@ def make_recovered(
     """
     bench.check_training_tokens()
     recipe, section = bench.recipe, bench.recipe.recover
-    if folded.is_dir() and not (folded / "plan.json").is_file():
-        raise UsageError(f"{folded} holds no plan.json, so it is no folded model: there is nothing to recover")
+    if not (folded / "plan.json").is_file():
+        why = "holds no plan.json" if folded.is_dir() else "is no folder"
+        raise UsageError(f"{folded} {why}, so it is no model that `foldgpt fold` wrote: there is nothing to recover")
     plan = FoldPlan.load(folded)
     student = bench.load(folded, str(folded))
     if student.offloaded:
@@ -191,6 +194,14 @@ def make_recovered(
         report_to=section.report_to,
         replace=replace,
         keep_work=keep,
+        save_dtype=bench.save_dtype(folded),
+        text={
+            "texts": recipe.training_texts,
+            "context": section.context,
+            "num_held_out": section.held_out_tokens,
+            "separate_documents": section.separate_documents,
+            "seed": recipe.seed,
+        },
     )
     if not keep:
         drop_recovery_work(bench, out)
@@ -256,6 +267,7 @@ def make_evaluation(
     # The model itself, measured alone, may be of a revision of its own.
     place = bench.place if not compare and str(folded) == recipe.model else resolve(str(folded))
     measured = bench.load(place, str(folded))
+    reused = _reused_texts(section.texts, place)
     if windows is not None:
         _check_comparable(bench.tokenizer, measured.tokenizer, bench.recipe.model, str(folded))
     speed = section.speed
@@ -266,7 +278,7 @@ def make_evaluation(
     if compare and (source is None or speed):
         baseline = Subject("source", bench.source.model, bench.place, bench.source.tokenizer)
     return evaluate(
-        Subject("folded" if compare else "model", measured.model, place, measured.tokenizer),
+        Subject(_what_is(place), measured.model, place, measured.tokenizer),
         baseline,
         windows=windows,
         text=next(iter(bench.tests), None),
@@ -277,7 +289,26 @@ def make_evaluation(
         num_generations=section.generations if windows is not None else 0,
         seed=recipe.seed,
         known=source,
+        reused=reused,
     )
+
+
+def _reused_texts(tested: Sequence[str], place: Path) -> dict[str, list[str]]:
+    """Which of some texts the model in a folder was calibrated or trained on, by its own records."""
+    if not (place / PLAN).is_file():
+        return {}
+    plan = FoldPlan.load(place)
+    calibrated = [text for fitted in (plan.compensation, plan.fitting) if fitted is not None for text in fitted.texts]
+    calibration = plan.origin.get("calibration")
+    if isinstance(calibration, Mapping):
+        calibrated += calibration.get("specs") or []
+    trained = RecoveryResult.load(place).text.get("texts", []) if (place / RECOVERY).is_file() else []
+    return reused_texts(tested, {"calibration": calibrated, "training": trained})
+
+
+def _what_is(place: Path) -> str:
+    """What tables call the model of a folder."""
+    return "recovered" if (place / RECOVERY).is_file() else "folded" if (place / PLAN).is_file() else "model"
 
 
 def _same_ids(tokenizer: Any, other: Any) -> bool:
@@ -299,23 +330,33 @@ def _check_comparable(tokenizer: Any, other: Any, name: str, other_name: str) ->
         )
 
 
-def read_analysis(path: Path, bench: Workbench) -> Analysis:
-    """Read an analysis made before, and refuse one of another model.
+def read_analysis(path: Path) -> Analysis:
+    """Read an analysis made before.
 
     Args:
         path: the file, or a run folder that holds it.
-        bench: whose model it must be of.
 
     Raises:
-        ArtifactError: it is not an analysis, or one of another model.
+        ArtifactError: it is not an analysis.
     """
-    path = path / ANALYSIS if path.is_dir() else path
-    analysis = Analysis.from_json_dict(read_json(path, "analysis"))
+    return Analysis.from_json_dict(read_json(path / ANALYSIS if path.is_dir() else path, "analysis"))
+
+
+def check_analysis(analysis: Analysis, bench: Workbench, place: Path) -> None:
+    """Refuse an analysis of another model.
+
+    Args:
+        analysis: what `read_analysis` gave.
+        bench: whose model it must be of.
+        place: where it lies, for the error message.
+
+    Raises:
+        ArtifactError: it is of another model.
+    """
     if analysis.source is not None and analysis.source.fingerprint != bench.fingerprint:
         raise ArtifactError(
-            f"{path} is an analysis of another model ({analysis.source.spec}), not of {bench.recipe.model}"
+            f"{place} is an analysis of another model ({analysis.source.spec}), not of {bench.recipe.model}"
         )
-    return analysis
 
 
 def draw(analysis: Analysis | None, plan: FoldPlan | None, folder: Path) -> list[Path]:

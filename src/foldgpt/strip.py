@@ -49,8 +49,8 @@ def plan_strip(plan: FoldPlan, width: int | None = None) -> Text:
     """A plan as one character per source block, with a ruler above and a legend below.
 
     Kept blocks are `█`, removed ones `·`, and blocks that share weights bear the letter of their group. When
-    attention and MLP fare differently, each has a strip of its own. Groups that start at zero, or whose positions have
-    more for themselves than norms, follow one by one.
+    attention and MLP fare differently, each has a strip of its own. Groups that start at zero, whose positions have
+    more for themselves than norms, or whose weights are not those of the first member, follow one by one.
 
     Args:
         plan: the plan.
@@ -73,7 +73,7 @@ def plan_strip(plan: FoldPlan, width: int | None = None) -> Text:
             text.append("\n")
     text.append(" " * margin + _legend(plan, rows), style="dim")
     for number, group in enumerate(plan.groups):
-        if group.start == "zero" or len(group.private) > 1 or group.ranks:
+        if group.start == "zero" or len(group.private) > 1 or group.ranks or group.donor != "first":
             text.append("\n" + " " * margin + group_letter(number), style=_cell(number)[1])
             text.append(f"  {_group_line(group)}")
     return text

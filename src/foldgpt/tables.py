@@ -10,14 +10,17 @@ from rich.table import Table
 from rich.text import Text
 
 from foldgpt.formats import megabytes, millions, percent, significant, whole
-from foldgpt.plan import FoldPlan
+from foldgpt.plan_lines import calibration_words
 
 if TYPE_CHECKING:
     from foldgpt.analysis import Analysis
-    from foldgpt.evaluation import Evaluation, Measured
+    from foldgpt.evaluation import Evaluation, Measured, Perplexity
     from foldgpt.folding import Verification
     from foldgpt.recovery import RecoveryResult
 
+
+#: How far bytes per parameter may differ that are of one format: headers, and what is stored twice.
+_SAME_FORMAT = 0.1
 
 #: Figure → label and how its values are written, in the order of the table.
 _ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -119,13 +122,16 @@ def protocol_lines(evaluation: Evaluation) -> Text:
         if len(protocol.get("texts", [])) == 1:
             protocol = {**protocol, "texts": [text]}  # in full where another text has its name
         formats = {name: known[figure][1].dtype for name, known in perplexities.items() if figure in known}
-        error = ""
-        if scores.standard_error is not None:
-            error = f" ± {scores.value * scores.standard_error:.2g} (standard error over windows)"
-        parts.append(
-            f"Perplexity in {_formats(formats)}: {_written(protocol)}. "
-            f"{measured.name}: {significant(scores.value)}{error}."
+        values = ", ".join(
+            f"{name} {_perplexity_with_error(known[figure][1])}"
+            for name, known in perplexities.items()
+            if figure in known
         )
+        error = " (± standard error over windows)" if scores.standard_error is not None else ""
+        parts.append(f"Perplexity in {_formats(formats)}: {_written(protocol)}. {values}{error}.")
+    for text, uses in (measured.reused or {}).items():
+        parts.append(f"{text} was also used for {' and '.join(uses)}: its perplexity is no test of {measured.name}.")
+    parts += _storage_lines(models)
     if measured.speed is not None:
         protocol = measured.speed.protocol
         formats = {model.name: model.speed.protocol["dtype"] for model in models if model.speed is not None}
@@ -155,6 +161,26 @@ def protocol_lines(evaluation: Evaluation) -> Text:
     return Text("\n".join(parts), style="dim")
 
 
+def _perplexity_with_error(scores: Perplexity) -> str:
+    value = significant(scores.value)
+    if scores.standard_error is None:
+        return value
+    return f"{value} ± {significant(scores.value * scores.standard_error, 2)}"
+
+
+def _storage_lines(models: Sequence[Measured]) -> list[str]:
+    """That the sizes on disk are of different formats, where they are: their ratio is not that of the models."""
+    stored = [(model, model.bytes_on_disk / model.size.unique_parameters) for model in models if model.bytes_on_disk]
+    if len(stored) < 2 or abs(stored[0][1] / stored[1][1] - 1) < _SAME_FORMAT:
+        return []
+    (source, source_bytes), (folded, folded_bytes) = stored
+    ratio = folded.size.unique_parameters / source.size.unique_parameters
+    return [
+        f"Size on disk: {source.name} is stored in {source_bytes:.2g} bytes a parameter, {folded.name} in "
+        f"{folded_bytes:.2g}; in one format the ratio would be {ratio:.2f}×."
+    ]
+
+
 def _formats(of_model: Mapping[str, str]) -> str:
     """The number format that was computed in; where the models' differ, that of each: figures differ by it as well.
 
@@ -178,9 +204,10 @@ def _task_protocol(models: Sequence[Measured]) -> list[str]:
     cut = (
         f" {whole(truncated)} requests were longer than the model's positions and cut on the left." if truncated else ""
     )
+    own = models[-1].name
     return [
         f"Tasks by {first['harness']}, {first['shots']}-shot, {_formats(formats)}, ± standard error "
-        f"over items: {items}. Retained: folded / source; above chance: (folded − chance) / (source − chance).{cut}"
+        f"over items: {items}. Retained: {own} / source; above chance: ({own} − chance) / (source − chance).{cut}"
     ]
 
 
@@ -236,46 +263,44 @@ def analysis_table(analysis: Analysis) -> Table:
 
 def analysis_lines(analysis: Analysis) -> Text:
     """What an analysis was measured on, and what its columns mean."""
+    model = analysis.model_type
+    if analysis.source is not None:
+        revision = f" at {analysis.source.revision}" if analysis.source.revision else ""
+        model = f"{analysis.source.spec}{revision} ({analysis.model_type})"
+    dtype = "" if analysis.dtype is None else f" in {analysis.dtype}"
+    known = analysis.calibration is not None
+    on = f"{calibration_words(analysis.calibration.protocol)}; " if analysis.calibration is not None else ""
+    windows = "" if known else f" in {analysis.num_windows} windows"
     return Text(
-        f"{analysis.num_tokens:,} tokens in {analysis.num_windows} windows, {analysis.seconds:.0f} s. BI (block "
-        "influence): 1 − mean cosine of a block's input and output; rank 1 changes the stream least.",
+        f"{model}{dtype}, on {on}{analysis.num_tokens:,} tokens{windows}, {analysis.seconds:.0f} s\n"
+        "BI (block influence): 1 − mean cosine of a block's input and output; rank 1 changes the stream least.",
         style="dim",
     )
 
 
 def recovery_lines(result: RecoveryResult) -> Text:
-    """What a recovery did, in two lines."""
+    """What a recovery did, and on what, in two lines."""
     outcome = "merged" if result.best_step else "not kept: training made nothing better"
+    text = result.text
+    of = f" of {' + '.join(text['texts'])} in windows of {text['context']:,}" if text else ""
+    held_out = f" on {text['num_held_out']:,} held-out tokens" if text else " on held-out windows"
+    losses = {"loss": _loss_in_words(result.settings)}
+    if result.before.get("kl") not in (None, result.before["loss"]):
+        losses["kl"] = "KL to the source"
+    before, after = result.before, result.after
+    changes = "; ".join(f"{words} {before[name]:.4f} → {after[name]:.4f}" for name, words in losses.items())
     return Text(
-        f"held-out loss {result.before['loss']:.4f} → {result.after['loss']:.4f} (step {result.best_step} of "
-        f"{result.num_steps})\n"
-        f"{result.num_tokens:,} tokens, {millions(result.num_trained)} trained parameters {outcome}, "
+        f"recovery{held_out}: {changes} (step {result.best_step} of {result.num_steps})\n"
+        f"{result.num_tokens:,} tokens{of}, {millions(result.num_trained)} trained parameters {outcome}, "
         f"{result.seconds:,.0f} s; ended by {result.ended}"
     )
 
 
-def selection_lines(plan: FoldPlan) -> Text | None:
-    """How far from its source the model was that a search settled on, and what the search took; None without a search.
-
-    The measure is that of the search: see docs/selection.md.
-    """
-    report = plan.origin.get("report")
-    if not isinstance(report, Mapping) or not {"cost", "num_tokens", "forward_equivalents", "seconds"} <= report.keys():
-        return None
-    what = "KL to the source" if report.get("objective") == "kl" else "language-modelling loss"
-    fit = ", behind the search's fit" if report.get("compensated") else ""
-    lines = [
-        f"{what} {report['cost']:.4f} nats per token on {report['num_tokens']:,} calibration tokens{fit}; "
-        f"{report['forward_equivalents']:.1f} forward passes over them, {report['seconds']:,.0f} s"
-    ]
-    finals = report.get("finals") or []
-    if len(finals) > 1:
-        fit = ", behind the fit of folding" if report.get("compensated") else ""
-        lines.append(
-            f"on {finals[0]['num_tokens']:,} further tokens{fit}: {finals[0]['cost']:.4f}, the next best of "
-            f"{len(finals)} sets {finals[1]['cost']:.4f}"
-        )
-    return Text("\n".join(lines), style="dim")
+def _loss_in_words(settings: Mapping[str, Any]) -> str:
+    """What was minimised, as the sum that it is."""
+    terms = {name: settings.get(name) or 0 for name in ("kl", "lm", "last_error", "last_cosine", "states")}
+    parts = [name if weight == 1 else f"{weight:g} {name}" for name, weight in terms.items() if weight]
+    return f"loss ({' + '.join(parts)})" if parts else "loss"
 
 
 def compensation_line(record: Mapping[str, Any]) -> Text:
@@ -299,23 +324,3 @@ def verification_lines(verification: Verification) -> Text:
         f"logits after reloading: {reload}\n"
         f"decoding with a KV cache against without: relative error {verification.cache_error:.1e}"
     )
-
-
-def candidates_table(plan: FoldPlan) -> Table:
-    """The ways to spend a budget that were measured for a plan, best first; the first one is the plan.
-
-    Args:
-        plan: one whose `origin` holds "candidates".
-    """
-    table = Table()
-    table.add_column("candidate")
-    for heading in ("removed", "at zero", "shared", "parameters", "KL"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for candidate in sorted(plan.origin["candidates"], key=lambda entry: entry["kl"]):
-        table.add_row(
-            candidate["name"],
-            *(str(candidate[name]) for name in ("num_removed", "num_at_zero", "num_shared")),
-            millions(candidate["parameters"]),
-            f"{candidate['kl']:.4f}",
-        )
-    return table

@@ -8,18 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from foldgpt.analysis import CalibrationIdentity
 from foldgpt.compensation import why_not
-from foldgpt.corpus import OwnText, Windows, calibration_windows, evaluation_windows, identity_of
+from foldgpt.corpus import OwnText, Windows, calibration_windows, evaluation_windows, identity_of, reused_texts
 from foldgpt.errors import FoldGPTError, PlanError, UsageError, did_you_mean
 from foldgpt.evaluation import Suite, load_suite
 from foldgpt.evaluation.tasks import check_task_names
 from foldgpt.families import check_config
-from foldgpt.folding.donors import DONORS, READY
-from foldgpt.plan import Compensation, Fitting, explain
+from foldgpt.folding import check_same_architecture
+from foldgpt.plan import Compensation, Fitting, FoldPlan
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import (
@@ -31,7 +32,18 @@ from foldgpt.recovery import (
     packed_windows,
 )
 from foldgpt.selection import Request, check_name, check_request, number_to_remove, search_windows
-from foldgpt.sources import Source, device_of, load_config, load_source, load_tokenizer, model_fingerprint, resolve
+from foldgpt.sources import (
+    DTYPES,
+    Source,
+    device_of,
+    load_config,
+    load_source,
+    load_tokenizer,
+    model_fingerprint,
+    resolve,
+    stored_dtype,
+)
+from foldgpt.validation import explain
 
 #: What depends on model, texts and measurements alone.
 _SAME_FOR_ALL_METHODS = ("place", "fingerprint", "tokenizer", "calibration", "tests", "tasks", "why_uncompensated")
@@ -51,12 +63,9 @@ class Workbench:
         """Take a recipe; a name in it that only the code can check is checked now, before anything is loaded.
 
         Raises:
-            UsageError: the selector, the donor or a setting of the recovery does not exist.
+            UsageError: the selector or a setting of the recovery does not exist.
         """
         check_name(recipe.select.method)
-        donors = ("best", *(name for name in (*READY, *DONORS) if name != "owner"))
-        if recipe.share.donor not in donors:
-            raise UsageError(f"unknown donor {recipe.share.donor!r}.{did_you_mean(recipe.share.donor, donors)}")
         if recipe.dtype == "float16" and recipe.recover.num_tokens:
             raise UsageError("recovery cannot train in float16, where small gradients round to nothing; use bfloat16")
         self.recipe = recipe
@@ -76,6 +85,16 @@ class Workbench:
             _ = self.recovery_texts
         # What is wrong with a text is said first.
         self._check_contexts()
+        self._say_what_is_reused()
+
+    def _say_what_is_reused(self) -> None:
+        """Say it before hours of work where a result will be no test."""
+        recipe = self.recipe
+        uses = {"calibration": recipe.calibration.texts}
+        if recipe.recover.num_tokens:
+            uses["training"] = recipe.training_texts
+        for text, names in reused_texts(recipe.evaluate.texts, uses).items():
+            note(f"{text} is used for {' and '.join(names)} too: the perplexity on it will be no test of the model")
 
     def check_without_files(self) -> None:
         """The part of `check` that needs the model's config alone, and no text, no rows of tasks and no tokenizer.
@@ -119,16 +138,16 @@ class Workbench:
                 "one plan, or give it weights of its own with foldgpt.unfold_ first"
             )
         select, share, text = self.recipe.select, self.recipe.share, self.recipe.calibration
-        if select.remove is None and select.remove_ratio is None and share.method == "none":
+        removes = select.removes_anything
+        if not removes and share.method == "none":
             raise UsageError(
-                "nothing is to be removed and nothing to be shared: say how many blocks (remove, remove_ratio) or how "
-                "weights are shared (share.method)"
+                "nothing is to be removed and nothing to be shared: say how many blocks (select.remove, "
+                "select.remove_ratio, select.target) or how weights are shared (share.method)"
             )
-        removes = bool(select.remove or select.remove_ratio)
         if share.start == "zero" and not removes:
             raise UsageError(
-                "share.start is zero, which is for removed blocks, and nothing is to be removed: say how many (remove, "
-                "remove_ratio), or let kept blocks share (start: hard)"
+                "share.start is zero, which is for removed blocks, and nothing is to be removed: say how many "
+                "(select.remove, select.remove_ratio, select.target), or let kept blocks share (share.start hard)"
             )
         num_blocks = getattr(self._text_config, "num_hidden_layers", None)
         if num_blocks is not None:
@@ -158,6 +177,21 @@ class Workbench:
                 f"fitted ({', '.join(asking)}) is judged on other windows, so there must be two. Give more tokens or a "
                 "shorter context, or do without what is fitted."
             )
+
+    def check_applies(self, plan: FoldPlan) -> None:
+        """Refuse a plan of another architecture by the model's config, before its weights are read.
+
+        Raises:
+            PlanError: the plan is for other blocks than this model has.
+        """
+        whole, text = self._config, self._text_config
+        num_blocks = getattr(text, "num_hidden_layers", None)
+        if num_blocks is None:
+            return
+        # The class that is loaded decides which of the two a plan names.
+        names = [getattr(whole, "source_model_type", whole.model_type), text.model_type]
+        name = plan.source.model_type if plan.source.model_type in names else names[0]
+        check_same_architecture(plan, name, num_blocks, self.recipe.model)
 
     def check_training_tokens(self) -> None:
         """Look whether the recovery, if there is one, has tokens for one step and to judge by; nothing is loaded.
@@ -224,9 +258,12 @@ class Workbench:
         return getattr(self._text_config, "max_position_embeddings", None)
 
     @cached_property
+    def _config(self) -> Any:
+        return load_config(self.place, trust_remote_code=self.recipe.trust_remote_code)
+
+    @property
     def _text_config(self) -> Any:
-        config = load_config(self.place, trust_remote_code=self.recipe.trust_remote_code)
-        return config.get_text_config(decoder=True)
+        return self._config.get_text_config(decoder=True)
 
     def for_method(self, recipe: Recipe) -> Workbench:
         """A workbench for another method on the same model, texts and measurements; they are not made again.
@@ -272,6 +309,13 @@ class Workbench:
     def calibration(self) -> Windows:
         """Windows on which redundancy is measured."""
         section = self.recipe.calibration
+        needed = len(section.texts) * section.context
+        if section.num_tokens < needed:
+            raise UsageError(
+                f"calibration.num_tokens is {section.num_tokens:,}, which does not fill one window of "
+                f"{section.context:,} tokens (calibration.context) for each of {len(section.texts)} "
+                f"text{'s' if len(section.texts) > 1 else ''}: give at least {needed:,}, or a shorter context"
+            )
         windows = calibration_windows(
             section.texts,
             self.tokenizer,
@@ -287,7 +331,13 @@ class Workbench:
     @cached_property
     def calibration_identity(self) -> CalibrationIdentity:
         """What is recorded of the calibration text."""
-        return CalibrationIdentity(protocol=self.calibration.protocol, fingerprint=self.calibration.fingerprint)
+        section = self.recipe.calibration
+        return CalibrationIdentity(
+            protocol=self.calibration.protocol,
+            fingerprint=self.calibration.fingerprint,
+            specs=section.texts,
+            num_tokens=section.num_tokens,
+        )
 
     @property
     def compensation(self) -> Compensation:
@@ -400,6 +450,18 @@ class Workbench:
             )
         del self.source
         return source
+
+    def save_dtype(self, place: Path) -> torch.dtype | None:
+        """Number format in which what is made of a checkpoint is saved; None for that in which it is computed.
+
+        Args:
+            place: the checkpoint: a source, or a folded model that is recovered.
+        """
+        if self.recipe.save_dtype != "auto":
+            return DTYPES[self.recipe.save_dtype]
+        computed, stored = DTYPES.get(self.recipe.dtype), stored_dtype(place)
+        # Digits that the source has not are not worth their bytes.
+        return stored if computed is not None and stored is not None and stored.itemsize < computed.itemsize else None
 
     @property
     def numerics(self) -> dict[str, Any]:

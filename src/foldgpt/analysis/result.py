@@ -30,6 +30,10 @@ class CalibrationIdentity(_Value):
     """How the windows were made: text, number of windows, context, seed, BOS, join rule."""
     fingerprint: str
     """Content hash of the token ids."""
+    specs: list[str] | None = None
+    """The texts as they were given; the protocol has their names without folders. None in earlier versions."""
+    num_tokens: int | None = None
+    """Tokens that were asked for; likewise."""
 
 
 class SublayerMeasures(_Value):
@@ -67,6 +71,8 @@ class Analysis(_Value):
     """Unmasked tokens."""
     source: SourceIdentity | None = None
     calibration: CalibrationIdentity | None = None
+    dtype: str | None = None
+    """What the model computed in, such as "bfloat16"; None in analyses of earlier versions."""
     seconds: float
     """Wall-clock time of the sweep, including the parts before an interruption."""
 

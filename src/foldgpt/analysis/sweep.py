@@ -331,6 +331,7 @@ def _result(
         }
     return Analysis(
         model_type=decoder.model_type,
+        dtype=str(next(decoder.model.parameters()).dtype).removeprefix("torch."),
         num_blocks=moments.num_blocks,
         num_windows=moments.num_windows,
         num_tokens=moments.num_tokens,

@@ -10,8 +10,8 @@ import typer
 
 from foldgpt.counts import count
 
-#: What a dry run divides the operations by where nothing else is said.
-TERAFLOPS, DEVICES = 100.0, 1
+#: Devices in a dry run where nothing else is said.
+DEVICES = 1
 
 Model = Annotated[
     str,
@@ -39,12 +39,19 @@ Select = Annotated[
 Remove = Annotated[
     int | None,
     typer.Option(
-        help="How many blocks to remove. This or --remove-ratio is needed, unless a recipe has it or weights are "
-        "shared.",
+        help="How many blocks to remove. This, --remove-ratio or --target is needed, unless a recipe has it or weights "
+        "are shared.",
         show_default=False,
     ),
 ]
 RemoveRatio = Annotated[float | None, typer.Option(help="The same as a fraction of all blocks.", show_default=False)]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help="What the folded model may take, instead: parameters=95M, flops=80%, prefill=80% or decode=25ms.",
+        show_default=False,
+    ),
+]
 SearchTokens = Annotated[
     int | None,
     typer.Option(
@@ -103,7 +110,21 @@ RecoverTokens = Annotated[
     int | None, typer.Option(help="Tokens of training after folding, such as 2M.", parser=count, show_default="0")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
-DType = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")]
+DType = Annotated[
+    str | None,
+    typer.Option(
+        help="Format to compute in: auto (the source's own), float32, bfloat16 or float16.", show_default="auto"
+    ),
+]
+SaveDType = Annotated[
+    str | None,
+    typer.Option(
+        "--save-dtype",
+        help="Format of the saved weights: auto (the source's own, or --dtype's if that takes no more), float32, "
+        "bfloat16 or float16.",
+        show_default="auto",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …", show_default="auto")]
 Seed = Annotated[int | None, typer.Option(help="Seed of all that is drawn.", show_default="0")]
 MaxMemory = Annotated[
@@ -126,7 +147,7 @@ DryRun = Annotated[
 Teraflops = Annotated[
     float | None,
     typer.Option(
-        "--tflops", min=0.001, help="For --dry-run: TFLOP/s that one device sustains.", show_default=f"{TERAFLOPS:g}"
+        "--tflops", min=0.001, help="For --dry-run: TFLOP/s that one device sustains, for times.", show_default=False
     ),
 ]
 Devices = Annotated[

@@ -59,23 +59,22 @@ def print_strip(plan: FoldPlan) -> None:
 
 
 def print_plan(plan: FoldPlan) -> None:
-    """Print a plan as a strip of blocks, what its search measured, and what it was chosen among for a size."""
-    from foldgpt.tables import candidates_table, selection_lines
+    """Print a plan as a strip of blocks, where it comes from, and what it was chosen among for a size."""
+    from foldgpt.plan_lines import candidates_table, plan_lines
 
     print_strip(plan)
-    lines = selection_lines(plan)
-    if lines is not None:
-        print_shown(lines)
+    print_shown(plan_lines(plan))
     if "candidates" in plan.origin:
         print_shown(candidates_table(plan))
 
 
 def print_compensation(folder: Path) -> None:
-    """Print what compensation did to the model in a folder, if anything."""
+    """Print what compensation did to the model in a folder, or in the folder of a run, if anything."""
     from foldgpt.report.compensation import record_of
+    from foldgpt.run_folder import FOLDED
     from foldgpt.tables import compensation_line
 
-    record = record_of(folder)
+    record = record_of(folder) or record_of(folder / FOLDED)
     if record is not None:
         print_shown(compensation_line(record))
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from foldgpt.cli.flags import RUN
 from foldgpt.cli.options import (
     DEVICES,
-    TERAFLOPS,
     AsJson,
     Compensate,
     Context,
@@ -27,6 +27,7 @@ from foldgpt.cli.options import (
     Remove,
     RemoveRatio,
     Revision,
+    SaveDType,
     Scales,
     SearchTokens,
     Seed,
@@ -34,15 +35,22 @@ from foldgpt.cli.options import (
     ShareMethod,
     Size,
     Start,
+    Target,
     Teraflops,
     Texts,
     Tokens,
     TrustRemoteCode,
     left_out,
 )
-from foldgpt.cli.printing import print_comparison, print_evaluation, print_json, print_paths, print_plan, print_shown
+from foldgpt.cli.printing import (
+    print_comparison,
+    print_json,
+    print_paths,
+    print_shown,
+)
 from foldgpt.cli.requests import calibration_of, check_search_tokens, recipe_of, select_of, share_of
 from foldgpt.cli.session import session
+from foldgpt.cli.showing import show_path
 
 if TYPE_CHECKING:
     from foldgpt.recipe import Recipe
@@ -65,6 +73,7 @@ def run(
     select: Select = None,
     remove: Remove = None,
     remove_ratio: RemoveRatio = None,
+    target: Target = None,
     search_tokens: SearchTokens = None,
     compensate: Compensate = None,
     share: ShareMethod = None,
@@ -77,6 +86,7 @@ def run(
     start: Start = None,
     recover_tokens: RecoverTokens = None,
     dtype: DType = None,
+    save_dtype: SaveDType = None,
     device: Device = None,
     seed: Seed = None,
     max_memory_gb: MaxMemory = None,
@@ -91,7 +101,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a whole recipe: analyse, plan, fold, verify, measure, draw."""
-    with session(quiet):
+    with session(quiet, RUN, recipe=recipe is not None, again="The same command goes on where it was."):
         from foldgpt.errors import UsageError
         from foldgpt.recipe import Recipe
 
@@ -102,12 +112,13 @@ def run(
             "model": model,
             "revision": revision,
             "dtype": dtype,
+            "save_dtype": save_dtype,
             "device": device,
             "seed": seed,
             "max_memory_gb": max_memory_gb,
             "trust_remote_code": trust_remote_code,
             "calibration": calibration_of(text, context, tokens),
-            "select": select_of(select, remove, remove_ratio, search_tokens),
+            "select": select_of(select, remove, remove_ratio, target, search_tokens),
             "compensate": {"method": compensate},
             "share": share_of(share, size, group_size, donor, fit, rank, scales, start),
             "recover": {"num_tokens": recover_tokens},
@@ -125,8 +136,7 @@ def run(
         if as_json:
             print_json(result.evaluation.to_dict())
         else:
-            print_plan(result.plan)
-            print_evaluation(result.evaluation)
+            show_path(result.path)
             print_paths([result.model, *result.figures, result.report])
 
 
@@ -140,8 +150,10 @@ def compare(
     revision: Revision = None,
     remove: Remove = None,
     remove_ratio: RemoveRatio = None,
+    target: Target = None,
     recover_tokens: RecoverTokens = None,
     dtype: DType = None,
+    save_dtype: SaveDType = None,
     device: Device = None,
     seed: Seed = None,
     max_memory_gb: MaxMemory = None,
@@ -156,7 +168,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Put methods side by side on one model: a run for each, one table with intervals."""
-    with session(quiet):
+    with session(quiet, RUN, recipe=True, again="The same command goes on where it was."):
         from foldgpt.recipe import Recipe
 
         _check_dry_run(dry_run, tflops, devices)
@@ -164,11 +176,12 @@ def compare(
             model=model,
             revision=revision,
             dtype=dtype,
+            save_dtype=save_dtype,
             device=device,
             seed=seed,
             max_memory_gb=max_memory_gb,
             trust_remote_code=trust_remote_code,
-            select={"remove": remove, "remove_ratio": remove_ratio},
+            select={"remove": remove, "remove_ratio": remove_ratio, "target": target},
             recover={"num_tokens": recover_tokens},
         )
 
@@ -195,13 +208,15 @@ def _check_dry_run(dry_run: bool, tflops: float | None, devices: int | None) -> 
     """Refuse what only a dry run reads.
 
     Raises:
-        UsageError: it is given, and there is no dry run.
+        UsageError: it is given, and there is no dry run; or the number of devices, and no speed to divide by.
     """
     from foldgpt.errors import UsageError
 
     idle = [flag for flag, value in (("--tflops", tflops), ("--devices", devices)) if value is not None]
     if idle and not dry_run:
         raise UsageError(f"{' and '.join(idle)} without --dry-run: there is nothing to apply that to")
+    if devices is not None and tflops is None:
+        raise UsageError("--devices without --tflops: there is no time to divide; say what one device sustains")
 
 
 def _dry_run(recipe: Recipe, *, compare: bool, tflops: float | None, devices: int | None, as_json: bool) -> None:
@@ -210,10 +225,11 @@ def _dry_run(recipe: Recipe, *, compare: bool, tflops: float | None, devices: in
 
     from foldgpt.rehearsal import expectation_lines, expectation_table, rehearse
 
-    tflops, devices = tflops or TERAFLOPS, devices or DEVICES
+    devices = devices or DEVICES
     found = rehearse(recipe, compare=compare)
     if as_json:
-        print_json({**asdict(found), "flops": found.flops, "seconds": found.seconds(tflops * 1e12, devices=devices)})
+        seconds = None if tflops is None else found.seconds(tflops * 1e12, devices=devices)
+        print_json({**asdict(found), "flops": found.flops, "seconds": seconds})
         return
     print_shown(expectation_table(found, teraflops=tflops, devices=devices))
     for line in expectation_lines(found, teraflops=tflops, devices=devices):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from foldgpt.cli.flags import OPTIONS
+
 if TYPE_CHECKING:
+    from foldgpt.analysis import Analysis
     from foldgpt.recipe import Recipe
 
 
@@ -18,7 +21,7 @@ def recipe_of(**values: Any) -> Recipe:
             value = {key: part for key, part in value.items() if part is not None}
         if value is not None:
             given[name] = value
-    return Recipe.from_dict(given, "options")
+    return Recipe.from_dict(given, OPTIONS)
 
 
 def calibration_of(text: list[str] | None, context: int | None, tokens: int | None) -> dict[str, Any]:
@@ -26,11 +29,46 @@ def calibration_of(text: list[str] | None, context: int | None, tokens: int | No
     return {"texts": text or None, "context": context, "num_tokens": tokens}
 
 
+def like_analysis(analysis: Analysis, given: dict[str, Any], seed: int | None) -> dict[str, Any]:
+    """Changes to the recipe of a plan from an analysis: calibration and seed as that was made, but for what is given.
+
+    Args:
+        analysis: made before.
+        given: what `calibration_of` made of the flags.
+        seed: the flag.
+    """
+    from foldgpt.progress import note
+
+    made = analysis.calibration
+    if made is None or made.specs is None:
+        note("the analysis does not say which text it was made on; what is fitted is fitted on that of the flags")
+        return {}
+    before = {"texts": made.specs, "context": made.protocol["context"], "num_tokens": made.num_tokens}
+    section = {name: value if given[name] is None else given[name] for name, value in before.items()}
+    if section != before:
+        text = " + ".join(section["texts"])
+        note(
+            f"the blocks are ranked by the analysis, on {' + '.join(made.specs)}; what is fitted is fitted on "
+            f"{section['num_tokens']:,} tokens of {text} in windows of {section['context']:,}"
+        )
+    return {"calibration": section, "seed": made.protocol["seed"] if seed is None else seed}
+
+
 def select_of(
-    method: str | None, remove: int | None, remove_ratio: float | None, search_tokens: int | None
+    method: str | None,
+    remove: int | None,
+    remove_ratio: float | None,
+    target: str | None,
+    search_tokens: int | None,
 ) -> dict[str, Any]:
     """The section `select` of a recipe."""
-    return {"method": method, "remove": remove, "remove_ratio": remove_ratio, "num_tokens": search_tokens}
+    return {
+        "method": method,
+        "remove": remove,
+        "remove_ratio": remove_ratio,
+        "target": target,
+        "num_tokens": search_tokens,
+    }
 
 
 def share_of(
@@ -81,5 +119,5 @@ def check_search_tokens(given: int | None, recipe: Recipe) -> None:
     if given > there:
         raise UsageError(
             f"--search-tokens is {given:,}, and the calibration text has {there:,} (calibration.num_tokens): give at "
-            f"most {there:,}, or more --tokens"
+            f"most {there:,}, or more of them"
         )

@@ -2,45 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from foldgpt.cli.options import (
-    AsJson,
-    Quiet,
-)
-from foldgpt.cli.printing import (
-    print_analysis,
-    print_comparison,
-    print_compensation,
-    print_evaluation,
-    print_generations,
-    print_json,
-    print_paths,
-    print_recovery,
-    print_strip,
-)
+from foldgpt.cli.options import AsJson, Quiet
+from foldgpt.cli.printing import print_paths
 from foldgpt.cli.session import session
-
-if TYPE_CHECKING:
-    from foldgpt.analysis import Analysis
-    from foldgpt.comparison import Comparison
-    from foldgpt.evaluation import Evaluation
-    from foldgpt.plan import FoldPlan
-    from foldgpt.recovery_result import RecoveryResult
-
-    Written = FoldPlan | Analysis | Evaluation | RecoveryResult | Comparison
-
-#: What can be shown of a file, and how.
-_PRINTED: dict[str, Callable[[Any], None]] = {
-    "plan": print_strip,
-    "analysis": print_analysis,
-    "recovery": print_recovery,
-    "evaluation": print_evaluation,
-}
+from foldgpt.cli.showing import show_path
 
 
 def show(
@@ -56,94 +26,7 @@ def show(
 ) -> None:
     """Show a plan, an analysis, measurements, a recovery or a comparison."""
     with session(quiet=True):
-        found: dict[str, Any] = dict(map(_read, _files_of(path) if path.is_dir() else [path]))
-        if "comparison" in found:
-            print_comparison(found["comparison"], as_json=as_json)
-            return
-        if as_json:
-            print_json({name: _as_json(name, value) for name, value in found.items()})
-            return
-        for name, value in found.items():
-            _PRINTED[name](value)
-            if name == "plan" and path.is_dir():
-                print_compensation(path)
-            if name == "evaluation" and not path.is_dir():
-                # Long, and on the page of a run.
-                print_generations(value)
-
-
-def _as_json(name: str, value: Any) -> Any:
-    return value.to_dict() if name == "evaluation" else value.to_json_dict()
-
-
-def _files_of(folder: Path) -> list[Path]:
-    """What is shown of a comparison, a run, a folded or recovered model, or of what is there of them, in this order.
-
-    Raises:
-        ArtifactError: nothing of that is there.
-    """
-    from foldgpt.comparison import COMPARISON
-    from foldgpt.errors import ArtifactError
-    from foldgpt.recovery_result import RECOVERY
-    from foldgpt.run_folder import ANALYSIS, EVALUATION, PLAN, RECOVERED
-
-    if (folder / COMPARISON).is_file():
-        return [folder / COMPARISON]
-    # The analysis is a long table, and where there is a plan it is on the page of the run.
-    first = folder / PLAN if (folder / PLAN).is_file() else folder / ANALYSIS
-    files = [first, folder / RECOVERY, folder / RECOVERED / RECOVERY, folder / EVALUATION]
-    found = [file for file in files if file.is_file()]
-    if not found:
-        raise ArtifactError(
-            f"{folder} holds no plan.json, analysis.json, evaluation.json or {COMPARISON}: it is no run, folded model "
-            "or comparison"
-        )
-    return found
-
-
-def _read(file: Path) -> tuple[str, Written]:
-    """What a file holds, by its format, and the name of that in `_PRINTED`.
-
-    Raises:
-        ArtifactError: it is missing, is damaged, or holds something else.
-        PlanError: it says that it is a plan, or does not say what it is, and it is no plan.
-    """
-    from foldgpt.artifacts import read_json
-    from foldgpt.errors import ArtifactError
-    from foldgpt.plan import FoldPlan
-    from foldgpt.recovery_result import RECOVERY, RecoveryResult
-
-    value = read_json(file)
-    # To show what says that it is a plan, nothing is imported that takes seconds.
-    if isinstance(value, dict) and value.get("format") != "foldgpt.plan":
-        from foldgpt.comparison import COMPARISON, COMPARISON_FORMAT, Comparison
-
-        # Under any name: they are copied to be kept.
-        if value.get("format") == COMPARISON_FORMAT or file.name == COMPARISON:
-            return "comparison", Comparison.load(file)
-    if file.name == RECOVERY:
-        return "recovery", RecoveryResult.load(file.parent)
-    # A plan may be written by hand, and need not say its format; records beside a model have none.
-    given = value.get("format", "foldgpt.plan") if isinstance(value, dict) else "foldgpt.plan"
-    if isinstance(value, dict) and not {"format", "source", "removed", "groups"} & value.keys():
-        raise ArtifactError(f"{file} cannot be shown: it does not say what it is, and it is no plan")
-    if given == "foldgpt.plan":
-        return "plan", FoldPlan.from_json_dict(value, str(file))
-    if given == "foldgpt.evaluation":
-        from foldgpt.evaluation import Evaluation
-
-        return "evaluation", Evaluation.from_dict(value, str(file))
-    if given == "foldgpt.analysis":
-        from foldgpt.analysis import Analysis
-
-        try:
-            return "analysis", Analysis.from_json_dict(value)
-        except ArtifactError as error:
-            raise ArtifactError(f"{file}: {error}") from error
-    raise ArtifactError(
-        f"{file} cannot be shown: its 'format' is {given!r}, and what can be are a plan, an analysis, an evaluation, "
-        f"the {RECOVERY} of a recovered model and comparisons"
-    )
+        show_path(path, as_json=as_json)
 
 
 def report(
@@ -163,15 +46,32 @@ def report(
 
 def push(
     folder: Annotated[Path, typer.Argument(help="A folded model, or the folder of a run.", show_default=False)],
-    repo: Annotated[str, typer.Argument(help="Repository on the hub: OWNER/NAME.", show_default=False)],
+    repo: Annotated[
+        str,
+        typer.Argument(
+            help="Repository on the hub: OWNER/NAME, or a NAME alone for your own account.", show_default=False
+        ),
+    ],
     private: Annotated[
         bool | None, typer.Option(help="Make a new repository private.", show_default="as the account says")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to upload to.", show_default=False)] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the model and list what would be uploaded; needs no network.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Upload a folded model to the hub, card included; needs a token (hf auth login)."""
     with session(quiet):
         from foldgpt import hub
+        from foldgpt.formats import megabytes
 
+        if dry_run:
+            upload = hub.check_upload(folder, repo)
+            for name, size in upload.files.items():
+                typer.echo(f"{megabytes(size):>14}  {name}")
+            typer.echo(f"{megabytes(sum(upload.files.values())):>14}  from {upload.folder} to {repo}")
+            if upload.left:
+                typer.echo(f"left out, being no part of a checkpoint: {', '.join(upload.left)}")
+            return
         typer.echo(hub.push(folder, repo, private=private, revision=revision))

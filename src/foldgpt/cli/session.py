@@ -5,19 +5,30 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import typer
+
+from foldgpt.cli.flags import in_flags
 
 #: What PyTorch says where the memory of the machine, or of a device, is full.
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 
 
 @contextmanager
-def session(quiet: bool) -> Iterator[None]:
-    """What all verbs have in common: quietness, results of one process, and errors as one line and an exit code."""
+def session(
+    quiet: bool, flags: Mapping[str, str] | None = None, *, recipe: bool = False, again: str = ""
+) -> Iterator[None]:
+    """What all verbs have in common: quietness, results of one process, and errors as one line and an exit code.
+
+    Args:
+        quiet: show no progress and no notes.
+        flags: key of a recipe → flag that sets it, so that errors speak of flags.
+        recipe: the keys may stand in a recipe of the user's as well.
+        again: what to do after an interruption, as a sentence.
+    """
     from foldgpt.allocator import keep_freed_memory
     from foldgpt.errors import FoldGPTError
     from foldgpt.progress import silently
@@ -28,7 +39,8 @@ def session(quiet: bool) -> Iterator[None]:
         with silently(quiet), _results_once():
             yield
     except FoldGPTError as error:
-        typer.echo(f"error: {error}", err=True)
+        message = str(error) if flags is None else in_flags(str(error), flags, beside_keys=recipe)
+        typer.echo(f"error: {message}", err=True)
         raise typer.Exit(error.exit_code) from None
     except BrokenPipeError:
         # Whoever reads the output, such as `head`, has enough: typer ends quietly.
@@ -37,7 +49,7 @@ def session(quiet: bool) -> Iterator[None]:
         typer.echo(f"error: {_in_words(error)}", err=True)
         raise typer.Exit(FoldGPTError.exit_code) from None
     except KeyboardInterrupt:
-        typer.echo("stopped; what was finished is kept", err=True)
+        typer.echo(" ".join(filter(None, ["stopped.", again])), err=True)
         raise typer.Exit(130) from None
     except Exception as error:
         if not _is_out_of_memory(error):

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from foldgpt.assignments import assignments
+from foldgpt.cli.flags import ANALYZE, EVAL, FOLD, PLAN, RECOVER
 from foldgpt.cli.options import (
     AsJson,
     Compensate,
@@ -26,6 +27,7 @@ from foldgpt.cli.options import (
     Remove,
     RemoveRatio,
     Revision,
+    SaveDType,
     Scales,
     SearchTokens,
     Seed,
@@ -33,6 +35,7 @@ from foldgpt.cli.options import (
     ShareMethod,
     Size,
     Start,
+    Target,
     Texts,
     Tokens,
     TrustRemoteCode,
@@ -49,9 +52,13 @@ from foldgpt.cli.printing import (
     print_shown,
     print_strip,
 )
-from foldgpt.cli.requests import calibration_of, check_search_tokens, recipe_of, select_of, share_of
+from foldgpt.cli.requests import calibration_of, check_search_tokens, like_analysis, recipe_of, select_of, share_of
 from foldgpt.cli.session import session
 from foldgpt.counts import count
+
+#: What is said after an interruption.
+_AGAIN = "The same command goes on from the last checkpoint."
+_ANEW = "Nothing was written; the same command begins anew."
 
 
 def analyze(
@@ -71,7 +78,7 @@ def analyze(
     as_json: AsJson = False,
 ) -> None:
     """Measure how redundant each block is: similarity, block influence, angular distance."""
-    with session(quiet):
+    with session(quiet, ANALYZE, again=_AGAIN):
         from foldgpt import steps
         from foldgpt.artifacts import check_free_file, write_json
         from foldgpt.run_folder import ANALYSIS, ANALYSIS_CHECKPOINT, FIGURES
@@ -108,13 +115,15 @@ def plan(
     analysis: Annotated[
         Path | None,
         typer.Option(
-            help="For bi and angular: an analysis made before (file or run folder), instead of measuring anew.",
+            help="For bi and angular: an analysis made before (file or run folder), instead of measuring anew. Its "
+            "text, context, tokens and seed are what holds here too, where they are not given.",
             show_default=False,
         ),
     ] = None,
     select: Select = None,
     remove: Remove = None,
     remove_ratio: RemoveRatio = None,
+    target: Target = None,
     search_tokens: SearchTokens = None,
     compensate: Compensate = None,
     share: ShareMethod = None,
@@ -138,7 +147,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Decide which blocks are removed and which share weights."""
-    with session(quiet):
+    with session(quiet, PLAN, again=_AGAIN):
         from foldgpt import planning, steps
         from foldgpt.artifacts import check_free_file
         from foldgpt.errors import UsageError
@@ -146,6 +155,7 @@ def plan(
         from foldgpt.workbench import Workbench
 
         check_free_file(out, replace=overwrite)
+        calibration = calibration_of(text, context, tokens)
         recipe = recipe_of(
             model=model,
             revision=revision,
@@ -154,25 +164,28 @@ def plan(
             seed=seed,
             max_memory_gb=max_memory_gb,
             trust_remote_code=trust_remote_code,
-            calibration=calibration_of(text, context, tokens),
-            select=select_of(select, remove, remove_ratio, search_tokens),
+            calibration=calibration,
+            select=select_of(select, remove, remove_ratio, target, search_tokens),
             compensate={"method": compensate},
             share=share_of(share, size, group_size, donor, fit, rank, scales, start),
         )
-        bench = Workbench(recipe)
         method = recipe.select.method
-        if analysis is not None and method in ANALYSIS_FREE:
-            raise UsageError(
-                f"--analysis with the selector {method!r}, which reads none: leave it out, or --select one of "
-                f"{', '.join(sorted(SELECTORS.keys() - ANALYSIS_FREE))}"
-            )
+        measured = None
+        if analysis is not None:
+            if method in ANALYSIS_FREE:
+                raise UsageError(
+                    f"--analysis with the selector {method!r}, which reads none: leave it out, or --select one of "
+                    f"{', '.join(sorted(SELECTORS.keys() - ANALYSIS_FREE))}"
+                )
+            measured = steps.read_analysis(analysis)
+            recipe = recipe.changed(**like_analysis(measured, calibration, seed))
+        bench = Workbench(recipe)
         check_search_tokens(search_tokens, recipe)
         bench.check_plan()
-        measured = None
         # Where the sweep and the searches are, until the plan that is made of them is there.
         sweep, search, sharing = (out.with_name(f".{out.name}.{what}") for what in ("analysis", "search", "sharing"))
-        if analysis is not None:
-            measured = steps.read_analysis(analysis, bench)
+        if analysis is not None and measured is not None:
+            steps.check_analysis(measured, bench, analysis)
         elif method not in ANALYSIS_FREE:
             measured = steps.make_analysis(bench, sweep)
         selection = planning.make_selection(bench, measured, search)
@@ -195,6 +208,7 @@ def fold(
     out: Annotated[Path, typer.Option(help="Where the folded model is saved.", show_default=False)],
     revision: Revision = None,
     dtype: DType = None,
+    save_dtype: SaveDType = None,
     device: Device = None,
     max_memory_gb: MaxMemory = None,
     trust_remote_code: TrustRemoteCode = None,
@@ -203,7 +217,7 @@ def fold(
     as_json: AsJson = False,
 ) -> None:
     """Do what a plan says, and save the result once it is verified."""
-    with session(quiet):
+    with session(quiet, FOLD, again=_ANEW):
         from dataclasses import asdict
 
         from foldgpt import steps
@@ -219,11 +233,13 @@ def fold(
             model=model,
             revision=revision,
             dtype=dtype,
+            save_dtype=save_dtype,
             device=device,
             max_memory_gb=max_memory_gb,
             trust_remote_code=trust_remote_code,
         )
         bench = Workbench(recipe)
+        bench.check_applies(made)
         verification = steps.make_folded(bench, made, out, replace=overwrite)
         write_model_card(out, source=bench.place)
         if as_json:
@@ -276,6 +292,7 @@ def recover(
     ] = None,
     revision: Revision = None,
     dtype: DType = None,
+    save_dtype: SaveDType = None,
     device: Device = None,
     max_memory_gb: MaxMemory = None,
     seed: Seed = None,
@@ -285,7 +302,7 @@ def recover(
     as_json: AsJson = False,
 ) -> None:
     """Train a folded model, briefly, to predict what its source predicts."""
-    with session(quiet):
+    with session(quiet, RECOVER, again=_AGAIN):
         from foldgpt import steps
         from foldgpt.folding import check_place
         from foldgpt.report import write_model_card
@@ -296,6 +313,7 @@ def recover(
             model=teacher,
             revision=revision,
             dtype=dtype,
+            save_dtype=save_dtype,
             device=device,
             max_memory_gb=max_memory_gb,
             seed=seed,
@@ -314,7 +332,7 @@ def recover(
         )
         bench = Workbench(recipe)
         result = steps.make_recovered(bench, folder, out, replace=overwrite)
-        write_model_card(out, source=bench.place, trained_on=recipe.training_texts)
+        write_model_card(out, source=bench.place)
         if as_json:
             print_json(result.to_json_dict())
         else:
@@ -362,7 +380,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure size, perplexity, speed and memory, beside a baseline."""
-    with session(quiet):
+    with session(quiet, EVAL, again=_ANEW):
         from foldgpt import steps
         from foldgpt.artifacts import check_free_file, write_json
         from foldgpt.errors import UsageError

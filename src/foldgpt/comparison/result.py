@@ -14,8 +14,9 @@ from foldgpt.comparison.bootstrap import Interval, accuracy_difference, perplexi
 from foldgpt.comparison.training import Training
 from foldgpt.errors import ArtifactError
 from foldgpt.evaluation import Evaluation, Measured, Perplexity, Retained
-from foldgpt.plan import FoldPlan, explain
+from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Compare
+from foldgpt.validation import explain
 
 COMPARISON_FORMAT = "foldgpt.comparison"
 VERSION = 1

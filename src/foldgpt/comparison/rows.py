@@ -12,6 +12,7 @@ from foldgpt.errors import UsageError, did_you_mean
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe, merge_sections_
 from foldgpt.sizes import size
+from foldgpt.targets import target
 
 #: The model, the texts and the measurements are the same for all rows: that makes it a comparison.
 _CHANGEABLE = ("select", "compensate", "share", "recover")
@@ -94,6 +95,12 @@ def rows_of_recipe(recipe: Recipe) -> list[Row]:
         if name not in changes:
             raise UsageError(f"compare: {name!r} is not one of the rows.{did_you_mean(name, changes)}")
     made = {name: _changed(recipe, name, change) for name, change in changes.items()}
+    for name, one in made.items():
+        if one.select.target is not None and target(one.select.target).is_measured:
+            raise UsageError(
+                f"compare: the row {name!r} has select.target {one.select.target}; times differ from one measurement "
+                "to the next, and rows have to be of equal size: give parameters, flops or a number of blocks"
+            )
     rows = [
         Row(name, False, Recipe.from_dict({**one.model_dump(mode="json"), "recover": {}}))
         for name, one in made.items()

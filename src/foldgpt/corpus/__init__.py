@@ -1,7 +1,15 @@
 """Text to packed token ids: where text comes from, and how it becomes windows of equal length."""
 
 from foldgpt.corpus.own_text import OwnText
-from foldgpt.corpus.texts import identity_of, read_documents
+from foldgpt.corpus.texts import identity_of, read_documents, reused_texts
 from foldgpt.corpus.windows import Windows, calibration_windows, evaluation_windows
 
-__all__ = ["OwnText", "Windows", "calibration_windows", "evaluation_windows", "identity_of", "read_documents"]
+__all__ = [
+    "OwnText",
+    "Windows",
+    "calibration_windows",
+    "evaluation_windows",
+    "identity_of",
+    "read_documents",
+    "reused_texts",
+]

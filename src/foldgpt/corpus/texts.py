@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from foldgpt.demo import demo_text, demo_text_identity
 from foldgpt.errors import FoldGPTError, SourceError, UsageError, did_you_mean, first_line
 
 _DEFAULT_COLUMN = "text"
+#: What texts begin with that are not files.
+_SCHEMES = ("demo:", "hub:")
 _HUB_OPTIONS = ("config", "split", "column", "revision")
 
 #: A text file is one document, but it is read in pieces of about this many characters, cut after a line.
@@ -148,7 +150,56 @@ def _take_any(buffer: list[Document], order: random.Random) -> Document:
     return buffer.pop()
 
 
+def reused_texts(tested: Sequence[str], uses: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Which texts a model is measured on that it was made by as well.
+
+    Args:
+        tested: text specs.
+        uses: use, such as "calibration" → text specs.
+
+    Returns:
+        Tested spec → the uses in which the same text, or one of its files, occurs; those without any are left out.
+    """
+    found = {
+        text: [use for use, specs in uses.items() if any(_overlap(text, spec) for spec in specs)] for text in tested
+    }
+    return {text: names for text, names in found.items() if names}
+
+
+def _overlap(spec: str, other: str) -> bool:
+    """Whether two text specs are of the same text, or have a file in common."""
+    if spec == other:
+        return True
+    if any(each.startswith((*_SCHEMES, SELF)) for each in (spec, other)):
+        return False
+    try:
+        files, others = ({file.resolve() for file in _local_files(each)[1]} for each in (spec, other))
+    except FoldGPTError:
+        # Not on this machine (any more), so it is none of the files that are.
+        return False
+    return bool(files & others)
+
+
 def _local_text(spec: str) -> Text:
+    path, files, column = _local_files(spec)
+
+    def read(order: random.Random | None) -> Iterator[Document]:
+        for file in order.sample(files, len(files)) if order else files:
+            try:
+                yield from _READERS[file.suffix](file, column)
+            except OSError as error:
+                raise SourceError(f"cannot read {file}: {error.strerror or error}") from error
+
+    name = path.name if path.is_file() else f"{path.name} ({len(files)} files)"
+    name += "" if column == _DEFAULT_COLUMN else f"#{column}"
+    plain = all(file.suffix in (".txt", ".raw") for file in files)
+    return Text(
+        name, "" if plain else "\n\n", read, lambda: [name, [[file.name, _file_identity(file)] for file in files]]
+    )
+
+
+def _local_files(spec: str) -> tuple[Path, list[Path], str]:
+    """Path or pattern of a spec, the files that it means, and the column to read of them."""
     pattern, column = spec, _DEFAULT_COLUMN
     if "#" in spec and not Path(spec).exists():
         pattern, _, column = spec.rpartition("#")
@@ -166,20 +217,7 @@ def _local_text(spec: str) -> Text:
     for file in files:
         if file.suffix not in _READERS:
             raise SourceError(f"cannot read {file}: known kinds of text are {', '.join(_READERS)}")
-
-    def read(order: random.Random | None) -> Iterator[Document]:
-        for file in order.sample(files, len(files)) if order else files:
-            try:
-                yield from _READERS[file.suffix](file, column)
-            except OSError as error:
-                raise SourceError(f"cannot read {file}: {error.strerror or error}") from error
-
-    name = path.name if path.is_file() else f"{path.name} ({len(files)} files)"
-    name += "" if column == _DEFAULT_COLUMN else f"#{column}"
-    plain = all(file.suffix in (".txt", ".raw") for file in files)
-    return Text(
-        name, "" if plain else "\n\n", read, lambda: [name, [[file.name, _file_identity(file)] for file in files]]
-    )
+    return path, files, column
 
 
 def _file_identity(file: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +73,8 @@ class Measured:
         generations: what it writes.
         further_perplexities: text → perplexity, of texts beyond the first.
         text: the first text in full. None where that is not known, as in results of earlier versions.
+        reused: text in full → what the model was made by on it as well ("calibration", "training"): a figure on it is
+            no test.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Measured:
     generations: list[Generation] | None = None
     further_perplexities: dict[str, Perplexity] | None = None
     text: str | None = None
+    reused: dict[str, list[str]] | None = None
 
     def perplexities(self) -> dict[str, tuple[str, Perplexity]]:
         """Figure → what the text is called and its perplexity, the first text first.
@@ -198,6 +201,7 @@ def evaluate(
     num_generations: int = 0,
     seed: int = 0,
     known: Measured | None = None,
+    reused: Mapping[str, Sequence[str]] | None = None,
 ) -> Evaluation:
     """Measure a folded model and, in the same run, the model it is compared with.
 
@@ -217,6 +221,7 @@ def evaluate(
         seed: of the random prompt whose speed is measured.
         known: what was measured of the baseline before, with the same arguments: only its speed is measured again,
             because models must take turns for that. Without `speed` no `baseline` is needed then.
+        reused: for the record of the folded model: see `Measured.reused`.
 
     Raises:
         UsageError: the two subjects have one name, one lacks the tokenizer that is needed, tasks are asked for
@@ -249,6 +254,7 @@ def evaluate(
             further_perplexities={text: perplexity(subject.model, each) for text, each in further.items()} or None,
             speed=speeds.get(subject.name),
             peak_memory=_peak_memory(subject) if memory else None,
+            reused={text: list(uses) for text, uses in (reused or {}).items()} or None if subject is folded else None,
             **_written(subject, windows, tasks, num_generations),
         )
         for subject in (subjects if known is None else [folded])

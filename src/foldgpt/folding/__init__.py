@@ -3,8 +3,16 @@
 from foldgpt.folding.checkpoint import check_place, save_folded
 from foldgpt.folding.donors import DONORS
 from foldgpt.folding.fitted import GroupFit, LowRank, MemberFit
-from foldgpt.folding.fold import check_foldable, fold_, predicted_parameters, source_model_of, unfold_
+from foldgpt.folding.fold import (
+    check_foldable,
+    check_same_architecture,
+    fold_,
+    predicted_parameters,
+    source_model_of,
+    unfold_,
+)
 from foldgpt.folding.kinds import is_linear_layer, kind_of, same_kind
+from foldgpt.folding.number_format import cast_, round_
 from foldgpt.folding.private import private_modules
 from foldgpt.folding.verify import Verification, verify_checkpoint
 
@@ -14,13 +22,16 @@ __all__ = [
     "LowRank",
     "MemberFit",
     "Verification",
+    "cast_",
     "check_foldable",
     "check_place",
+    "check_same_architecture",
     "fold_",
     "is_linear_layer",
     "kind_of",
     "predicted_parameters",
     "private_modules",
+    "round_",
     "same_kind",
     "save_folded",
     "source_model_of",

@@ -7,11 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from foldgpt.artifacts import check_free_folder, staged_folder, write_json
 from foldgpt.errors import ArtifactError
+from foldgpt.folding.number_format import cast_
 from foldgpt.folding.verify import Verification, verify_checkpoint
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import quiet_libraries
@@ -67,13 +69,14 @@ def save_folded(
     notes: Mapping[str, Any] | None = None,
     max_shard_size: str = "5GB",
     replace: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Verification:
     """Save a folded model, verify it, and only then let it appear under its final name.
 
     The folder holds an ordinary Hugging Face checkpoint, the tokenizer, `plan.json` and `verification.json`.
 
     Args:
-        model: a model on which `fold_` has been called.
+        model: a model on which `fold_` has been called; with `dtype` it has that afterwards.
         plan: the plan it was folded by.
         folder: where to save.
         tokenizer: saved beside the model, with its chat template.
@@ -81,12 +84,16 @@ def save_folded(
         notes: further JSON files to put beside the model, by name.
         max_shard_size: largest size of one safetensors file.
         replace: replace an existing folder, if it holds a folded model.
+        dtype: number format to save in; None for the one that the model has.
 
     Raises:
+        FoldGPTError: a weight is too large for `dtype`.
         VerificationError: the checkpoint does not do what the model does; nothing is left behind.
         ArtifactError: the folder exists, or cannot be written.
     """
     check_place(folder, replace=replace)
+    if dtype is not None:
+        cast_(model, dtype)
     with staged_folder(folder, replace=replace) as staging:
         try:
             with quiet_libraries():

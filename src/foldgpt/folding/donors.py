@@ -19,7 +19,5 @@ def mean(members: Sequence[torch.Tensor]) -> torch.Tensor:
     return (total / len(members)).to(members[0].dtype)
 
 
+#: Donor by its name in a plan; of the others one member gives its own weights, or they are fitted on a text.
 DONORS: dict[str, Donor] = {"mean": mean}
-
-#: Donors that need no making: one member gives its own weights, or they are fitted on a text.
-READY: tuple[str, ...] = ("first", "last", "owner", "least_squares")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from foldgpt.errors import PlanError, UnsupportedModelError, did_you_mean
+from foldgpt.errors import PlanError, UnsupportedModelError
 from foldgpt.families import (
     Decoder,
     attending_blocks,
@@ -19,7 +19,6 @@ from foldgpt.families import (
     first_of_each_kind,
     remap_config_,
 )
-from foldgpt.folding.donors import DONORS, READY
 from foldgpt.folding.fits import check_fits, check_start, check_weights, write_fit_
 from foldgpt.folding.fitted import GroupFit, MemberFit
 from foldgpt.folding.kinds import check_group, shareable_leaves, sublayer_modules
@@ -118,6 +117,28 @@ def check_foldable(model: nn.Module, plan: FoldPlan) -> None:
         check_weights(decoder, group, GroupFit())
 
 
+def check_same_architecture(plan: FoldPlan, model_type: str, num_blocks: int, name: str) -> None:
+    """Refuse to apply a plan to a model that its config alone shows to be another one.
+
+    Args:
+        plan: the plan.
+        model_type: of the model's decoder.
+        num_blocks: of the model.
+        name: what the message calls it.
+
+    Raises:
+        PlanError: it is of another architecture or depth than the plan's source.
+    """
+    if plan.source.num_blocks != num_blocks:
+        raise PlanError(
+            f"the plan is for a model of {plan.source.num_blocks} blocks ({plan.source.model}); {name} has {num_blocks}"
+        )
+    if plan.source.model_type != model_type:
+        raise PlanError(
+            f"the plan is for model type {plan.source.model_type!r} ({plan.source.model}); {name} is {model_type!r}"
+        )
+
+
 def unfold_(model: nn.Module) -> None:
     """Give every position weights of its own, in place: copies of what it borrows, its private terms merged into them.
 
@@ -194,17 +215,7 @@ def _check_plan(decoder: Decoder, plan: FoldPlan) -> None:
         if layout["absent"]:
             raise PlanError("sublayers of this model are removed already; fold the source itself, by one plan")
         raise PlanError("this model is folded already; fold its source by one plan, or unfold_ it first (in Python)")
-    num_blocks = len(decoder.blocks)
-    if plan.source.num_blocks != num_blocks:
-        raise PlanError(
-            f"the plan is for a model of {plan.source.num_blocks} blocks ({plan.source.model}); "
-            f"this {type(decoder.model).__name__} has {num_blocks}"
-        )
-    if plan.source.model_type != decoder.model_type:
-        raise PlanError(
-            f"the plan is for model type {plan.source.model_type!r} ({plan.source.model}); "
-            f"this one is {decoder.model_type!r}"
-        )
+    check_same_architecture(plan, decoder.model_type, len(decoder.blocks), f"this {type(decoder.model).__name__}")
     check_config(decoder.config)
     check_kept(decoder.config, plan.kept)
     if not plan.is_removal_only and brings_own_code(decoder.model):
@@ -213,10 +224,6 @@ def _check_plan(decoder: Decoder, plan: FoldPlan) -> None:
             "removing sublayers build on transformers' own classes"
         )
     for group in plan.groups:
-        if group.donor not in (donors := (*READY, *DONORS)):
-            raise PlanError(
-                f"group {list(group.blocks)}: unknown donor {group.donor!r}.{did_you_mean(group.donor, donors)}"
-            )
         check_group(decoder, group.blocks, group.sublayers)
     _check_first_attention(decoder, plan)
 

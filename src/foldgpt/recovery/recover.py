@@ -18,7 +18,7 @@ from foldgpt.artifacts import alone, hash_of
 from foldgpt.attention import attention_in_tiles
 from foldgpt.errors import ArtifactError, UsageError
 from foldgpt.fingerprints import weights_fingerprint
-from foldgpt.folding import check_place, save_folded
+from foldgpt.folding import check_place, round_, save_folded
 from foldgpt.objectives import Head
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note, quiet_libraries
@@ -58,6 +58,8 @@ def recover(
     report_to: Sequence[str] = (),
     replace: bool = False,
     keep_work: bool = False,
+    text: Mapping[str, Any] | None = None,
+    save_dtype: torch.dtype | None = None,
 ) -> RecoveryResult:
     """Train a folded model to do again what its source does, and save it, verified.
 
@@ -83,6 +85,9 @@ def recover(
         replace: replace an existing `out`, if it holds a folded model.
         keep_work: leave the checkpoints there, for a caller who removes `work` once it has noted that `out` is done.
             Until then the same call has but to save the model again.
+        text: what the windows were made of, for the record: see `RecoveryResult.text`.
+        save_dtype: number format to save in; None for the one that the student has. What is measured at the end is
+            rounded to it.
 
     Raises:
         UsageError: settings, windows and models do not fit each other, a logger is not there, or blocks are to be
@@ -119,8 +124,20 @@ def recover(
         num_parameters = sum(parameter.numel() for parameter in student.parameters())
         logs = out.parent / f"{out.name}.logs" / hash_of(identity)[:8]
         trained, result = _trained(
-            student, teacher, plan, train, held_out, settings, args, pairs, work=work, logs=logs, cache=teacher_cache
+            student,
+            teacher,
+            plan,
+            train,
+            held_out,
+            settings,
+            args,
+            pairs,
+            work=work,
+            logs=logs,
+            cache=teacher_cache,
+            save_dtype=save_dtype,
         )
+        result = dataclasses.replace(result, text=dict(text or {}))
         if is_main:
             note("saving and verifying the recovered model")
             save_folded(
@@ -131,6 +148,7 @@ def recover(
                 expected_parameters=num_parameters,
                 notes={**(notes or {}), RECOVERY: result.to_json_dict()},
                 replace=replace,
+                dtype=save_dtype,
             )
             if not keep_work:
                 remove_work(work)
@@ -151,6 +169,7 @@ def _trained(
     work: Path,
     logs: Path,
     cache: str | Path | None,
+    save_dtype: torch.dtype | None,
 ) -> tuple[nn.Module, RecoveryResult]:
     """Train, from the last checkpoint if there is one, and merge what was trained.
 
@@ -166,6 +185,7 @@ def _trained(
         work: folder of the checkpoints, prepared.
         logs: where TensorBoard's files are kept.
         cache: folder for the teacher's states.
+        save_dtype: number format that the student's weights are rounded to at the end; None for its own.
 
     Returns:
         The model to save, which under FSDP is a copy of the student, and what came out.
@@ -238,6 +258,8 @@ def _trained(
     if settings.gradient_checkpointing:
         _checkpointing_(student, False)
     merge_trained_(student)
+    if save_dtype is not None:
+        round_(student, save_dtype)
     student.eval()
     return student, RecoveryResult(
         before=before,

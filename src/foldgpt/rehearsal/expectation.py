@@ -31,6 +31,8 @@ from foldgpt.recovery.trainable import make_trainable_
 from foldgpt.rehearsal.fits import bytes_of_fits
 from foldgpt.selection import (
     Request,
+    Share,
+    flops_of,
     number_for_target,
     number_to_remove,
     parameters_of,
@@ -42,6 +44,7 @@ from foldgpt.selection.cost import CACHE_BYTES, num_positions
 from foldgpt.sharing import limit_of
 from foldgpt.sizes import size
 from foldgpt.sources import DTYPES
+from foldgpt.targets import target
 
 #: AdamW: two moments; and the gradient. Trained values are kept in fp32.
 _ADAM_BYTES, _GRADIENT_BYTES, _TRAINED_BYTES = 8, 4, 4
@@ -150,7 +153,7 @@ def expect(
     num_searched = text.context * search_windows(select.num_tokens, text.context, text.num_tokens // text.context)
     search = Request(
         plan.source.num_blocks,
-        _num_removed(recipe, source),
+        num_removed(recipe, source),
         # Of the right shape alone: how many windows go through at once is part of what is counted.
         ids_WT=torch.empty(num_searched // text.context, text.context, dtype=torch.int64, device="meta"),
         sublayers=select.sublayers,
@@ -240,13 +243,23 @@ def _of_real_shapes(layout: Mapping[str, Any], student: Any, rank: int) -> dict[
     return {**layout, "private": private}
 
 
-def _num_removed(recipe: Recipe, source: Any) -> int:
+def num_removed(recipe: Recipe, source: Any) -> int:
     """Blocks that the search is asked for; what a plan shares beside them is not searched for."""
     section = recipe.select
+    if section.target is not None:
+        wanted = target(section.target)
+        share = parameters_of(source) if wanted.what == "parameters" else _flops_of(source, recipe)
+        return number_for_target(share, wanted.limit(share.total))
     if recipe.share.size is not None:
         return number_for_target(parameters_of(source), limit_of(source, size(recipe.share.size)))
     num_blocks = len(decoder_of(source).blocks)
     return number_to_remove(num_blocks, remove=section.remove, ratio=section.remove_ratio)
+
+
+def _flops_of(source: Any, recipe: Recipe) -> Share:
+    """Operations of a pass over one calibration window, which stand for its time as well."""
+    inputs = _inputs(1, recipe.calibration.context)
+    return flops_of(source, inputs["input_ids"], attention_mask=inputs["attention_mask"])
 
 
 def on_meta(config: Any, recipe: Recipe) -> Any:

@@ -20,12 +20,13 @@ from foldgpt.formats import millions
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note, quiet_libraries, silently
 from foldgpt.recipe import Recipe
-from foldgpt.rehearsal.expectation import Expectation, expect, on_meta
+from foldgpt.rehearsal.expectation import Expectation, expect, num_removed, on_meta
 from foldgpt.rehearsal.tiny import config_of, save_tiny, shrunk, write_text_file
 from foldgpt.run_folder import FOLDED, RunFolder
 from foldgpt.selection import parameters_of
 from foldgpt.sharing import limit_of
 from foldgpt.sizes import size
+from foldgpt.targets import target
 from foldgpt.workbench import Workbench
 
 #: Tokens in a window, windows to calibrate on, to search on, to train on in steps, to judge and to measure on.
@@ -175,6 +176,8 @@ def _toy(recipe: Recipe, config: Any, folder: Path) -> Recipe:
             **_SHORT_SEARCH,
             **{k: v for k, v in recipe.select.options.items() if k not in _SHORT_SEARCH},
         }
+    if recipe.select.target is not None:
+        toy["select"] |= {"target": None, "remove": _number_for(recipe, config)}
     toy["share"] |= _toy_share(toy["share"], recipe, config)
     toy["evaluate"] |= {
         "texts": [text],
@@ -219,6 +222,21 @@ def _toy_share(share: dict[str, Any], recipe: Recipe, config: Any) -> dict[str, 
     """Size and rank, where they are there, for a model that is far smaller."""
     change = {"size": _fraction(share["size"], recipe, config)} if "size" in share else {}
     return change | ({"rank": min(_RANK, share["rank"])} if isinstance(share.get("rank"), int) else {})
+
+
+def _number_for(recipe: Recipe, config: Any) -> int:
+    """How many blocks of the real model a target means.
+
+    Raises:
+        UsageError: it is a time that only the real machine can tell.
+    """
+    wanted = target(recipe.select.target or "")
+    if wanted.is_measured and not wanted.is_ratio:
+        raise UsageError(
+            f"select.target is {recipe.select.target}: a rehearsal measures no times. Give it as a part of the "
+            "source's, such as decode=80%, which is taken for a part of the operations here"
+        )
+    return num_removed(recipe, on_meta(config, recipe))
 
 
 def _fraction(written: Any, recipe: Recipe, config: Any) -> Any:

@@ -9,11 +9,18 @@ from foldgpt.rehearsal.expectation import Expectation
 from foldgpt.rehearsal.rehearse import Rehearsal
 
 
-def expectation_table(rehearsal: Rehearsal, *, teraflops: float, devices: int = 1) -> Table:
-    """One row for each run: parameters left, the most memory of a stage on one device, operations, time."""
+def expectation_table(rehearsal: Rehearsal, *, teraflops: float | None = None, devices: int = 1) -> Table:
+    """One row for each run: parameters left, the most memory of a stage on one device, operations, and time.
+
+    Args:
+        rehearsal: what was found.
+        teraflops: TFLOP/s that a device sustains; without it nothing is said of time.
+        devices: how many there are.
+    """
     table = Table()
     table.add_column("run")
-    for column in ("in blocks", "of the source", "trained", "most memory", "in", "operations", "time"):
+    timed = ["time"] if teraflops is not None else []
+    for column in ("in blocks", "of the source", "trained", "most memory", "in", "operations", *timed):
         table.add_column(column, justify="right")
     for name, row in rehearsal.rows.items():
         stage, memory = max(row.memory.items(), key=lambda item: item[1].total)
@@ -25,13 +32,16 @@ def expectation_table(rehearsal: Rehearsal, *, teraflops: float, devices: int = 
             gigabytes(memory.total),
             stage,
             _peta(sum(row.flops.values())),
-            duration(row.seconds(teraflops * 1e12, devices=devices)),
+            *([] if teraflops is None else [duration(row.seconds(teraflops * 1e12, devices=devices))]),
         )
     return table
 
 
-def expectation_lines(rehearsal: Rehearsal, *, teraflops: float, devices: int = 1) -> list[str]:
-    """Memory stage by stage of the heaviest run, the operations of each stage, and what is not in it."""
+def expectation_lines(rehearsal: Rehearsal, *, teraflops: float | None = None, devices: int = 1) -> list[str]:
+    """Memory stage by stage of the heaviest run, the operations of each stage, and what is not in it.
+
+    The arguments are those of `expectation_table`.
+    """
     heaviest = max(rehearsal.rows.values(), key=lambda row: max(memory.total for memory in row.memory.values()))
     lines = [
         f"{rehearsal.model}: {millions(heaviest.parameters)} parameters, {millions(heaviest.block_parameters)} of them "
@@ -41,11 +51,14 @@ def expectation_lines(rehearsal: Rehearsal, *, teraflops: float, devices: int = 
     for name, row in rehearsal.rows.items():
         stages = ", ".join(f"{stage} {_peta(flops)}" for stage, flops in row.flops.items())
         lines.append(f"Operations, {name}: {stages}.")
-    total = duration(rehearsal.seconds(teraflops * 1e12, devices=devices))
-    whose = "one device" if devices == 1 else f"each of {devices} devices"
+    takes = " (--tflops says how long that takes at the speed of your device)"
+    if teraflops is not None:
+        total = duration(rehearsal.seconds(teraflops * 1e12, devices=devices))
+        whose = "one device" if devices == 1 else f"each of {devices} devices"
+        takes = f": {total} at {teraflops:g} TFLOP/s sustained on {whose} (--tflops, --devices)"
     lines.append(
-        f"All together {_peta(rehearsal.flops)}: {total} at {teraflops:g} TFLOP/s sustained on {whose} (--tflops, "
-        "--devices). Not counted: the time of the fits of the compensation and of shared weights (share.fit), what "
+        f"All together {_peta(rehearsal.flops)}{takes}. Not counted: the time of the fits of the compensation and of "
+        f"shared weights (share.fit), what "
         "share.method auto and donor best measure, what train_blocks behind saves, tasks, perplexity on whole texts, "
         "reading and writing."
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from foldgpt.artifacts import write_text
+from foldgpt.errors import ArtifactError
 from foldgpt.evaluation import Evaluation
 from foldgpt.formats import millions
 from foldgpt.plan import FoldPlan, Group
@@ -44,10 +45,13 @@ def build_report(run_folder: str | Path) -> Path:
         The path of the page.
 
     Raises:
-        ArtifactError: there is no such folder or no plan in it, an artefact cannot be read, or the page not written.
+        ArtifactError: there is no such folder or no plan in it, or it holds a model; an artefact cannot be read, or the
+            page not written.
         PlanError: the plan is not valid.
     """
     folder = Path(run_folder)
+    if (folder / "config.json").is_file():
+        raise ArtifactError(f"{folder} holds a model, not a run: the page is built in the folder of its run")
     run = read_run(folder)
     path = folder / REPORT
     write_text(path, _render(run))

@@ -22,8 +22,9 @@ from foldgpt.comparison import (
     title_of,
     verdict,
 )
+from foldgpt.formats import block_ranges
 from foldgpt.report.build import REPORT
-from foldgpt.report.headline import block_ranges, short_name
+from foldgpt.report.headline import short_name
 from foldgpt.report.rows import Rows, rows_of
 from foldgpt.report.templating import templates
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from foldgpt.evaluation import Evaluation
-from foldgpt.formats import megabytes, millions, percent, significant
+from foldgpt.formats import block_ranges, megabytes, millions, percent, significant
 from foldgpt.plan import FoldPlan
 
 #: What the members of a group share, in a word.
@@ -43,21 +42,6 @@ def headlines(plan: FoldPlan, evaluation: Evaluation | None, *, compensated: boo
 def short_name(model: str) -> str:
     """The last part of a model's name, without the folders or the account before it."""
     return model.rstrip("/").rpartition("/")[2] or model
-
-
-def block_ranges(blocks: Sequence[int]) -> str:
-    """Source indices in few words: 3, 5–8 and 11."""
-    runs: list[list[int]] = []
-    for block in sorted(blocks):
-        if runs and block == runs[-1][-1] + 1:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    # Two in a row are not worth a dash.
-    parts = [
-        part for run in runs for part in ([f"{run[0]}–{run[-1]}"] if len(run) > 2 else [str(block) for block in run])
-    ]
-    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
 
 
 def _smaller(plan: FoldPlan, evaluation: Evaluation | None) -> Headline | None:

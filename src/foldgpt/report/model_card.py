@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ import foldgpt
 from foldgpt.artifacts import write_text
 from foldgpt.errors import ArtifactError
 from foldgpt.evaluation import Evaluation
+from foldgpt.formats import block_ranges
 from foldgpt.plan import FoldPlan
 from foldgpt.report.compensation import was_compensated
-from foldgpt.report.headline import block_ranges, headlines, short_name
+from foldgpt.report.headline import headlines, short_name
 from foldgpt.report.rows import rows_of
 from foldgpt.report.templating import templates
 from foldgpt.report.training import read_recovery, training_in_words
@@ -35,7 +35,6 @@ def write_model_card(
     *,
     evaluation: Evaluation | None = None,
     source: str | Path | None = None,
-    trained_on: Sequence[str] = (),
 ) -> Path:
     """Write README.md into a folded checkpoint: what was done, what it cost, how to load it.
 
@@ -44,8 +43,6 @@ def write_model_card(
         evaluation: what was measured of it; without one the card has no numbers, and says so.
         source: the source's folder, or its one file. Licence and languages are taken over from its card, if the folder
             has one.
-        trained_on: texts of the recovery, which its own record does not name. How much it trained is read from the
-            checkpoint, and whether it was compensated from there or from the folded model beside a recovered one.
 
     Returns:
         The path of the card.
@@ -71,7 +68,7 @@ def write_model_card(
             base_model=metadata.get("base_model"),
             headlines=headlines(plan, evaluation, compensated=compensated),
             compensated=compensated,
-            training=None if recovery is None else training_in_words(recovery, trained_on),
+            training=None if recovery is None else training_in_words(recovery),
             is_removal_only=plan.is_removal_only,
             strip=plan_strip(plan).plain,
             comparison=None if evaluation is None else rows_of(comparison_table(evaluation)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,9 @@ def read_recovery(folder: Path) -> RecoveryResult | None:
     return RecoveryResult.load(folder) if (folder / RECOVERY).is_file() else None
 
 
-def training_in_words(recovery: RecoveryResult, texts: Sequence[str]) -> str:
-    """What the recovery did to a checkpoint, in a sentence.
-
-    Args:
-        recovery: what `read_recovery` gave.
-        texts: what it was trained on; empty where that is not known.
-    """
+def training_in_words(recovery: RecoveryResult) -> str:
+    """What the recovery did to a checkpoint, in a sentence."""
+    texts = recovery.text.get("texts", [])
     # A card is for others: folders of one's own machine are nothing to them.
     names = " + ".join(text if text.startswith(_SCHEMES) else Path(text).name for text in texts)
     on = f"{recovery.num_tokens:,} tokens{f' of {names}' if names else ''}"

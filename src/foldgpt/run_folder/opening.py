@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def open_run(
     """Open the folder of a run or a comparison for one recipe, and keep other processes out of it meanwhile.
 
     A folder that holds an interrupted or finished run of the same recipe is continued. One in which nothing was made
-    for its recipe, because that was refused, is anybody's.
+    for its recipe, because that was refused, is anybody's; if this call made it, it goes again.
 
     Args:
         path: the folder; made if it does not exist.
@@ -53,6 +53,7 @@ def open_run(
     elif not overwrite:
         _check_same(path, recipe)
     lock = FileLock(path / LOCK)
+    was_there = path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -76,6 +77,14 @@ def open_run(
                 # Only now: the recipe of a run that goes on elsewhere stays as it is.
                 recipe.save(path / RECIPE)
                 yield RunFolder(path, beside)
+        except BaseException:
+            if not was_there and not _is_begun(path):
+                # Refused before anything was made: what was put there by this call goes again.
+                (path / RECIPE).unlink(missing_ok=True)
+                (path / LOCK).unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.rmdir()
+            raise
         finally:
             lock.release()
 

@@ -1,6 +1,14 @@
 """Which blocks to remove."""
 
-from foldgpt.selection.budget import flops_of, number_for_target, number_to_remove, parameters_of, seconds_of
+from foldgpt.selection.budget import (
+    Share,
+    flops_of,
+    number_for_target,
+    number_to_remove,
+    parameters_of,
+    seconds_of,
+    share_for,
+)
 from foldgpt.selection.cost import Objective, RemovalCost, search_windows
 from foldgpt.selection.gating.further_text import windows_of_finals
 from foldgpt.selection.registry import (
@@ -26,6 +34,7 @@ __all__ = [
     "Request",
     "Selection",
     "Selector",
+    "Share",
     "Units",
     "check_name",
     "check_request",
@@ -37,5 +46,6 @@ __all__ = [
     "search_windows",
     "seconds_of",
     "select",
+    "share_for",
     "windows_of_finals",
 ]

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from foldgpt.errors import UsageError
 from foldgpt.families import decoder_of
-from foldgpt.formats import significant
+from foldgpt.formats import amount
+from foldgpt.targets import Target
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,25 @@ def number_for_target(share: Share, target: float) -> int:
             return number
         left -= block
     raise UsageError(
-        f"no number of removed blocks, whichever they are, brings the model to {significant(target)} {share.what}: it "
-        f"has {significant(share.total)}, of which all {len(share.per_block)} blocks are "
-        f"{significant(sum(share.per_block))}, and one must stay"
+        f"no number of removed blocks, whichever they are, brings the model to {amount(target, share.what)}: it has "
+        f"{amount(share.total, share.what)}, of which all {len(share.per_block)} blocks are "
+        f"{amount(sum(share.per_block), share.what)}, and one must stay"
     )
+
+
+def share_for(target: Target, model: nn.Module, ids_BT: Tensor) -> Share:
+    """What a model and its blocks take of that which a target limits.
+
+    Args:
+        target: the target.
+        model: a causal language model.
+        ids_BT: one calibration window, int64 [1, T]; a token of it is what is decoded.
+    """
+    if target.what == "parameters":
+        return parameters_of(model)
+    if target.what == "flops":
+        return flops_of(model, ids_BT)
+    return seconds_of(model, ids_BT[:, :1] if target.what == "decode" else ids_BT)
 
 
 def parameters_of(model: nn.Module) -> Share:
@@ -74,17 +90,19 @@ def parameters_of(model: nn.Module) -> Share:
 
 
 @torch.no_grad()
-def flops_of(model: nn.Module, ids_BT: Tensor) -> Share:
+def flops_of(model: nn.Module, ids_BT: Tensor, *, attention_mask: Tensor | None = None) -> Share:
     """Floating-point operations of one forward pass over some token ids, of matrix products and attention.
 
     Args:
-        model: a causal language model.
+        model: a causal language model; it may be on the meta device.
         ids_BT: token ids, int64 [B, T].
+        attention_mask: in place of the one that the model makes; for the meta device, bool [B, 1, T, T].
     """
     decoder = decoder_of(model)
     counter = FlopCounterMode(display=False, custom_mapping=_uncounted())
+    masked = {} if attention_mask is None else {"attention_mask": attention_mask}
     with counter:
-        model(input_ids=ids_BT, use_cache=False)
+        model(input_ids=ids_BT, use_cache=False, **masked)
     counts: dict[str, Any] = counter.get_flop_counts()
     root = type(model).__name__
     per_block = tuple(

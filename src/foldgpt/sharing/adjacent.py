@@ -8,7 +8,7 @@ from typing import Literal
 from foldgpt.errors import UsageError
 from foldgpt.families import Decoder
 from foldgpt.folding import kind_of
-from foldgpt.plan import SUBLAYERS, Group, Sublayer
+from foldgpt.plan import SUBLAYERS, Donor, Group, Sublayer
 
 
 def adjacent_groups(
@@ -17,7 +17,7 @@ def adjacent_groups(
     *,
     size: int,
     sublayers: Sequence[Sublayer] = SUBLAYERS,
-    donor: str = "first",
+    donor: Donor = "first",
     rank: int = 0,
     scales: bool = False,
 ) -> tuple[Group, ...]:

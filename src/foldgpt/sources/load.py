@@ -22,6 +22,9 @@ from foldgpt.sources.weights import check_complete, loaded_bytes, model_fingerpr
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+#: Devices by their names in torch; `cuda` is AMD's too.
+_DEVICES = ("cpu", "cuda", "xpu", "mps", "npu", "hpu", "mlu", "musa")
+
 #: Accelerators that cannot compute in float64, in which fits are made and saved models are verified.
 _WITHOUT_FP64 = ("mps",)
 
@@ -140,7 +143,7 @@ def _say_if_slow(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cpu" and dtype.itemsize == 2 and is_slow_in_16_bits():
         note(
             f"this CPU is likely to be slow in {str(dtype).removeprefix('torch.')}: without AVX-512 that takes several "
-            "times as long as float32 (--dtype float32, or dtype in a recipe; twice the memory and disk)"
+            "times as long as float32 (--dtype float32, or dtype in a recipe; twice the memory)"
         )
 
 
@@ -157,6 +160,10 @@ def device_of(name: str) -> torch.device:
         # Under torchrun and accelerate each process has a device of its own; all of them see the first.
         rank = os.environ.get("LOCAL_RANK")
         return found if rank is None else torch.device(found.type, int(rank) % torch.accelerator.device_count())
+    kind = name.partition(":")[0]
+    if kind not in _DEVICES:
+        near = " Did you mean 'cuda'?" if kind == "gpu" else did_you_mean(kind, ("auto", *_DEVICES))
+        raise UsageError(f"unknown device {name!r}.{near}")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -207,9 +207,12 @@ def _quiet_harness() -> Iterator[None]:
     import datasets
     from lm_eval.api import task as harness_task
 
-    logger = logging.getLogger("lm_eval")
-    level, bars = logger.level, datasets.are_progress_bars_disabled()
-    logger.setLevel(logging.ERROR)
+    # The hub's client says of each failed try what the last one's error says.
+    loggers = {name: logging.getLogger(name) for name in ("lm_eval", "huggingface_hub", "datasets")}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    bars = datasets.are_progress_bars_disabled()
+    for logger in loggers.values():
+        logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     # The harness has no way to switch off the bar it shows while it makes requests of rows.
     harness_bar = harness_task.tqdm
@@ -218,6 +221,7 @@ def _quiet_harness() -> Iterator[None]:
         yield
     finally:
         harness_task.tqdm = harness_bar
-        logger.setLevel(level)
+        for name, logger in loggers.items():
+            logger.setLevel(levels[name])
         if not bars:
             datasets.enable_progress_bars()

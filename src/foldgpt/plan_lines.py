@@ -1,0 +1,116 @@
+"""A plan in words: what is cut, who chose it and on which text, and what the search measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from foldgpt.formats import amount, block_ranges, millions
+from foldgpt.plan import CalibrationText, FoldPlan
+
+
+def plan_lines(plan: FoldPlan) -> Text:
+    """What the strip of a plan does not show, a line for each: model, cuts, selector, text, search, what is fitted.
+
+    What a plan does not say, such as one that was written by hand, is left out. Costs are as their search measures
+    them: see docs/selection.md.
+    """
+    lines = [_cut_line(plan), *_target_lines(plan), *_chosen_lines(plan), *_search_lines(plan)]
+    if plan.compensation is not None:
+        lines.append(
+            f"compensation: {plan.compensation.method}, fitted when folding on {_fitted_on(plan.compensation)}"
+        )
+    elif plan.removed or plan.removed_attention or plan.removed_mlp:
+        lines.append("compensation: none")
+    if plan.fitting is not None:
+        lines.append(f"shared weights and private terms: fitted when folding on {_fitted_on(plan.fitting)}")
+    return Text("\n".join(lines), style="dim")
+
+
+def _cut_line(plan: FoldPlan) -> str:
+    """The model, and the source indices of what goes."""
+    source = plan.source
+    revision = f" at {source.revision}" if source.revision else ""
+    gone = {"removed": plan.removed, "attention removed": plan.removed_attention, "MLP removed": plan.removed_mlp}
+    parts = [f"{what} {block_ranges(blocks)}" for what, blocks in gone.items() if blocks]
+    return f"{source.model}{revision} ({source.model_type}): {'; '.join(parts) or 'no block removed'}"
+
+
+def _chosen_lines(plan: FoldPlan) -> list[str]:
+    origin = plan.origin
+    if "selector" not in origin:
+        return []
+    seed = f", seed {origin['seed']}" if "seed" in origin else ""
+    calibration = origin.get("calibration")
+    protocol = calibration.get("protocol") if isinstance(calibration, Mapping) else None
+    on = f"; calibrated on {calibration_words(protocol)}" if isinstance(protocol, Mapping) else ""
+    return [f"chosen by {origin['selector']}{seed}{on}"]
+
+
+def _search_lines(plan: FoldPlan) -> list[str]:
+    """How far from its source the model was that a search settled on, and what the search took."""
+    report = plan.origin.get("report")
+    if not isinstance(report, Mapping) or not {"cost", "num_tokens", "forward_equivalents", "seconds"} <= report.keys():
+        return []
+    what = "KL to the source" if report.get("objective") == "kl" else "language-modelling loss"
+    compensated = bool(report.get("compensated"))
+    fit = ", compensated by the quick fit of the search" if compensated else ""
+    lines = [
+        f"{what} {report['cost']:.4f} nats per token on {report['num_tokens']:,} calibration tokens{fit}; "
+        f"{report['forward_equivalents']:.1f} forward passes over them, {report['seconds']:,.0f} s"
+    ]
+    finals = report.get("finals") or []
+    if len(finals) > 1:
+        fit = ", compensated as folding does it" if compensated else ""
+        lines.append(
+            f"on {finals[0]['num_tokens']:,} further tokens{fit}: {finals[0]['cost']:.4f}, the next best of "
+            f"{len(finals)} sets {finals[1]['cost']:.4f}"
+        )
+    return lines
+
+
+def _target_lines(plan: FoldPlan) -> list[str]:
+    """What decided how many blocks go, where that was a target."""
+    report = plan.origin.get("report")
+    met = report.get("target") if isinstance(report, Mapping) else None
+    if not isinstance(met, Mapping) or not {"target", "what", "source", "limit", "num_remove"} <= met.keys():
+        return []
+    limit, of_source = (amount(met[name], met["what"]) for name in ("limit", "source"))
+    return [f"target {met['target']}: at most {limit} of {of_source}, so {met['num_remove']} blocks"]
+
+
+def _fitted_on(text: CalibrationText) -> str:
+    return f"{' + '.join(text.texts)}, {text.num_tokens:,} tokens in windows of {text.context:,}"
+
+
+def calibration_words(protocol: Mapping[str, Any]) -> str:
+    """The text of a calibration, and how much of it, by its protocol; as far as that says."""
+    texts: Sequence[Any] = protocol.get("texts") or ["a text"]
+    words = " + ".join(map(str, texts))
+    if {"windows", "context"} <= protocol.keys():
+        windows = "window" if protocol["windows"] == 1 else "windows"
+        words += f", {protocol['windows']:,} {windows} of {protocol['context']:,} tokens"
+    return words
+
+
+def candidates_table(plan: FoldPlan) -> Table:
+    """The ways to spend a budget that were measured for a plan, best first; the first one is the plan.
+
+    Args:
+        plan: one whose `origin` holds "candidates".
+    """
+    table = Table()
+    table.add_column("candidate")
+    for heading in ("removed", "at zero", "shared", "parameters", "KL"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for candidate in sorted(plan.origin["candidates"], key=lambda entry: entry["kl"]):
+        table.add_row(
+            candidate["name"],
+            *(str(candidate[name]) for name in ("num_removed", "num_at_zero", "num_shared")),
+            millions(candidate["parameters"]),
+            f"{candidate['kl']:.4f}",
+        )
+    return table
