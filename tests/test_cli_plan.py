@@ -144,3 +144,34 @@ def test_an_interruption_says_how_it_goes_on(
     stopped = foldgpt("plan", model, *arguments)
     assert stopped.exit_code == 130
     assert stopped.stderr == "stopped. The same command goes on from the last checkpoint.\n"
+
+
+def test_a_search_is_told_what_to_measure_and_how_long(model: Path, text: Path, tmp_path: Path) -> None:
+    made = foldgpt(
+        *("plan", model, "--text", text, *CALIBRATION, "--select", "gates", "--remove", 1, "--objective", "lm", "-q"),
+        *("--sublayers", "--option", "steps=2", "--option", "refine=false", "--compensate", "none"),
+        *("--out", tmp_path / "plan.json"),
+    )
+    assert made.exit_code == 0, made.output
+    plan = FoldPlan.load(tmp_path / "plan.json")
+    report = plan.origin["report"]
+    assert report["objective"] == "lm" and len(report["trace"]) <= 3
+    assert len(report["trace"][0]["keep"]) == 12  # attention and MLP of six blocks
+    assert "language-modelling loss" in made.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--option", "efort=1"), "the selector 'gates' has no option 'efort'. Did you mean 'effort'?"),
+        (("--option", "effort"), "--option takes NAME=VALUE, not 'effort'"),
+        (("--objective", "loss"), "--objective: Input should be 'kl' or 'lm' (got 'loss')"),
+        (("--select", "bi", "--sublayers"), "bi"),
+    ],
+)
+def test_what_a_search_cannot_do_is_refused(
+    model: Path, text: Path, tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    out = tmp_path / "plan.json"
+    made = foldgpt("plan", model, "--text", text, *CALIBRATION, "--remove", 1, "--out", out, *flags)
+    assert made.exit_code == 2 and message in made.stderr and not out.exists()

@@ -106,6 +106,8 @@ def test_a_comparison_makes_nothing_twice_and_says_what_is_certain(
     assert by_title["bi"].seconds is not None and by_title["last"].seconds is not None
     assert (by_title["bi + recovery"].trained_tokens, by_title["bi"].trained_tokens) == (256, None)
     assert Comparison.load(tmp_path / "c") == result
+    said = [line for line in result.protocol if "also used" in line]
+    assert said == ["text.txt was also used for calibration and training: its perplexity is no test of these models."]
 
     made.clear()
     monkeypatch.setattr(Workbench, "training_windows", lambda *_: made.append("windows"))

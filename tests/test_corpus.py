@@ -319,6 +319,10 @@ def test_a_text_is_found_again_under_another_name(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     uses = {"calibration": ["demo:wikipedia", str(tmp_path / "*.txt")], "training": ["b.txt", "gone.txt"]}
     tested = ["demo:wikipedia", "demo:wikipedia-test", "a.txt", "./b.txt", "hub:wikitext"]
+    hub = {"training": ["hub:a/b?column=body&config=en"]}
+    assert list(reused_texts(["hub:a/b?config=en&split=train", "hub:a/b?config=en&split=test", "hub:a/b"], hub)) == [
+        "hub:a/b?config=en&split=train"
+    ]
     assert reused_texts(tested, uses) == {
         "demo:wikipedia": ["calibration"],
         "a.txt": ["calibration"],

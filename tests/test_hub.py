@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from typer.testing import CliRunner
 
-from foldgpt.artifacts import write_text
+from foldgpt.artifacts import write_json, write_text
 from foldgpt.cli import app
 from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
 from foldgpt.hub import check_upload, push
@@ -185,11 +185,14 @@ def test_a_dry_run_lists_what_would_go_up_and_asks_nobody(hub: type[StandIn], ru
 
 def test_of_a_run_that_is_not_finished_no_model_goes_up(hub: type[StandIn], run: Path) -> None:
     """It may be one that was to be trained."""
-    write_text(run / "run.json", "{}")
+    write_json(run / "run.json", {"format": "foldgpt.run", "stages": {}})
+    # A page can be built of an unfinished run too.
+    write_text(run / "report.html", "x")
     with pytest.raises(ArtifactError, match=r"is not finished.*foldgpt run .*recipe\.yaml --out"):
         push(run, "me/small")
     push(run / "folded", "me/small")
-    write_text(run / "report.html", "x")
+    report = {"inputs": "i", "outputs": {}, "seconds": 1.0, "places": []}
+    write_json(run / "run.json", {"format": "foldgpt.run", "stages": {"report": report}})
     push(run, "me/small")
     assert [arguments["folder_path"].name for name, arguments in hub.calls if name == "upload_folder"] == [
         "folded",

@@ -83,7 +83,7 @@ def test_a_fit_is_claimed_only_where_it_was_merged(tmp_path: Path) -> None:
 def test_it_says_on_what_weights_were_trained(changes: dict[str, Any], expected: str, tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "x", plan())
     assert "trained" not in write_model_card(folder).read_text("utf-8").replace("pretrained", "")
-    on = {"text": {"texts": ["demo:wikipedia", "/home/me/mine.txt"]}}
+    on = {"text": {"texts": ["demo:wikipedia", "/home/me/mine.txt"], "context": 512, "num_held_out": 64}}
     write_json(folder / "recovery.json", {**recovery(), **on, **changes})
     text = write_model_card(folder).read_text("utf-8")
     assert expected in text and "/home/me" not in text

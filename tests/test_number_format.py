@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from cli_case import foldgpt
 from foldgpt import pipeline
-from foldgpt.artifacts import read_json
+from foldgpt.artifacts import read_json, write_json
 from foldgpt.errors import FoldGPTError
 from foldgpt.evaluation import Evaluation
 from foldgpt.folding import cast_, fold_, round_, source_model_of
@@ -148,3 +148,24 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert (formats(tmp_path / "a"), formats(tmp_path / "b")) == ({torch.bfloat16}, {torch.float32})
     refused = foldgpt(*fold, "--save-dtype", "bfloat", "--out", tmp_path / "c")
     assert refused.exit_code == 2 and "error: --save-dtype: " in refused.stderr and "'bfloat16'?" in refused.stderr
+
+
+def test_what_is_saved_in_fewer_bits_is_trained_and_measured_in_the_format_of_the_source(tmp_path: Path) -> None:
+    """Loaded as it is stored, a model in float16 could not be trained, and one in bf16 would be slow on many CPUs."""
+    place, text = source(tmp_path / "model", torch.float32), tiny_text(tmp_path / "text.txt")
+    recover = {"num_tokens": 512, "context": 32, "held_out_tokens": 128}
+    recipe = Recipe.from_dict({**tiny_recipe(place, text, recover=recover), "save_dtype": "float16"})
+    result = pipeline.run(recipe, tmp_path / "run")
+    assert formats(result.model) == {torch.float16}
+    for measured in (result.evaluation.folded, result.evaluation.baseline):
+        assert measured is not None and measured.perplexity is not None
+        assert measured.perplexity.dtype == "float32"
+    assert result.evaluation.folded.stored_in == "float16"
+
+
+def test_a_config_without_a_format_leaves_it_to_the_weights(tmp_path: Path) -> None:
+    place = source(tmp_path / "model")
+    config = read_json(place / "config.json")
+    del config["dtype"]
+    write_json(place / "config.json", config)
+    assert stored_dtype(place) == torch.bfloat16

@@ -201,7 +201,7 @@ def test_a_recipe_measures_and_fits_donors(inputs: tuple[Path, Path], tmp_path: 
     assert plan.groups and plan.fitting == bench.fitting
     assert {group.donor for group in plan.groups} == {"owner" if donor == "best" else donor}
     steps.make_folded(bench, plan, tmp_path / "folded")
-    with pytest.raises(UsageError, match="set fit to true"):
+    with pytest.raises(UsageError, match=r"it needs share\.fit"):
         Recipe.from_dict(tiny_recipe(*inputs, share={"method": "adjacent", "donor": "least_squares"}))
 
 

@@ -17,7 +17,9 @@ from foldgpt.folding import unfold_
 from foldgpt.recipe import Recipe
 from foldgpt.sources.load import is_slow_in_16_bits
 
-_DTYPE, _BYTES = ("float32", 4) if is_slow_in_16_bits() else ("bfloat16", 2)
+_DTYPE = "float32" if is_slow_in_16_bits() else "bfloat16"
+#: Of a parameter on disk: the sources are in bf16, and so is what is made of them, whatever is computed in.
+_BYTES = 2
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1200)]
 

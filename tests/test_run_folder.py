@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from foldgpt import artifacts, pipeline, planning
+from foldgpt import artifacts, pipeline, planning, side_by_side
 from foldgpt.analysis import sweep
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.cli import app
@@ -107,6 +107,23 @@ def test_a_folder_in_which_nothing_was_made_is_anybodys(recipe: Recipe, tmp_path
     checkpoint.unlink()
     with open_run(tmp_path / "run", recipe):
         assert Recipe.load(tmp_path / "run" / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize("verb", ["run", "compare"])
+def test_a_run_that_was_stopped_at_its_very_beginning_goes_on(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """The windows that it trains on are made before the first stage."""
+    recover = {"num_tokens": 512, "context": 32, "held_out_tokens": 128}
+    changed = recipe.changed(recover=recover)
+    whole = Recipe.from_dict({**changed.model_dump(mode="json"), "compare": {"rows": {"bi": None, "last": None}}})
+    call = pipeline.run if verb == "run" else side_by_side.compare
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "make_analysis", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            call(whole, tmp_path / "run")
+    assert (tmp_path / "run" / "recipe.yaml").is_file()
+    call(whole, tmp_path / "run")
 
 
 def test_a_recipe_beside_which_nothing_ran_is_not_replaced(recipe: Recipe, tmp_path: Path) -> None:

@@ -302,17 +302,17 @@ def test_one_window_has_no_standard_error_and_no_word_of_it() -> None:
 
 def test_sizes_of_two_formats_are_told_apart() -> None:
     """With float32 asked for, a folded model may take more bytes than its bf16 source, and fewer parameters."""
-    source = measured("source", 30)
+    source = measured("source", 30, stored_in="bfloat16")
     less = ModelSize(24, 113_300_000, 141_600_000, 85_000_000, 453_200_000, 18_432, 0, None)
 
-    def lines(bytes_on_disk: int) -> str:
-        folded = measured("folded", 24, size=less, bytes_on_disk=bytes_on_disk)
+    def lines(stored_in: str | None) -> str:
+        folded = measured("folded", 24, size=less, bytes_on_disk=453_200_000, stored_in=stored_in)
         return protocol_lines(Evaluation(folded, source, {"bytes_on_disk": 1.68})).plain
 
     assert (
-        "Size on disk: source is stored in 2 bytes a parameter, folded in 4; in one format the ratio would be 0.84×."
-    ) in lines(453_200_000)
-    assert "Size on disk" not in lines(226_600_000)
+        "Size on disk: source is stored in bfloat16, folded in float32; in one format the ratio would be 0.84×."
+    ) in lines("float32")
+    assert "Size on disk" not in lines("bfloat16") + lines(None)
 
 
 def test_a_text_that_the_model_was_made_by_is_no_test() -> None:
@@ -375,7 +375,8 @@ def test_a_plan_says_where_it_comes_from_and_what_its_search_measured() -> None:
     plain = lines(compensated=False, objective="lm", finals=[])
     assert len(plain) == 4 and plain[2].startswith("language-modelling loss 0.5061") and "fit" not in plain[2]
     # Nothing was measured, or the plan was written by hand.
-    for little in ({}, {"report": {"draws": 3}}, {"report": None}):
+    wrong = {"report": {**report, "cost": "low", "target": {"limit": "much"}}, "calibration": {"protocol": 3}}
+    for little in ({}, {"report": {"draws": 3}}, {"report": None}, wrong):
         assert plan_lines(FoldPlan.create(source, removed=[4], origin=little)).plain == (
             "m at v2 (llama): removed 4\ncompensation: none"
         )

@@ -11,7 +11,7 @@ import torch
 from cli_case import foldgpt
 from foldgpt import pipeline, planning
 from foldgpt.comparison import rows_of_recipe
-from foldgpt.errors import UsageError
+from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import decoder_of
 from foldgpt.plan import FoldPlan
 from foldgpt.planning import expected_parameters
@@ -125,6 +125,41 @@ def test_times_of_an_offloaded_model_are_refused(inputs: tuple[Path, Path], monk
         planning.make_selection(bench, None)
 
 
+def test_operations_of_an_offloaded_model_are_counted(tmp_path: Path) -> None:
+    """Its embedding may be on disk, and no place for token ids."""
+    place, text = tiny_source(tmp_path / "model", vocab_size=128), tiny_text(tmp_path / "text.txt")
+    recipe = Recipe.from_dict(
+        {**tiny_recipe(place, text, select={"method": "last", "target": "flops=70%"}), "max_memory_gb": 2e-5}
+    )
+    bench = Workbench(recipe)
+    assert bench.source.offloaded
+    assert len(planning.make_selection(bench, None).removed) >= 2
+
+
+def test_a_search_that_goes_on_has_the_same_end_whatever_the_clock_says_now(
+    inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    times = iter([0.1, 0.05])
+    monkeypatch.setattr(budget, "seconds_of", lambda *_: Share("seconds", next(times), (0.011,) * 6))
+    recipe, checkpoint = recipe_with(inputs, "decode=80ms", method="last"), tmp_path / "search.json"
+    with monkeypatch.context() as patched:
+        patched.setattr(planning, "select", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            planning.make_selection(Workbench(recipe), None, checkpoint)
+    selection = planning.make_selection(Workbench(recipe), None, checkpoint)
+    assert len(selection.removed) == 2
+    planning.drop_search(checkpoint)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match="takes no more as it is"):
+        planning.make_selection(Workbench(recipe), None, checkpoint)
+
+
+def test_positions_that_stay_meet_no_target(inputs: tuple[Path, Path]) -> None:
+    """They keep scales and norms, and compute as before."""
+    with pytest.raises(UsageError, match=r"with share\.start zero they keep positions"):
+        recipe_with(inputs, "flops=70%").changed(share={"method": "adjacent", "start": "zero"})
+
+
 def test_a_budget_is_given_once(inputs: tuple[Path, Path]) -> None:
     with pytest.raises(UsageError, match=r"give select\.remove or select\.target, not both"):
         recipe_with(inputs, "parameters=80%", remove=2)
@@ -153,6 +188,27 @@ def test_a_rehearsal_counts_the_blocks_of_the_real_model(inputs: tuple[Path, Pat
         assert row.kept_block_parameters / row.block_parameters == pytest.approx(4 / 6)
     with pytest.raises(UsageError, match="a rehearsal measures no times"):
         rehearse(recipe_with(inputs, "decode=25ms"))
+    with pytest.raises(UsageError, match="takes no more as it is"):
+        rehearse(recipe_with(inputs, "parameters=99M"))
+
+
+def test_a_row_is_rehearsed_with_the_blocks_of_the_real_model(inputs: tuple[Path, Path]) -> None:
+    model = tiny_model("llama")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    of_block = sum(parameter.numel() for parameter in decoder_of(model).blocks[0].parameters())
+    written = f"parameters={total - 2 * of_block}"
+    rows = {"bi": {"select": {"method": "bi", "target": written}}, "last": None}
+    recipe = Recipe.from_dict(tiny_recipe(*inputs, compare={"rows": rows}))
+    found = rehearse(recipe, compare=True)
+    kept = {name: row.kept_block_parameters / row.block_parameters for name, row in found.rows.items()}
+    assert kept == pytest.approx({"bi": 4 / 6, "last": 4 / 6})
+
+
+def test_a_model_that_cannot_be_counted_is_named(tmp_path: Path) -> None:
+    place, text = tiny_source(tmp_path / "model", "opt"), tiny_text(tmp_path / "text.txt")
+    recipe = Recipe.from_dict(tiny_recipe(place, text, select={"method": "bi", "target": "flops=70%"}))
+    with pytest.raises(UnsupportedModelError, match=r"the real opt takes cannot be counted on PyTorch's meta device"):
+        rehearse(recipe)
 
 
 def test_a_run_meets_its_target_and_says_how(inputs: tuple[Path, Path], tmp_path: Path) -> None:

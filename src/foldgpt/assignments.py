@@ -9,8 +9,12 @@ from typing import Any
 from foldgpt.errors import UsageError
 
 
-def assignments(given: Iterable[str]) -> dict[str, Any]:
+def assignments(given: Iterable[str], flag: str = "--set") -> dict[str, Any]:
     """Names and values; of a name that is given twice the last one counts.
+
+    Args:
+        given: what was written.
+        flag: where, for the error message.
 
     Raises:
         UsageError: one is not of this form.
@@ -19,7 +23,7 @@ def assignments(given: Iterable[str]) -> dict[str, Any]:
     for pair in given:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise UsageError(f"--set takes NAME=VALUE, not {pair!r}")
+            raise UsageError(f"{flag} takes NAME=VALUE, not {pair!r}")
         found[name] = _value(value)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePath
 
 
 def whole(value: float) -> str:
@@ -21,7 +22,7 @@ def megabytes(value: float) -> str:
 
 
 def significant(value: float, digits: int = 4) -> str:
-    """A positive number with so many digits that say something, and never with an exponent."""
+    """A positive number with so many digits that say something; one below 0.0001 with as many behind the point."""
     if value >= 10 ** (digits - 1):
         return f"{value:,.0f}"
     return f"{value:.{digits}g}" if value >= 1e-4 or not value else f"{value:.{digits}f}"
@@ -66,3 +67,12 @@ def amount(value: float, unit: str) -> str:
     if unit == "FLOPs":
         return f"{significant(value / 1e9)} GFLOPs" if value >= 1e9 else f"{significant(value / 1e6)} MFLOPs"
     return f"{significant(1e3 * value)} ms" if value < 1 else f"{significant(value)} s"
+
+
+#: What texts begin with that are not files.
+_SCHEMES = ("demo:", "hub:", "self:")
+
+
+def text_name(spec: str) -> str:
+    """A text without its folders: what others are told of it."""
+    return spec if spec.startswith(_SCHEMES) else PurePath(spec).name

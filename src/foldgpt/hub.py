@@ -10,11 +10,12 @@ import yaml
 
 from foldgpt.errors import ArtifactError, FoldGPTError, UsageError, first_line
 from foldgpt.progress import note
+from foldgpt.run_folder import FOLDED, LEDGER, RECIPE, RECOVERED, RunFolder
 
 #: What makes a folder a checkpoint that others can use.
 _NEEDED = ("config.json", "plan.json", "README.md")
 #: What belongs to a checkpoint: weights, configs, tokenizer, code, records, card and licence.
-_PARTS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.md", "LICENSE*", "NOTICE*")
+_PARTS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.md", "LICENSE*", "NOTICE*")
 #: Folder of further chat templates of a tokenizer.
 _TEMPLATES = "additional_chat_templates"
 
@@ -91,7 +92,7 @@ def push(folder: str | Path, repo: str, *, private: bool | None = None, revision
 
     upload = check_upload(folder, repo)
     if upload.left:
-        note(f"left out, being no part of a checkpoint: {', '.join(upload.left)}")
+        note(f"left out, not known as a part of a checkpoint: {', '.join(upload.left)}")
     api = HfApi()
     try:
         address = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
@@ -138,12 +139,12 @@ def check_card(path: Path) -> None:
 
 
 def _checkpoint_in(folder: Path) -> Path:
-    if (folder / "run.json").is_file() and not (folder / "report.html").is_file():
+    if (folder / LEDGER).is_file() and not RunFolder(folder).is_finished:
         raise ArtifactError(
             f"the run in {folder} is not finished, so its final model may be missing: let it go on (`foldgpt run "
-            f"{folder / 'recipe.yaml'} --out {folder}`), or give the folder of a model in it"
+            f"{folder / RECIPE} --out {folder}`), or give the folder of a model in it"
         )
-    for final in (folder / "recovered", folder / "folded", folder):
+    for final in (folder / RECOVERED, folder / FOLDED, folder):
         if (final / "config.json").is_file():
             missing = [name for name in _NEEDED if not (final / name).is_file()]
             if missing:

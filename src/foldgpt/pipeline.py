@@ -8,10 +8,11 @@ from typing import Any
 
 from foldgpt.analysis import Analysis
 from foldgpt.artifacts import hash_of, read_json, write_json
+from foldgpt.checks import check_inputs, check_plan
 from foldgpt.environment import describe_environment
 from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan
-from foldgpt.planning import make_plan, make_selection
+from foldgpt.planning import drop_search, make_plan, make_selection
 from foldgpt.recipe import Recipe
 from foldgpt.report import CARD, REPORT, build_report, write_model_card
 from foldgpt.run_folder import (
@@ -88,8 +89,8 @@ def run(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Result:
 
 def carry_out(folder: RunFolder, bench: Workbench) -> Result:
     """Run the recipe of a workbench in an open run folder; see `run`."""
-    bench.check_plan()
-    bench.check()
+    check_plan(bench)
+    check_inputs(bench)
     if bench.recipe.recover.num_tokens and not is_recovered(folder, bench):
         check_recovery(bench, folder.path / RECOVERED)
     analysis, plan = make_up_plan(folder, bench)
@@ -144,7 +145,7 @@ def _selection_stage(folder: RunFolder, bench: Workbench, analysis: Analysis) ->
         lambda: Selection.from_json_dict(read_json(path, "selection")),
     )
     # Only now, as that of the analysis.
-    checkpoint.unlink(missing_ok=True)
+    drop_search(checkpoint)
     return selection
 
 
@@ -179,8 +180,11 @@ def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis, selecti
 
 
 def _measures(analysis: Analysis) -> str:
-    """Identity of an analysis without the time it took."""
-    return hash_of({name: value for name, value in analysis.to_json_dict().items() if name != "seconds"})
+    """Identity of an analysis without the time it took and where its texts lie."""
+    values = {name: value for name, value in analysis.to_json_dict().items() if name != "seconds"}
+    if analysis.calibration is not None:
+        values["calibration"] = analysis.calibration.model_dump(mode="json", exclude={"specs"})
+    return hash_of(values)
 
 
 def _fold_stage(folder: RunFolder, bench: Workbench, plan: FoldPlan) -> None:

@@ -53,7 +53,9 @@ def _chosen_lines(plan: FoldPlan) -> list[str]:
 def _search_lines(plan: FoldPlan) -> list[str]:
     """How far from its source the model was that a search settled on, and what the search took."""
     report = plan.origin.get("report")
-    if not isinstance(report, Mapping) or not {"cost", "num_tokens", "forward_equivalents", "seconds"} <= report.keys():
+    if not isinstance(report, Mapping) or not _has_numbers(
+        report, "cost", "num_tokens", "forward_equivalents", "seconds"
+    ):
         return []
     what = "KL to the source" if report.get("objective") == "kl" else "language-modelling loss"
     compensated = bool(report.get("compensated"))
@@ -63,7 +65,7 @@ def _search_lines(plan: FoldPlan) -> list[str]:
         f"{report['forward_equivalents']:.1f} forward passes over them, {report['seconds']:,.0f} s"
     ]
     finals = report.get("finals") or []
-    if len(finals) > 1:
+    if len(finals) > 1 and all(_has_numbers(each, "cost", "num_tokens") for each in finals):
         fit = ", compensated as folding does it" if compensated else ""
         lines.append(
             f"on {finals[0]['num_tokens']:,} further tokens{fit}: {finals[0]['cost']:.4f}, the next best of "
@@ -76,10 +78,10 @@ def _target_lines(plan: FoldPlan) -> list[str]:
     """What decided how many blocks go, where that was a target."""
     report = plan.origin.get("report")
     met = report.get("target") if isinstance(report, Mapping) else None
-    if not isinstance(met, Mapping) or not {"target", "what", "source", "limit", "num_remove"} <= met.keys():
+    if not isinstance(met, Mapping) or not _has_numbers(met, "source", "limit", "num_remove"):
         return []
-    limit, of_source = (amount(met[name], met["what"]) for name in ("limit", "source"))
-    return [f"target {met['target']}: at most {limit} of {of_source}, so {met['num_remove']} blocks"]
+    limit, of_source = (amount(met[name], str(met.get("what"))) for name in ("limit", "source"))
+    return [f"target {met.get('target')}: at most {limit} of {of_source}, so {met['num_remove']} blocks"]
 
 
 def _fitted_on(text: CalibrationText) -> str:
@@ -90,10 +92,15 @@ def calibration_words(protocol: Mapping[str, Any]) -> str:
     """The text of a calibration, and how much of it, by its protocol; as far as that says."""
     texts: Sequence[Any] = protocol.get("texts") or ["a text"]
     words = " + ".join(map(str, texts))
-    if {"windows", "context"} <= protocol.keys():
+    if _has_numbers(protocol, "windows", "context"):
         windows = "window" if protocol["windows"] == 1 else "windows"
         words += f", {protocol['windows']:,} {windows} of {protocol['context']:,} tokens"
     return words
+
+
+def _has_numbers(values: Mapping[str, Any], *names: str) -> bool:
+    """Whether all of these are there, as numbers: what a plan says of its origin is nobody's to check."""
+    return all(isinstance(values.get(name), (int, float)) for name in names)
 
 
 def candidates_table(plan: FoldPlan) -> Table:

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 from foldgpt.analysis import Analysis
 from foldgpt.errors import UsageError
-from foldgpt.families import Decoder, attention_kinds, decoder_of, first_of_each_kind
+from foldgpt.families import Decoder, attention_kinds, decoder_of, first_of_each_kind, input_device
 from foldgpt.folding import predicted_parameters, same_kind, source_model_of
 from foldgpt.formats import amount
 from foldgpt.plan import SUBLAYERS, Compensation, FoldPlan, Group, SourceModel
 from foldgpt.progress import note
+from foldgpt.progress_file import ProgressFile, computed_with
 from foldgpt.recipe import Recipe
 from foldgpt.replay import Replay
 from foldgpt.selection import (
@@ -23,6 +24,7 @@ from foldgpt.selection import (
     Request,
     Selection,
     number_for_target,
+    number_for_wish,
     number_to_remove,
     parameters_of,
     select,
@@ -33,6 +35,8 @@ from foldgpt.sizes import size
 from foldgpt.targets import target
 from foldgpt.workbench import Workbench
 
+_TARGET_FORMAT = "foldgpt.target"
+
 
 def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path | None = None) -> Selection:
     """Choose what is removed where nothing is shared.
@@ -40,7 +44,8 @@ def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path
     Args:
         bench: the inputs.
         analysis: the redundancy analysis; None only for selectors in `ANALYSIS_FREE`.
-        checkpoint: where a long search keeps its progress. It stays: whoever has saved the selection drops it.
+        checkpoint: where a long search keeps its progress. It stays: whoever has saved the selection drops it, by
+            `drop_search`.
     """
     recipe, section = bench.recipe, bench.recipe.select
     source = bench.source
@@ -65,13 +70,18 @@ def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path
         request = replace(request, num_remove=number_for_target(parameters_of(source.model), limit))
     if section.target is None:
         return select(section.method, request)
-    met = _meet(bench, section.target)
+    met = _meet(bench, section.target, checkpoint)
     selection = select(section.method, replace(request, num_remove=met["num_remove"]))
     return replace(selection, report={**selection.report, "target": met})
 
 
-def _meet(bench: Workbench, written: str) -> dict[str, Any]:
+def _meet(bench: Workbench, written: str, checkpoint: Path | None) -> dict[str, Any]:
     """How many blocks a target means, and how that was found, as JSON values.
+
+    Args:
+        bench: the inputs.
+        written: the target.
+        checkpoint: of the search; beside it a measured time is kept, so that a search that goes on has the same end.
 
     Raises:
         UsageError: no number of blocks meets it, the source does already, or times of a model that does not fit in
@@ -83,19 +93,36 @@ def _meet(bench: Workbench, written: str) -> dict[str, Any]:
             f"select.target is {written}, and {bench.recipe.model} does not fit in memory: the time of bringing its "
             "weights would be measured. Give parameters or flops"
         )
-    share = share_for(wanted, source.model, bench.calibration.ids[:1].to(source.model.device))
-    limit = wanted.limit(share.total)
-    number = number_for_target(share, limit)
-    if not number:
-        raise UsageError(
-            f"select.target is {written}, and {bench.recipe.model} takes no more as it is ("
-            f"{amount(share.total, share.what)}): there is nothing to remove"
-        )
-    note(
-        f"{written}: at most {amount(limit, share.what)} of {amount(share.total, share.what)}, so {number} of "
-        f"{len(share.per_block)} blocks go"
+
+    def identity() -> dict[str, Any]:
+        return {**computed_with(source.model), "target": written, "windows": bench.calibration.fingerprint}
+
+    kept = ProgressFile(
+        _target_beside(checkpoint) if wanted.is_measured else None, _TARGET_FORMAT, identity, seconds_between=0
     )
-    return {"target": written, "what": share.what, "source": share.total, "limit": limit, "num_remove": number}
+    met = kept.load()
+    if not met:
+        share = share_for(wanted, source.model, bench.calibration.ids[:1].to(input_device(source.model)))
+        limit = wanted.limit(share.total)
+        number = number_for_wish(share, wanted, written)
+        met = {"target": written, "what": share.what, "source": share.total, "limit": limit, "num_remove": number}
+        kept.save(lambda: met, now=True)
+    note(
+        f"{written}: at most {amount(met['limit'], met['what'])} of {amount(met['source'], met['what'])}, so "
+        f"{met['num_remove']} blocks go"
+    )
+    return met
+
+
+def _target_beside(checkpoint: Path | None) -> Path | None:
+    return None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}.target")
+
+
+def drop_search(checkpoint: Path) -> None:
+    """Remove what `make_selection` goes on from, once its selection is saved."""
+    for path in (checkpoint, _target_beside(checkpoint)):
+        if path is not None:
+            path.unlink(missing_ok=True)
 
 
 def _limit(bench: Workbench) -> int | None:
@@ -173,7 +200,7 @@ def expected_parameters(recipe: Recipe, model: PreTrainedModel) -> int | None:
     num_remove = number_to_remove(num_blocks, remove=recipe.select.remove, ratio=recipe.select.remove_ratio)
     if wanted is not None:
         share = parameters_of(model)
-        num_remove = number_for_target(share, wanted.limit(share.total))
+        num_remove = number_for_wish(share, wanted, str(recipe.select.target))
     if section.method == "none":
         return sum(parameter.numel() for parameter in model.parameters()) - num_remove * sizes.pop()
     # The attention of the first kept block has to stay, so not every removed one may come back without its own.

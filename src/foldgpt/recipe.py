@@ -337,6 +337,11 @@ class Recipe(_Section):
                     raise ValueError(f"share.size says how small the model gets; leave select.{name} out")
             if self.select.sublayers:
                 raise ValueError("share.method auto is for whole blocks; switch select.sublayers off")
+        if self.select.target is not None and self.share.start == "zero":
+            raise ValueError(
+                "select.target is met by removing blocks, and with share.start zero they keep positions, with scales "
+                "of their own: give a number of blocks (select.remove)"
+            )
         return self
 
     @property

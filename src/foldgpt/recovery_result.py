@@ -77,6 +77,8 @@ class RecoveryResult:
         for name, losses in (("before", self.before), ("after", self.after)):
             if "loss" not in losses:
                 return f"{name}: there is no loss"
+        if self.text and not {"texts", "context", "num_held_out"} <= self.text.keys():
+            return "text: it does not say what it was trained and judged on"
         if any("step" not in entry for entry in self.history):
             return "history: an entry has no step"
         return "best_step: beyond the last step" if self.best_step > self.num_steps else None

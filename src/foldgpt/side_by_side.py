@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from foldgpt.artifacts import read_json
+from foldgpt.checks import check_inputs, check_plan
 from foldgpt.comparison import Comparison, Finished, Row, Training, rows_of_recipe
 from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
 from foldgpt.evaluation import Evaluation
@@ -25,7 +26,7 @@ from foldgpt.report import write_comparison
 from foldgpt.run_folder import ENVIRONMENT, ROWS, RunFolder, open_run
 from foldgpt.selection import ANALYSIS_FREE
 from foldgpt.steps import check_recovery
-from foldgpt.tables import protocol_lines
+from foldgpt.tables import protocol_lines, reuse_lines
 from foldgpt.workbench import Workbench
 
 #: Training windows and what the teacher says of them; removed once all rows stand.
@@ -62,12 +63,12 @@ def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comp
         with named(row):
             Workbench(row.recipe)
     with open_run(out, recipe, overwrite=overwrite, comparison=True) as folder:
-        bench.check()
+        check_inputs(bench)
         is_trained = True
         for row in rows:
             bench = bench.for_method(row.recipe)
             with named(row):
-                bench.check_plan()
+                check_plan(bench)
                 is_trained = is_trained and (not row.recovered or _is_recovered(folder.path, row, bench))
         check_expected_budgets(rows, bench.source.model, recipe.compare)
         if not is_trained:
@@ -94,7 +95,11 @@ def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comp
             model=recipe.model,
             seed=recipe.seed,
             recovery_tokens=recipe.recover.num_tokens,
-            protocol=[*_protocol(finished[0].evaluation), *_elsewhere(environments, environment)],
+            protocol=[
+                *_protocol(finished[0].evaluation),
+                *_reused([each.evaluation for each in finished]),
+                *_elsewhere(environments, environment),
+            ],
             environment=environment,
         )
         write_comparison(comparison, folder.path)
@@ -106,6 +111,15 @@ def _protocol(evaluation: Evaluation) -> list[str]:
     """How the rows were measured, with the source's values."""
     assert evaluation.baseline is not None
     return protocol_lines(Evaluation(evaluation.baseline, None, None)).plain.splitlines()
+
+
+def _reused(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Which texts some rows were calibrated or trained on as well, all rows together."""
+    uses: dict[str, dict[str, None]] = {}
+    for evaluation in evaluations:
+        for text, names in (evaluation.folded.reused or {}).items():
+            uses.setdefault(text, {}).update(dict.fromkeys(names))
+    return reuse_lines({text: list(names) for text, names in uses.items()}, "these models")
 
 
 def _elsewhere(environments: Mapping[str, Mapping[str, Any]], shown: Mapping[str, Any]) -> list[str]:

@@ -9,8 +9,9 @@ from typing import Any
 
 from foldgpt.analysis import Analysis, SourceIdentity, analyze
 from foldgpt.artifacts import read_json
+from foldgpt.checks import check_training_tokens
 from foldgpt.compensation import COMPENSATION, Compensated, compensate_
-from foldgpt.corpus import OwnText, Windows, calibration_windows, reused_texts
+from foldgpt.corpus import OwnText, Windows, absolute, calibration_windows, reused_texts
 from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, UsageError
 from foldgpt.evaluation import Evaluation, Measured, Subject, evaluate
 from foldgpt.folding import (
@@ -155,7 +156,7 @@ def make_recovered(
         UsageError: too few tokens for one step, or the two have different tokenizers.
         FoldGPTError: the folded model does not fit in memory or cannot be trained, or the recovery failed.
     """
-    bench.check_training_tokens()
+    check_training_tokens(bench)
     recipe, section = bench.recipe, bench.recipe.recover
     if not (folded / "plan.json").is_file():
         why = "holds no plan.json" if folded.is_dir() else "is no folder"
@@ -196,7 +197,7 @@ def make_recovered(
         keep_work=keep,
         save_dtype=bench.save_dtype(folded),
         text={
-            "texts": recipe.training_texts,
+            "texts": [absolute(text) for text in recipe.training_texts],
             "context": section.context,
             "num_held_out": section.held_out_tokens,
             "separate_documents": section.separate_documents,
@@ -297,12 +298,18 @@ def _reused_texts(tested: Sequence[str], place: Path) -> dict[str, list[str]]:
     """Which of some texts the model in a folder was calibrated or trained on, by its own records."""
     if not (place / PLAN).is_file():
         return {}
-    plan = FoldPlan.load(place)
+    try:
+        plan = FoldPlan.load(place)
+        recovered = RecoveryResult.load(place) if (place / RECOVERY).is_file() else None
+    except FoldGPTError as error:
+        # Nobody's fault who measures it: the file may be of a later version, or of something else.
+        note(f"it is not known which texts the model was made by: {error}")
+        return {}
     calibrated = [text for fitted in (plan.compensation, plan.fitting) if fitted is not None for text in fitted.texts]
     calibration = plan.origin.get("calibration")
     if isinstance(calibration, Mapping):
         calibrated += calibration.get("specs") or []
-    trained = RecoveryResult.load(place).text.get("texts", []) if (place / RECOVERY).is_file() else []
+    trained = [] if recovered is None else recovered.text.get("texts", [])
     return reused_texts(tested, {"calibration": calibrated, "training": trained})
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from foldgpt.formats import megabytes, millions, percent, significant, whole
+from foldgpt.formats import megabytes, millions, percent, significant, text_name, whole
 from foldgpt.plan_lines import calibration_words
 
 if TYPE_CHECKING:
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from foldgpt.folding import Verification
     from foldgpt.recovery import RecoveryResult
 
-
-#: How far bytes per parameter may differ that are of one format: headers, and what is stored twice.
-_SAME_FORMAT = 0.1
 
 #: Figure → label and how its values are written, in the order of the table.
 _ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -129,8 +126,7 @@ def protocol_lines(evaluation: Evaluation) -> Text:
         )
         error = " (± standard error over windows)" if scores.standard_error is not None else ""
         parts.append(f"Perplexity in {_formats(formats)}: {_written(protocol)}. {values}{error}.")
-    for text, uses in (measured.reused or {}).items():
-        parts.append(f"{text} was also used for {' and '.join(uses)}: its perplexity is no test of {measured.name}.")
+    parts += reuse_lines(measured.reused or {}, measured.name)
     parts += _storage_lines(models)
     if measured.speed is not None:
         protocol = measured.speed.protocol
@@ -161,6 +157,19 @@ def protocol_lines(evaluation: Evaluation) -> Text:
     return Text("\n".join(parts), style="dim")
 
 
+def reuse_lines(reused: Mapping[str, Sequence[str]], name: str) -> list[str]:
+    """Which texts are no test, one line each.
+
+    Args:
+        reused: see `Measured.reused`.
+        name: of the model.
+    """
+    return [
+        f"{text_name(text)} was also used for {' and '.join(uses)}: its perplexity is no test of {name}."
+        for text, uses in reused.items()
+    ]
+
+
 def _perplexity_with_error(scores: Perplexity) -> str:
     value = significant(scores.value)
     if scores.standard_error is None:
@@ -170,14 +179,14 @@ def _perplexity_with_error(scores: Perplexity) -> str:
 
 def _storage_lines(models: Sequence[Measured]) -> list[str]:
     """That the sizes on disk are of different formats, where they are: their ratio is not that of the models."""
-    stored = [(model, model.bytes_on_disk / model.size.unique_parameters) for model in models if model.bytes_on_disk]
-    if len(stored) < 2 or abs(stored[0][1] / stored[1][1] - 1) < _SAME_FORMAT:
+    stored = [model for model in models if model.bytes_on_disk and model.stored_in]
+    if len(stored) < 2 or stored[0].stored_in == stored[1].stored_in:
         return []
-    (source, source_bytes), (folded, folded_bytes) = stored
+    source, folded = stored
     ratio = folded.size.unique_parameters / source.size.unique_parameters
     return [
-        f"Size on disk: {source.name} is stored in {source_bytes:.2g} bytes a parameter, {folded.name} in "
-        f"{folded_bytes:.2g}; in one format the ratio would be {ratio:.2f}×."
+        f"Size on disk: {source.name} is stored in {source.stored_in}, {folded.name} in {folded.stored_in}; in one "
+        f"format the ratio would be {ratio:.2f}×."
     ]
 
 
@@ -282,8 +291,9 @@ def recovery_lines(result: RecoveryResult) -> Text:
     """What a recovery did, and on what, in two lines."""
     outcome = "merged" if result.best_step else "not kept: training made nothing better"
     text = result.text
-    of = f" of {' + '.join(text['texts'])} in windows of {text['context']:,}" if text else ""
-    held_out = f" on {text['num_held_out']:,} held-out tokens" if text else " on held-out windows"
+    known = {"texts", "context", "num_held_out"} <= text.keys()
+    of = f" of {' + '.join(map(text_name, text['texts']))} in windows of {text['context']:,}" if known else ""
+    held_out = f" on {text['num_held_out']:,} held-out tokens" if known else " on held-out windows"
     losses = {"loss": _loss_in_words(result.settings)}
     if result.before.get("kl") not in (None, result.before["loss"]):
         losses["kl"] = "KL to the source"

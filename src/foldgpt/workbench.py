@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -14,28 +13,22 @@ from torch import Tensor
 
 from foldgpt.analysis import CalibrationIdentity
 from foldgpt.compensation import why_not
-from foldgpt.corpus import OwnText, Windows, calibration_windows, evaluation_windows, identity_of, reused_texts
-from foldgpt.errors import FoldGPTError, PlanError, UsageError, did_you_mean
+from foldgpt.corpus import OwnText, Windows, absolute, calibration_windows, evaluation_windows, identity_of
+from foldgpt.errors import FoldGPTError, UsageError, did_you_mean
 from foldgpt.evaluation import Suite, load_suite
 from foldgpt.evaluation.tasks import check_task_names
-from foldgpt.families import check_config
-from foldgpt.folding import check_same_architecture
-from foldgpt.plan import Compensation, Fitting, FoldPlan
+from foldgpt.plan import Compensation, Fitting
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import (
     RecoverySettings,
     TrainingWindows,
-    check_compiler,
-    check_device,
-    check_loggers,
     packed_windows,
 )
-from foldgpt.selection import Request, check_name, check_request, number_to_remove, search_windows
+from foldgpt.selection import check_name, search_windows
 from foldgpt.sources import (
     DTYPES,
     Source,
-    device_of,
     load_config,
     load_source,
     load_tokenizer,
@@ -72,149 +65,6 @@ class Workbench:
         self.common = common
         self.recovery_settings = _recovery_settings(recipe)
 
-    def check(self) -> None:
-        """Make what is measured on, and look for what is trained on: mistakes show now, not after hours of work.
-
-        Raises:
-            FoldGPTError: a text or a task that is not there, too long windows, a harness that is not installed.
-        """
-        self._check_names()
-        _ = self.tests
-        _ = self.tasks
-        if self.recipe.recover.num_tokens:
-            _ = self.recovery_texts
-        # What is wrong with a text is said first.
-        self._check_contexts()
-        self._say_what_is_reused()
-
-    def _say_what_is_reused(self) -> None:
-        """Say it before hours of work where a result will be no test."""
-        recipe = self.recipe
-        uses = {"calibration": recipe.calibration.texts}
-        if recipe.recover.num_tokens:
-            uses["training"] = recipe.training_texts
-        for text, names in reused_texts(recipe.evaluate.texts, uses).items():
-            note(f"{text} is used for {' and '.join(names)} too: the perplexity on it will be no test of the model")
-
-    def check_without_files(self) -> None:
-        """The part of `check` that needs the model's config alone, and no text, no rows of tasks and no tokenizer.
-
-        Raises:
-            UsageError: too long windows, an unknown task or one without a text, a logger that is not there,
-                blocks that are to be compiled where that does not work.
-        """
-        self._check_names()
-        self._check_contexts()
-
-    def _check_names(self) -> None:
-        self._check_tasks()
-        if self.recipe.recover.num_tokens:
-            check_loggers(self.recipe.recover.report_to)
-            check_device(device_of(self.recipe.device))
-            if self.recovery_settings.compile:
-                check_compiler(device_of(self.recipe.device))
-
-    def _check_contexts(self) -> None:
-        calibrated, measured, recover = self.recipe.calibration, self.recipe.evaluate, self.recipe.recover
-        self._check_context(f"calibration.context is {calibrated.context}", calibrated.context)
-        for text in measured.texts:
-            self._check_context(f"evaluate.context is {measured.context} for {text}", measured.context)
-        if recover.num_tokens:
-            self._check_context(f"recover.context is {recover.context}", recover.context)
-
-    def check_plan(self) -> None:
-        """Look at what is to be cut, and for tokens enough to fit and train on, before anything is measured for it.
-
-        Raises:
-            UsageError: nothing is asked for, or no block or more than the model can lose, or what the selector cannot
-                do, or one window to fit on, or too few tokens to train on.
-            UnsupportedModelError: the model's config has a field that no rule of removal covers.
-            PlanError: the model is folded already.
-        """
-        self.check_training_tokens()
-        if getattr(self._text_config, "fold_layout", None) is not None:
-            raise PlanError(
-                f"{self.recipe.model} is folded already, and shares weights or lacks sublayers: fold its source, by "
-                "one plan, or give it weights of its own with foldgpt.unfold_ first"
-            )
-        select, share, text = self.recipe.select, self.recipe.share, self.recipe.calibration
-        removes = select.removes_anything
-        if not removes and share.method == "none":
-            raise UsageError(
-                "nothing is to be removed and nothing to be shared: say how many blocks (select.remove, "
-                "select.remove_ratio, select.target) or how weights are shared (share.method)"
-            )
-        if share.start == "zero" and not removes:
-            raise UsageError(
-                "share.start is zero, which is for removed blocks, and nothing is to be removed: say how many "
-                "(select.remove, select.remove_ratio, select.target), or let kept blocks share (share.start hard)"
-            )
-        num_blocks = getattr(self._text_config, "num_hidden_layers", None)
-        if num_blocks is not None:
-            check_config(self._text_config)
-            num_remove = number_to_remove(num_blocks, remove=select.remove, ratio=select.remove_ratio)
-            if num_remove >= num_blocks:
-                asked = f"remove is {select.remove}" if select.remove else f"remove_ratio is {select.remove_ratio}"
-                raise UsageError(
-                    f"select.{asked}, and {self.recipe.model} has {num_blocks} blocks, of which one must stay"
-                )
-            if select.remove_ratio and not num_remove:
-                raise UsageError(
-                    f"select.remove_ratio is {select.remove_ratio}, which of {num_blocks} blocks is none. The least "
-                    f"that removes one is {math.ceil(1000 * 0.5 / num_blocks + 1e-9) / 1000:g}."
-                )
-            request = Request(num_blocks, num_remove, sublayers=select.sublayers, options=select.options)
-            check_request(select.method, request)
-        fitted = {
-            "compensate.method": self.recipe.compensate.method != "none" and removes,
-            "share.fit": share.fit,
-            "share.method auto": share.method == "auto",
-        }
-        asking = [name for name, fits in fitted.items() if fits]
-        if asking and text.num_tokens < 2 * text.context:
-            raise UsageError(
-                f"calibration.num_tokens is {text.num_tokens:,}, which makes one window of {text.context:,}: what is "
-                f"fitted ({', '.join(asking)}) is judged on other windows, so there must be two. Give more tokens or a "
-                "shorter context, or do without what is fitted."
-            )
-
-    def check_applies(self, plan: FoldPlan) -> None:
-        """Refuse a plan of another architecture by the model's config, before its weights are read.
-
-        Raises:
-            PlanError: the plan is for other blocks than this model has.
-        """
-        whole, text = self._config, self._text_config
-        num_blocks = getattr(text, "num_hidden_layers", None)
-        if num_blocks is None:
-            return
-        # The class that is loaded decides which of the two a plan names.
-        names = [getattr(whole, "source_model_type", whole.model_type), text.model_type]
-        name = plan.source.model_type if plan.source.model_type in names else names[0]
-        check_same_architecture(plan, name, num_blocks, self.recipe.model)
-
-    def check_training_tokens(self) -> None:
-        """Look whether the recovery, if there is one, has tokens for one step and to judge by; nothing is loaded.
-
-        Raises:
-            UsageError: it has not.
-        """
-        section, batch_size = self.recipe.recover, self.recovery_settings.batch_size
-        if not section.num_tokens:
-            return
-        step = batch_size * section.context
-        if section.num_tokens < step:
-            raise UsageError(
-                f"recover.num_tokens is {section.num_tokens:,}, and one step takes {step:,}: {batch_size} windows "
-                f"(batch_size in recover.settings) of {section.context:,} tokens (recover.context). Give at least "
-                f"{step:,} tokens, fewer windows or a shorter context."
-            )
-        if section.held_out_tokens < section.context:
-            raise UsageError(
-                f"recover.held_out_tokens is {section.held_out_tokens:,}, less than one window of {section.context:,} "
-                f"(recover.context). Give at least {section.context:,}, or a shorter context."
-            )
-
     def training_windows(self, out: Path) -> tuple[TrainingWindows, TrainingWindows]:
         """Windows to train on and to judge by; made once, and kept in `common` or beside `out`.
 
@@ -225,7 +75,7 @@ class Workbench:
             FoldGPTError: a text cannot be read or is too short, or the context is longer than the model's.
         """
         section = self.recipe.recover
-        self._check_context(f"recover.context is {section.context}", section.context)
+        self.check_context(f"recover.context is {section.context}", section.context)
         return packed_windows(
             self.recipe.training_texts,
             self.tokenizer,
@@ -242,7 +92,16 @@ class Workbench:
         """Where `training_windows` keeps them."""
         return out.parent / f".{out.name}.windows" if self.common is None else self.common / "windows"
 
-    def _check_context(self, words: str, context: int) -> None:
+    def check_context(self, words: str, context: int) -> None:
+        """Refuse windows that are longer than the model has positions.
+
+        Args:
+            words: what asks for them, as the beginning of a sentence.
+            context: tokens in one.
+
+        Raises:
+            UsageError: they are.
+        """
         positions = self._positions
         if positions is not None and context > positions:
             raise UsageError(f"{words}, and {self.recipe.model} has {positions} positions")
@@ -255,15 +114,17 @@ class Workbench:
     @property
     def _positions(self) -> int | None:
         """How many positions the model has; None where its config does not say."""
-        return getattr(self._text_config, "max_position_embeddings", None)
+        return getattr(self.text_config, "max_position_embeddings", None)
 
     @cached_property
-    def _config(self) -> Any:
+    def config(self) -> Any:
+        """The model's config as its files have it."""
         return load_config(self.place, trust_remote_code=self.recipe.trust_remote_code)
 
     @property
-    def _text_config(self) -> Any:
-        return self._config.get_text_config(decoder=True)
+    def text_config(self) -> Any:
+        """The part of it that describes the blocks."""
+        return self.config.get_text_config(decoder=True)
 
     def for_method(self, recipe: Recipe) -> Workbench:
         """A workbench for another method on the same model, texts and measurements; they are not made again.
@@ -325,7 +186,7 @@ class Workbench:
             own=self.own_text,
         )
         # What is wrong with the text is said first.
-        self._check_context(f"calibration.context is {section.context}", section.context)
+        self.check_context(f"calibration.context is {section.context}", section.context)
         return windows
 
     @cached_property
@@ -335,7 +196,7 @@ class Workbench:
         return CalibrationIdentity(
             protocol=self.calibration.protocol,
             fingerprint=self.calibration.fingerprint,
-            specs=section.texts,
+            specs=[absolute(text) for text in section.texts],
             num_tokens=section.num_tokens,
         )
 
@@ -400,10 +261,10 @@ class Workbench:
         section = self.recipe.evaluate
         if not section.tasks:
             return None
-        self._check_tasks()
+        self.check_tasks()
         return load_suite(section.tasks, data_dir=section.data_dir, limit=section.limit)
 
-    def _check_tasks(self) -> None:
+    def check_tasks(self) -> None:
         section = self.recipe.evaluate
         if not section.tasks:
             return
@@ -430,11 +291,19 @@ class Workbench:
         note(f"loading {name}")
         return load_source(
             str(place),
-            dtype=recipe.dtype,
+            dtype=self._computed_dtype,
             device=recipe.device,
             max_memory_gb=recipe.max_memory_gb,
             trust_remote_code=recipe.trust_remote_code,
         )
+
+    @cached_property
+    def _computed_dtype(self) -> str:
+        """Number format to load in. What was saved in another one computes in the source's own all the same."""
+        stored = None if self.recipe.save_dtype == "auto" else stored_dtype(self.place)
+        if self.recipe.dtype != "auto" or stored is None:
+            return self.recipe.dtype
+        return next((name for name, dtype in DTYPES.items() if dtype == stored), "auto")
 
     def take_source(self) -> Source:
         """Hand the loaded model over to be changed in place; whoever needs the source again loads it anew.

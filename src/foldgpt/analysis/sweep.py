@@ -17,7 +17,7 @@ import foldgpt
 from foldgpt.analysis.moments import Moments
 from foldgpt.analysis.result import Analysis, CalibrationIdentity, SourceIdentity, SublayerMeasures
 from foldgpt.errors import FoldGPTError, UsageError
-from foldgpt.families import Decoder, decoder_of
+from foldgpt.families import Decoder, decoder_of, input_device
 from foldgpt.fingerprints import weights_fingerprint
 from foldgpt.progress import bar
 from foldgpt.progress_file import ProgressFile
@@ -92,7 +92,7 @@ def analyze(
         running = stack.enter_context(bar("Analysing", total=num_windows))
         running.advance(windows_done)
         body = model.get_submodule(decoder.blocks_path.rpartition(".")[0])
-        device = _input_device(model)
+        device = input_device(model)
         while windows_done < num_windows:
             batch = slice(windows_done, min(windows_done + batch_size, num_windows))
             ids, length = windows_ids[batch].to(device), lengths[batch]
@@ -163,12 +163,6 @@ def _batch_size(decoder: Decoder, context: int) -> int:
     if all(parameter.device.type == "cpu" for parameter in parameters):
         tokens = min(tokens, _TOKENS_CPU)
     return max(1, tokens // context)
-
-
-def _input_device(model: Any) -> torch.device:
-    device: torch.device = model.get_input_embeddings().weight.device
-    # An offloaded embedding lives nowhere; accelerate's hook moves the ids to where it will be.
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 #: Keys of all verbs that take a model.
 _MODEL = {
     name: f"--{name.replace('_', '-')}"
-    for name in ("model", "revision", "dtype", "device", "seed", "max_memory_gb", "trust_remote_code")
+    for name in ("revision", "dtype", "device", "seed", "max_memory_gb", "trust_remote_code")
 }
 _CALIBRATION = {
     "calibration.texts": "--text",
@@ -21,6 +21,9 @@ _CUT = {
     "select.remove_ratio": "--remove-ratio",
     "select.target": "--target",
     "select.num_tokens": "--search-tokens",
+    "select.objective": "--objective",
+    "select.sublayers": "--sublayers",
+    "select.options": "--option",
     "compensate.method": "--compensate",
     "share.method": "--share",
     **{
@@ -52,7 +55,14 @@ EVAL = {
         for name in ("context", "stride", "max_windows", "tasks", "data_dir", "limit", "generations")
     },
 }
-RUN = {**PLAN, **_SAVED, "recover.num_tokens": "--recover-tokens"}
+RUN = {**PLAN, **_SAVED, "model": "--model", "recover.num_tokens": "--recover-tokens"}
+COMPARE = {
+    **_MODEL,
+    **_SAVED,
+    "model": "--model",
+    "recover.num_tokens": "--recover-tokens",
+    **{key: _CUT[key] for key in ("select.remove", "select.remove_ratio", "select.target")},
+}
 
 #: What a recipe made of flags alone is called in errors.
 OPTIONS = "options"

@@ -52,6 +52,30 @@ Target = Annotated[
         show_default=False,
     ),
 ]
+Objective = Annotated[
+    str | None,
+    typer.Option(
+        help="What searches measure: kl, the divergence from the source, or lm, the loss on the text.",
+        show_default="kl",
+    ),
+]
+Sublayers = Annotated[
+    bool | None,
+    typer.Option(
+        "--sublayers",
+        help="Remove attention and MLP apart, as many parameters as that many blocks have (gates, greedy, loo).",
+        show_default=False,
+    ),
+]
+SelectorOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        help="NAME=VALUE of the selector, such as effort=0.5, in place of a recipe's; listed in docs/selection.md. May "
+        "be repeated.",
+        show_default=False,
+    ),
+]
 SearchTokens = Annotated[
     int | None,
     typer.Option(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foldgpt.cli.flags import RUN
+from foldgpt.cli.flags import COMPARE, RUN
 from foldgpt.cli.options import (
     DEVICES,
     AsJson,
@@ -21,6 +21,7 @@ from foldgpt.cli.options import (
     Fit,
     GroupSize,
     MaxMemory,
+    Objective,
     Quiet,
     Rank,
     RecoverTokens,
@@ -32,9 +33,11 @@ from foldgpt.cli.options import (
     SearchTokens,
     Seed,
     Select,
+    SelectorOption,
     ShareMethod,
     Size,
     Start,
+    Sublayers,
     Target,
     Teraflops,
     Texts,
@@ -54,6 +57,9 @@ from foldgpt.cli.showing import show_path
 
 if TYPE_CHECKING:
     from foldgpt.recipe import Recipe
+
+#: What is said after an interruption.
+_AGAIN = "The same command goes on where it was."
 
 
 @left_out("the recipe's, else {}")
@@ -75,6 +81,9 @@ def run(
     remove_ratio: RemoveRatio = None,
     target: Target = None,
     search_tokens: SearchTokens = None,
+    objective: Objective = None,
+    sublayers: Sublayers = None,
+    option: SelectorOption = None,
     compensate: Compensate = None,
     share: ShareMethod = None,
     size: Size = None,
@@ -101,7 +110,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a whole recipe: analyse, plan, fold, verify, measure, draw."""
-    with session(quiet, RUN, recipe=recipe is not None, again="The same command goes on where it was."):
+    with session(quiet, RUN, recipe=recipe is not None, again="" if dry_run else _AGAIN):
         from foldgpt.errors import UsageError
         from foldgpt.recipe import Recipe
 
@@ -118,7 +127,7 @@ def run(
             "max_memory_gb": max_memory_gb,
             "trust_remote_code": trust_remote_code,
             "calibration": calibration_of(text, context, tokens),
-            "select": select_of(select, remove, remove_ratio, target, search_tokens),
+            "select": select_of(select, remove, remove_ratio, target, search_tokens, objective, sublayers, option),
             "compensate": {"method": compensate},
             "share": share_of(share, size, group_size, donor, fit, rank, scales, start),
             "recover": {"num_tokens": recover_tokens},
@@ -168,7 +177,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Put methods side by side on one model: a run for each, one table with intervals."""
-    with session(quiet, RUN, recipe=True, again="The same command goes on where it was."):
+    with session(quiet, COMPARE, recipe=True, again="" if dry_run else _AGAIN):
         from foldgpt.recipe import Recipe
 
         _check_dry_run(dry_run, tflops, devices)

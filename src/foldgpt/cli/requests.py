@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from foldgpt.assignments import assignments
 from foldgpt.cli.flags import OPTIONS
 
 if TYPE_CHECKING:
@@ -60,6 +61,9 @@ def select_of(
     remove_ratio: float | None,
     target: str | None,
     search_tokens: int | None,
+    objective: str | None,
+    sublayers: bool | None,
+    options: list[str] | None,
 ) -> dict[str, Any]:
     """The section `select` of a recipe."""
     return {
@@ -68,6 +72,9 @@ def select_of(
         "remove_ratio": remove_ratio,
         "target": target,
         "num_tokens": search_tokens,
+        "objective": objective,
+        "sublayers": sublayers,
+        "options": assignments(options, "--option") if options else None,
     }
 
 

@@ -72,6 +72,6 @@ def push(
                 typer.echo(f"{megabytes(size):>14}  {name}")
             typer.echo(f"{megabytes(sum(upload.files.values())):>14}  from {upload.folder} to {repo}")
             if upload.left:
-                typer.echo(f"left out, being no part of a checkpoint: {', '.join(upload.left)}")
+                typer.echo(f"left out, not known as a part of a checkpoint: {', '.join(upload.left)}")
             return
         typer.echo(hub.push(folder, repo, private=private, revision=revision))

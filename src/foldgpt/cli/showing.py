@@ -69,7 +69,7 @@ def _say_if_unfinished(folder: Path) -> None:
     if not ((folder / LEDGER).is_file() and (folder / RECIPE).is_file()):
         return
     run = RunFolder(folder)
-    if run.inputs_of("report") is None:
+    if not run.is_finished:
         made = ", ".join(run.seconds) or "none"
         typer.echo(
             f"This run is not finished (stages that are done: {made}). To go on: foldgpt run {folder / RECIPE} "

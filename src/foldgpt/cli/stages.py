@@ -20,6 +20,7 @@ from foldgpt.cli.options import (
     GroupSize,
     MaxMemory,
     Model,
+    Objective,
     Overwrite,
     OverwriteFolded,
     Quiet,
@@ -32,9 +33,11 @@ from foldgpt.cli.options import (
     SearchTokens,
     Seed,
     Select,
+    SelectorOption,
     ShareMethod,
     Size,
     Start,
+    Sublayers,
     Target,
     Texts,
     Tokens,
@@ -58,7 +61,7 @@ from foldgpt.counts import count
 
 #: What is said after an interruption.
 _AGAIN = "The same command goes on from the last checkpoint."
-_ANEW = "Nothing was written; the same command begins anew."
+_ANEW = "Nothing half-written is left."
 
 
 def analyze(
@@ -125,6 +128,9 @@ def plan(
     remove_ratio: RemoveRatio = None,
     target: Target = None,
     search_tokens: SearchTokens = None,
+    objective: Objective = None,
+    sublayers: Sublayers = None,
+    option: SelectorOption = None,
     compensate: Compensate = None,
     share: ShareMethod = None,
     size: Size = None,
@@ -150,6 +156,7 @@ def plan(
     with session(quiet, PLAN, again=_AGAIN):
         from foldgpt import planning, steps
         from foldgpt.artifacts import check_free_file
+        from foldgpt.checks import check_plan
         from foldgpt.errors import UsageError
         from foldgpt.selection import ANALYSIS_FREE, SELECTORS
         from foldgpt.workbench import Workbench
@@ -165,7 +172,7 @@ def plan(
             max_memory_gb=max_memory_gb,
             trust_remote_code=trust_remote_code,
             calibration=calibration,
-            select=select_of(select, remove, remove_ratio, target, search_tokens),
+            select=select_of(select, remove, remove_ratio, target, search_tokens, objective, sublayers, option),
             compensate={"method": compensate},
             share=share_of(share, size, group_size, donor, fit, rank, scales, start),
         )
@@ -181,7 +188,7 @@ def plan(
             recipe = recipe.changed(**like_analysis(measured, calibration, seed))
         bench = Workbench(recipe)
         check_search_tokens(search_tokens, recipe)
-        bench.check_plan()
+        check_plan(bench)
         # Where the sweep and the searches are, until the plan that is made of them is there.
         sweep, search, sharing = (out.with_name(f".{out.name}.{what}") for what in ("analysis", "search", "sharing"))
         if analysis is not None and measured is not None:
@@ -191,7 +198,8 @@ def plan(
         selection = planning.make_selection(bench, measured, search)
         made = planning.make_plan(bench, selection, measured, sharing)
         made.save(out)
-        for checkpoint in (sweep, search, sharing):
+        planning.drop_search(search)
+        for checkpoint in (sweep, sharing):
             checkpoint.unlink(missing_ok=True)
         if as_json:
             print_json(made.to_json_dict())
@@ -221,6 +229,7 @@ def fold(
         from dataclasses import asdict
 
         from foldgpt import steps
+        from foldgpt.checks import check_applies
         from foldgpt.folding import check_place
         from foldgpt.plan import FoldPlan
         from foldgpt.report import write_model_card
@@ -239,7 +248,7 @@ def fold(
             trust_remote_code=trust_remote_code,
         )
         bench = Workbench(recipe)
-        bench.check_applies(made)
+        check_applies(bench, made)
         verification = steps.make_folded(bench, made, out, replace=overwrite)
         write_model_card(out, source=bench.place)
         if as_json:

@@ -168,7 +168,7 @@ def reused_texts(tested: Sequence[str], uses: Mapping[str, Sequence[str]]) -> di
 
 def _overlap(spec: str, other: str) -> bool:
     """Whether two text specs are of the same text, or have a file in common."""
-    if spec == other:
+    if spec == other or (spec.startswith("hub:") and other.startswith("hub:") and _rows_of(spec) == _rows_of(other)):
         return True
     if any(each.startswith((*_SCHEMES, SELF)) for each in (spec, other)):
         return False
@@ -341,6 +341,23 @@ def _hub_text(spec: str) -> Text:
             raise SourceError(f"cannot read the hub data set {name}: {first_line(error)}") from error
 
     return Text(f"hub:{name}?{urlencode(options, safe='/:')}", "\n\n", read, lambda: spec)
+
+
+def _rows_of(spec: str) -> tuple[str, dict[str, str]]:
+    """Name and options that say which rows of a hub data set are meant."""
+    name, _, query = spec.removeprefix("hub:").partition("?")
+    options = {"split": "train", **dict(parse_qsl(query))}
+    return name, {key: value for key, value in options.items() if key != "column"}
+
+
+def absolute(spec: str) -> str:
+    """A text spec that means the same from every folder of this machine: files by their whole paths."""
+    if spec.startswith((*_SCHEMES, SELF)):
+        return spec
+    try:
+        return str(Path(spec).expanduser().absolute())
+    except RuntimeError:  # ~NAME of a user who does not exist
+        return spec
 
 
 def _own_text(spec: str, own: OwnText | None) -> Text:

@@ -23,6 +23,7 @@ from foldgpt.evaluation.tasks import Retained, Suite, TaskScore, retained, retai
 from foldgpt.evaluation.tasks.score import average
 from foldgpt.families import brings_own_code
 from foldgpt.progress import note
+from foldgpt.sources import stored_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,6 +76,7 @@ class Measured:
         text: the first text in full. None where that is not known, as in results of earlier versions.
         reused: text in full → what the model was made by on it as well ("calibration", "training"): a figure on it is
             no test.
+        stored_in: number format of the weight files, such as "bfloat16"; "GGUF" of such a file, whatever is in it.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Measured:
     further_perplexities: dict[str, Perplexity] | None = None
     text: str | None = None
     reused: dict[str, list[str]] | None = None
+    stored_in: str | None = None
 
     def perplexities(self) -> dict[str, tuple[str, Perplexity]]:
         """Figure → what the text is called and its perplexity, the first text first.
@@ -249,6 +252,7 @@ def evaluate(
             name=subject.name,
             size=size_of(subject.model),
             bytes_on_disk=None if subject.folder is None else folder_bytes(subject.folder),
+            stored_in=None if subject.folder is None else _stored_in(subject.folder),
             perplexity=None if windows is None else perplexity(subject.model, windows),
             text=None if windows is None else text,
             further_perplexities={text: perplexity(subject.model, each) for text, each in further.items()} or None,
@@ -265,6 +269,13 @@ def evaluate(
         return Evaluation(measured[0], None, None)
     other, own = measured
     return Evaluation(own, other, _ratios(own, other), _retained(own, other))
+
+
+def _stored_in(folder: Path) -> str | None:
+    if folder.is_file():
+        return "GGUF"
+    dtype = stored_dtype(folder) if (folder / "config.json").is_file() else None
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _written(subject: Subject, windows: Windows | None, tasks: Suite | None, num_generations: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from foldgpt.families.attention_kinds import attending_blocks, attention_kinds, 
 from foldgpt.families.code import brings_own_code
 from foldgpt.families.config_fields import check_config, check_kept, remap_config_
 from foldgpt.families.decoder import Decoder, decoder_of
-from foldgpt.families.decoding import decode
+from foldgpt.families.decoding import decode, input_device
 from foldgpt.families.table import FAMILIES, OUTPUT_MATRICES, SPECIAL_FIRST_BLOCK, Family, Sublayers, family_of
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "decoder_of",
     "family_of",
     "first_of_each_kind",
+    "input_device",
     "remap_config_",
 ]

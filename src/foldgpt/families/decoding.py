@@ -5,7 +5,14 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its token ids. An offloaded embedding is on "meta": accelerate's hook moves the ids on."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def decode(model: Any, ids_BT: Tensor, cache: Any = None, **arguments: Any) -> tuple[Tensor, Any]:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from foldgpt.errors import VerificationError, first_line
-from foldgpt.families import brings_own_code, decode
+from foldgpt.families import brings_own_code, decode, input_device
 from foldgpt.free_memory import free_memory
 from foldgpt.progress import quiet_libraries
 
@@ -124,7 +124,7 @@ def _reload(folder: Path, model: nn.Module) -> Any:
     )
     if not is_same:
         raise VerificationError(f"saved a {type(model).__name__}, but it loads as {type(reloaded).__name__}")
-    return reloaded.to(_device_of(model)).eval()
+    return reloaded.to(input_device(model)).eval()
 
 
 @contextmanager
@@ -134,12 +134,6 @@ def _running(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # of any architecture's code
         raise VerificationError(f"{what} cannot be run: {first_line(error)}") from error
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs. Offloaded weights are on "meta": their hooks move the inputs on."""
-    device = next(model.parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _check_cache(model: nn.Module, probe: torch.Tensor) -> float:
@@ -196,7 +190,7 @@ def _error_in_fp32(model: nn.Module, reloaded: nn.Module, probe: torch.Tensor, d
 
 
 def _fits_in_fp32(model: nn.Module, copies: int = 1) -> bool:
-    return copies * sum(4 * p.numel() for p in model.parameters()) < free_memory(_device_of(model)) / 2
+    return copies * sum(4 * p.numel() for p in model.parameters()) < free_memory(input_device(model)) / 2
 
 
 def _probe(model: nn.Module) -> torch.Tensor:
@@ -205,7 +199,7 @@ def _probe(model: nn.Module) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (2, _PROBE_TOKENS)
     ids = torch.randint(0, config.get_text_config().vocab_size, shape, generator=generator)
-    return ids.to(_device_of(model))
+    return ids.to(input_device(model))
 
 
 def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from foldgpt.artifacts import alone, hash_of
 from foldgpt.attention import attention_in_tiles
 from foldgpt.errors import ArtifactError, UsageError
 from foldgpt.fingerprints import weights_fingerprint
-from foldgpt.folding import check_place, round_, save_folded
+from foldgpt.folding import cast_, check_place, round_, save_folded
 from foldgpt.objectives import Head
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note, quiet_libraries
@@ -87,7 +87,7 @@ def recover(
             Until then the same call has but to save the model again.
         text: what the windows were made of, for the record: see `RecoveryResult.text`.
         save_dtype: number format to save in; None for the one that the student has. What is measured at the end is
-            rounded to it.
+            rounded to it (not under FSDP, where that is measured before).
 
     Raises:
         UsageError: settings, windows and models do not fit each other, a logger is not there, or blocks are to be
@@ -138,6 +138,9 @@ def recover(
             save_dtype=save_dtype,
         )
         result = dataclasses.replace(result, text=dict(text or {}))
+        if save_dtype is not None:
+            # In all processes: they have one model.
+            cast_(trained, save_dtype)
         if is_main:
             note("saving and verifying the recovered model")
             save_folded(
@@ -148,7 +151,6 @@ def recover(
                 expected_parameters=num_parameters,
                 notes={**(notes or {}), RECOVERY: result.to_json_dict()},
                 replace=replace,
-                dtype=save_dtype,
             )
             if not keep_work:
                 remove_work(work)

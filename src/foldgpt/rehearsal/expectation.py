@@ -34,6 +34,7 @@ from foldgpt.selection import (
     Share,
     flops_of,
     number_for_target,
+    number_for_wish,
     number_to_remove,
     parameters_of,
     search_passes,
@@ -249,7 +250,7 @@ def num_removed(recipe: Recipe, source: Any) -> int:
     if section.target is not None:
         wanted = target(section.target)
         share = parameters_of(source) if wanted.what == "parameters" else _flops_of(source, recipe)
-        return number_for_target(share, wanted.limit(share.total))
+        return number_for_wish(share, wanted, section.target)
     if recipe.share.size is not None:
         return number_for_target(parameters_of(source), limit_of(source, size(recipe.share.size)))
     num_blocks = len(decoder_of(source).blocks)

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from foldgpt import pipeline, side_by_side
 from foldgpt.artifacts import read_json
+from foldgpt.checks import check_plan, check_without_files
 from foldgpt.comparison import Row, rows_of_recipe
 from foldgpt.errors import UnsupportedModelError, UsageError, first_line
 from foldgpt.formats import millions
@@ -118,12 +118,12 @@ def _check(recipe: Recipe, rows: Sequence[Row], config: Any) -> None:
     """Refuse what the real run, or that of a row, refuses before it measures anything."""
     bench = _RealBench(recipe, config)
     if not rows:
-        bench.check_plan()
+        check_plan(bench)
     # Rows have contexts, tasks and loggers in common.
-    bench.check_without_files()
+    check_without_files(bench)
     for row in rows:
         with side_by_side.named(row):
-            _RealBench(row.recipe, config).check_plan()
+            check_plan(_RealBench(row.recipe, config))
     if rows:
         _check_budgets(recipe, rows, config)
 
@@ -141,25 +141,29 @@ class _RealBench(Workbench):
 
     def __init__(self, recipe: Recipe, config: Any) -> None:
         super().__init__(recipe)
-        self._config = config
-
-    @cached_property
-    def _text_config(self) -> Any:
-        return self._config.get_text_config(decoder=True)
+        self.config = config
 
 
 def _expect(config: Any, recipe: Recipe, run: Path, teacher_cached: bool) -> Expectation:
     """What the real run takes, by what the rehearsed one made."""
     folded = read_json(run / FOLDED / "config.json", "config of the folded model")
     settings = Workbench(recipe).recovery_settings
-    try:
+    with _counting(config):
         plan, layout = FoldPlan.load(run), folded.get("fold_layout")
         return expect(config, recipe, plan, settings, layout, teacher_cached=teacher_cached)
+
+
+@contextmanager
+def _counting(config: Any) -> Iterator[None]:
+    """Say of a model that it cannot be counted without its weights.
+
+    There are kernels that know no meta tensors, in this format or at all, and models that look at the values of a mask.
+    """
+    try:
+        yield
     except (RuntimeError, TypeError, ValueError) as error:
-        # Kernels that know no meta tensors, in this format or at all, and models that look at the values of a mask.
         raise UnsupportedModelError(
-            f"the recipe runs through on a tiny {config.model_type}, but what the real one takes cannot be counted on "
-            f"PyTorch's meta device: {first_line(error)}"
+            f"what the real {config.model_type} takes cannot be counted on PyTorch's meta device: {first_line(error)}"
         ) from error
 
 
@@ -211,7 +215,10 @@ def _toy(recipe: Recipe, config: Any, folder: Path) -> Recipe:
 
 def _shorten_(change: dict[str, Any], recipe: Recipe, config: Any) -> None:
     """Let a row's change fit the toy; what is no mapping is refused later, with its place."""
-    share, recover = change.get("share"), change.get("recover")
+    share, recover, select = change.get("share"), change.get("recover"), change.get("select")
+    if isinstance(select, dict) and isinstance(select.get("target"), str):
+        aimed = recipe.changed(select={"target": select["target"]})
+        select |= {"target": None, "remove": _number_for(aimed, config)}
     if isinstance(share, dict):
         share |= _toy_share(share, recipe, config)
     if isinstance(recover, dict) and isinstance(recover.get("settings"), dict):
@@ -236,7 +243,8 @@ def _number_for(recipe: Recipe, config: Any) -> int:
             f"select.target is {recipe.select.target}: a rehearsal measures no times. Give it as a part of the "
             "source's, such as decode=80%, which is taken for a part of the operations here"
         )
-    return num_removed(recipe, on_meta(config, recipe))
+    with _counting(config):
+        return num_removed(recipe, on_meta(config, recipe))
 
 
 def _fraction(written: Any, recipe: Recipe, config: Any) -> Any:

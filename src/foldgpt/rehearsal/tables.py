@@ -58,9 +58,8 @@ def expectation_lines(rehearsal: Rehearsal, *, teraflops: float | None = None, d
         takes = f": {total} at {teraflops:g} TFLOP/s sustained on {whose} (--tflops, --devices)"
     lines.append(
         f"All together {_peta(rehearsal.flops)}{takes}. Not counted: the time of the fits of the compensation and of "
-        f"shared weights (share.fit), what "
-        "share.method auto and donor best measure, what train_blocks behind saves, tasks, perplexity on whole texts, "
-        "reading and writing."
+        "shared weights (share.fit), what share.method auto and donor best measure, what train_blocks behind saves, "
+        "tasks, perplexity on whole texts, reading and writing."
     )
     if devices > 1:
         lines.append(_sharing_line(rehearsal, devices))

@@ -6,15 +6,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from foldgpt.formats import millions
+from foldgpt.formats import millions, text_name
 from foldgpt.recovery_result import RECOVERY, RecoveryResult
 
 #: A screen has no more columns than this to show steps in.
 _MAX_STEPS = 300
 #: Losses on held-out windows that are worth a line: the one that is minimised, and what it means for predictions.
 _HELD_OUT = {"loss": "held-out loss", "kl": "held-out KL"}
-#: What texts begin with that are not files.
-_SCHEMES = ("demo:", "hub:", "self:")
 
 
 def read_recovery(folder: Path) -> RecoveryResult | None:
@@ -29,8 +27,7 @@ def read_recovery(folder: Path) -> RecoveryResult | None:
 def training_in_words(recovery: RecoveryResult) -> str:
     """What the recovery did to a checkpoint, in a sentence."""
     texts = recovery.text.get("texts", [])
-    # A card is for others: folders of one's own machine are nothing to them.
-    names = " + ".join(text if text.startswith(_SCHEMES) else Path(text).name for text in texts)
+    names = " + ".join(map(text_name, texts))
     on = f"{recovery.num_tokens:,} tokens{f' of {names}' if names else ''}"
     if not recovery.best_step:
         return f"Training on {on} made nothing better, so the weights are as they were when it was folded."

@@ -55,6 +55,11 @@ class RunFolder:
         """How long each stage took, where it was made; of an interrupted one the last part."""
         return {name: stage["seconds"] for name, stage in self._stages.items()}
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether its last stage was made."""
+        return "report" in self._stages
+
     def inputs_of(self, name: str) -> str | None:
         """Identity of what a stage was made from, alike in runs that make the same; None if it was not made."""
         inputs: str | None = self._stages.get(name, {}).get("inputs")

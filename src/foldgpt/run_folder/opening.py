@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def open_run(
     """Open the folder of a run or a comparison for one recipe, and keep other processes out of it meanwhile.
 
     A folder that holds an interrupted or finished run of the same recipe is continued. One in which nothing was made
-    for its recipe, because that was refused, is anybody's; if this call made it, it goes again.
+    for its recipe, because that was refused, is anybody's; if this call made it and nothing else is in it, it goes.
 
     Args:
         path: the folder; made if it does not exist.
@@ -78,12 +78,9 @@ def open_run(
                 recipe.save(path / RECIPE)
                 yield RunFolder(path, beside)
         except BaseException:
-            if not was_there and not _is_begun(path):
+            if not was_there and {entry.name for entry in path.iterdir()} <= {RECIPE, LOCK}:
                 # Refused before anything was made: what was put there by this call goes again.
-                (path / RECIPE).unlink(missing_ok=True)
-                (path / LOCK).unlink(missing_ok=True)
-                with suppress(OSError):
-                    path.rmdir()
+                remove(path)
             raise
         finally:
             lock.release()

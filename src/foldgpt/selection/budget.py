@@ -67,6 +67,26 @@ def number_for_target(share: Share, target: float) -> int:
     )
 
 
+def number_for_wish(share: Share, wanted: Target, written: str) -> int:
+    """The number of blocks that a target means, which is at least one.
+
+    Args:
+        share: what the model and its blocks take of that which the target limits.
+        wanted: the target.
+        written: how it was written, for the error message.
+
+    Raises:
+        UsageError: no number meets it, or the model does as it is.
+    """
+    number = number_for_target(share, wanted.limit(share.total))
+    if not number:
+        raise UsageError(
+            f"select.target is {written}, and the model takes no more as it is ({amount(share.total, share.what)}): "
+            "there is nothing to remove"
+        )
+    return number
+
+
 def share_for(target: Target, model: nn.Module, ids_BT: Tensor) -> Share:
     """What a model and its blocks take of that which a target limits.
 

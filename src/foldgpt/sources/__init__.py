@@ -5,11 +5,11 @@ weight is read, and what is loaded is complete: a weight that is missing, left o
 error, because a block with random weights looks like any other block.
 """
 
-from foldgpt.sources.configs import load_config, stored_dtype
+from foldgpt.sources.configs import load_config
 from foldgpt.sources.gguf_files import load_gguf
 from foldgpt.sources.load import DTYPES, Source, device_of, load_source, load_tokenizer
 from foldgpt.sources.locate import resolve
-from foldgpt.sources.weights import model_fingerprint
+from foldgpt.sources.weights import model_fingerprint, stored_dtype
 
 __all__ = [
     "DTYPES",

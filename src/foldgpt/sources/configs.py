@@ -7,7 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from foldgpt.errors import SourceError, UnsupportedModelError, first_line
@@ -59,24 +58,6 @@ def check_config_file(place: Path) -> None:
     """
     with suppress(UntrustedCodeError):
         load_config(place)
-
-
-def stored_dtype(place: Path) -> torch.dtype | None:
-    """The number format that a checkpoint is stored in, as its config says; None where that does not.
-
-    What is quantised in a GGUF file is taken for bfloat16, in which it is loaded as well.
-
-    Raises:
-        SourceError: the config cannot be read.
-    """
-    if place.is_file():
-        return torch.bfloat16
-    values = read_config(place)
-    text = values.get("text_config")
-    inner: dict[str, Any] = text if isinstance(text, dict) else {}
-    named = next((each[key] for each in (values, inner) for key in ("dtype", "torch_dtype") if each.get(key)), None)
-    found = getattr(torch, str(named).removeprefix("torch."), None)
-    return found if isinstance(found, torch.dtype) and found.is_floating_point else None
 
 
 def read_config(place: Path) -> dict[str, Any]:

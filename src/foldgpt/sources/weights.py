@@ -17,6 +17,9 @@ from foldgpt.sources.configs import read_config
 #: The weights of a checkpoint in one file, or the list of the files that hold them.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
+#: Number formats by their names in safetensors files.
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
 #: Bytes of one value in each safetensors dtype that a full-precision checkpoint holds.
 _VALUE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -122,6 +125,27 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise SourceError(f"corrupt safetensors file {path}: {error}") from error
     return header
+
+
+def stored_dtype(place: Path) -> torch.dtype | None:
+    """The number format in which a checkpoint is loaded as it is stored; None where nothing says it.
+
+    Its config says it, or else its first tensor. A GGUF file is loaded in bfloat16, whatever is in it.
+
+    Raises:
+        SourceError: the config cannot be read.
+    """
+    if place.is_file():
+        return torch.bfloat16
+    values = read_config(place)
+    text = values.get("text_config")
+    inner: dict[str, Any] = text if isinstance(text, dict) else {}
+    named = next((each[key] for each in (values, inner) for key in ("dtype", "torch_dtype") if each.get(key)), None)
+    if named is None:
+        tensors = (entry["dtype"] for header in weight_headers(place) for entry in header.values())
+        return next((_STORED[name] for name in tensors if name in _STORED), None)
+    found = getattr(torch, str(named).removeprefix("torch."), None)
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else None
 
 
 def loaded_bytes(entry: dict[str, Any], dtype: torch.dtype | None) -> int:
