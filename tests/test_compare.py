@@ -106,6 +106,7 @@ def test_a_comparison_makes_nothing_twice_and_says_what_is_certain(
     assert by_title["bi"].seconds is not None and by_title["last"].seconds is not None
     assert (by_title["bi + recovery"].trained_tokens, by_title["bi"].trained_tokens) == (256, None)
     assert Comparison.load(tmp_path / "c") == result
+    assert {"comparison.agreement.png", "comparison.agreement.svg"} <= {p.name for p in (tmp_path / "c").iterdir()}
     said = [line for line in result.protocol if "also used" in line]
     assert said == ["text.txt was also used for calibration and training: its perplexity is no test of these models."]
 
@@ -142,7 +143,7 @@ def test_files_say_the_same(recipe: Recipe, tmp_path: Path) -> None:
     markdown = (tmp_path / "c" / "comparison.md").read_text("utf-8")
     assert markdown == as_markdown(result)
     tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE)]
-    assert len(tables) == 2
+    assert len(tables) == 3
     for table in tables:
         assert len({line.count("|") for line in table}) == 1
     page = (tmp_path / "c" / "comparison.html").read_text("utf-8")

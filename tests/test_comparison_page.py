@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import html
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from browser import Page, in_browser
 from comparison_inputs import comparison
+from foldgpt.comparison import Agreement, agreement_of, agreement_table
+from foldgpt.figures import draw_agreement
 from foldgpt.report import as_markdown, write_comparison
+from foldgpt.report.rows import rows_of
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def test_it_says_who_is_better_and_who_is_not(path: Path) -> None:
 
 def test_markdown_tables_are_tables() -> None:
     tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", as_markdown(comparison()), re.MULTILINE)]
-    assert [len(table) for table in tables] == [9, 6, 10]
+    assert [len(table) for table in tables] == [9, 6, 10, 6]
     for table in tables:
         assert len({line.count("|") for line in table}) == 1
 
@@ -85,3 +89,45 @@ def test_rows_lead_to_their_reports(page: Page, path: Path) -> None:
         "[...document.querySelectorAll('table')[0].querySelectorAll('a')].map((a) => a.getAttribute('href'))"
     )
     assert links == [f"{method.run}/report.html" for method in comparison().methods if method.run]
+
+
+def test_where_methods_agree_is_counted_and_shown() -> None:
+    whole = comparison()
+    methods = [
+        replace(method, removed=[4, 5, 6, 7] if method.name == "random" else method.removed) for method in whole.methods
+    ]
+    agreement = agreement_of(replace(whole, methods=methods))
+    assert agreement is not None and agreement.num_blocks == 24
+    # Rows with recovery remove what those without do.
+    assert list(agreement.removed) == ["random", "bi", "gates", "gates + sharing"]
+    assert agreement.overlap("bi", "gates") == 1
+    assert agreement.overlap("random", "bi") == agreement.overlap("bi", "random") == pytest.approx(2 / 8)
+    assert [agreement.votes[block] for block in (3, 4, 6, 14)] == [0, 4, 1, 3]
+    table = rows_of(agreement_table(agreement))
+    assert table is not None and table.cells[0] == ["1 random", "100.0 %", "25.0 %", "25.0 %", "25.0 %"]
+    page = as_markdown(replace(whole, methods=methods))
+    assert "## Removed in common" in page and "| 1 random | 100.0 % | 25.0 % |" in page
+
+
+def test_one_method_agrees_with_nobody() -> None:
+    whole = comparison()
+    alone = [method for method in whole.methods if method.name in ("source", "bi")]
+    assert agreement_of(replace(whole, methods=alone)) is None
+    assert "Removed in common" not in as_markdown(replace(whole, methods=alone))
+
+
+def test_the_page_shows_which_blocks_each_method_removes(tmp_path: Path) -> None:
+    page = write_comparison(comparison(), tmp_path)["html"].read_text(encoding="utf-8")
+    rows = page.split('class="strip dense"')[1:]
+    assert len(rows) == 5  # four methods, and how many remove each block
+    assert rows[0].count('class="removed"') == 6 and rows[0].count('class="kept"') == 18
+    assert rows[4].partition("</ol>")[0].count("<li") == 24 and ">4</li>" in rows[4]
+
+
+def test_the_picture_of_agreement_is_drawn(tmp_path: Path) -> None:
+    agreement = Agreement(12, {"bi": [1, 2], "gates": [2, 3], "nothing": []})
+    png, svg = draw_agreement(agreement, tmp_path / "agreement")
+    assert png.stat().st_size > 1000
+    text = svg.read_text(encoding="utf-8")
+    # The share of each pair in percent, and the names.
+    assert ">33</text>" in text and ">gates</text>" in text and text.count(">100</text>") == 3

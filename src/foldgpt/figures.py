@@ -1,4 +1,4 @@
-"""Pictures of an analysis and of a plan, as PNG and SVG. Import it late: matplotlib takes a second."""
+"""Pictures of an analysis, of a plan and of several, as PNG and SVG. Import it late: matplotlib takes a second."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from foldgpt.strip import fates_of, group_letter
 
 if TYPE_CHECKING:
     from foldgpt.analysis.result import Analysis, SublayerMeasures
+    from foldgpt.comparison import Agreement
 
 #: Okabe and Ito's palette, told apart by every kind of colour vision.
 _BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -201,6 +202,48 @@ def draw_gates(trace: Sequence[Mapping[str, Any]], removed: Sequence[int], path_
         axes.plot([], [], color=_ORANGE, lw=1.8, label="removed in the end")
         axes.plot([], [], color=_PALE, lw=0.7, label="kept")
         figure.legend(loc="outside lower left", ncols=2)
+        return save_figure(figure, path_stem)
+
+
+def draw_agreement(agreement: Agreement, path_stem: str | Path) -> tuple[Path, Path]:
+    """Draw which blocks each of some methods removes, and what each two have in common.
+
+    Args:
+        agreement: the methods, the first one on top.
+        path_stem: as in `draw_redundancy`.
+
+    Returns:
+        The paths of the PNG and the SVG.
+
+    Raises:
+        ArtifactError: the files cannot be written.
+    """
+    names, num_blocks = list(agreement.removed), agreement.num_blocks
+    overlap = np.asarray([[agreement.overlap(name, other) for other in names] for name in names])
+    with matplotlib.rc_context(_STYLE):
+        side = 0.42 * len(names)
+        figure = Figure(figsize=(_width(num_blocks) + 1.6 + side, side + 1.5), layout="constrained")
+        strips, common = figure.subplots(1, 2, width_ratios=[_width(num_blocks), side + 0.8])
+        for row, blocks in enumerate(agreement.removed.values()):
+            for block in range(num_blocks):
+                _draw_cell(strips, block, row, "removed" if block in blocks else "kept", num_blocks)
+        strips.set_ylim(len(names) - 0.5, -0.5)
+        strips.set_yticks(range(len(names)), names)
+        strips.set_xlabel("block (source index)")
+        strips.set_title("Which blocks each method removes")
+        strips.spines[:].set_visible(False)
+        _block_ticks(strips, num_blocks)
+        strips.tick_params(which="both", length=0)
+        common.imshow(overlap, cmap="Blues", vmin=0, vmax=1)
+        for (row, column), value in np.ndenumerate(overlap):
+            colour = "white" if value > 0.6 else _INK
+            common.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=colour)
+        common.set_xticks([])
+        common.set_yticks([])
+        common.set_title("in common, %")
+        common.spines[:].set_visible(False)
+        handles = [Patch(facecolor=_KEPT_COLOUR, label="kept"), Patch(label="removed", **_HOLLOW)]
+        figure.legend(handles=handles, loc="outside lower left", ncols=2)
         return save_figure(figure, path_stem)
 
 

@@ -65,7 +65,11 @@ def _search_lines(plan: FoldPlan) -> list[str]:
         f"{report['forward_equivalents']:.1f} forward passes over them, {report['seconds']:,.0f} s"
     ]
     finals = report.get("finals") or []
-    if len(finals) > 1 and all(_has_numbers(each, "cost", "num_tokens") for each in finals):
+    if (
+        isinstance(finals, list)
+        and len(finals) > 1
+        and all(_has_numbers(each, "cost", "num_tokens") for each in finals)
+    ):
         fit = ", compensated as folding does it" if compensated else ""
         lines.append(
             f"on {finals[0]['num_tokens']:,} further tokens{fit}: {finals[0]['cost']:.4f}, the next best of "
@@ -98,9 +102,9 @@ def calibration_words(protocol: Mapping[str, Any]) -> str:
     return words
 
 
-def _has_numbers(values: Mapping[str, Any], *names: str) -> bool:
+def _has_numbers(values: Any, *names: str) -> bool:
     """Whether all of these are there, as numbers: what a plan says of its origin is nobody's to check."""
-    return all(isinstance(values.get(name), (int, float)) for name in names)
+    return isinstance(values, Mapping) and all(isinstance(values.get(name), (int, float)) for name in names)
 
 
 def candidates_table(plan: FoldPlan) -> Table:

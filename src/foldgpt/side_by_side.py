@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from foldgpt.artifacts import read_json
 from foldgpt.checks import check_inputs, check_plan
-from foldgpt.comparison import Comparison, Finished, Row, Training, rows_of_recipe
+from foldgpt.comparison import Comparison, Finished, Row, Training, agreement_of, rows_of_recipe
 from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
 from foldgpt.evaluation import Evaluation
 from foldgpt.families import decoder_of
@@ -23,7 +23,7 @@ from foldgpt.planning import expected_parameters
 from foldgpt.progress import note
 from foldgpt.recipe import Compare, Recipe
 from foldgpt.report import write_comparison
-from foldgpt.run_folder import ENVIRONMENT, ROWS, RunFolder, open_run
+from foldgpt.run_folder import AGREEMENT, ENVIRONMENT, ROWS, RunFolder, open_run
 from foldgpt.selection import ANALYSIS_FREE
 from foldgpt.steps import check_recovery
 from foldgpt.tables import protocol_lines, reuse_lines
@@ -102,6 +102,11 @@ def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comp
             ],
             environment=environment,
         )
+        agreement = agreement_of(comparison)
+        if agreement is not None:
+            from foldgpt.figures import draw_agreement  # matplotlib takes a second
+
+            draw_agreement(agreement, folder.path / AGREEMENT)
         write_comparison(comparison, folder.path)
         shutil.rmtree(folder.path / _COMMON, ignore_errors=True)
         return comparison

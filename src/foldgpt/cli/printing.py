@@ -114,12 +114,21 @@ def print_recovery(result: RecoveryResult) -> None:
 
 def print_comparison(comparison: Comparison, *, as_json: bool) -> None:
     """Print the tables of a comparison and how they were measured, or all of it as JSON."""
-    from foldgpt.comparison import difference_table, method_table, notes_of, task_accuracy_table
+    from foldgpt.comparison import (
+        agreement_of,
+        agreement_table,
+        difference_table,
+        method_table,
+        notes_of,
+        task_accuracy_table,
+    )
 
     if as_json:
         print_json(comparison.to_dict())
         return
-    for table in (method_table(comparison), difference_table(comparison), task_accuracy_table(comparison)):
+    agreement = agreement_of(comparison)
+    tables = [method_table(comparison), difference_table(comparison), task_accuracy_table(comparison)]
+    for table in tables if agreement is None else [*tables, agreement_table(agreement)]:
         if table.row_count:
             print_shown(table)
     for line in notes_of(comparison):

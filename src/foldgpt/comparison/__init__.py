@@ -1,5 +1,6 @@
 """Methods side by side: which rows there are, what differs for certain, and how it is written down."""
 
+from foldgpt.comparison.agreement import Agreement, agreement_of, agreement_table
 from foldgpt.comparison.bootstrap import Interval, accuracy_difference, perplexity_difference
 from foldgpt.comparison.result import COMPARISON, COMPARISON_FORMAT, Comparison, Finished, Method
 from foldgpt.comparison.rows import Row, rows_of_recipe
@@ -18,6 +19,7 @@ from foldgpt.comparison.training import Training
 __all__ = [
     "COMPARISON",
     "COMPARISON_FORMAT",
+    "Agreement",
     "Comparison",
     "Finished",
     "Interval",
@@ -25,6 +27,8 @@ __all__ = [
     "Row",
     "Training",
     "accuracy_difference",
+    "agreement_of",
+    "agreement_table",
     "difference_table",
     "difference_text",
     "method_table",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from foldgpt.comparison.agreement import agreement_of
 from foldgpt.comparison.bootstrap import Interval
 from foldgpt.comparison.result import Comparison, Method
 from foldgpt.comparison.training import in_words
@@ -142,6 +143,11 @@ def notes_of(comparison: Comparison) -> list[str]:
         notes.append(
             f"{_training_in_words(comparison)} Training windows and the teacher's states are kept for later rows; "
             "their time counts for the row that made them."
+        )
+    if agreement_of(comparison) is not None:
+        notes.append(
+            "Removed in common: blocks that two methods both remove, of those that either removes; a column bears the "
+            "number of its row."
         )
     return [*notes, *comparison.protocol]
 

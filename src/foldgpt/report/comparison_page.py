@@ -14,6 +14,8 @@ from foldgpt.comparison import (
     Comparison,
     Interval,
     Method,
+    agreement_of,
+    agreement_table,
     difference_table,
     method_table,
     notes_of,
@@ -27,6 +29,9 @@ from foldgpt.report.build import REPORT
 from foldgpt.report.headline import short_name
 from foldgpt.report.rows import Rows, rows_of
 from foldgpt.report.templating import templates
+
+#: Heading of the table of what methods have in common.
+_IN_COMMON = "Removed in common"
 
 STEM = "comparison"
 #: Of an interval in a chart, in percent of the width.
@@ -79,6 +84,9 @@ def _tables(comparison: Comparison) -> list[tuple[str, Rows]]:
         (f"Differences to {comparison.reference}", difference_table(comparison)),
         ("Accuracy on each task", task_accuracy_table(comparison)),
     ]
+    agreement = agreement_of(comparison)
+    if agreement is not None:
+        named.append((_IN_COMMON, agreement_table(agreement)))
     found = [(heading, rows_of(table)) for heading, table in named]
     return [(heading, rows) for heading, rows in found if rows is not None]
 
@@ -105,6 +113,7 @@ def _page(comparison: Comparison) -> str:
             tables=_tables(comparison),
             links={title_of(method): f"{method.run}/{REPORT}" for method in comparison.methods if method.run},
             charts=_charts(comparison),
+            agreement=agreement_of(comparison),
             removed=[
                 {"title": title_of(method), "blocks": block_ranges(method.removed)}
                 for method in comparison.methods

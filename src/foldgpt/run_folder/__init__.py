@@ -2,6 +2,7 @@
 
 from foldgpt.run_folder.folder import RunFolder
 from foldgpt.run_folder.layout import (
+    AGREEMENT,
     ANALYSIS,
     ANALYSIS_CHECKPOINT,
     ENVIRONMENT,
@@ -21,6 +22,7 @@ from foldgpt.run_folder.layout import (
 from foldgpt.run_folder.opening import open_run
 
 __all__ = [
+    "AGREEMENT",
     "ANALYSIS",
     "ANALYSIS_CHECKPOINT",
     "ENVIRONMENT",

@@ -17,7 +17,9 @@ SHARING_CHECKPOINT = ".sharing-checkpoint.json"
 LOCK = ".lock"
 #: All that stages make.
 MADE = (ANALYSIS, SELECTION, PLAN, FOLDED, RECOVERED, SOURCE, EVALUATION, ENVIRONMENT, FIGURES, REPORT)
+#: The picture of where the methods of a comparison agree, without its suffix.
+AGREEMENT = "comparison.agreement"
 #: The files of a comparison, last the one by which it is known.
-COMPARED = ("comparison.csv", "comparison.md", "comparison.html", COMPARISON)
+COMPARED = (f"{AGREEMENT}.png", f"{AGREEMENT}.svg", "comparison.csv", "comparison.md", "comparison.html", COMPARISON)
 #: What else is written there.
 WRITTEN = (RECIPE, LEDGER, ANALYSIS_CHECKPOINT, SEARCH_CHECKPOINT, SHARING_CHECKPOINT, *COMPARED)
