@@ -69,10 +69,15 @@ def amount(value: float, unit: str) -> str:
     return f"{significant(1e3 * value)} ms" if value < 1 else f"{significant(value)} s"
 
 
+def dtype_name(dtype: object) -> str:
+    """A torch dtype as configs and options name it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 #: What texts begin with that are not files.
-_SCHEMES = ("demo:", "hub:", "self:")
+NOT_FILES = ("demo:", "hub:", "self:")
 
 
 def text_name(spec: str) -> str:
     """A text without its folders: what others are told of it."""
-    return spec if spec.startswith(_SCHEMES) else PurePath(spec).name
+    return spec if spec.startswith(NOT_FILES) else PurePath(spec).name

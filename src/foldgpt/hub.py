@@ -10,7 +10,7 @@ import yaml
 
 from foldgpt.errors import ArtifactError, FoldGPTError, UsageError, first_line
 from foldgpt.progress import note
-from foldgpt.run_folder import FOLDED, LEDGER, RECIPE, RECOVERED, RunFolder
+from foldgpt.run_folder import FOLDED, LEDGER, RECOVERED, RunFolder
 
 #: What makes a folder a checkpoint that others can use.
 _NEEDED = ("config.json", "plan.json", "README.md")
@@ -139,10 +139,11 @@ def check_card(path: Path) -> None:
 
 
 def _checkpoint_in(folder: Path) -> Path:
-    if (folder / LEDGER).is_file() and not RunFolder(folder).is_finished:
+    run = RunFolder(folder)
+    if (folder / LEDGER).is_file() and not run.is_finished:
         raise ArtifactError(
-            f"the run in {folder} is not finished, so its final model may be missing: let it go on (`foldgpt run "
-            f"{folder / RECIPE} --out {folder}`), or give the folder of a model in it"
+            f"the run in {folder} is not finished, so its final model may be missing: let it go on "
+            f"(`{run.to_go_on}`), or give the folder of a model in it"
         )
     for final in (folder / RECOVERED, folder / FOLDED, folder):
         if (final / "config.json").is_file():

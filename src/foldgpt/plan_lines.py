@@ -53,9 +53,7 @@ def _chosen_lines(plan: FoldPlan) -> list[str]:
 def _search_lines(plan: FoldPlan) -> list[str]:
     """How far from its source the model was that a search settled on, and what the search took."""
     report = plan.origin.get("report")
-    if not isinstance(report, Mapping) or not _has_numbers(
-        report, "cost", "num_tokens", "forward_equivalents", "seconds"
-    ):
+    if report is None or not _has_numbers(report, "cost", "num_tokens", "forward_equivalents", "seconds"):
         return []
     what = "KL to the source" if report.get("objective") == "kl" else "language-modelling loss"
     compensated = bool(report.get("compensated"))
@@ -64,12 +62,9 @@ def _search_lines(plan: FoldPlan) -> list[str]:
         f"{what} {report['cost']:.4f} nats per token on {report['num_tokens']:,} calibration tokens{fit}; "
         f"{report['forward_equivalents']:.1f} forward passes over them, {report['seconds']:,.0f} s"
     ]
-    finals = report.get("finals") or []
-    if (
-        isinstance(finals, list)
-        and len(finals) > 1
-        and all(_has_numbers(each, "cost", "num_tokens") for each in finals)
-    ):
+    given = report.get("finals")
+    finals = [each for each in given if _has_numbers(each, "cost", "num_tokens")] if isinstance(given, list) else []
+    if len(finals) > 1:
         fit = ", compensated as folding does it" if compensated else ""
         lines.append(
             f"on {finals[0]['num_tokens']:,} further tokens{fit}: {finals[0]['cost']:.4f}, the next best of "

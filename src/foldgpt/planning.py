@@ -97,9 +97,8 @@ def _meet(bench: Workbench, written: str, checkpoint: Path | None) -> dict[str, 
     def identity() -> dict[str, Any]:
         return {**computed_with(source.model), "target": written, "windows": bench.calibration.fingerprint}
 
-    kept = ProgressFile(
-        _target_beside(checkpoint) if wanted.is_measured else None, _TARGET_FORMAT, identity, seconds_between=0
-    )
+    place = _target_beside(checkpoint) if wanted.is_measured and checkpoint is not None else None
+    kept = ProgressFile(place, _TARGET_FORMAT, identity, seconds_between=0)
     met = kept.load()
     if not met:
         share = share_for(wanted, source.model, bench.calibration.ids[:1].to(input_device(source.model)))
@@ -114,15 +113,14 @@ def _meet(bench: Workbench, written: str, checkpoint: Path | None) -> dict[str, 
     return met
 
 
-def _target_beside(checkpoint: Path | None) -> Path | None:
-    return None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}.target")
+def _target_beside(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.name}.target")
 
 
 def drop_search(checkpoint: Path) -> None:
     """Remove what `make_selection` goes on from, once its selection is saved."""
     for path in (checkpoint, _target_beside(checkpoint)):
-        if path is not None:
-            path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def _limit(bench: Workbench) -> int | None:
@@ -197,10 +195,10 @@ def expected_parameters(recipe: Recipe, model: PreTrainedModel) -> int | None:
     sizes = {sum(parameter.numel() for parameter in block.parameters()) for block in decoder.blocks}
     if section.method == "auto" or recipe.select.sublayers or len(sizes) != 1:
         return None
-    num_remove = number_to_remove(num_blocks, remove=recipe.select.remove, ratio=recipe.select.remove_ratio)
-    if wanted is not None:
-        share = parameters_of(model)
-        num_remove = number_for_wish(share, wanted, str(recipe.select.target))
+    if wanted is None:
+        num_remove = number_to_remove(num_blocks, remove=recipe.select.remove, ratio=recipe.select.remove_ratio)
+    else:
+        num_remove = number_for_wish(parameters_of(model), wanted, str(recipe.select.target))
     if section.method == "none":
         return sum(parameter.numel() for parameter in model.parameters()) - num_remove * sizes.pop()
     # The attention of the first kept block has to stay, so not every removed one may come back without its own.

@@ -35,8 +35,8 @@ class RecoveryResult:
             part did after its last checkpoint was done again, and is in neither `num_tokens` nor this.
         history: what was logged, each with its "step".
         settings: how it was done.
-        text: what it was trained and judged on: "texts" as they were given, "context", "num_held_out" (tokens),
-            "separate_documents" and "seed". Empty where that is not known, as in records of earlier versions.
+        text: what it was trained and judged on: "texts", files by their whole paths, "context", "num_held_out"
+            (tokens), "separate_documents" and "seed". Empty where that is not known, as in records of earlier versions.
     """
 
     before: Figures

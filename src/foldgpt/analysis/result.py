@@ -31,7 +31,7 @@ class CalibrationIdentity(_Value):
     fingerprint: str
     """Content hash of the token ids."""
     specs: list[str] | None = None
-    """The texts as they were given; the protocol has their names without folders. None in earlier versions."""
+    """The texts, files by their whole paths; the protocol has names without folders. None in earlier versions."""
     num_tokens: int | None = None
     """Tokens that were asked for; likewise."""
 

@@ -19,6 +19,7 @@ from foldgpt.analysis.result import Analysis, CalibrationIdentity, SourceIdentit
 from foldgpt.errors import FoldGPTError, UsageError
 from foldgpt.families import Decoder, decoder_of, input_device
 from foldgpt.fingerprints import weights_fingerprint
+from foldgpt.formats import dtype_name
 from foldgpt.progress import bar
 from foldgpt.progress_file import ProgressFile
 
@@ -325,7 +326,7 @@ def _result(
         }
     return Analysis(
         model_type=decoder.model_type,
-        dtype=str(next(decoder.model.parameters()).dtype).removeprefix("torch."),
+        dtype=dtype_name(next(decoder.model.parameters()).dtype),
         num_blocks=moments.num_blocks,
         num_windows=moments.num_windows,
         num_tokens=moments.num_tokens,

@@ -45,12 +45,7 @@ from foldgpt.cli.options import (
     TrustRemoteCode,
     left_out,
 )
-from foldgpt.cli.printing import (
-    print_comparison,
-    print_json,
-    print_paths,
-    print_shown,
-)
+from foldgpt.cli.printing import print_comparison, print_json, print_paths, print_shown
 from foldgpt.cli.requests import calibration_of, check_search_tokens, recipe_of, select_of, share_of
 from foldgpt.cli.session import session
 from foldgpt.cli.showing import show_path

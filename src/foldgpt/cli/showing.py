@@ -71,10 +71,7 @@ def _say_if_unfinished(folder: Path) -> None:
     run = RunFolder(folder)
     if not run.is_finished:
         made = ", ".join(run.seconds) or "none"
-        typer.echo(
-            f"This run is not finished (stages that are done: {made}). To go on: foldgpt run {folder / RECIPE} "
-            f"--out {folder}"
-        )
+        typer.echo(f"This run is not finished (stages that are done: {made}). To go on: {run.to_go_on}")
 
 
 def _as_json(name: str, value: Any) -> Any:

@@ -14,6 +14,7 @@ from foldgpt.compensation.correction import Correction
 from foldgpt.compensation.walk import Walk
 from foldgpt.errors import UnsupportedModelError
 from foldgpt.families import decoder_of
+from foldgpt.formats import dtype_name
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note
 from foldgpt.replay import Replay
@@ -115,7 +116,7 @@ def _corrected(
     if bool(corrected_WTH.isfinite().all()):
         return corrected_WTH, correction
     # Merged, it would spoil every prediction; behind it no stream would be left to fit on.
-    dtype = str(output_WTH.dtype).removeprefix("torch.")
+    dtype = dtype_name(output_WTH.dtype)
     note(
         f"block {index} makes up for nothing that is removed: with the map for its {carrier} it would put out "
         f"more than {dtype} holds"

@@ -16,10 +16,9 @@ from foldgpt.artifacts import hash_of, hash_of_file
 from foldgpt.corpus.own_text import SELF, OwnText, Sampling
 from foldgpt.demo import demo_text, demo_text_identity
 from foldgpt.errors import FoldGPTError, SourceError, UsageError, did_you_mean, first_line
+from foldgpt.formats import NOT_FILES
 
 _DEFAULT_COLUMN = "text"
-#: What texts begin with that are not files.
-_SCHEMES = ("demo:", "hub:")
 _HUB_OPTIONS = ("config", "split", "column", "revision")
 
 #: A text file is one document, but it is read in pieces of about this many characters, cut after a line.
@@ -170,7 +169,7 @@ def _overlap(spec: str, other: str) -> bool:
     """Whether two text specs are of the same text, or have a file in common."""
     if spec == other or (spec.startswith("hub:") and other.startswith("hub:") and _rows_of(spec) == _rows_of(other)):
         return True
-    if any(each.startswith((*_SCHEMES, SELF)) for each in (spec, other)):
+    if any(each.startswith(NOT_FILES) for each in (spec, other)):
         return False
     try:
         files, others = ({file.resolve() for file in _local_files(each)[1]} for each in (spec, other))
@@ -352,7 +351,7 @@ def _rows_of(spec: str) -> tuple[str, dict[str, str]]:
 
 def absolute(spec: str) -> str:
     """A text spec that means the same from every folder of this machine: files by their whole paths."""
-    if spec.startswith((*_SCHEMES, SELF)):
+    if spec.startswith(NOT_FILES):
         return spec
     try:
         return str(Path(spec).expanduser().absolute())

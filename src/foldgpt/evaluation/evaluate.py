@@ -22,6 +22,7 @@ from foldgpt.evaluation.size import ModelSize, folder_bytes, size_of
 from foldgpt.evaluation.tasks import Retained, Suite, TaskScore, retained, retained_on_average
 from foldgpt.evaluation.tasks.score import average
 from foldgpt.families import brings_own_code
+from foldgpt.formats import dtype_name
 from foldgpt.progress import note
 from foldgpt.sources import stored_dtype
 
@@ -275,7 +276,7 @@ def _stored_in(folder: Path) -> str | None:
     if folder.is_file():
         return "GGUF"
     dtype = stored_dtype(folder) if (folder / "config.json").is_file() else None
-    return None if dtype is None else str(dtype).removeprefix("torch.")
+    return None if dtype is None else dtype_name(dtype)
 
 
 def _written(subject: Subject, windows: Windows | None, tasks: Suite | None, num_generations: int) -> dict[str, Any]:
@@ -308,7 +309,7 @@ def _peak_memory(subject: Subject) -> PeakMemory | None:
     if any(parameter.is_meta for parameter in subject.model.parameters()):
         note(f"without peak memory of {subject.name}: it is offloaded, and a process of its own would load it whole")
         return None
-    dtype = str(subject.model.dtype).removeprefix("torch.")
+    dtype = dtype_name(subject.model.dtype)
     try:
         return peak_memory(
             subject.folder,

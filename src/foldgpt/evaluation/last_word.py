@@ -18,6 +18,7 @@ import torch
 from foldgpt.artifacts import hash_of
 from foldgpt.evaluation.errors import MeasurementError
 from foldgpt.evaluation.perplexity import exp_of_mean
+from foldgpt.formats import dtype_name
 from foldgpt.progress import bar
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def last_word(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, window
         mean_nll=mean_nll,
         nll_error=stdev(nlls) / math.sqrt(len(nlls)) if several else None,
         num_passages=len(nlls),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
         fingerprint=hash_of(passages),
         protocol={
             "texts": windows.protocol.get("texts"),

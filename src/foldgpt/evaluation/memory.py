@@ -15,6 +15,7 @@ from pathlib import Path
 
 from foldgpt.errors import ArtifactError
 from foldgpt.evaluation.errors import MeasurementError, NotEnoughMemoryError
+from foldgpt.formats import dtype_name
 
 _PROMPT_TOKENS = 128
 _DECODE_TOKENS = 8
@@ -139,7 +140,7 @@ def _measure(model_folder: str, dtype: str, device: str, trust_remote_code: bool
         peak_rss=_peak_bytes(),
         peak_accelerator=torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None,
         device=device,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foldgpt.errors import UsageError
 from foldgpt.families import decode
+from foldgpt.formats import dtype_name
 from foldgpt.progress import bar
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def measure_speed(
                 "decode_tokens": decode_tokens,
                 "seed": seed,
                 "device": model.device.type,
-                "dtype": str(model.dtype).removeprefix("torch."),
+                "dtype": dtype_name(model.dtype),
                 "num_threads": torch.get_num_threads(),
             },
         )

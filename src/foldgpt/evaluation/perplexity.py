@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foldgpt.errors import UsageError
 from foldgpt.evaluation.errors import MeasurementError
+from foldgpt.formats import dtype_name
 from foldgpt.progress import bar
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def _nll(logits_TV: Tensor, targets_T: Tensor) -> float:
 def _summary(
     nll_N: Tensor, first_targets: Sequence[int], context: int, model: PreTrainedModel, windows: Windows
 ) -> Perplexity:
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     finite_N = torch.isfinite(nll_N)
     if not finite_N.all():
         bad = (~finite_N).nonzero().flatten().tolist()

@@ -15,6 +15,7 @@ from foldgpt.folding.donors import DONORS
 from foldgpt.folding.fitted import GroupFit, MemberFit
 from foldgpt.folding.kinds import scale_leaves, shareable_leaves, sublayer_modules
 from foldgpt.folding.private import LeafTerms, terms_of_group
+from foldgpt.formats import dtype_name
 from foldgpt.plan import SUBLAYERS, FoldPlan, Group
 
 
@@ -99,7 +100,7 @@ def check_weights(decoder: Decoder, group: Group, fit: GroupFit) -> None:
             if not is_plain(parameter):
                 raise UnsupportedModelError(
                     f"group {list(group.blocks)}: {name} of block {index} is quantised "
-                    f"({str(parameter.dtype).removeprefix('torch.')}), so donor {group.donor!r} cannot make shared "
+                    f"({dtype_name(parameter.dtype)}), so donor {group.donor!r} cannot make shared "
                     "weights of it. Take donor 'first', or share the plain model and quantise the result."
                 )
 

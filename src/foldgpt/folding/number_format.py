@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from foldgpt.errors import FoldGPTError
+from foldgpt.formats import dtype_name
 
 #: Formats that hold fewer digits or a smaller range than fp32, as transformers treats them.
 _HALF = (torch.float16, torch.bfloat16)
@@ -28,9 +30,7 @@ def cast_(model: nn.Module, dtype: torch.dtype) -> None:
     Raises:
         FoldGPTError: a weight that is finite is not in that format.
     """
-    for name, tensor in _stored(model, dtype):
-        changed = tensor.data.to(dtype)
-        _check_finite(name, tensor, changed, dtype)
+    for tensor, changed in _in_format(model, dtype):
         tensor.data = changed
 
 
@@ -47,10 +47,20 @@ def round_(model: nn.Module, dtype: torch.dtype) -> None:
     Raises:
         FoldGPTError: a weight that is finite is not in that format.
     """
+    for tensor, changed in _in_format(model, dtype):
+        tensor.copy_(changed)
+
+
+def _in_format(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each tensor that a checkpoint would hold in `dtype` and that has another format now, and what it is in that."""
     for name, tensor in _stored(model, dtype):
-        rounded = tensor.to(dtype)
-        _check_finite(name, tensor, rounded, dtype)
-        tensor.copy_(rounded)
+        changed = tensor.data.to(dtype)
+        if not changed.isfinite().all() and tensor.isfinite().all():
+            raise FoldGPTError(
+                f"{name} holds values that {dtype_name(dtype)} does not ({tensor.abs().max().item():.4g} at most): "
+                "save it in another number format (--save-dtype bfloat16, or save_dtype in a recipe)"
+            )
+        yield tensor, changed
 
 
 def _stored(model: nn.Module, dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
@@ -71,13 +81,3 @@ def _stored(model: nn.Module, dtype: torch.dtype) -> list[tuple[str, torch.Tenso
         if wide is None or not wide.search(name):
             found.append((name, tensor))
     return found
-
-
-def _check_finite(name: str, before: torch.Tensor, after: torch.Tensor, dtype: torch.dtype) -> None:
-    if bool(after.isfinite().all()) or not bool(before.isfinite().all()):
-        return
-    written = str(dtype).removeprefix("torch.")
-    raise FoldGPTError(
-        f"{name} holds values that {written} does not ({before.abs().max().item():.4g} at most): save it in another "
-        "number format (--save-dtype bfloat16, or save_dtype in a recipe)"
-    )

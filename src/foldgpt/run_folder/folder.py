@@ -60,6 +60,11 @@ class RunFolder:
         """Whether its last stage was made."""
         return "report" in self._stages
 
+    @property
+    def to_go_on(self) -> str:
+        """The command that lets the run go on."""
+        return f"foldgpt run {self.path / RECIPE} --out {self.path}"
+
     def inputs_of(self, name: str) -> str | None:
         """Identity of what a stage was made from, alike in runs that make the same; None if it was not made."""
         inputs: str | None = self._stages.get(name, {}).get("inputs")

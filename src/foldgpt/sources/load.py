@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from foldgpt.errors import SourceError, UsageError, did_you_mean, first_line
+from foldgpt.formats import dtype_name
 from foldgpt.free_memory import free_memory
 from foldgpt.progress import note, quiet_libraries
 from foldgpt.sources.configs import load_config
@@ -142,7 +143,7 @@ def _say_if_slow(dtype: torch.dtype, device: torch.device) -> None:
     """Say it once where 16 bits cost time: most x86 CPUs without AVX-512 have no products of them."""
     if device.type == "cpu" and dtype.itemsize == 2 and is_slow_in_16_bits():
         note(
-            f"this CPU is likely to be slow in {str(dtype).removeprefix('torch.')}: without AVX-512 that takes several "
+            f"this CPU is likely to be slow in {dtype_name(dtype)}: without AVX-512 that takes several "
             "times as long as float32 (--dtype float32, or dtype in a recipe; twice the memory)"
         )
 

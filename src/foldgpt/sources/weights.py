@@ -12,6 +12,7 @@ import torch
 
 from foldgpt.artifacts import hash_of, hash_of_file
 from foldgpt.errors import SourceError
+from foldgpt.formats import dtype_name
 from foldgpt.sources.configs import read_config
 
 #: The weights of a checkpoint in one file, or the list of the files that hold them.
@@ -144,7 +145,7 @@ def stored_dtype(place: Path) -> torch.dtype | None:
     if named is None:
         tensors = (entry["dtype"] for header in weight_headers(place) for entry in header.values())
         return next((_STORED[name] for name in tensors if name in _STORED), None)
-    found = getattr(torch, str(named).removeprefix("torch."), None)
+    found = getattr(torch, dtype_name(named), None)
     return found if isinstance(found, torch.dtype) and found.is_floating_point else None
 
 

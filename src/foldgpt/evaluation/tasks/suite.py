@@ -18,6 +18,7 @@ from foldgpt.errors import FoldGPTError, SourceError, UsageError, did_you_mean, 
 from foldgpt.evaluation.tasks.catalog import TASKS, TaskDefinition
 from foldgpt.evaluation.tasks.rows import find_file, read_rows
 from foldgpt.evaluation.tasks.score import Accuracy, TaskScore
+from foldgpt.formats import dtype_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -105,7 +106,7 @@ class Suite:
                 "data": loaded.data,
                 "items": f"the first {len(samples):,} of {num_items:,}" if len(samples) < num_items else "all",
                 "shots": _NUM_SHOTS,
-                "dtype": str(wrapped.model.dtype).removeprefix("torch."),
+                "dtype": dtype_name(wrapped.model.dtype),
                 "truncated_requests": wrapped.num_truncated - truncated_before,
             },
         )
