@@ -1,0 +1,154 @@
+"""The command line: what it refuses, in one clear message, and leaves as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cli_case import CALIBRATION, foldgpt
+from foldgpt.plan import FoldPlan
+from run_inputs import tiny_source
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (["analyze", "no-such-folder/model", "--out", "OUT"], 1, "no-such-folder/model"),
+        (["analyze", "demo:smollm", "--out", "OUT"], 2, "Did you mean 'smollm2-135m'?"),
+        (["analyze", "MODEL", "--text", "missing.txt", "--out", "OUT"], 1, "no text file matches missing.txt"),
+        (["analyze", "MODEL", "--text", "TEXT", "--dtype", "float8", "--out", "OUT"], 2, "Did you mean 'float32'?"),
+        (
+            ["analyze", "MODEL", "--text", "TEXT", "--tokens", "64", "--context", "999", "--out", "OUT"],
+            2,
+            "error: --tokens is 64, which does not fill one window of 999 tokens (--context) for each of 1 text",
+        ),
+        (
+            ["plan", "MODEL", "--select", "best", "--remove", "2", "--text", "TEXT", "--out", "OUT"],
+            2,
+            "unknown selector",
+        ),
+        (["plan", "MODEL", "--select", "last", "--remove", "6", "--out", "OUT"], 2, "of which one must stay"),
+        (
+            ["plan", "MODEL", "--remove", "1", "--remove-ratio", "0.1", "--out", "OUT"],
+            2,
+            "give --remove or --remove-ratio, not both",
+        ),
+        (
+            ["plan", "MODEL", "--out", "OUT"],
+            2,
+            "nothing to be shared: say how many blocks (--remove, --remove-ratio, --target)",
+        ),
+        (
+            ["plan", "MODEL", "--analysis", "run", "--remove", "2", "--out", "OUT"],
+            2,
+            "--analysis with the selector 'gates', which reads none: leave it out, or --select one of angular, bi",
+        ),
+        (
+            ["plan", "MODEL", "--search-tokens", "64", "--select", "bi", "--remove", "2", "--out", "OUT"],
+            2,
+            "--search-tokens with the selector 'bi', which measures nothing on them",
+        ),
+        (
+            ["run", "--model", "MODEL", "--search-tokens", "64", "--select", "bi", "--remove", "2", "--out", "OUT"],
+            2,
+            "--search-tokens with the selector 'bi', which measures nothing on them",
+        ),
+        (
+            ["plan", "MODEL", "--remove", "2", "--tokens", "256", "--search-tokens", "1M", "--out", "OUT"],
+            2,
+            "--search-tokens is 1,000,000, and the calibration text has 256 (--tokens): give at most 256",
+        ),
+        (
+            ["run", "--model", "MODEL", "--remove", "2", "--tokens", "256", "--search-tokens", "257", "--out", "OUT"],
+            2,
+            "--search-tokens is 257, and the calibration text has 256",
+        ),
+        (
+            ["run", "missing.yaml", "--tflops", "100", "--devices", "1", "--out", "OUT"],
+            2,
+            "--tflops and --devices without --dry-run",
+        ),
+        (["compare", "missing.yaml", "--devices", "4", "--out", "OUT"], 2, "--devices without --dry-run"),
+        (["analyze", "MODEL", "--text", "TEXT", "--seed", "-1", "--out", "OUT"], 2, "error: --seed: Input should be"),
+        (
+            ["analyze", "MODEL", "--text", "TEXT", "--tokens", "200", "--context", "200", "--out", "OUT"],
+            2,
+            "--context is 200",
+        ),
+        (["plan", "MODEL", "--share", "pairs", "--out", "OUT"], 2, "error: --share: Input should be"),
+        (
+            ["plan", "MODEL", "--start", "zero", "--out", "OUT"],
+            2,
+            "error: --start says how blocks share weights, but --share is none",
+        ),
+        (
+            ["plan", "MODEL", "--share", "adjacent", "--start", "zero", "--donor", "mean", "--out", "OUT"],
+            2,
+            "borrow from the nearest kept block; leave --donor out",
+        ),
+        (["plan", "MODEL", "--share", "auto", "--out", "OUT"], 2, "auto needs a size"),
+        (["plan", "MODEL", "--share", "adjacent", "--size", "0.7", "--out", "OUT"], 2, "other methods read none"),
+        (["plan", "MODEL", "--share", "auto", "--size", "small", "--out", "OUT"], 2, "'small' is not a size"),
+        (
+            ["plan", "MODEL", "--share", "auto", "--size", "0.7", "--remove", "2", "--out", "OUT"],
+            2,
+            "leave --remove out",
+        ),
+        (
+            ["plan", "MODEL", "--share", "auto", "--size", "0.7", "--rank", "2", "--out", "OUT"],
+            2,
+            "--share auto chooses --rank itself",
+        ),
+        (["fold", "MODEL", "--plan", "missing.json", "--out", "OUT"], 1, "plan not found: missing.json"),
+        (
+            ["eval", "MODEL", "--perplexity", "TEXT", "--context", "1", "--out", "OUT"],
+            2,
+            "error: --context: Input should be",
+        ),
+        (["run", "missing.yaml", "--out", "OUT"], 1, "recipe not found: missing.yaml"),
+        (["run", "--out", "OUT"], 2, "name a recipe file, or a model"),
+        (["show", "OUT"], 1, "file not found"),
+        (["analyse", "MODEL"], 2, "No such command 'analyse'"),
+    ],
+    ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_clear_message_and_no_output(
+    arguments: list[str], exit_code: int, message: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    places = {"MODEL": str(model), "TEXT": str(text), "OUT": str(out)}
+    made = foldgpt(*(places.get(argument, argument) for argument in arguments))
+    assert made.exit_code == exit_code, made.output
+    assert message in made.stderr.replace("\n", " ")
+    assert "Traceback" not in made.output
+    assert list(tmp_path.rglob("*")) in ([], [out])
+
+
+def test_an_existing_output_is_not_overwritten(model: Path, text: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    asked = ("plan", model, "--select", "last", "--text", text, *CALIBRATION, "--out", plan, "-q")
+    assert foldgpt(*asked, "--remove", 1).exit_code == 0
+    before = plan.read_bytes()
+    made = foldgpt(*asked, "--remove", 2)
+    assert made.exit_code == 1 and "--overwrite" in made.stderr
+    assert plan.read_bytes() == before
+    made = foldgpt(*asked, "--remove", 2, "--overwrite")
+    assert made.exit_code == 0 and len(FoldPlan.load(plan).removed) == 2
+
+
+def test_an_analysis_of_another_model_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    other = tiny_source(tmp_path / "other", seed=1)
+    foldgpt("analyze", other, "--text", text, *CALIBRATION, "--out", tmp_path / "run", "-q")
+    asked = ("--select", "bi", "--remove", 1, "--out", tmp_path / "plan.json")
+    made = foldgpt("plan", model, "--analysis", tmp_path / "run", *asked)
+    assert made.exit_code == 1 and "analysis of another model" in made.stderr
+
+
+def test_a_plan_for_another_model_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    other = tiny_source(tmp_path / "other", num_hidden_layers=4)
+    asked = ("--select", "last", "--remove", 1, "--text", text, *CALIBRATION)
+    foldgpt("plan", other, *asked, "--out", tmp_path / "plan.json", "-q")
+    made = foldgpt("fold", model, "--plan", tmp_path / "plan.json", "--out", tmp_path / "folded", "-q")
+    assert made.exit_code == 2 and "for a model of 4 blocks" in made.stderr
+    assert not (tmp_path / "folded").exists()
