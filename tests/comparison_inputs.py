@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from foldgpt.comparison import Comparison, Interval, Method
-from foldgpt.evaluation import Retained
+from foldgpt.comparison import Comparison, Method
+from foldgpt.evaluation import Interval, Retained
 
 _ROWS = (
     # name, recovered, perplexity, tasks, gap, perplexity difference, accuracy difference

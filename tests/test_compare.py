@@ -20,12 +20,12 @@ from foldgpt.cli import app
 from foldgpt.cli.printing import print_comparison
 from foldgpt.comparison import (
     Comparison,
-    Interval,
     Training,
     notes_of,
     verdict,
 )
 from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
+from foldgpt.evaluation import Interval
 from foldgpt.recipe import Recipe
 from foldgpt.report import as_markdown, write_comparison
 from foldgpt.run_folder import folder
@@ -96,7 +96,7 @@ def test_a_comparison_makes_nothing_twice_and_says_what_is_certain(
         done = pipeline.Evaluation.load(folder / "evaluation.json")
         assert done.folded.perplexity is not None
         assert method.perplexities == {"text.txt": done.folded.perplexity.value}
-        assert (folder / "report.html").is_file()
+        assert (folder / "report.html").is_file() and not (folder / "before_recovery.json").exists()
         assert bool(method.perplexity_differences) == (title not in ("bi", "bi + recovery"))
         assert method.budget_gap == 0.0 and method.is_fair
     # The reference is that of the same recovery setting.

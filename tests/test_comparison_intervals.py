@@ -9,12 +9,14 @@ from typing import Any
 import numpy
 import pytest
 
-from foldgpt.comparison import (
+from foldgpt.evaluation import (
     Interval,
+    MeasurementError,
+    Perplexity,
+    TaskScore,
     accuracy_difference,
     perplexity_difference,
 )
-from foldgpt.evaluation import MeasurementError, Perplexity, TaskScore
 from foldgpt.evaluation.tasks import Accuracy
 
 
@@ -87,7 +89,7 @@ def test_equal_models_seldom_differ_for_certain_on_a_few_windows(
         return found / 1000
 
     assert certain() == pytest.approx(0.05, abs=0.02)
-    monkeypatch.setattr("foldgpt.comparison.bootstrap._widening", lambda *_: 1.0)
+    monkeypatch.setattr("foldgpt.evaluation.bootstrap._widening", lambda *_: 1.0)
     assert certain() == pytest.approx(plain, abs=0.03), "without widening"
 
 

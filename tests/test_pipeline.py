@@ -256,7 +256,12 @@ def test_a_run_with_recovery_ends_in_a_recovered_model(recipe: Recipe, tmp_path:
     assert windows is not None and result.evaluation.folded.perplexity is not None
     measured = result.evaluation.folded.perplexity.value
     assert measured == pytest.approx(perplexity(models["recovered"], windows).value)
-    assert measured != pytest.approx(perplexity(models["folded"], windows).value)
+    before = result.evaluation.before_recovery
+    assert before is not None and before.name == "folded" and before.perplexity is not None
+    assert before.perplexity.value == pytest.approx(perplexity(models["folded"], windows).value) != measured
+    assert "recovery" in stages_run and stages_run.index("before recovery") < stages_run.index("recovery")
+    page = " ".join((tmp_path / "run" / "report.html").read_text("utf-8").split())
+    assert "(source, folded, recovered) on text.txt" in page and "Recovery changed perplexity by −" in page
     stages_run.clear()
     pipeline.run(trained, tmp_path / "run")
     assert stages_run == []

@@ -31,11 +31,12 @@ def test_what_another_recipe_does_not_ask_for_is_gone(inputs: tuple[Path, Path],
     recover = {"num_tokens": 128, "context": 16, "held_out_tokens": 32, "settings": {"batch_size": 2, "rank": 2}}
     recipe = Recipe.from_dict(tiny_recipe(*inputs, recover=recover))
     pipeline.run(recipe, tmp_path / "run")
-    assert (tmp_path / "run" / "recovered").is_dir()
+    assert (tmp_path / "run" / "recovered").is_dir() and (tmp_path / "run" / "before_recovery.json").is_file()
     plain = recipe.changed(recover={"num_tokens": 0})
     result = pipeline.run(plain, tmp_path / "run", overwrite=True)
     assert result.model == tmp_path / "run" / "folded" and (result.model / "README.md").is_file()
     assert not (tmp_path / "run" / "recovered").exists()
+    assert not (tmp_path / "run" / "before_recovery.json").exists() and result.evaluation.before_recovery is None
     assert "recovery" not in json.loads((tmp_path / "run" / "run.json").read_text())["stages"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,18 @@ from rich.console import Console
 from rich.table import Table
 
 from foldgpt.cli.terminal import natural_width, split_to_width
-from foldgpt.evaluation import Evaluation, LastWord, Measured, ModelSize, PeakMemory, Perplexity, Rate, Speed, TaskScore
+from foldgpt.evaluation import (
+    Evaluation,
+    LastWord,
+    Measured,
+    ModelSize,
+    PeakMemory,
+    Perplexity,
+    Rate,
+    Speed,
+    TaskScore,
+    perplexity_difference,
+)
 from foldgpt.evaluation.generations import Generation
 from foldgpt.evaluation.tasks import Accuracy
 from foldgpt.plan import Compensation, Fitting, FoldPlan, Group, SourceModel
@@ -320,6 +332,35 @@ def test_a_text_that_the_model_was_made_by_is_no_test() -> None:
     text = protocol_lines(Evaluation(measured("recovered", 24, reused=reused), measured("source", 30), {})).plain
     assert "demo:wikipedia was also used for calibration and training: its perplexity is no test of recovered." in text
     assert "source 29.12 ± 0.29, recovered 29.12 ± 0.29 (± standard error over windows)." in text
+
+
+def test_what_recovery_changed_stands_between_source_and_recovered_with_its_interval() -> None:
+    def of(value: float, *nlls: float) -> Perplexity:
+        text = {"texts": ["a.txt"], "tokens": 40}
+        return Perplexity(value, math.log(value), 0.01, 40, 4, "float32", "f", text, list(nlls), [10] * 4)
+
+    def scored(*hits: bool) -> dict[str, TaskScore]:
+        how = {"harness": "lm_eval 1.0", "data": "rows.jsonl", "items": "all", "shots": 0, "dtype": "float32"}
+        accuracies = {"acc": Accuracy.of(list(hits))}
+        return {"boolq": TaskScore(accuracies, "acc", 0.5, len(hits), "f", {**how, "truncated_requests": 0})}
+
+    before, after = of(30.0, 32, 34, 36, 34.1), of(20.0, 28, 30, 32, 29.8)
+    models = [
+        measured("source", 30, perplexity=of(15.0, 27, 27, 27, 27)),
+        measured("folded", 24, perplexity=before, speed=None, tasks=scored(*[True, False] * 8)),
+        measured("recovered", 24, perplexity=after, tasks=scored(*[True, True, True, False] * 4)),
+    ]
+    evaluation = Evaluation(models[2], models[0], {"perplexity": 20 / 15}, before_recovery=models[1])
+    table = rendered(comparison_table(evaluation))
+    assert line(table, "perplexity") == ["perplexity", "15", "30", "20", "1.33×"]
+    assert line(table, "decode, tokens/s")[1:4] == ["20", "–", "20"]
+    found = perplexity_difference(after, before, samples=10_000, confidence=0.95)
+    assert found.is_certain
+    text = protocol_lines(evaluation).plain
+    low, high = (f"{abs(value):.{digits}f}" for value, digits in ((found.low, 1), (found.high, 2)))
+    assert f"Recovery changed perplexity by −10.0 [−{low}, −{high}], mean accuracy by +25.0 points [" in text
+    assert "(95 % intervals by paired bootstrap)" in text
+    assert "Recovery" not in protocol_lines(dataclasses.replace(evaluation, before_recovery=None)).plain
 
 
 def test_a_large_error_has_no_exponent() -> None:

@@ -45,6 +45,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
+def change(value: float) -> str:
+    """A difference, with its sign."""
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:+,.{digits}f}".replace("-", "−")
+
+
+def change_within(value: float, low: float, high: float) -> str:
+    """A difference with the interval in which it lies."""
+    return f"{change(value)} [{change(low)}, {change(high)}]"
+
+
 def block_ranges(blocks: Sequence[int]) -> str:
     """Source indices in few words: 3, 5–8 and 11."""
     runs: list[list[int]] = []

@@ -18,6 +18,7 @@ from foldgpt.report import CARD, REPORT, build_report, write_model_card
 from foldgpt.run_folder import (
     ANALYSIS,
     ANALYSIS_CHECKPOINT,
+    BEFORE_RECOVERY,
     ENVIRONMENT,
     EVALUATION,
     FIGURES,
@@ -38,6 +39,7 @@ from foldgpt.steps import (
     drop_recovery_work,
     make_analysis,
     make_evaluation,
+    make_evaluation_before_recovery,
     make_folded,
     make_recovered,
     make_source_evaluation,
@@ -87,16 +89,24 @@ def run(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Result:
         return carry_out(folder, bench)
 
 
-def carry_out(folder: RunFolder, bench: Workbench) -> Result:
-    """Run the recipe of a workbench in an open run folder; see `run`."""
+def carry_out(folder: RunFolder, bench: Workbench, *, before_recovery: bool = True) -> Result:
+    """Run the recipe of a workbench in an open run folder; see `run`.
+
+    Args:
+        folder: the run folder.
+        bench: the inputs.
+        before_recovery: where the recipe trains, measure the folded model as well.
+    """
     check_plan(bench)
     check_inputs(bench)
     if bench.recipe.recover.num_tokens and not is_recovered(folder, bench):
         check_recovery(bench, folder.path / RECOVERED)
     analysis, plan = make_up_plan(folder, bench)
     _fold_stage(folder, bench, plan)
+    source = _source_stage(folder, bench)
+    before = _before_recovery_stage(folder, bench) if before_recovery else None
     final = _recovery_stage(folder, bench)
-    evaluation = _evaluation_stage(folder, bench, final, _source_stage(folder, bench))
+    evaluation = _evaluation_stage(folder, bench, final, source, before)
     _figures_stage(folder, analysis, plan)
     _report_stage(folder, bench, final, evaluation)
     return Result(folder.path, folder.path / final, analysis, plan, evaluation)
@@ -250,11 +260,35 @@ def _source_stage(folder: RunFolder, bench: Workbench) -> Evaluation:
     )
 
 
-def _evaluation_stage(folder: RunFolder, bench: Workbench, final: str, source: Evaluation) -> Evaluation:
+def _before_recovery_stage(folder: RunFolder, bench: Workbench) -> Evaluation | None:
+    """What the folded model predicts before it is trained; None where it is not, or nothing is measured."""
+    path = folder.path / BEFORE_RECOVERY
+    section = bench.recipe.evaluate
+    if not bench.recipe.recover.num_tokens or not (section.texts or section.tasks):
+        folder.drop("before recovery")
+        return None
+    return folder.stage(
+        "before recovery",
+        {**_measuring(bench), "folded": folder.key_of("fold")},
+        [BEFORE_RECOVERY],
+        lambda: write_json(path, make_evaluation_before_recovery(bench, folder.path / FOLDED).to_dict()),
+        lambda: Evaluation.load(path),
+    )
+
+
+def _evaluation_stage(
+    folder: RunFolder, bench: Workbench, final: str, source: Evaluation, before: Evaluation | None
+) -> Evaluation:
     path = folder.path / EVALUATION
 
     def make() -> None:
-        write_json(path, make_evaluation(bench, folder.path / final, source=source.folded).to_dict())
+        evaluation = make_evaluation(
+            bench,
+            folder.path / final,
+            source=source.folded,
+            before_recovery=None if before is None else before.folded,
+        )
+        write_json(path, evaluation.to_dict())
         # With the measurements: a later call on another machine does not make them its own.
         write_json(folder.path / ENVIRONMENT, describe_environment())
 
@@ -262,6 +296,7 @@ def _evaluation_stage(folder: RunFolder, bench: Workbench, final: str, source: E
         **_measuring(bench),
         "source": folder.key_of("source"),
         "folded": folder.key_of("fold" if final == FOLDED else "recovery"),
+        "before recovery": None if before is None else folder.key_of("before recovery"),
     }
     return folder.stage(
         "evaluation",

@@ -82,7 +82,8 @@ def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comp
             note(f"row {number} of {len(rows)}: {row.title}")
             bench = bench.for_method(row.recipe)
             with named(row), _open_row(folder.path, row) as run:
-                result = carry_out(run, bench)
+                # The row without recovery is what the folded model does.
+                result = carry_out(run, bench, before_recovery=False)
                 seconds = _seconds(run, row.recipe)
             place = f"{ROWS}/{row.folder}"
             training = Training.load(result.model) if row.recovered else None

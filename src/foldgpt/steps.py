@@ -238,22 +238,43 @@ def drop_recovery_work(bench: Workbench, out: Path) -> None:
 
 def make_source_evaluation(bench: Workbench) -> Evaluation:
     """Measure the recipe's model by itself, but for its speed: that means something only beside another's."""
-    section, windows = bench.recipe.evaluate, bench.test
     return evaluate(
         Subject("source", bench.source.model, bench.place, bench.source.tokenizer),
-        windows=windows,
-        text=next(iter(bench.tests), None),
-        further_windows=bench.further_tests,
+        **_tests(bench),
         speed=False,
-        memory=section.memory,
-        tasks=bench.tasks,
-        num_generations=section.generations if windows is not None else 0,
-        seed=bench.recipe.seed,
+        memory=bench.recipe.evaluate.memory,
+        num_generations=_num_generations(bench),
     )
 
 
+def make_evaluation_before_recovery(bench: Workbench, folded: Path) -> Evaluation:
+    """Measure what a folded model predicts before it is trained: what the training is worth is seen beside it."""
+    model = bench.load(folded, str(folded))
+    return evaluate(Subject("folded", model.model, folded, model.tokenizer), **_tests(bench), speed=False, memory=False)
+
+
+def _tests(bench: Workbench) -> dict[str, Any]:
+    """What `evaluate` measures predictions on, whichever model it is."""
+    return {
+        "windows": bench.test,
+        "text": next(iter(bench.tests), None),
+        "further_windows": bench.further_tests,
+        "tasks": bench.tasks,
+        "seed": bench.recipe.seed,
+    }
+
+
+def _num_generations(bench: Workbench) -> int:
+    return bench.recipe.evaluate.generations if bench.test is not None else 0
+
+
 def make_evaluation(
-    bench: Workbench, folded: str | Path, *, compare: bool = True, source: Measured | None = None
+    bench: Workbench,
+    folded: str | Path,
+    *,
+    compare: bool = True,
+    source: Measured | None = None,
+    before_recovery: Measured | None = None,
 ) -> Evaluation:
     """Measure a model, beside the recipe's unless that is the very one.
 
@@ -262,14 +283,14 @@ def make_evaluation(
         folded: the model to measure, usually a saved folded one.
         compare: measure the baseline too, and give ratios.
         source: what `make_source_evaluation` measured of the baseline; it is not measured again.
+        before_recovery: what `make_evaluation_before_recovery` measured.
     """
     recipe, section = bench.recipe, bench.recipe.evaluate
-    windows, tasks = bench.test, bench.tasks
     # The model itself, measured alone, may be of a revision of its own.
     place = bench.place if not compare and str(folded) == recipe.model else resolve(str(folded))
     measured = bench.load(place, str(folded))
     reused = _reused_texts(section.texts, place)
-    if windows is not None:
+    if bench.test is not None:
         _check_comparable(bench.tokenizer, measured.tokenizer, bench.recipe.model, str(folded))
     speed = section.speed
     if speed and (measured.offloaded or (compare and bench.source.offloaded)):
@@ -281,16 +302,13 @@ def make_evaluation(
     return evaluate(
         Subject(_what_is(place), measured.model, place, measured.tokenizer),
         baseline,
-        windows=windows,
-        text=next(iter(bench.tests), None),
-        further_windows=bench.further_tests,
+        **_tests(bench),
         speed=speed,
         memory=section.memory,
-        tasks=tasks,
-        num_generations=section.generations if windows is not None else 0,
-        seed=recipe.seed,
+        num_generations=_num_generations(bench),
         known=source,
         reused=reused,
+        before_recovery=before_recovery,
     )
 
 

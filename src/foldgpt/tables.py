@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from foldgpt.formats import megabytes, millions, percent, significant, text_name, whole
+from foldgpt.formats import change_within, megabytes, millions, percent, significant, text_name, whole
 from foldgpt.plan_lines import calibration_words
 
 if TYPE_CHECKING:
@@ -35,15 +35,19 @@ _ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "kv_bytes_per_token": ("KV cache per token", megabytes),
 }
 
+#: Resamples behind an interval, and its confidence: as comparisons have them where their recipe does not say.
+_SAMPLES, _CONFIDENCE = 10_000, 0.95
+
 
 def comparison_table(evaluation: Evaluation) -> Table:
-    """The headline figures: source, folded and their ratio. `protocol_lines` says how they were measured.
+    """The headline figures: source, folded, recovered, and the last one's ratio to the first. `protocol_lines` says how
+    they were measured.
 
-    Rows that no model has a value for are left out, and so are source and ratio without a baseline.
+    Rows that no model has a value for are left out, and so are models that were not measured.
     """
     table = Table()
     table.add_column("")
-    models = [model for model in (evaluation.baseline, evaluation.folded) if model is not None]
+    models = evaluation.models
     for model in models:
         table.add_column(model.name, justify="right", no_wrap=True)
     if evaluation.ratios is not None:
@@ -77,7 +81,7 @@ def task_table(evaluation: Evaluation) -> Table:
     Empty if no task was measured.
     """
     table = Table()
-    models = [model for model in (evaluation.baseline, evaluation.folded) if model is not None and model.tasks]
+    models = [model for model in evaluation.models if model.tasks]
     if not models or not evaluation.folded.tasks:
         return table
     table.add_column("task")
@@ -110,8 +114,7 @@ def _percent_with_error(value: float, error: float | None) -> str:
 
 def protocol_lines(evaluation: Evaluation) -> Text:
     """How the figures of a comparison were measured, one line for each kind."""
-    measured = evaluation.folded
-    models = [model for model in (evaluation.baseline, measured) if model is not None]
+    measured, models = evaluation.folded, evaluation.models
     perplexities = {model.name: model.perplexities() for model in models}
     parts = []
     for figure, (text, scores) in perplexities[measured.name].items():
@@ -126,6 +129,7 @@ def protocol_lines(evaluation: Evaluation) -> Text:
         )
         error = " (± standard error over windows)" if scores.standard_error is not None else ""
         parts.append(f"Perplexity in {_formats(formats)}: {_written(protocol)}. {values}{error}.")
+    parts += _recovery_lines(evaluation)
     parts += reuse_lines(measured.reused or {}, measured.name)
     parts += _storage_lines(models)
     if measured.speed is not None:
@@ -157,6 +161,29 @@ def protocol_lines(evaluation: Evaluation) -> Text:
     return Text("\n".join(parts), style="dim")
 
 
+def _recovery_lines(evaluation: Evaluation) -> list[str]:
+    """What recovery changed, on the same windows and items before and after, with intervals; none without it."""
+    from foldgpt.evaluation import accuracy_difference, perplexity_difference  # scipy takes a while
+
+    before, after = evaluation.before_recovery, evaluation.folded
+    if before is None:
+        return []
+    earlier = before.perplexities()
+    several = len(earlier) > 1
+    changes = []
+    for figure, (text, scores) in after.perplexities().items():
+        if figure in earlier:
+            found = perplexity_difference(scores, earlier[figure][1], samples=_SAMPLES, confidence=_CONFIDENCE)
+            within = change_within(found.difference, found.low, found.high)
+            changes.append(f"perplexity{f' on {text}' if several else ''} by {within}")
+    if before.tasks and after.tasks:
+        found = accuracy_difference(after.tasks, before.tasks, samples=_SAMPLES, confidence=_CONFIDENCE)
+        points = change_within(*(100 * value for value in (found.difference, found.low, found.high)))
+        changes.append(f"mean accuracy by {points} points")
+    paired = f"{100 * _CONFIDENCE:.0f} % intervals by paired bootstrap"
+    return [f"Recovery changed {', '.join(changes)} ({paired})."] if changes else []
+
+
 def reuse_lines(reused: Mapping[str, Sequence[str]], name: str) -> list[str]:
     """Which texts are no test, one line each.
 
@@ -180,9 +207,9 @@ def _perplexity_with_error(scores: Perplexity) -> str:
 def _storage_lines(models: Sequence[Measured]) -> list[str]:
     """That the sizes on disk are of different formats, where they are: their ratio is not that of the models."""
     stored = [model for model in models if model.bytes_on_disk and model.stored_in]
-    if len(stored) < 2 or stored[0].stored_in == stored[1].stored_in:
+    if len(stored) < 2 or stored[0].stored_in == stored[-1].stored_in:
         return []
-    source, folded = stored
+    source, folded = stored[0], stored[-1]
     ratio = folded.size.unique_parameters / source.size.unique_parameters
     return [
         f"Size on disk: {source.name} is stored in {source.stored_in}, {folded.name} in {folded.stored_in}; in one "
@@ -236,7 +263,7 @@ def _written(protocol: dict[str, Any]) -> str:
 
 def generation_lines(evaluation: Evaluation) -> Text:
     """What each model wrote after each prompt, always taking the likeliest token; empty if nothing was written."""
-    models = [model for model in (evaluation.baseline, evaluation.folded) if model is not None and model.generations]
+    models = [model for model in evaluation.models if model.generations]
     lines = Text()
     for number, generation in enumerate(evaluation.folded.generations or []):
         lines.append("\n" if number else "").append(f"{generation.prompt} …", style="dim")

@@ -10,10 +10,17 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from foldgpt.artifacts import read_json
-from foldgpt.comparison.bootstrap import Interval, accuracy_difference, perplexity_difference
 from foldgpt.comparison.training import Training
 from foldgpt.errors import ArtifactError
-from foldgpt.evaluation import Evaluation, Measured, Perplexity, Retained
+from foldgpt.evaluation import (
+    Evaluation,
+    Interval,
+    Measured,
+    Perplexity,
+    Retained,
+    accuracy_difference,
+    perplexity_difference,
+)
 from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Compare
 from foldgpt.validation import explain

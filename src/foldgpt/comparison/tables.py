@@ -5,10 +5,10 @@ from __future__ import annotations
 from rich.table import Table
 
 from foldgpt.comparison.agreement import agreement_of
-from foldgpt.comparison.bootstrap import Interval
 from foldgpt.comparison.result import Comparison, Method
 from foldgpt.comparison.training import in_words
-from foldgpt.formats import duration, megabytes, millions, percent, significant
+from foldgpt.evaluation import Interval
+from foldgpt.formats import change, change_within, duration, megabytes, millions, percent, significant
 
 _MISSING = "–"
 #: Put behind the name of a row that is not as large as the reference row.
@@ -113,13 +113,8 @@ def difference_text(method: Method, interval: Interval | None, scale: float, *, 
     """A difference with its interval and what may be said of it."""
     if interval is None:
         return _MISSING
-    low, middle, high = (_signed(scale * value) for value in (interval.low, interval.difference, interval.high))
-    return f"{middle} [{low}, {high}] {verdict(method, interval, less_is_better=less_is_better)}"
-
-
-def _signed(value: float) -> str:
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-    return f"{value:+,.{digits}f}".replace("-", "−")
+    written = change_within(*(scale * value for value in (interval.difference, interval.low, interval.high)))
+    return f"{written} {verdict(method, interval, less_is_better=less_is_better)}"
 
 
 def notes_of(comparison: Comparison) -> list[str]:
@@ -134,7 +129,7 @@ def notes_of(comparison: Comparison) -> list[str]:
     ]
     unfair = [method for method in comparison.methods if not method.is_fair]
     if unfair:
-        gaps = "; ".join(f"{method.title}: {_signed(100 * (method.budget_gap or 0))} %" for method in unfair)
+        gaps = "; ".join(f"{method.title}: {change(100 * (method.budget_gap or 0))} %" for method in unfair)
         notes.append(
             f"{OTHER_BUDGET} The blocks hold more or fewer parameters than {comparison.reference}'s, by more than "
             f"{percent(comparison.budget_tolerance)}: {gaps}."

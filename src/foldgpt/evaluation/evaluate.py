@@ -1,26 +1,22 @@
-"""All measurements of a folded model, and of its source beside it, as one result."""
+"""The measurements of a folded model, and of its source beside it."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from foldgpt.artifacts import read_json
-from foldgpt.errors import ArtifactError, UsageError, first_problem
+from foldgpt.errors import UsageError
 from foldgpt.evaluation.errors import NotEnoughMemoryError
-from foldgpt.evaluation.generations import Generation, generations
-from foldgpt.evaluation.last_word import LastWord, last_word
+from foldgpt.evaluation.generations import generations
+from foldgpt.evaluation.last_word import last_word
 from foldgpt.evaluation.memory import PeakMemory, peak_memory
-from foldgpt.evaluation.performance import Speed, measure_speed
-from foldgpt.evaluation.perplexity import Perplexity, perplexity
-from foldgpt.evaluation.size import ModelSize, folder_bytes, size_of
-from foldgpt.evaluation.tasks import Retained, Suite, TaskScore, retained, retained_on_average
-from foldgpt.evaluation.tasks.score import average
+from foldgpt.evaluation.performance import measure_speed
+from foldgpt.evaluation.perplexity import perplexity
+from foldgpt.evaluation.result import AVERAGE, Evaluation, Measured
+from foldgpt.evaluation.size import folder_bytes, size_of
+from foldgpt.evaluation.tasks import Retained, Suite, retained, retained_on_average
 from foldgpt.families import brings_own_code
 from foldgpt.formats import dtype_name
 from foldgpt.progress import note
@@ -30,12 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from foldgpt.corpus import Windows
-
-FORMAT = "foldgpt.evaluation"
-VERSION = 1
-
-#: What `Evaluation.retained` calls the mean over tasks.
-AVERAGE = "average"
 
 
 @dataclass(frozen=True)
@@ -55,143 +45,6 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase | None = None
 
 
-def _text_of(scores: Perplexity) -> str:
-    return " + ".join(scores.protocol.get("texts", [])) or "text"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was measured of one model; None where a measurement was not asked for or not possible.
-
-    Attributes:
-        name: of the subject.
-        size: parameters, bytes, KV cache.
-        bytes_on_disk: of the weight files.
-        perplexity: with its protocol.
-        speed: prefill and decode, with its protocol.
-        peak_memory: of a fresh process that loads and runs the saved model.
-        tasks: task → accuracies.
-        last_word: how well it finds the last word of passages.
-        generations: what it writes.
-        further_perplexities: text → perplexity, of texts beyond the first.
-        text: the first text in full. None where that is not known, as in results of earlier versions.
-        reused: text in full → what the model was made by on it as well ("calibration", "training"): a figure on it is
-            no test.
-        stored_in: number format of the weight files, such as "bfloat16"; "GGUF" of such a file, whatever is in it.
-    """
-
-    name: str
-    size: ModelSize
-    bytes_on_disk: int | None
-    perplexity: Perplexity | None
-    speed: Speed | None
-    peak_memory: PeakMemory | None
-    tasks: dict[str, TaskScore] | None = None
-    last_word: LastWord | None = None
-    generations: list[Generation] | None = None
-    further_perplexities: dict[str, Perplexity] | None = None
-    text: str | None = None
-    reused: dict[str, list[str]] | None = None
-    stored_in: str | None = None
-
-    def perplexities(self) -> dict[str, tuple[str, Perplexity]]:
-        """Figure → what the text is called and its perplexity, the first text first.
-
-        A text is called by its name without folders, and in full if another one has that name.
-        """
-        if self.perplexity is None:
-            return {}
-        texts = {"perplexity": (self.text or _text_of(self.perplexity), self.perplexity)}
-        texts |= {f"perplexity.{text}": (text, scores) for text, scores in (self.further_perplexities or {}).items()}
-        names = Counter(_text_of(scores) for _, scores in texts.values())
-        return {
-            figure: (text if names[_text_of(scores)] > 1 else _text_of(scores), scores)
-            for figure, (text, scores) in texts.items()
-        }
-
-    def figures(self) -> dict[str, float | None]:
-        """The headline numbers by name, in the order in which a table shows them.
-
-        Those of tasks (`task.NAME`, their mean `task_average`), of last words and of further texts
-        (`perplexity.TEXT`) are there only if measured, `private_bytes` only if there are private terms.
-        """
-        figures: dict[str, float | None] = {
-            "num_blocks": self.size.num_blocks,
-            "unique_parameters": self.size.unique_parameters,
-            "block_parameters": self.size.block_parameters,
-            "bytes_on_disk": self.bytes_on_disk,
-            "perplexity": None if self.perplexity is None else self.perplexity.value,
-            **{f"perplexity.{text}": scores.value for text, scores in (self.further_perplexities or {}).items()},
-            "prefill_tokens_per_s": None if self.speed is None else self.speed.prefill.median,
-            "decode_tokens_per_s": None if self.speed is None else self.speed.decode.median,
-            "peak_memory_bytes": None if self.peak_memory is None else self.peak_memory.peak_rss,
-            "kv_bytes_per_token": self.size.kv_bytes_per_token,
-        }
-        if self.size.private_bytes:
-            figures["private_bytes"] = self.size.private_bytes
-        if self.last_word is not None:
-            figures |= {
-                "last_word_accuracy": self.last_word.accuracy,
-                "last_word_perplexity": self.last_word.perplexity,
-            }
-        if self.tasks:
-            figures |= {f"task.{task}": score.accuracy.value for task, score in self.tasks.items()}
-            figures["task_average"] = average(self.tasks)
-        return figures
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured, ready for JSON.
-
-    Attributes:
-        folded: the model in question.
-        baseline: the model it is compared with; None if there was none.
-        ratios: folded / baseline for each of `Measured.figures()`; None where either is missing. The speeds'
-            are medians of paired ratios, not ratios of medians.
-        retained: task → what is left of the baseline's accuracy, and "average" over them; None without tasks or
-            baseline.
-    """
-
-    folded: Measured
-    baseline: Measured | None
-    ratios: dict[str, float | None] | None
-    retained: dict[str, Retained] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form, with its format and version. Pass it to `artifacts.write_json`."""
-        return {"format": FORMAT, "version": VERSION, **_ADAPTER.dump_python(self, mode="json")}
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any], where: str = "the evaluation") -> Evaluation:
-        """Read the JSON form back.
-
-        Args:
-            value: what `to_dict` gave.
-            where: what the value is or comes from, for the error message.
-
-        Raises:
-            ArtifactError: another format or version, or a field that is missing or of the wrong type.
-        """
-        if not isinstance(value, Mapping) or value.get("format") != FORMAT:
-            raise ArtifactError(f"{where} is not an evaluation (its format should be {FORMAT!r}).")
-        if value.get("version") != VERSION:
-            raise ArtifactError(f"{where} has version {value.get('version')}; this foldgpt reads {VERSION}.")
-        try:
-            return _ADAPTER.validate_python({name: value.get(name) for name in _NAMES})
-        except ValidationError as error:
-            raise ArtifactError(f"{where}: {first_problem(error)}") from error
-
-    @classmethod
-    def load(cls, path: str | Path) -> Evaluation:
-        """Read an evaluation file. Raises `ArtifactError` as `read_json` and `from_dict` do."""
-        return cls.from_dict(read_json(path, "evaluation"), str(path))
-
-
-_ADAPTER = TypeAdapter(Evaluation)
-_NAMES = ("folded", "baseline", "ratios", "retained")
-
-
 def evaluate(
     folded: Subject,
     baseline: Subject | None = None,
@@ -206,6 +59,7 @@ def evaluate(
     seed: int = 0,
     known: Measured | None = None,
     reused: Mapping[str, Sequence[str]] | None = None,
+    before_recovery: Measured | None = None,
 ) -> Evaluation:
     """Measure a folded model and, in the same run, the model it is compared with.
 
@@ -226,6 +80,7 @@ def evaluate(
         known: what was measured of the baseline before, with the same arguments: only its speed is measured again,
             because models must take turns for that. Without `speed` no `baseline` is needed then.
         reused: for the record of the folded model: see `Measured.reused`.
+        before_recovery: what was measured of it before it was trained, with the same arguments.
 
     Raises:
         UsageError: the two subjects have one name, one lacks the tokenizer that is needed, tasks are asked for
@@ -267,9 +122,9 @@ def evaluate(
     if known is not None:
         measured.insert(0, replace(known, speed=speeds.get(known.name)))
     if len(measured) == 1:
-        return Evaluation(measured[0], None, None)
+        return Evaluation(measured[0], None, None, before_recovery=before_recovery)
     other, own = measured
-    return Evaluation(own, other, _ratios(own, other), _retained(own, other))
+    return Evaluation(own, other, _ratios(own, other), _retained(own, other), before_recovery)
 
 
 def _stored_in(folder: Path) -> str | None:

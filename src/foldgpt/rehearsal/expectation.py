@@ -119,6 +119,7 @@ def expect(
     layout: dict[str, Any] | None = None,
     *,
     teacher_cached: bool = False,
+    compared: bool = False,
 ) -> Expectation:
     """Count what a recipe will take on the real model.
 
@@ -138,6 +139,7 @@ def expect(
         layout: which modules are shared and which are absent, as the config of a model folded by the plan has it,
             whatever its sizes; None if whole blocks were removed and nothing else.
         teacher_cached: whether the teacher's states are kept in a file, which one process makes by itself.
+        compared: whether it is a row of a comparison, in which a model is measured once.
     """
     source, student = on_meta(config, recipe), on_meta(config, recipe)
     dtype = source.dtype
@@ -169,6 +171,8 @@ def expect(
     if tokens:
         flops["source's perplexity"] = tokens * (_forward_flops(source, measured.context) + head)
         flops["perplexity"] = tokens * (_forward_flops(student, measured.context) + head)
+        if recipe.recover.num_tokens and not compared:
+            flops["perplexity before recovery"] = flops["perplexity"]
     weights = _bytes(source)
     states = num_searched * _hidden_size(source) * (len(decoder_of(source).blocks) + 1) * dtype.itemsize
     if select.method == "gates":

@@ -106,7 +106,7 @@ def rehearse(recipe: Recipe, *, compare: bool = False) -> Rehearsal:
             places = {"run": (recipe, folder / "run")}
         # The rows of a comparison share what the teacher says.
         cached = compare or recipe.recover.teacher_cache is not None
-        rows = {name: _expect(config, one, place, cached) for name, (one, place) in places.items()}
+        rows = {name: _expect(config, one, place, cached, compared=compare) for name, (one, place) in places.items()}
         searches = {name: RunFolder(run).inputs_of("selection") for name, (_, run) in places.items()}
     left_out = ["texts are made up"]
     if recipe.evaluate.tasks:
@@ -144,13 +144,13 @@ class _RealBench(Workbench):
         self.config = config
 
 
-def _expect(config: Any, recipe: Recipe, run: Path, teacher_cached: bool) -> Expectation:
+def _expect(config: Any, recipe: Recipe, run: Path, teacher_cached: bool, *, compared: bool) -> Expectation:
     """What the real run takes, by what the rehearsed one made."""
     folded = read_json(run / FOLDED / "config.json", "config of the folded model")
     settings = Workbench(recipe).recovery_settings
     with _counting(config):
         plan, layout = FoldPlan.load(run), folded.get("fold_layout")
-        return expect(config, recipe, plan, settings, layout, teacher_cached=teacher_cached)
+        return expect(config, recipe, plan, settings, layout, teacher_cached=teacher_cached, compared=compared)
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def _columns(num_blocks: int, most: int) -> int:
 
 def _generations(evaluation: Evaluation) -> list[dict[str, Any]]:
     """What each model wrote after each prompt, side by side."""
-    models = [model for model in (evaluation.baseline, evaluation.folded) if model is not None and model.generations]
+    models = [model for model in evaluation.models if model.generations]
     prompts = [generation.prompt for generation in evaluation.folded.generations or []]
     return [
         {

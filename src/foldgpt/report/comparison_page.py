@@ -12,7 +12,6 @@ from rich.table import Table
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.comparison import (
     Comparison,
-    Interval,
     Method,
     agreement_of,
     agreement_table,
@@ -24,6 +23,7 @@ from foldgpt.comparison import (
     title_of,
     verdict,
 )
+from foldgpt.evaluation import Interval
 from foldgpt.formats import block_ranges
 from foldgpt.report.build import REPORT
 from foldgpt.report.headline import short_name

@@ -76,8 +76,10 @@ def _lost(evaluation: Evaluation) -> Headline | None:
     details = []
     if folded.perplexity is not None and source.perplexity is not None:
         texts = " + ".join(folded.perplexity.protocol.get("texts", []))
-        change = f"{significant(source.perplexity.value)} → {significant(folded.perplexity.value)}"
-        details.append(f"perplexity {change}{f' on {texts}' if texts else ''}")
+        known = [model for model in evaluation.models if model.perplexity is not None]
+        values = " → ".join(significant(model.perplexity.value) for model in known if model.perplexity is not None)
+        named = f" ({', '.join(model.name for model in known)})" if len(known) > 2 else ""
+        details.append(f"perplexity {values}{named}{f' on {texts}' if texts else ''}")
     if evaluation.retained is not None:
         kept = evaluation.retained["average"]
         parts = [] if kept.raw is None else [f"{percent(kept.raw)} of the accuracy kept"]

@@ -7,7 +7,7 @@ from foldgpt.report import REPORT
 
 RECIPE, LEDGER, ENVIRONMENT = "recipe.yaml", "run.json", "environment.json"
 ANALYSIS, SELECTION, PLAN, EVALUATION = "analysis.json", "selection.json", "plan.json", "evaluation.json"
-SOURCE = "source.json"
+SOURCE, BEFORE_RECOVERY = "source.json", "before_recovery.json"
 FOLDED, RECOVERED, FIGURES = "folded", "recovered", "figures"
 #: Folder of the runs of a comparison.
 ROWS = "rows"
@@ -16,7 +16,7 @@ ANALYSIS_CHECKPOINT, SEARCH_CHECKPOINT = ".analysis-checkpoint.json", ".search-c
 SHARING_CHECKPOINT = ".sharing-checkpoint.json"
 LOCK = ".lock"
 #: All that stages make.
-MADE = (ANALYSIS, SELECTION, PLAN, FOLDED, RECOVERED, SOURCE, EVALUATION, ENVIRONMENT, FIGURES, REPORT)
+MADE = (ANALYSIS, SELECTION, PLAN, FOLDED, RECOVERED, SOURCE, BEFORE_RECOVERY, EVALUATION, ENVIRONMENT, FIGURES, REPORT)
 #: The picture of where the methods of a comparison agree, without its suffix.
 AGREEMENT = "comparison.agreement"
 #: The files of a comparison, last the one by which it is known.

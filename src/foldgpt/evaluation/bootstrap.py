@@ -17,7 +17,9 @@ import numpy
 from numpy.typing import NDArray
 from scipy.special import ndtri, stdtrit
 
-from foldgpt.evaluation import MeasurementError, Perplexity, TaskScore
+from foldgpt.evaluation.errors import MeasurementError
+from foldgpt.evaluation.perplexity import Perplexity
+from foldgpt.evaluation.tasks import TaskScore
 
 #: Numbers drawn at once; all resamples of a large task would fill memory.
 _DRAWN_AT_ONCE = 1 << 22
