@@ -28,6 +28,7 @@ from torch import Tensor
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.analysis import analyze
 from foldgpt.artifacts import hash_of, read_json, write_json, write_text
+from foldgpt.assignments import assignments
 from foldgpt.compensation import Correction, compensate, merge_
 from foldgpt.corpus import Windows, calibration_windows, evaluation_windows
 from foldgpt.errors import ArtifactError
@@ -62,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--effort", type=float, help="forward passes of a search by gates, as a share of greedy's (the default's)"
     )
+    parser.add_argument("--option", action="append", help="of gates, NAME=VALUE, e.g. estimator=smoothed; repeatable")
     parser.add_argument("--sublayers", action="store_true", help="remove attention and MLP apart")
     parser.add_argument("--compensate", action="store_true", help="compensate, in the searches and in the result")
     parser.add_argument("--compensation-tokens", type=int, help="tokens of the final fit (those of the calibration)")
@@ -158,7 +160,7 @@ class Bench:
             further_ids_WT=self.further.ids if selector == "gates" else None,
             compensate=self.arguments.compensate and measured,
             sublayers=self.arguments.sublayers,
-            options={"effort": self.arguments.effort} if selector == "gates" and self.arguments.effort else {},
+            options=options_of(self.arguments) if selector == "gates" else {},
         )
 
     def units_of(self, selection: Selection) -> tuple[int, ...]:
@@ -246,6 +248,12 @@ class Bench:
         )
 
 
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those of gates."""
+    effort = {} if arguments.effort is None else {"effort": arguments.effort}
+    return {**effort, **assignments(arguments.option or [], "--option")}
+
+
 def main() -> None:
     arguments = parse_arguments()
     be_quiet()
@@ -257,7 +265,7 @@ def main() -> None:
             **{
                 name: value
                 for name, value in vars(arguments).items()
-                if name not in ("out", "name", "seed", "selector") and (name != "effort" or value)
+                if name not in ("out", "name", "seed", "selector") and (name not in ("effort", "option") or value)
             },
             "text": [Path(text).name for text in arguments.text],
             "perplexity": list(bench.tests),

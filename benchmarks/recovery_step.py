@@ -167,7 +167,7 @@ def prepare(side: str, arguments: argparse.Namespace, folder: Path, until_end: E
         common = common_blocks(student, source, plan)
         teacher = Teacher(source, common=common)
         windows = TrainingWindows(ids.cpu())
-        cache = cache_states(teacher, ids, folder, batch_size=len(ids)) if side == "cached" else None
+        cache = cache_states(teacher, TrainingWindows(ids), folder, batch_size=len(ids)) if side == "cached" else None
         batch["window"] = torch.arange(len(ids))
         if side == "half":
             batch["labels"] = ids.masked_fill(torch.arange(arguments.context, device=ids.device) % 2 == 0, IGNORED)

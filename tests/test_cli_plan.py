@@ -34,10 +34,18 @@ def test_a_stopped_plan_goes_on_beside_the_file(
     with monkeypatch.context() as patched:
         patched.setattr(ScoreFunction, "step", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         assert foldgpt(*arguments).exit_code == 130
-    assert [path.name for path in tmp_path.iterdir()] == [".plan.json.search"]
+    (left,) = tmp_path.glob(".plan.json.*.search")
+    kept = left.read_bytes()
+    # Nothing of it is lost where somebody asks for another plan in between.
+    with monkeypatch.context() as patched:
+        patched.setattr(ScoreFunction, "step", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        other = foldgpt(*(argument for argument in arguments if argument != "-q"), "--seed", 5)
+    assert other.exit_code == 130
+    assert f"{left.name}: begun for {tmp_path / 'plan.json'} with other flags" in other.stderr
+    assert left.read_bytes() == kept and len(list(tmp_path.glob(".plan.json.*.search"))) == 2
     made = foldgpt(*arguments)
     assert made.exit_code == 0, made.output
-    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert not left.exists() and (tmp_path / "plan.json").is_file() and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_plan_that_failed_behind_its_analysis_does_not_sweep_again(
@@ -49,9 +57,14 @@ def test_a_plan_that_failed_behind_its_analysis_does_not_sweep_again(
     with monkeypatch.context() as patched:
         patched.setattr(planning, "select", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert foldgpt(*arguments).exit_code == 130
-    assert [path.name for path in tmp_path.iterdir()] == [".plan.json.analysis"]
-    assert foldgpt(*arguments).exit_code == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    (left,) = tmp_path.iterdir()
+    assert left.match(".plan.json.*.analysis")
+    # What is removed in the end is nothing to it.
+    changed = [3 if argument == 2 else argument for argument in arguments]
+    monkeypatch.setattr(sweep, "_measure_", lambda *_: pytest.fail("it sweeps again"))
+    assert foldgpt(*changed, "--figures", tmp_path / "figures").exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "figures"}
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"redundancy", "similarity", "plan"}
 
 
 def test_plan_keeps_positions_that_start_at_zero(model: Path, text: Path, tmp_path: Path) -> None:
@@ -150,9 +163,10 @@ def test_a_search_is_told_what_to_measure_and_how_long(model: Path, text: Path, 
     made = foldgpt(
         *("plan", model, "--text", text, *CALIBRATION, "--select", "gates", "--remove", 1, "--objective", "lm", "-q"),
         *("--sublayers", "--option", "steps=2", "--option", "refine=false", "--compensate", "none"),
-        *("--out", tmp_path / "plan.json"),
+        *("--out", tmp_path / "plan.json", "--figures", tmp_path / "figures"),
     )
     assert made.exit_code == 0, made.output
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"gates", "plan"}
     plan = FoldPlan.load(tmp_path / "plan.json")
     report = plan.origin["report"]
     assert report["objective"] == "lm" and len(report["trace"]) <= 3
@@ -167,6 +181,8 @@ def test_a_search_is_told_what_to_measure_and_how_long(model: Path, text: Path, 
         (("--option", "effort"), "--option takes NAME=VALUE, not 'effort'"),
         (("--objective", "loss"), "--objective: Input should be 'kl' or 'lm' (got 'loss')"),
         (("--select", "bi", "--sublayers"), "bi"),
+        (("--select", "bi", "--objective", "kl"), "--objective with the selector 'bi', for which there is nothing to"),
+        (("--select", "taylor", "--objective", "lm"), "leave it out, or --select one of gates, greedy, loo"),
     ],
 )
 def test_what_a_search_cannot_do_is_refused(

@@ -342,7 +342,8 @@ def test_documents_are_kept_apart_or_the_model_is_refused(family: str) -> None:
         model = tiny_model(family).to(dtype)
         plan = FoldPlan.create(source_model_of(model))
         settings = RecoverySettings(kl=0, lm=1)
-        windows = TrainingWindows(tiny_windows(1, seed=1), document_end=2)
+        ids = tiny_windows(1, seed=1)
+        windows = TrainingWindows(ids, begins_WT=torch.zeros_like(ids, dtype=torch.bool))
         mixed = TrainingWindows(tiny_windows(1, seed=1))
         check_inputs(model, None, plan, settings, mixed, mixed)
         if family == "opt":
@@ -353,10 +354,10 @@ def test_documents_are_kept_apart_or_the_model_is_refused(family: str) -> None:
 
 
 def test_documents_are_kept_apart_where_asked(tmp_path: Path) -> None:
-    end = 2
     ids = tiny_windows(2, seed=3)
-    ids[:, 6] = end
-    places = places_in_documents(ids, end)
+    begins = torch.zeros_like(ids, dtype=torch.bool)
+    begins[:, 7] = True
+    places = places_in_documents(begins)
     assert places[0].tolist() == [*range(7), *range(9)]
     body = Body(tiny_model("llama"))
     apart = body(ids, places).last_BTH
@@ -512,7 +513,8 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path: Path, what: str) -> None:
 
 def test_a_document_does_not_predict_the_next_one() -> None:
     """Its first token would be learned from the last document's end."""
-    item = TrainingWindows(torch.tensor([[7, 8, 2, 9, 5, 2, 6]]), document_end=2)[0]
+    begins = torch.tensor([[0, 0, 0, 1, 0, 0, 1]], dtype=torch.uint8)
+    item = TrainingWindows(torch.tensor([[7, 8, 2, 9, 5, 2, 6]]), begins_WT=begins)[0]
     assert item["positions"].tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert item["labels"].tolist() == [IGNORED, 8, 2, IGNORED, 5, 2, IGNORED]
 

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet
 import pytest
 import torch
 from tokenizers import normalizers
 
 from foldgpt.corpus import texts
 from foldgpt.errors import SourceError, UsageError
-from foldgpt.recovery.chat import chat_windows
+from foldgpt.recovery.chat import chat_tokens
 from foldgpt.recovery.packing import packed_windows
+from foldgpt.recovery.windows import TrainingWindows
 from tiny import BOS_ID, EOS_ID, tiny_tokenizer
 
 TEMPLATE = (
@@ -136,7 +138,7 @@ def test_a_text_that_is_too_short_leaves_nothing(tmp_path: Path) -> None:
     text = documents(tmp_path, "a", ["short"])
     with pytest.raises(SourceError, match="0 tokens in full windows of 16, and 48 are asked for"):
         packed_windows([text], tiny_tokenizer(300), tmp_path / "ids", context=16, num_tokens=32, num_held_out=16)
-    assert not list((tmp_path / "ids").iterdir())
+    assert not (tmp_path / "ids").exists()
     with pytest.raises(UsageError, match="do not fill a window"):
         packed_windows([text], tiny_tokenizer(300), tmp_path / "ids", context=16, num_tokens=32, num_held_out=0)
 
@@ -164,22 +166,95 @@ def test_a_kill_once_the_windows_lie_there_leaves_them_to_be_found(
     read()
 
 
-def test_the_loss_is_on_replies_alone() -> None:
-    tokenizer = tiny_tokenizer(300)
-    tokenizer.chat_template = TEMPLATE
-    chat = [
-        {"role": "user", "content": "ask"},
-        {"role": "assistant", "content": "reply"},
-        {"role": "user", "content": "more"},
-        {"role": "assistant", "content": "end"},
+def chats(folder: Path, name: str, *chats: Any, column: str = "messages") -> str:
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps({column: chat}) + "\n" for chat in chats))
+    return str(path)
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    """User and assistant, by turns."""
+    return [{"role": ("user", "assistant")[number % 2], "content": content} for number, content in enumerate(contents)]
+
+
+def with_template(template: str | None, **how: Any) -> Any:
+    tokenizer = tiny_tokenizer(300, **how)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_the_loss_of_chats_is_on_replies_alone_and_that_of_text_everywhere(tmp_path: Path) -> None:
+    tokenizer = with_template(TEMPLATE)
+    talks = chats(tmp_path, "a", *(turns(f"ask{i:02d}", f"reply{i:02d}", "more", f"end{i:02d}") for i in range(40)))
+    text = documents(tmp_path, "b", [f"TEXT{i:02d}" for i in range(40)])
+    train, held_out = packed_windows(
+        [talks, text], tokenizer, tmp_path / "ids", context=32, num_tokens=512, num_held_out=64
+    )
+    ids, scored = (torch.cat([getattr(held_out, name), getattr(train, name)]) for name in ("ids_WT", "scored_WT"))
+    whole = tokenizer.decode(ids.flatten())
+    assert "<user>ask" in whole and "<assistant>reply" in whole and "<eos>TEXT" in whole
+    said = tokenizer.decode(ids[scored.bool()]).split("<eos>")[:-1]
+    kinds = [word.rstrip("0123456789") for word in said]
+    # By turns: two replies of a chat, a text.
+    assert kinds == (["reply", "end", "TEXT"] * len(kinds))[: len(kinds)] and len(kinds) > 20
+    labels = train[3]["labels"]
+    assert torch.equal(labels != -100, train.scored_WT[3].bool())  # type: ignore[index]
+    # Text alone has no mask.
+    plain, _ = packed_windows([text], tokenizer, tmp_path / "ids", context=16, num_tokens=64, num_held_out=16)
+    assert plain.scored_WT is None
+
+
+def test_chats_are_kept_apart_as_a_whole(tmp_path: Path) -> None:
+    """By where they begin: what ends a document ends each turn in most templates."""
+    tokenizer = with_template(TEMPLATE, bos=True)
+    talks = chats(tmp_path, "a", *(turns(f"q{i:03d}", f"a{i:03d}") for i in range(40)))
+
+    def read(separate: bool) -> TrainingWindows:
+        return packed_windows(
+            [talks],
+            tokenizer,
+            tmp_path / "ids",
+            context=64,
+            num_tokens=512,
+            num_held_out=64,
+            separate_documents=separate,
+        )[0]
+
+    apart = read(True)
+    assert apart.begins_WT is not None and read(False).begins_WT is None
+    item = apart[2]
+    starts = [place for place, position in enumerate(item["positions"].tolist()) if position == 0]
+    assert len(starts) > 2
+    for start in starts:
+        # Each with BOS in front, which the template does not write.
+        assert int(item["input_ids"][start]) == BOS_ID
+    between = tokenizer.decode(item["input_ids"][starts[1] : starts[2]])
+    assert between.count("<user>") == 1 and between.count("<eos>") == 2
+    assert len(list((tmp_path / "ids").glob("*.ids"))) == 1
+
+
+def test_chats_in_other_columns_and_kinds_of_files(tmp_path: Path) -> None:
+    tokenizer = with_template(TEMPLATE)
+    talk = [turns("ask", "reply")] * 30
+    named = chats(tmp_path, "a", *talk, column="talk")
+    table = pyarrow.Table.from_pylist([{"id": 1, "messages": chat} for chat in talk])
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    read = [
+        packed_windows([spec], tokenizer, tmp_path / "ids", context=48, num_tokens=96, num_held_out=48)[0].ids_WT
+        for spec in (f"{named}#talk", str(tmp_path / "b.parquet"))
     ]
-    windows = chat_windows([chat, chat[:2]], tokenizer, context=64, num_windows=2)
-    assert windows.scored_WT is not None
-    said = [tokenizer.decode(ids[mask]) for ids, mask in zip(windows.ids_WT, windows.scored_WT, strict=True)]
-    assert said == ["reply<eos>end<eos>", "reply<eos>"]
-    assert int(windows.ids_WT[1, -1]) == EOS_ID
-    labels = windows[1]["labels"]
-    assert int((labels != -100).sum()) == len("reply") + 1
+    assert torch.equal(*read)
+    with pytest.raises(SourceError, match=r"there is no column 'text'. Valid choices: talk"):
+        packed_windows([named], tokenizer, tmp_path / "ids", context=16, num_tokens=64, num_held_out=16)
+    with pytest.raises(UsageError, match=r"a.jsonl line 1: this is a chat. Chats are trained on"):
+        next(texts.read_documents([f"{named}#talk"]))
+
+
+def said_of(chat: Any, tokenizer: Any) -> str:
+    ids, is_said = chat_tokens(chat, tokenizer, "here")
+    assert isinstance(ids, list) and len(ids) == len(is_said)
+    said: str = tokenizer.decode([token for token, own in zip(ids, is_said, strict=True) if own])
+    return said
 
 
 #: The ways of the stock templates of Llama 3.1, Gemma 3 and Qwen 3, none of which marks what the assistant says: a
@@ -209,19 +284,8 @@ STOCK_WAYS = {
 
 @pytest.mark.parametrize("way", STOCK_WAYS)
 def test_c2_replies_are_found_in_templates_that_do_not_mark_them(way: str) -> None:
-    tokenizer = tiny_tokenizer(300)
-    tokenizer.chat_template = STOCK_WAYS[way]
-    chat = [
-        {"role": "user", "content": "ask"},
-        {"role": "assistant", "content": " first "},
-        {"role": "user", "content": "more"},
-        {"role": "assistant", "content": "second"},
-    ]
-    windows = chat_windows([chat], tokenizer, context=96, num_windows=1)
-    assert windows.scored_WT is not None
-    said = tokenizer.decode(windows.ids_WT[0][windows.scored_WT[0]])
     assert (
-        said
+        said_of(turns("ask", " first ", "more", "second"), with_template(STOCK_WAYS[way]))
         == {
             "llama": "first<eos>second<eos>",
             "gemma": "first end\nsecond end\n",
@@ -231,39 +295,36 @@ def test_c2_replies_are_found_in_templates_that_do_not_mark_them(way: str) -> No
 
 
 def test_c2_reasoning_that_a_template_drops_later_is_refused() -> None:
-    tokenizer = tiny_tokenizer(300)
-    tokenizer.chat_template = STOCK_WAYS["qwen"]
-    chat = [
-        {"role": "user", "content": "ask"},
-        {"role": "assistant", "content": "because/thinkfirst"},
-        {"role": "user", "content": "more"},
-        {"role": "assistant", "content": "second"},
-    ]
     with pytest.raises(UsageError, match="differently when others follow"):
-        chat_windows([chat], tokenizer, context=96, num_windows=1)
+        said_of(turns("ask", "because/thinkfirst", "more", "second"), with_template(STOCK_WAYS["qwen"]))
 
 
-def test_chats_without_replies_and_templates_that_look_ahead_are_refused() -> None:
-    tokenizer = tiny_tokenizer(300)
-    tokenizer.chat_template = TEMPLATE
-    asked = [{"role": "user", "content": "ask"}]
-    with pytest.raises(UsageError, match="no token of these chats"):
-        chat_windows([asked], tokenizer, context=32, num_windows=1)
-    with pytest.raises(UsageError, match="1 chats, and 2"):
-        chat_windows([asked], tokenizer, context=32, num_windows=2)
-    tokenizer.chat_template = "{{ messages|length }}" + TEMPLATE
-    with pytest.raises(UsageError, match="differently when others follow"):
-        chat_windows([[*asked, {"role": "assistant", "content": "a"}, *asked]], tokenizer, context=32, num_windows=1)
-    replied = [*asked, {"role": "assistant", "content": "a"}]
-    tokenizer.chat_template = TEMPLATE
-    with pytest.raises(UsageError, match="chat 2 cannot be rendered: it begins with the assistant"):
-        chat_windows([replied, replied[1:]], tokenizer, context=32, num_windows=2)
-    tokenizer.chat_template = "{% for m in messages %}{{ '<' + m.content }}{% endfor %}"
-    with pytest.raises(UsageError, match="chat 2 cannot be rendered: can only concatenate"):
-        chat_windows([replied, [{"role": "user", "content": 5}]], tokenizer, context=32, num_windows=2)
-    tokenizer.chat_template = "{% if messages[0].role == 'user' %}{{ raise_exception('no users here') }}{% endif %}"
-    with pytest.raises(UsageError, match="chat 1 cannot be rendered: no users here"):
-        chat_windows([replied], tokenizer, context=32, num_windows=1)
-    tokenizer.chat_template = None
-    with pytest.raises(UsageError, match="no chat template"):
-        chat_windows([asked], tokenizer, context=32, num_windows=1)
+def test_chats_without_replies_leave_nothing_to_learn(tmp_path: Path) -> None:
+    talks = chats(tmp_path, "a", *[turns(f"only a question {i}") for i in range(40)])
+    with pytest.raises(UsageError, match=r"a.jsonl: in the held-out windows the assistant says nothing"):
+        packed_windows([talks], with_template(TEMPLATE), tmp_path / "ids", context=16, num_tokens=64, num_held_out=16)
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "expected"),
+    [
+        ("{{ messages|length }}" + TEMPLATE, turns("ask", "a", "ask"), "here: .* differently when others follow"),
+        (TEMPLATE, turns("ask", "a")[1:], "here: the chat cannot be rendered: it begins with the assistant"),
+        (TEMPLATE, ["ask"], "here: .* a message is an object with role and content, not 'ask'"),
+        (
+            "{% for m in messages %}{{ '<' + m.content }}{% endfor %}",
+            [{"role": "user", "content": 5}],
+            "here: the chat cannot be rendered: can only concatenate",
+        ),
+        (
+            "{% if messages[0].role == 'user' %}{{ raise_exception('no users here') }}{% endif %}",
+            turns("ask", "a"),
+            "here: the chat cannot be rendered: no users here",
+        ),
+        (None, turns("ask", "a"), "here: the tokenizer has no chat template"),
+    ],
+    ids=["looks ahead", "assistant first", "no messages", "no text", "template refuses", "no template"],
+)
+def test_chats_that_cannot_be_rendered_are_refused(template: str | None, chat: Any, expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
+        said_of(chat, with_template(template))

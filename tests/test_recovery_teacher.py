@@ -54,7 +54,7 @@ def test_the_cache_is_of_one_teacher_and_one_text(tmp_path: Path) -> None:
     models = [tiny_model("llama", seed=seed) for seed in (0, 1)]
     for model, windows in ((models[0], ids), (models[1], ids), (models[0], tiny_windows(4, seed=2)), (models[0], ids)):
         teacher = Teacher(model)
-        table = cache_states(teacher, windows, tmp_path, batch_size=2)
+        table = cache_states(teacher, TrainingWindows(windows), tmp_path, batch_size=2)
         rows = table.states(torch.tensor([3, 1]), torch.device("cpu"), torch.float32).last_BTH
         torch.testing.assert_close(rows, teacher.states(windows[[3, 1]]).last_BTH)
     assert len(list(tmp_path.iterdir())) == 3
@@ -62,10 +62,13 @@ def test_the_cache_is_of_one_teacher_and_one_text(tmp_path: Path) -> None:
 
 def test_the_cache_is_of_one_way_to_keep_documents_apart(tmp_path: Path) -> None:
     teacher, ids = Teacher(tiny_model("llama")), tiny_windows(4, seed=1)
-    ids[:, 5], ids[:, 9] = 11, 13
-    for document_end in (None, 11, 13, 11):
-        table = cache_states(teacher, ids, tmp_path, batch_size=2, document_end=document_end)
-        places = None if document_end is None else places_in_documents(ids, document_end)
+    marks = [torch.zeros_like(ids, dtype=torch.bool) for _ in range(2)]
+    marks[0][:, 5], marks[1][:, 9] = True, True
+    for begins in (None, *marks, marks[0]):
+        # What is scored is nothing to the teacher.
+        windows = TrainingWindows(ids, marks[1] if begins is None else None, begins)
+        table = cache_states(teacher, windows, tmp_path, batch_size=2)
+        places = None if begins is None else places_in_documents(begins)
         rows = table.states(torch.arange(4), torch.device("cpu"), torch.float32).last_BTH
         torch.testing.assert_close(rows, teacher.states(ids, places).last_BTH)
     assert len(list(tmp_path.iterdir())) == 3
@@ -82,10 +85,10 @@ def test_what_a_kill_leaves_of_the_cache_is_removed(tmp_path: Path, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr(Teacher, "states", watched)
-        cache_states(teacher, ids, tmp_path, batch_size=2)
+        cache_states(teacher, TrainingWindows(ids), tmp_path, batch_size=2)
     (whole,), (partial,) = tmp_path.iterdir(), written
     whole.rename(partial)
     other = tmp_path / ".foldgpt-partial-another.states-abcd1234"
     other.touch()
-    cache_states(teacher, ids, tmp_path, batch_size=2)
+    cache_states(teacher, TrainingWindows(ids), tmp_path, batch_size=2)
     assert set(tmp_path.iterdir()) == {whole, other}

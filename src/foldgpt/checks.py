@@ -88,7 +88,13 @@ def check_plan(bench: Workbench) -> None:
                 f"select.remove_ratio is {select.remove_ratio}, which of {num_blocks} blocks is none. The least "
                 f"that removes one is {math.ceil(1000 * 0.5 / num_blocks + 1e-9) / 1000:g}."
             )
-        request = Request(num_blocks, num_remove, sublayers=select.sublayers, options=select.options)
+        request = Request(
+            num_blocks,
+            num_remove,
+            objective=select.objective,
+            sublayers=select.sublayers,
+            options=select.options,
+        )
         check_request(select.method, request)
     fitted = {
         "compensate.method": bench.recipe.compensate.method != "none" and removes,

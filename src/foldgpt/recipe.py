@@ -172,7 +172,7 @@ class Recover(_Section):
     num_tokens: Tokens = Field(default=0, ge=0)
     """Tokens to train on; 0 for no recovery."""
     texts: list[str] | None = Field(default=None, min_length=1)
-    """Texts to train on; the calibration texts by default."""
+    """Texts and chats to train on; the calibration texts by default."""
     context: int = Field(default=512, ge=2)
     """Tokens in one window."""
     held_out_tokens: Tokens = Field(default=16_384, ge=2)
@@ -427,8 +427,8 @@ def merge_sections_(value: dict[str, Any], changes: Mapping[str, Mapping[str, An
     """
     selector = changes.get("select", {}).get("method")
     if selector is not None and selector != value["select"].get("method"):
-        # Options are one selector's own, and not every one can remove attention and MLP apart.
-        value["select"].update(options={}, sublayers=False)
+        # Options are one selector's own, and not every one measures, or can remove attention and MLP apart.
+        value["select"].update(options={}, objective="kl", sublayers=False)
     asked = any(changes.get("select", {}).get(name) is not None for name in BUDGETS)
     share = changes.get("share", {})
     # A count, a ratio, a target and a size are one wish: the new one takes the place of the old.

@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from foldgpt import __version__
+from foldgpt.cli.plan_verb import plan
 from foldgpt.cli.recipes import compare, run, schema
 from foldgpt.cli.results import push, report, show
-from foldgpt.cli.stages import analyze, evaluate, fold, plan, recover
+from foldgpt.cli.stages import analyze, evaluate, fold, recover
 
 #: In the order in which `--help` lists them: the stages as they follow each other, whole recipes, what there is.
 _VERBS: dict[str, Callable[..., Any]] = {

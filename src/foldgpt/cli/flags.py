@@ -55,7 +55,15 @@ EVAL = {
         for name in ("context", "stride", "max_windows", "tasks", "data_dir", "limit", "generations")
     },
 }
-RUN = {**PLAN, **_SAVED, "model": "--model", "recover.num_tokens": "--recover-tokens"}
+RUN = {
+    **PLAN,
+    **_SAVED,
+    "model": "--model",
+    "recover.num_tokens": "--recover-tokens",
+    "recover.texts": "--recover-text",
+    "recover.minutes": "--recover-minutes",
+    "recover.settings": "--recover-set",
+}
 COMPARE = {
     **_MODEL,
     **_SAVED,

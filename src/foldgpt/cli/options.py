@@ -133,6 +133,24 @@ Start = Annotated[
 RecoverTokens = Annotated[
     int | None, typer.Option(help="Tokens of training after folding, such as 2M.", parser=count, show_default="0")
 ]
+RecoverTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--recover-text",
+        help="Text or chats to train on, as --text. May be repeated.",
+        show_default="the calibration texts",
+    ),
+]
+RecoverMinutes = Annotated[float | None, typer.Option(help="Stop training after this time.", show_default=False)]
+RecoverSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--recover-set",
+        help="NAME=VALUE of the recovery's settings, such as rank=64, in place of a recipe's; listed in "
+        "docs/recovery.md. May be repeated.",
+        show_default=False,
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
 DType = Annotated[
     str | None,

@@ -24,6 +24,9 @@ from foldgpt.cli.options import (
     Objective,
     Quiet,
     Rank,
+    RecoverMinutes,
+    RecoverSettings,
+    RecoverTexts,
     RecoverTokens,
     Remove,
     RemoveRatio,
@@ -46,7 +49,16 @@ from foldgpt.cli.options import (
     left_out,
 )
 from foldgpt.cli.printing import print_comparison, print_json, print_paths, print_shown
-from foldgpt.cli.requests import calibration_of, check_search_tokens, recipe_of, select_of, share_of
+from foldgpt.cli.requests import (
+    calibration_of,
+    check_objective,
+    check_recovers,
+    check_search_tokens,
+    recipe_of,
+    recover_of,
+    select_of,
+    share_of,
+)
 from foldgpt.cli.session import session
 from foldgpt.cli.showing import show_path
 
@@ -89,6 +101,9 @@ def run(
     scales: Scales = None,
     start: Start = None,
     recover_tokens: RecoverTokens = None,
+    recover_text: RecoverTexts = None,
+    recover_minutes: RecoverMinutes = None,
+    recover_set: RecoverSettings = None,
     dtype: DType = None,
     save_dtype: SaveDType = None,
     device: Device = None,
@@ -125,10 +140,12 @@ def run(
             "select": select_of(select, remove, remove_ratio, target, search_tokens, objective, sublayers, option),
             "compensate": {"method": compensate},
             "share": share_of(share, size, group_size, donor, fit, rank, scales, start),
-            "recover": {"num_tokens": recover_tokens},
+            "recover": recover_of(recover_tokens, recover_text, recover_minutes, recover_set),
         }
         whole = recipe_of(**changes) if recipe is None else Recipe.load(recipe).changed(**changes)
         check_search_tokens(search_tokens, whole)
+        check_objective(objective, whole)
+        check_recovers({"text": recover_text, "minutes": recover_minutes, "set": recover_set}, whole)
 
         if dry_run:
             _dry_run(whole, compare=False, tflops=tflops, devices=devices, as_json=as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from foldgpt.assignments import assignments
@@ -99,6 +100,56 @@ def share_of(
         "scales": scales,
         "start": start,
     }
+
+
+def check_objective(given: str | None, recipe: Recipe) -> None:
+    """Refuse `--objective` where it would have no effect. What a recipe says may be its default.
+
+    Args:
+        given: the flag; None if it is left out.
+        recipe: the recipe, the flag in it.
+
+    Raises:
+        UsageError: the selector measures no objective, or always the same.
+    """
+    from foldgpt.errors import UsageError
+    from foldgpt.selection import WITH_OBJECTIVE
+
+    method = recipe.select.method
+    if given is not None and method not in WITH_OBJECTIVE:
+        raise UsageError(
+            f"--objective with the selector {method!r}, for which there is nothing to choose: leave it out, or "
+            f"--select one of {', '.join(sorted(WITH_OBJECTIVE))}"
+        )
+
+
+def recover_of(
+    tokens: int | None, texts: list[str] | None, minutes: float | None, settings: list[str] | None
+) -> dict[str, Any]:
+    """The section `recover` of a recipe, as flags of a run give it."""
+    return {
+        "num_tokens": tokens,
+        "texts": texts or None,
+        "minutes": minutes,
+        "settings": assignments(settings, "--recover-set") if settings else None,
+    }
+
+
+def check_recovers(given: Mapping[str, object], recipe: Recipe) -> None:
+    """Refuse flags about a recovery where there is none.
+
+    Args:
+        given: name behind `--recover-` → value of the flag.
+        recipe: the recipe, the flags in it.
+
+    Raises:
+        UsageError: one is given, and nothing is trained.
+    """
+    from foldgpt.errors import UsageError
+
+    idle = [f"--recover-{name}" for name, value in given.items() if value]
+    if idle and not recipe.recover.num_tokens:
+        raise UsageError(f"{' and '.join(idle)}, and nothing is trained: say on how many tokens (--recover-tokens)")
 
 
 def check_search_tokens(given: int | None, recipe: Recipe) -> None:

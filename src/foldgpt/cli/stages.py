@@ -1,4 +1,4 @@
-"""Verbs for one stage each: analyze, plan, fold, recover, eval."""
+"""Verbs for one stage each: analyze, fold, recover, eval; plan has a file of its own."""
 
 from __future__ import annotations
 
@@ -8,37 +8,20 @@ from typing import Annotated
 import typer
 
 from foldgpt.assignments import assignments
-from foldgpt.cli.flags import ANALYZE, EVAL, FOLD, PLAN, RECOVER
+from foldgpt.cli.flags import ANALYZE, EVAL, FOLD, RECOVER
 from foldgpt.cli.options import (
     AsJson,
-    Compensate,
     Context,
     Device,
-    Donor,
     DType,
-    Fit,
-    GroupSize,
     MaxMemory,
     Model,
-    Objective,
     Overwrite,
     OverwriteFolded,
     Quiet,
-    Rank,
-    Remove,
-    RemoveRatio,
     Revision,
     SaveDType,
-    Scales,
-    SearchTokens,
     Seed,
-    Select,
-    SelectorOption,
-    ShareMethod,
-    Size,
-    Start,
-    Sublayers,
-    Target,
     Texts,
     Tokens,
     TrustRemoteCode,
@@ -50,18 +33,13 @@ from foldgpt.cli.printing import (
     print_generations,
     print_json,
     print_paths,
-    print_plan,
     print_recovery,
     print_shown,
     print_strip,
 )
-from foldgpt.cli.requests import calibration_of, check_search_tokens, like_analysis, recipe_of, select_of, share_of
-from foldgpt.cli.session import session
+from foldgpt.cli.requests import calibration_of, recipe_of
+from foldgpt.cli.session import AGAIN, ANEW, session
 from foldgpt.counts import count
-
-#: What is said after an interruption.
-_AGAIN = "The same command goes on from the last checkpoint."
-_ANEW = "Nothing half-written is left."
 
 
 def analyze(
@@ -81,7 +59,7 @@ def analyze(
     as_json: AsJson = False,
 ) -> None:
     """Measure how redundant each block is: similarity, block influence, angular distance."""
-    with session(quiet, ANALYZE, again=_AGAIN):
+    with session(quiet, ANALYZE, again=AGAIN):
         from foldgpt import steps
         from foldgpt.artifacts import check_free_file, write_json
         from foldgpt.run_folder import ANALYSIS, ANALYSIS_CHECKPOINT, FIGURES
@@ -111,103 +89,6 @@ def analyze(
             print_paths([path, *figures])
 
 
-def plan(
-    model: Model,
-    out: Annotated[Path, typer.Option(help="The plan, a JSON file that may be edited.")] = Path("plan.json"),
-    text: Texts = None,
-    analysis: Annotated[
-        Path | None,
-        typer.Option(
-            help="For bi and angular: an analysis made before (file or run folder), instead of measuring anew. Its "
-            "text, context, tokens and seed are what holds here too, where they are not given.",
-            show_default=False,
-        ),
-    ] = None,
-    select: Select = None,
-    remove: Remove = None,
-    remove_ratio: RemoveRatio = None,
-    target: Target = None,
-    search_tokens: SearchTokens = None,
-    objective: Objective = None,
-    sublayers: Sublayers = None,
-    option: SelectorOption = None,
-    compensate: Compensate = None,
-    share: ShareMethod = None,
-    size: Size = None,
-    group_size: GroupSize = None,
-    donor: Donor = None,
-    fit: Fit = None,
-    rank: Rank = None,
-    scales: Scales = None,
-    start: Start = None,
-    context: Context = None,
-    tokens: Tokens = None,
-    revision: Revision = None,
-    dtype: DType = None,
-    device: Device = None,
-    seed: Seed = None,
-    max_memory_gb: MaxMemory = None,
-    trust_remote_code: TrustRemoteCode = None,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Decide which blocks are removed and which share weights."""
-    with session(quiet, PLAN, again=_AGAIN):
-        from foldgpt import planning, steps
-        from foldgpt.artifacts import check_free_file
-        from foldgpt.checks import check_plan
-        from foldgpt.errors import UsageError
-        from foldgpt.selection import ANALYSIS_FREE, SELECTORS
-        from foldgpt.workbench import Workbench
-
-        check_free_file(out, replace=overwrite)
-        calibration = calibration_of(text, context, tokens)
-        recipe = recipe_of(
-            model=model,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            seed=seed,
-            max_memory_gb=max_memory_gb,
-            trust_remote_code=trust_remote_code,
-            calibration=calibration,
-            select=select_of(select, remove, remove_ratio, target, search_tokens, objective, sublayers, option),
-            compensate={"method": compensate},
-            share=share_of(share, size, group_size, donor, fit, rank, scales, start),
-        )
-        method = recipe.select.method
-        measured = None
-        if analysis is not None:
-            if method in ANALYSIS_FREE:
-                raise UsageError(
-                    f"--analysis with the selector {method!r}, which reads none: leave it out, or --select one of "
-                    f"{', '.join(sorted(SELECTORS.keys() - ANALYSIS_FREE))}"
-                )
-            measured = steps.read_analysis(analysis)
-            recipe = recipe.changed(**like_analysis(measured, calibration, seed))
-        bench = Workbench(recipe)
-        check_search_tokens(search_tokens, recipe)
-        check_plan(bench)
-        # Where the sweep and the searches are, until the plan that is made of them is there.
-        sweep, search, sharing = (out.with_name(f".{out.name}.{what}") for what in ("analysis", "search", "sharing"))
-        if analysis is not None and measured is not None:
-            steps.check_analysis(measured, bench, analysis)
-        elif method not in ANALYSIS_FREE:
-            measured = steps.make_analysis(bench, sweep)
-        selection = planning.make_selection(bench, measured, search)
-        made = planning.make_plan(bench, selection, measured, sharing)
-        made.save(out)
-        planning.drop_search(search)
-        for checkpoint in (sweep, sharing):
-            checkpoint.unlink(missing_ok=True)
-        if as_json:
-            print_json(made.to_json_dict())
-        else:
-            print_plan(made)
-            print_paths([out])
-
-
 def fold(
     model: Model,
     plan: Annotated[
@@ -225,7 +106,7 @@ def fold(
     as_json: AsJson = False,
 ) -> None:
     """Do what a plan says, and save the result once it is verified."""
-    with session(quiet, FOLD, again=_ANEW):
+    with session(quiet, FOLD, again=ANEW):
         from dataclasses import asdict
 
         from foldgpt import steps
@@ -269,7 +150,7 @@ def recover(
         list[str] | None,
         typer.Option(
             "--text",
-            help="Text to train on; self: is what the teacher writes. May be repeated.",
+            help="Text or chats to train on; self: is what the teacher writes. May be repeated.",
             show_default="demo:wikipedia",
         ),
     ] = None,
@@ -311,7 +192,7 @@ def recover(
     as_json: AsJson = False,
 ) -> None:
     """Train a folded model, briefly, to predict what its source predicts."""
-    with session(quiet, RECOVER, again=_AGAIN):
+    with session(quiet, RECOVER, again=AGAIN):
         from foldgpt import steps
         from foldgpt.folding import check_place
         from foldgpt.report import write_model_card
@@ -389,7 +270,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure size, perplexity, speed and memory, beside a baseline."""
-    with session(quiet, EVAL, again=_ANEW):
+    with session(quiet, EVAL, again=ANEW):
         from foldgpt import steps
         from foldgpt.artifacts import check_free_file, write_json
         from foldgpt.errors import UsageError

@@ -19,6 +19,8 @@ from foldgpt.errors import FoldGPTError, SourceError, UsageError, did_you_mean, 
 from foldgpt.formats import NOT_FILES
 
 _DEFAULT_COLUMN = "text"
+#: The column that data sets of chats have in its place, by the custom of the field.
+_CHAT_COLUMN = "messages"
 _HUB_OPTIONS = ("config", "split", "column", "revision")
 
 #: A text file is one document, but it is read in pieces of about this many characters, cut after a line.
@@ -27,8 +29,24 @@ _PIECE_CHARACTERS = 1 << 20
 #: Files up to this many bytes are told apart by their contents, larger ones by size and time.
 _HASHED_BYTES = 256 << 20
 
+
+@dataclass(frozen=True)
+class Chat:
+    """A document that is a conversation: a tokenizer's template makes text of it, and says so where it is needed."""
+
+    messages: Sequence[Mapping[str, Any]]
+    """`{"role": …, "content": …}`, one after another."""
+    place: str
+    """Where it is from, for messages."""
+
+    def __iter__(self) -> Iterator[str]:
+        raise UsageError(
+            f"{self.place}: this is a chat. Chats are trained on (recover); to calibrate or to measure on, give text"
+        )
+
+
 #: A document in pieces, so that a long file need not be in memory at once.
-Document = Iterable[str]
+Document = Iterable[str] | Chat
 
 
 @dataclass(frozen=True)
@@ -63,7 +81,7 @@ def read_documents(specs: Sequence[str], *, own: OwnText | None = None) -> Itera
 
     Raises:
         SourceError: nothing matches, or a file cannot be read; the message names the file and line.
-        UsageError: the spec itself is wrong.
+        UsageError: the spec itself is wrong, or a document is a chat.
     """
     for text in open_texts(specs, own):
         for document in text.documents():
@@ -270,7 +288,7 @@ def _read_jsonl(path: Path, column: str) -> Iterator[Document]:
             if not line.strip():
                 continue
             place = f"{path} line {number}"
-            yield (_text_of(json_row(line, place), column, place),)
+            yield _document_of(json_row(line, place), column, place)
 
 
 def json_row(line: bytes, place: str) -> dict[str, Any]:
@@ -292,13 +310,14 @@ def _read_parquet(path: Path, column: str) -> Iterator[Document]:
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names
+            column = _column_among(names, column)
             if column not in names:
                 raise _no_column(column, names, str(path))
             row = 0
             for batch in table.iter_batches(batch_size=256, columns=[column]):
                 for value in batch.column(0).to_pylist():
                     row += 1
-                    yield (_text_of({column: value}, column, f"{path} row {row}"),)
+                    yield _document_of({column: value}, column, f"{path} row {row}")
     except pyarrow.ArrowException as error:
         raise SourceError(f"cannot read {path}: {error}") from error
 
@@ -333,7 +352,7 @@ def _hub_text(spec: str) -> Text:
                 streaming=True,
             )
             for number, row in enumerate(rows, 1):
-                yield (_text_of(row, column, f"{name} row {number}"),)
+                yield _document_of(row, column, f"{name} row {number}")
         except FoldGPTError:
             raise
         except Exception as error:  # the client passes on errors of many libraries
@@ -372,13 +391,22 @@ def _own_text(spec: str, own: OwnText | None) -> Text:
     return Text(spec, "\n\n", read, lambda: [SELF, own.identity(sampling)], endless=True)
 
 
-def _text_of(row: dict[str, Any], column: str, place: str) -> str:
+def _document_of(row: dict[str, Any], column: str, place: str) -> Document:
+    column = _column_among(row, column)
     if column not in row:
         raise _no_column(column, row, place)
-    text = row[column]
-    if not isinstance(text, str):
-        raise SourceError(f"{place}: column {column!r} holds {type(text).__name__}, not text")
-    return text
+    found = row[column]
+    if isinstance(found, str):
+        return (found,)
+    if isinstance(found, list):
+        return Chat(found, place)
+    raise SourceError(f"{place}: column {column!r} holds {type(found).__name__}, not text")
+
+
+def _column_among(names: Iterable[str], column: str) -> str:
+    """The column to read: where none was named and there is none of text, that of chats."""
+    found = set(names)
+    return _CHAT_COLUMN if column == _DEFAULT_COLUMN not in found and _CHAT_COLUMN in found else column
 
 
 def _no_column(column: str, columns: Iterable[str], place: str) -> SourceError:

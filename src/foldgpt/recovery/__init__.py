@@ -1,6 +1,5 @@
 """Recovery: train a folded model, briefly, to do again what its source does."""
 
-from foldgpt.recovery.chat import chat_windows
 from foldgpt.recovery.compiled import check_compiler
 from foldgpt.recovery.errors import DivergenceError
 from foldgpt.recovery.inputs import check_device, check_trainable
@@ -19,7 +18,6 @@ __all__ = [
     "RecoveryResult",
     "RecoverySettings",
     "TrainingWindows",
-    "chat_windows",
     "check_compiler",
     "check_device",
     "check_loggers",

@@ -1,4 +1,4 @@
-"""Text to training windows through a file on disk, so that neither the text nor its tokens need fit in memory."""
+"""Text and chats to training windows, through files on disk: neither they nor their tokens need fit in memory."""
 
 from __future__ import annotations
 
@@ -6,24 +6,33 @@ import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from foldgpt.artifacts import alone, hash_of, read_json, staged_file, write_json
 from foldgpt.corpus import OwnText, identity_of
-from foldgpt.corpus.texts import Document, in_seeded_order, open_texts
+from foldgpt.corpus.texts import Chat, Document, in_seeded_order, open_texts
 from foldgpt.corpus.windows import prefix_of
 from foldgpt.errors import ArtifactError, SourceError, UsageError
 from foldgpt.progress import bar
+from foldgpt.recovery.chat import chat_tokens
 from foldgpt.recovery.windows import TrainingWindows
 
 #: Upper case, accents, digits, spaces: what tokenizers treat differently.
 _PROBE = "The Straße cost 12,345.60 €;\n\tdon't — ﬁne  naïve 中文 x_1."
+
+#: Suffix of the file that says of each token, window by window, whether it is scored and whether it begins a document.
+_MARKS = ".marks"
+#: Rows of tokens with their marks, int32 [3, N].
+_ID, _SCORED, _BEGINS = range(3)
+_Tokens = NDArray[np.int32]
 
 #: Documents read ahead, of which each next one is drawn.
 _READ_AHEAD = 1024
@@ -44,9 +53,10 @@ def packed_windows(
     """Windows to train on and, from other documents, windows to judge by.
 
     The held-out windows are filled first. Documents come from the texts in turn, each drawn from 1,024 that were read
-    ahead, are tokenised, each followed by EOS, and packed. Where the tokenizer puts BOS before a text, every document
-    and every window begins with it. The ids lie in one file, which a later call with the same inputs finds again; a
-    text whose contents changed is another input. Texts are read only as far as needed.
+    ahead, are tokenised, each text followed by EOS, and packed. Where the tokenizer puts BOS before a text, every
+    document and every window begins with it. Chats are rendered by the tokenizer's template, and only what the
+    assistant says is scored; see `chat_tokens`. Ids and marks lie in files, which a later call with the same inputs
+    finds again; a text whose contents changed is another input. Texts are read only as far as needed.
 
     Args:
         specs: texts, as in `read_documents`.
@@ -65,7 +75,8 @@ def packed_windows(
 
     Raises:
         SourceError: a text cannot be read, or the texts together are too short.
-        UsageError: a number that makes no sense, or documents are to be kept apart without an EOS token.
+        UsageError: a number that makes no sense, a chat cannot be rendered or its replies not be told, or no token of
+            the windows is a reply.
         ArtifactError: the file cannot be written.
     """
     counts = (num_held_out // context, num_tokens // context)
@@ -73,9 +84,6 @@ def packed_windows(
         raise UsageError(
             f"{num_tokens:,} tokens to train on and {num_held_out:,} held out do not fill a window of {context:,} each"
         )
-    end: Any = tokenizer.eos_token_id
-    if separate_documents and end is None:
-        raise UsageError("the tokenizer has no EOS token by which documents could be kept apart")
     protocol = {
         "texts": list(specs),
         "contents": identity_of(specs, own=own),
@@ -85,7 +93,8 @@ def packed_windows(
         "seed": seed,
         "bos": bool(prefix_of(tokenizer)),
         # Tokenizers of one vocabulary may end documents differently.
-        "ids": [tokenizer.bos_token_id, end],
+        "ids": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        "template": tokenizer.chat_template,
     }
     path = Path(folder) / f"{hash_of(protocol)[:32]}.ids"
     shape = (sum(counts), context)
@@ -97,13 +106,34 @@ def packed_windows(
                     _write(specs, own, tokenizer, path, shape, seed, protocol)
         except OSError as error:
             raise ArtifactError(f"cannot write {path}: {error.strerror or error}. Nothing was left behind.") from error
-    elif read_json(path.with_suffix(".json"), "protocol of the windows") != protocol:
+        finally:
+            with suppress(OSError):  # it holds something
+                path.parent.rmdir()
+    written = read_json(path.with_suffix(".json"), "protocol of the windows")
+    if written != {**protocol, "is_masked": written.get("is_masked")}:
         raise ArtifactError(f"{path} does not hold what its name says; remove it")
+    ids_WT = _mapped(path, np.int32, shape)
+    scored_WT, begins_WT = _mapped(path.with_suffix(_MARKS), np.uint8, (shape[0], 2, context)).unbind(1)
+    parts = {"held-out": slice(counts[0]), "training": slice(counts[0], None)}
+    if written["is_masked"]:
+        for name, rows in parts.items():
+            if not bool(scored_WT[rows, 1:].any()):
+                raise UsageError(f"{', '.join(specs)}: in the {name} windows the assistant says nothing")
+    held_out, train = (
+        TrainingWindows(
+            ids_WT[rows],
+            scored_WT[rows] if written["is_masked"] else None,
+            begins_WT[rows] if separate_documents else None,
+        )
+        for rows in parts.values()
+    )
+    return train, held_out
+
+
+def _mapped(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> Tensor:
     # mode "c": torch wants writable memory, and nothing is ever written back.
-    ids_WT: Tensor = torch.from_numpy(np.memmap(path, dtype=np.int32, mode="c", shape=shape))
-    document_end = end if separate_documents else None
-    held_out = TrainingWindows(ids_WT[: counts[0]], document_end=document_end)
-    return TrainingWindows(ids_WT[counts[0] :], document_end=document_end), held_out
+    mapped: Tensor = torch.from_numpy(np.memmap(path, dtype=dtype, mode="c", shape=shape))
+    return mapped
 
 
 def _identity_of(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -126,49 +156,66 @@ def _write(
     protocol: dict[str, Any],
 ) -> None:
     num_windows, context = shape
-    prefix, written = prefix_of(tokenizer), 0
+    prefix, written, is_masked = prefix_of(tokenizer), 0, False
     with staged_file(path) as file:
-        with bar("reading text", num_windows) as progress:
+        with staged_file(path.with_suffix(_MARKS)) as marks, bar("reading text", num_windows) as progress:
             tokens = _tokens_of(_mixed(specs, own, random.Random(seed)), tokenizer, prefix)
-            for window in itertools.islice(_rows_of(tokens, context, prefix), num_windows):
-                file.write(np.asarray(window, dtype=np.int32).tobytes())
+            for window_3T in itertools.islice(_rows_of(tokens, context, prefix), num_windows):
+                file.write(window_3T[_ID].tobytes())
+                marks.write(window_3T[_ID + 1 :].astype(np.uint8).tobytes())
+                is_masked |= not window_3T[_SCORED].all()
                 written += 1
                 progress.advance()
-        if written < num_windows:
-            raise SourceError(
-                f"{', '.join(specs)}: too short: {written * context:,} tokens in full windows of {context:,}, and "
-                f"{num_windows * context:,} are asked for"
-            )
+            if written < num_windows:
+                raise SourceError(
+                    f"{', '.join(specs)}: too short: {written * context:,} tokens in full windows of {context:,}, and "
+                    f"{num_windows * context:,} are asked for"
+                )
         # Whoever finds the windows is to find what they are, also if this process is killed in between.
-        write_json(path.with_suffix(".json"), protocol)
+        write_json(path.with_suffix(".json"), {**protocol, "is_masked": is_masked})
 
 
-def _rows_of(pieces: Iterator[list[int]], context: int, prefix: list[int]) -> Iterator[list[int]]:
-    """Full windows of a stream of token ids; those that do not begin with the prefix get it in front."""
-    tokens: list[int] = []
-    for piece in pieces:
-        tokens += piece
+def _rows_of(pieces: Iterator[_Tokens], context: int, prefix: list[int]) -> Iterator[_Tokens]:
+    """Full windows of a stream of tokens; those that do not begin with the prefix get it in front."""
+    tokens_3N, before = _tokens([]), _tokens(prefix)
+    for piece_3N in pieces:
+        tokens_3N = np.concatenate([tokens_3N, piece_3N], axis=1)
         start = 0
         while True:
-            missing = [] if tokens[start : start + len(prefix)] == prefix else prefix
-            end = start + context - len(missing)
-            if end > len(tokens):
+            missing = before[:, :0] if tokens_3N[_ID, start : start + len(prefix)].tolist() == prefix else before
+            end = start + context - missing.shape[1]
+            if end > tokens_3N.shape[1]:
                 break
-            yield missing + tokens[start:end]
+            yield np.concatenate([missing, tokens_3N[:, start:end]], axis=1)
             start = end
-        del tokens[:start]
+        tokens_3N = tokens_3N[:, start:]
 
 
 def _tokens_of(
     documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase, prefix: list[int]
-) -> Iterator[list[int]]:
-    """Token ids of the documents, piece by piece, the prefix before each, EOS behind it."""
+) -> Iterator[_Tokens]:
+    """Tokens of the documents, piece by piece, the prefix before each, EOS behind a text."""
     for document in documents:
-        yield prefix
-        for piece in document:
-            yield tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        if isinstance(document, Chat):
+            ids, is_said = chat_tokens(document.messages, tokenizer, document.place)
+            # Most templates write BOS themselves.
+            before = [] if ids[: len(prefix)] == prefix else prefix
+            yield _tokens(before + ids, [False] * len(before) + is_said, begins=True)
+            continue
+        begins = True
+        for piece in itertools.chain([None], document):
+            ids = prefix if piece is None else tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            yield _tokens(ids, begins=begins)
+            begins = begins and not ids
         if tokenizer.eos_token_id is not None:
-            yield [int(tokenizer.eos_token_id)]
+            yield _tokens([int(tokenizer.eos_token_id)], begins=begins)
+
+
+def _tokens(ids: Sequence[int], scored: Sequence[bool] | bool = True, *, begins: bool = False) -> _Tokens:
+    """Token ids with their marks, [3, N]: what is scored, and whether the first of them begins a document."""
+    tokens_3N = np.zeros((3, len(ids)), dtype=np.int32)
+    tokens_3N[_ID], tokens_3N[_SCORED], tokens_3N[_BEGINS, :1] = ids, scored, begins
+    return tokens_3N
 
 
 def _mixed(specs: Sequence[str], own: OwnText | None, order: random.Random) -> Iterator[Document]:

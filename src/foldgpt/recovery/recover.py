@@ -360,10 +360,9 @@ def _cache(
     def opened() -> CachedStates:
         return cache_states(
             teacher,
-            train.ids_WT,
+            train,
             Path(folder),
             batch_size=settings.micro_batch_size,
-            document_end=train.document_end,
         )
 
     if is_main:

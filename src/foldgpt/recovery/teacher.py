@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from foldgpt.artifacts import alone, hash_of, remove_leftovers, staged_file
 from foldgpt.errors import ArtifactError
-from foldgpt.fingerprints import ids_fingerprint, weights_fingerprint
+from foldgpt.fingerprints import weights_fingerprint
 from foldgpt.objectives import Head
 from foldgpt.progress import bar
 from foldgpt.recovery.states import Body, States
-from foldgpt.recovery.windows import places_in_documents
+from foldgpt.recovery.windows import TrainingWindows, places_in_documents
 
 #: Bytes of a number → integers of as many, as which the same bits are kept: numpy has no bf16.
 _BITS = {2: (np.int16, torch.int16), 4: (np.int32, torch.int32), 8: (np.int64, torch.int64)}
@@ -73,32 +73,31 @@ class CachedStates:
         return _with_entry(last, between) if self._has_entry else States(last, tuple(between))
 
 
-def cache_states(
-    teacher: Teacher, ids_WT: Tensor, folder: Path, *, batch_size: int, document_end: int | None = None
-) -> CachedStates:
+def cache_states(teacher: Teacher, train: TrainingWindows, folder: Path, *, batch_size: int) -> CachedStates:
     """Open the file of a teacher's states on these windows; make it first if it is not there.
 
     Args:
         teacher: the teacher.
-        ids_WT: all training windows.
+        train: all training windows.
         folder: where such files are kept; the name says for which teacher, windows and states it is.
         batch_size: windows in one forward pass.
-        document_end: the token that ends a document, if documents are kept apart.
 
     Raises:
         ArtifactError: the file cannot be written.
     """
     hidden, dtype = teacher.head.hidden_size, next(teacher.model.parameters()).dtype
-    shape = (len(ids_WT), 1 + len(teacher.behind), ids_WT.shape[1], hidden)
-    parts = [weights_fingerprint(teacher.model), ids_fingerprint(ids_WT), list(teacher.behind), list(shape)]
+    shape = (len(train), 1 + len(teacher.behind), train.ids_WT.shape[1], hidden)
+    # Which tokens are scored is nothing to the teacher.
+    seen = {name: value for name, value in train.identity().items() if name != "scored"}
+    parts = [weights_fingerprint(teacher.model), seen, list(teacher.behind), list(shape)]
     has_entry = teacher.common > 0
-    path = folder / f"{hash_of([*parts, document_end, has_entry, str(dtype)])[:32]}.states"
+    path = folder / f"{hash_of([*parts, has_entry, str(dtype)])[:32]}.states"
     if not path.is_file():
         try:
             with alone(path):
                 if not path.is_file():
                     remove_leftovers(path)
-                    _write(teacher, ids_WT, document_end, path, batch_size)
+                    _write(teacher, train, path, batch_size)
         except OSError as error:
             raise ArtifactError(f"cannot write {path}: {error.strerror or error}. Nothing was left behind.") from error
     return CachedStates(path, shape, dtype, has_entry=has_entry)
@@ -106,17 +105,17 @@ def cache_states(
 
 def _write(
     teacher: Teacher,
-    ids_WT: Tensor,
-    document_end: int | None,
+    train: TrainingWindows,
     path: Path,
     batch_size: int,
 ) -> None:
     parameter = next(teacher.model.parameters())
     device, (_, bits) = parameter.device, _BITS[parameter.element_size()]
-    with staged_file(path) as file, bar("the teacher's states", len(ids_WT)) as progress:
-        for start in range(0, len(ids_WT), batch_size):
-            ids_BT = ids_WT[start : start + batch_size].to(device).long()
-            places_BT = None if document_end is None else places_in_documents(ids_BT, document_end)
+    with staged_file(path) as file, bar("the teacher's states", len(train)) as progress:
+        for start in range(0, len(train), batch_size):
+            rows = slice(start, start + batch_size)
+            ids_BT = train.ids_WT[rows].to(device).long()
+            places_BT = None if train.begins_WT is None else places_in_documents(train.begins_WT[rows].to(device))
             found = teacher.states(ids_BT, places_BT)
             entry = [] if found.entry_BTH is None else [found.entry_BTH]
             table = torch.stack([found.last_BTH, *entry, *found.between], dim=1).to("cpu", parameter.dtype)

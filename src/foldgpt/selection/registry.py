@@ -9,6 +9,7 @@ from typing import Any
 from foldgpt.errors import UsageError, did_you_mean
 from foldgpt.selection.angular import angular
 from foldgpt.selection.bi import bi
+from foldgpt.selection.cost import Objective
 from foldgpt.selection.fixed import last, random, random_options
 from foldgpt.selection.gating.gates import gates, gates_options, gates_passes
 from foldgpt.selection.greedy import greedy, greedy_passes
@@ -28,6 +29,7 @@ class _Row:
             included, from a request and from what the predictions of one set take, in forward passes of the blocks;
             None where it does not measure the model on the calibration windows.
         by_sublayer: whether it can remove the attention and the MLP of a block apart.
+        objectives: what it can be asked to measure; empty where it measures nothing that could be chosen.
         options: what checks its options and fills in their defaults; None where it has none.
     """
 
@@ -35,17 +37,21 @@ class _Row:
     reads_analysis: bool = False
     passes: Callable[[Request, float], float] | None = None
     by_sublayer: bool = False
+    objectives: tuple[Objective, ...] = ()
     options: Callable[[Request], dict[str, Any]] | None = None
 
 
+#: The objectives of whatever measures the cost of sets.
+_BOTH: tuple[Objective, ...] = ("kl", "lm")
+
 _ROWS: dict[str, _Row] = {
-    "gates": _Row(gates, passes=gates_passes, by_sublayer=True, options=gates_options),
+    "gates": _Row(gates, passes=gates_passes, by_sublayer=True, objectives=_BOTH, options=gates_options),
     "bi": _Row(bi, reads_analysis=True),
     "angular": _Row(angular, reads_analysis=True),
-    "loo": _Row(loo, passes=loo_passes, by_sublayer=True),
-    "greedy": _Row(greedy, passes=greedy_passes, by_sublayer=True),
+    "loo": _Row(loo, passes=loo_passes, by_sublayer=True, objectives=_BOTH),
+    "greedy": _Row(greedy, passes=greedy_passes, by_sublayer=True, objectives=_BOTH),
     # A norm behind a sublayer would undo its gate, so the gradient that taylor takes is for whole blocks.
-    "taylor": _Row(taylor, passes=taylor_passes),
+    "taylor": _Row(taylor, passes=taylor_passes, objectives=("lm",)),
     "last": _Row(last),
     "random": _Row(random, options=random_options),
 }
@@ -57,6 +63,8 @@ ANALYSIS_FREE = frozenset(name for name, row in _ROWS.items() if not row.reads_a
 MEASURED = frozenset(name for name, row in _ROWS.items() if row.passes is not None)
 #: Selectors that can remove the attention and the MLP of a block apart.
 BY_SUBLAYER = frozenset(name for name, row in _ROWS.items() if row.by_sublayer)
+#: Selectors that can be asked for either objective.
+WITH_OBJECTIVE = frozenset(name for name, row in _ROWS.items() if row.objectives == _BOTH)
 
 
 def check_name(method: str) -> None:
@@ -77,8 +85,8 @@ def check_request(method: str, request: Request) -> None:
         request: what is asked.
 
     Raises:
-        UsageError: an unknown method or option, a number that cannot be removed, or sublayers for a method that
-            rates blocks.
+        UsageError: an unknown method or option, a number that cannot be removed, sublayers for a method that rates
+            blocks, or an objective for one that measures none.
     """
     check_name(method)
     if not 0 <= request.num_remove < request.num_blocks:
@@ -91,6 +99,12 @@ def check_request(method: str, request: Request) -> None:
         raise UsageError(
             f"the selector {method!r} removes whole blocks; attention and MLP apart can be selected by "
             f"{', '.join(sorted(BY_SUBLAYER))}"
+        )
+    # "kl" is the default, and stands in the requests of all.
+    if request.objective not in ("kl", *row.objectives):
+        raise UsageError(
+            f"the selector {method!r} measures no objective, so {request.objective!r} would change nothing: leave "
+            f"select.objective out, or select by {', '.join(sorted(WITH_OBJECTIVE))}"
         )
     if row.options is None:
         request.options_over(method, {})
