@@ -19,7 +19,7 @@ from foldgpt.plan import FoldPlan
 from foldgpt.replay import Replay
 from foldgpt.selection import RemovalCost, Request, Units, select
 from foldgpt.selection.gated_pass import gradient_equivalents
-from foldgpt.selection.gating import score_function
+from foldgpt.selection.gating import hard_concrete, score_function, smoothed
 from foldgpt.selection.gating.gates import greedy_equivalents
 from foldgpt.selection.gating.hard_concrete import HardConcrete
 from foldgpt.selection.gating.score_function import ScoreFunction, draw, log_probability
@@ -284,6 +284,59 @@ def test_what_the_budget_does_not_need_is_put_back_from_the_end_of_the_order() -
 
 
 # ------------------------------------------------------------------------------------------- the estimator
+
+
+#: Of the blocks below those that hardly do anything.
+_IDLE = (2, 5, 7)
+
+
+def _estimator_of(kind: str, num_steps: int, seed: int) -> tuple[Any, RemovalCost]:
+    """An estimator on a model in which three blocks are idle, told nothing about which."""
+    model = tiny_model("llama", num_hidden_layers=NUM_BLOCKS)
+    with torch.no_grad():
+        for index in _IDLE:
+            block = model.model.layers[index]
+            block.self_attn.o_proj.weight.mul_(0.02)
+            block.mlp.down_proj.weight.mul_(0.02)
+    request = Request(NUM_BLOCKS, len(_IDLE), model=model, ids_WT=token_ids(model, (16, 32)), seed=seed)
+    cost = request.need_cost("test")
+    samples = [cost.sample(k, k + 1) for k in range(cost.num_batches)]
+    scores = [0.3] * NUM_BLOCKS
+    if kind == "score":
+        return ScoreFunction(cost, samples, scores, seed=seed), cost
+    if kind == "concrete":
+        return HardConcrete(cost, samples, scores, num_steps=num_steps, seed=seed), cost
+    return SmoothedL0(cost, samples, scores, num_steps=num_steps), cost
+
+
+@pytest.mark.parametrize(("kind", "num_steps"), [("score", 40), ("concrete", 150), ("smoothed", 150)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_each_estimator_learns_by_itself_which_blocks_are_idle(kind: str, num_steps: int, seed: int) -> None:
+    """Without refinement, which would find them whatever the gates say."""
+    estimator, cost = _estimator_of(kind, num_steps, seed)
+
+    def closed() -> frozenset[int]:
+        keep = estimator.keep_probabilities().tolist()
+        return cost.units.fill(sorted(range(NUM_BLOCKS), key=keep.__getitem__))
+
+    assert closed() != set(_IDLE)
+    for _ in range(num_steps):
+        estimator.step()
+    assert closed() == set(_IDLE)
+    keep = estimator.keep_probabilities()
+    # Polarised, not only in the right order.
+    assert max(keep[list(_IDLE)]) < 0.3 < 0.6 < min(keep[[i for i in range(NUM_BLOCKS) if i not in _IDLE]])
+
+
+@pytest.mark.parametrize("kind", ["score", "concrete", "smoothed"])
+def test_gates_that_are_no_number_any_more_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    estimator, cost = _estimator_of(kind, 10, 0)
+    for module in (hard_concrete, smoothed):
+        monkeypatch.setattr(module, "gradient_of_gates", lambda *_: (1.0, torch.full((NUM_BLOCKS,), math.nan)))
+    monkeypatch.setattr(cost, "cost", lambda *_, **__: math.nan)
+    with pytest.raises(FoldGPTError, match="not finite"):
+        for _ in range(3):
+            estimator.step()
 
 
 def test_plackett_luce_probabilities_sum_to_one_and_match_the_draws() -> None:
