@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from compensation_case import NORMED, correction
-from foldgpt.compensation import Compensator, merge_
+from foldgpt.compensation import Compensator, compensate, merge_
 from foldgpt.compensation.least_squares import Sums, solve
 from foldgpt.compensation.through_norm import error_of, fit_through_norm
 from foldgpt.families.norms import effective_scale, rms_normed
+from foldgpt.folding import source_model_of
+from foldgpt.plan import FoldPlan
 from foldgpt.replay import Replay
 from models import tiny_model, token_ids
 from reference import blocks_of
@@ -230,6 +232,26 @@ def test_a_singular_gram_matrix_has_a_solution() -> None:
     torch.testing.assert_close(inputs.double() @ found, 2 * torch.ones(10, 2, dtype=torch.float64), rtol=1e-3, atol=0)
     nothing, _ = solve(Sums.of(0 * inputs, inputs, torch.ones(10)), 0.0, bias=False)
     assert not nothing.any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_to_what_is_not_finite_nothing_is_fitted(bad: float) -> None:
+    """No ridge makes them positive definite, so that looking for one would never end."""
+    inputs = torch.randn(10, 3)
+    inputs[4, 1] = bad
+    found, _ = solve(Sums.of(inputs, torch.ones(10, 2), torch.ones(10)), 0.1, bias=False)
+    assert torch.equal(found, torch.zeros(3, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
+def test_a_nearly_silent_mlp_in_float16_is_fitted_through_its_norm(family: str) -> None:
+    """Its large inner activations, divided by the small norm of what they make, are more than float16 holds."""
+    model = tiny_model(family)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e-5)
+        model.model.layers[1].mlp.up_proj.weight.mul_(30)
+    found = compensate(model.half(), FoldPlan.create(source_model_of(model), removed=[2]), token_ids(model, (4, 16)))
+    assert all(bool(correction.map_KH.isfinite().all()) for correction in found.values())
 
 
 def test_the_ridge_does_not_depend_on_the_size_of_the_states() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from foldgpt.artifacts import write_json, write_text
 from foldgpt.cli import app
 from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
 from foldgpt.hub import check_upload, push
+from foldgpt.plan import Compensation, FoldPlan, SourceModel
 from foldgpt.report import write_model_card
 from report_inputs import evaluation, plan
 
@@ -24,6 +26,8 @@ class StandIn:
 
     calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []
     error: ClassVar[Exception | None] = None
+    sent: ClassVar[dict[str, str]] = {}
+    came_from: ClassVar[set[Path]] = set()
 
     def create_repo(self, repo_id: str, **arguments: Any) -> huggingface_hub.RepoUrl:
         if StandIn.error is not None:
@@ -36,6 +40,10 @@ class StandIn:
         StandIn.calls.append(("create_branch", {"repo_id": repo_id, **arguments}))
 
     def upload_folder(self, **arguments: Any) -> None:
+        folder = arguments["folder_path"]
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        StandIn.sent = {name: path.read_text("utf-8") for name, path in files.items()}
+        StandIn.came_from = {path.resolve().parent for path in files.values() if path.is_symlink()}
         StandIn.calls.append(("upload_folder", arguments))
 
 
@@ -70,7 +78,7 @@ def test_arguments_are_those_the_real_api_takes() -> None:
     for method, names in {
         "create_repo": ("repo_type", "private", "exist_ok"),
         "create_branch": ("branch", "repo_type", "exist_ok"),
-        "upload_folder": ("repo_id", "folder_path", "repo_type", "revision", "commit_message", "allow_patterns"),
+        "upload_folder": ("repo_id", "folder_path", "repo_type", "revision", "commit_message", "delete_patterns"),
     }.items():
         assert set(names) <= set(inspect.signature(getattr(real, method)).parameters)
 
@@ -79,7 +87,8 @@ def test_a_checkpoint_goes_up_with_its_card(hub: type[StandIn], run: Path) -> No
     assert push(run / "folded", "me/small", private=True) == "https://huggingface.co/me/small"
     assert [name for name, _ in hub.calls] == ["create_repo", "upload_folder"]
     assert hub.calls[0][1] == {"repo_id": "me/small", "repo_type": "model", "private": True, "exist_ok": True}
-    assert hub.calls[1][1]["folder_path"] == run / "folded" and hub.calls[1][1]["revision"] is None
+    assert hub.came_from == {run / "folded"} and hub.calls[1][1]["revision"] is None
+    assert hub.sent["README.md"] == (run / "folded" / "README.md").read_text("utf-8")
 
 
 def test_of_a_run_the_final_model_goes_up(hub: type[StandIn], run: Path) -> None:
@@ -88,7 +97,7 @@ def test_of_a_run_the_final_model_goes_up(hub: type[StandIn], run: Path) -> None
         "create_branch",
         {"repo_id": "me/small", "branch": "rank-16", "repo_type": "model", "exist_ok": True},
     )
-    assert hub.calls[2][1]["folder_path"] == run / "recovered" and hub.calls[2][1]["revision"] == "rank-16"
+    assert hub.came_from == {run / "recovered"} and hub.calls[2][1]["revision"] == "rank-16"
 
 
 def test_a_name_without_an_owner_goes_where_the_repository_was_made(hub: type[StandIn], run: Path) -> None:
@@ -154,12 +163,7 @@ def test_what_is_no_part_of_a_checkpoint_stays(hub: type[StandIn], run: Path) ->
     write_text(folder / "logs" / "events.json", "{}")
     write_text(folder / "additional_chat_templates" / "tool.jinja", "x")
     push(folder, "me/small")
-    sent = hub.calls[-1][1]["allow_patterns"]
-    kept = set(
-        huggingface_hub.utils.filter_repo_objects(
-            (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()), allow_patterns=sent
-        )
-    )
+    kept = set(hub.sent)
     assert kept == {
         "README.md",
         "config.json",
@@ -191,10 +195,47 @@ def test_of_a_run_that_is_not_finished_no_model_goes_up(hub: type[StandIn], run:
     with pytest.raises(ArtifactError, match=r"is not finished.*foldgpt run .*recipe\.yaml --out"):
         push(run, "me/small")
     push(run / "folded", "me/small")
+    assert hub.came_from == {run / "folded"}
     report = {"inputs": "i", "outputs": {}, "seconds": 1.0, "places": []}
     write_json(run / "run.json", {"format": "foldgpt.run", "stages": {"report": report}})
     push(run, "me/small")
-    assert [arguments["folder_path"].name for name, arguments in hub.calls if name == "upload_folder"] == [
-        "folded",
-        "recovered",
+    assert hub.came_from == {run / "recovered"}
+
+
+def test_nothing_is_told_of_where_things_lie(hub: type[StandIn], run: Path, tmp_path: Path) -> None:
+    folder, mine = run / "folded", str(tmp_path / "client" / "secret.txt")
+    source = SourceModel(model=str(tmp_path / "client" / "model"), model_type="llama", num_blocks=12)
+    origin = {"selector": "bi", "calibration": {"specs": [mine, "demo:wikipedia"], "fingerprint": "f"}}
+    texts = Compensation(texts=(mine, "hub:name?split=train"), context=8, num_tokens=64, fingerprint="f")
+    FoldPlan.create(source, removed=[4], compensation=texts, origin=origin).save(folder / "plan.json")
+    told = json.loads((folder / "plan.json").read_text("utf-8"))
+    write_json(folder / "config.json", {"model_type": "foldgpt_llama", "fold_plan": told, "texts": ["a/b"]})
+    write_json(folder / "recovery.json", {"text": {"texts": [mine], "context": 8}, "num_steps": 3})
+    push(folder, "me/small")
+    assert "client" not in "".join(hub.sent.values()) and str(tmp_path) not in "".join(hub.sent.values())
+    plan = FoldPlan.from_json_dict(json.loads(hub.sent["plan.json"]), "plan.json")
+    assert plan.source.model == "model" and plan.compensation is not None
+    assert plan.compensation.texts == ("secret.txt", "hub:name?split=train")
+    assert plan.origin["calibration"]["specs"] == ["secret.txt", "demo:wikipedia"]
+    config = json.loads(hub.sent["config.json"])
+    assert config["fold_plan"] == json.loads(hub.sent["plan.json"])
+    # What a config says beside that is not ours.
+    assert config["texts"] == ["a/b"]
+    assert json.loads(hub.sent["recovery.json"]) == {"text": {"texts": ["secret.txt"], "context": 8}, "num_steps": 3}
+    # On this machine they stay as they are.
+    assert json.loads((folder / "plan.json").read_text("utf-8")) == told
+
+
+def test_weights_of_an_earlier_upload_do_not_stay_beside_those_of_this_one(hub: type[StandIn], run: Path) -> None:
+    """transformers would load model.safetensors, which lies there from before, and not the shards."""
+    push(run, "me/small")
+    stale = hub.calls[-1][1]["delete_patterns"]
+    there = [
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "recovery.json",
+        "modeling_foldgpt.py",
     ]
+    others = ["onnx/model.onnx", "picture.png", "LICENSE", "onnx/model.safetensors", "notes.json"]
+    assert list(huggingface_hub.utils.filter_repo_objects([*there, *others], allow_patterns=stale)) == there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from foldgpt.evaluation import Evaluation
 from foldgpt.folding import cast_, fold_, round_, source_model_of
 from foldgpt.plan import FoldPlan, Group
 from foldgpt.recipe import Recipe
+from foldgpt.recovery import RecoverySettings, TrainingWindows, recover
 from foldgpt.recovery_result import RecoveryResult
 from foldgpt.sources import stored_dtype
 from foldgpt.workbench import Workbench
 from models import tiny_model
+from recovery_case import tiny_windows
 from run_inputs import tiny_recipe, tiny_text
 from tiny import tiny_tokenizer
 
@@ -161,6 +164,26 @@ def test_what_is_saved_in_fewer_bits_is_trained_and_measured_in_the_format_of_th
         assert measured is not None and measured.perplexity is not None
         assert measured.perplexity.dtype == "float32"
     assert result.evaluation.folded.stored_in == "float16"
+
+
+def test_what_is_recorded_of_a_recovery_is_of_the_model_that_is_saved(tmp_path: Path) -> None:
+    """Also of the blocks that teacher and student have in common, which the student's rounding changes."""
+    teacher = tiny_model("stablelm")
+    plan = FoldPlan.create(source_model_of(teacher), removed=[4])
+    student = copy.deepcopy(teacher)
+    fold_(student, plan)
+    held_out = TrainingWindows(tiny_windows(8, seed=2))
+    settings = RecoverySettings(batch_size=4, rank=2, train_blocks="behind", evaluate_every=1)
+    train = TrainingWindows(tiny_windows(8, seed=1))
+    place = tmp_path / "out"
+    result = recover(student, teacher, plan, train, held_out, settings, place, save_dtype=torch.bfloat16)
+    saved = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    with torch.no_grad():
+        theirs, ours = (
+            model(held_out.ids_WT.long()).logits[:, :-1].double().log_softmax(-1) for model in (teacher, saved)
+        )
+    kl = (theirs.exp() * (theirs - ours)).sum(-1).mean()
+    assert result.after["kl"] == pytest.approx(float(kl), rel=1e-4)
 
 
 def test_a_config_without_a_format_leaves_it_to_the_weights(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from foldgpt import pipeline, planning, steps
 from foldgpt.errors import FoldGPTError, PlanError, UsageError
 from foldgpt.evaluation import perplexity
-from foldgpt.plan import FoldPlan
+from foldgpt.plan import FoldPlan, SourceModel
 from foldgpt.recipe import Recipe
+from foldgpt.recovery import RecoverySettings, check_plan_suits
 from foldgpt.selection import Selection
 from foldgpt.workbench import Workbench
 from models import token_ids
@@ -72,6 +73,45 @@ def test_only_stages_with_other_inputs_run_again(recipe: Recipe, tmp_path: Path,
     stages_run.clear()
     pipeline.run(recipe.changed(select={"remove": 3}), tmp_path / "run", overwrite=True)
     assert stages_run == ["selection", "plan", "fold", "evaluation", "figures", "report"]
+
+
+def test_whether_speed_is_measured_is_nothing_to_the_source_by_itself(
+    recipe: Recipe, tmp_path: Path, stages_run: list[str]
+) -> None:
+    pipeline.run(recipe, tmp_path / "run")
+    stages_run.clear()
+    pipeline.run(recipe.changed(evaluate={"speed": True}), tmp_path / "run", overwrite=True)
+    assert stages_run == ["evaluation", "report"]
+
+
+def test_another_template_beside_the_same_weights_is_another_model(
+    recipe: Recipe, tmp_path: Path, stages_run: list[str]
+) -> None:
+    """It is saved with the folded model, and chats are rendered by it."""
+    place = Path(shutil.copytree(recipe.model, tmp_path / "model"))
+    recipe = recipe.changed(model=str(place))
+    pipeline.run(recipe, tmp_path / "run")
+    (place / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    stages_run.clear()
+    pipeline.run(recipe, tmp_path / "run")
+    assert stages_run == ["fold", "source", "evaluation", "report"]
+    assert (tmp_path / "run" / "folded" / "chat_template.jinja").is_file()
+
+
+def test_settings_that_speak_of_cuts_are_refused_before_anything_is_folded(recipe: Recipe, tmp_path: Path) -> None:
+    """Which blocks go is known behind the search, hours before the recovery would refuse them."""
+    settings = {"batch_size": 4, "train_fully": "cuts"}
+    changed = recipe.changed(
+        select={"method": "last", "remove": 0},
+        share={"method": "adjacent"},
+        recover={"num_tokens": 256, "context": 32, "held_out_tokens": 64, "settings": settings},
+    )
+    with pytest.raises(UsageError, match="the plan removes no whole block beside a kept one"):
+        pipeline.run(changed, tmp_path / "run")
+    assert (tmp_path / "run" / "plan.json").is_file() and not (tmp_path / "run" / "folded").exists()
+    leading = FoldPlan.create(SourceModel(model="m", model_type="llama", num_blocks=6), removed=[0])
+    with pytest.raises(UsageError, match="nothing follows on a removed part"):
+        check_plan_suits(leading, RecoverySettings(states=1.0))
 
 
 def test_another_way_to_share_does_not_repeat_the_search(recipe: Recipe, tmp_path: Path, stages_run: list[str]) -> None:

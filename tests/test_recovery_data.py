@@ -102,8 +102,37 @@ def test_texts_take_turns(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(300)
     texts = [documents(tmp_path, name, [f"{name}{i:06d}" for i in range(30)]) for name in ("a", "b")]
     train, held_out = packed_windows(texts, tokenizer, tmp_path / "ids", context=16, num_tokens=128, num_held_out=16)
-    ids = torch.cat([held_out.ids_WT, train.ids_WT]).flatten()
-    assert [word[0] for word in tokenizer.decode(ids).split("<eos>")[:-1]] == ["a", "b"] * 9
+    ids = torch.cat([held_out.ids_WT, train.ids_WT])
+    kinds = [{letter for letter in tokenizer.decode(row) if letter in "ab"} for row in ids]
+    assert kinds == [{"a"}, {"b"}] * 4 + [{"a"}]
+
+
+def test_a_long_file_does_not_keep_others_from_their_turns(tmp_path: Path) -> None:
+    """A .txt file is one document; taken whole, it would be all that is trained and judged on."""
+    texts = []
+    for letter in "ab":
+        (tmp_path / f"{letter}.txt").write_text(f"{letter} " * 4000)
+        texts.append(str(tmp_path / f"{letter}.txt"))
+    more = documents(tmp_path, "c", ["c" * 60] * 3)  # ends soon
+    train, held_out = packed_windows(
+        [*texts, more], tiny_tokenizer(300), tmp_path / "ids", context=32, num_tokens=640, num_held_out=96
+    )
+    tokenizer = tiny_tokenizer(300)
+    judged = [set(tokenizer.decode(row)) & set("abc") for row in held_out.ids_WT]
+    assert judged == [{"a"}, {"b"}, {"c"}]
+    trained = [letter for row in train.ids_WT for letter in set(tokenizer.decode(row)) & set("abc")]
+    assert {letter: trained.count(letter) for letter in "abc"} == {"a": 8, "b": 8, "c": 4}
+
+
+def test_a_text_without_lines_is_read_in_pieces_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "_PIECE_CHARACTERS", 10)
+    cases = ["one two three four five six", "a line\nand another one\n\nend", "x" * 35, "", "0123456789", "012345678\n"]
+    for case in cases:
+        path = tmp_path / "a.txt"
+        path.write_text(case)
+        pieces = list(texts._TextFile(path))
+        assert "".join(pieces) == case and max(map(len, pieces), default=0) < 20
+        assert not any(piece.endswith(" ") for piece in pieces)
 
 
 def test_bos_begins_documents_and_windows_where_the_tokenizer_begins_texts_with_it(tmp_path: Path) -> None:
@@ -186,17 +215,19 @@ def with_template(template: str | None, **how: Any) -> Any:
 def test_the_loss_of_chats_is_on_replies_alone_and_that_of_text_everywhere(tmp_path: Path) -> None:
     tokenizer = with_template(TEMPLATE)
     talks = chats(tmp_path, "a", *(turns(f"ask{i:02d}", f"reply{i:02d}", "more", f"end{i:02d}") for i in range(40)))
-    text = documents(tmp_path, "b", [f"TEXT{i:02d}" for i in range(40)])
+    text = documents(tmp_path, "b", [f"TEXT{i:02d}" for i in range(100)])
     train, held_out = packed_windows(
         [talks, text], tokenizer, tmp_path / "ids", context=32, num_tokens=512, num_held_out=64
     )
     ids, scored = (torch.cat([getattr(held_out, name), getattr(train, name)]) for name in ("ids_WT", "scored_WT"))
     whole = tokenizer.decode(ids.flatten())
     assert "<user>ask" in whole and "<assistant>reply" in whole and "<eos>TEXT" in whole
-    said = tokenizer.decode(ids[scored.bool()]).split("<eos>")[:-1]
+    # A window of each by turns.
+    talked, read = (slice(start, None, 2) for start in (0, 1))
+    said = tokenizer.decode(ids[talked][scored[talked].bool()]).split("<eos>")[:-1]
     kinds = [word.rstrip("0123456789") for word in said]
-    # By turns: two replies of a chat, a text.
-    assert kinds == (["reply", "end", "TEXT"] * len(kinds))[: len(kinds)] and len(kinds) > 20
+    assert kinds == (["reply", "end"] * len(kinds))[: len(kinds)] and len(kinds) > 6
+    assert bool(scored[read].all())
     labels = train[3]["labels"]
     assert torch.equal(labels != -100, train.scored_WT[3].bool())  # type: ignore[index]
     # Text alone has no mask.

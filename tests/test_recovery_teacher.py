@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,27 @@ def test_the_cache_is_of_one_way_to_keep_documents_apart(tmp_path: Path) -> None
         rows = table.states(torch.arange(4), torch.device("cpu"), torch.float32).last_BTH
         torch.testing.assert_close(rows, teacher.states(ids, places).last_BTH)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_cache_is_of_one_config(tmp_path: Path) -> None:
+    """The same weights see less text through a shorter window."""
+    ids = tiny_windows(4, seed=1)
+    found = []
+    for changes in ({}, {"sliding_window": 4}):
+        teacher = Teacher(tiny_model("mistral", **changes))
+        table = cache_states(teacher, TrainingWindows(ids), tmp_path, batch_size=2)
+        rows = table.states(torch.arange(4), torch.device("cpu"), torch.float32).last_BTH
+        torch.testing.assert_close(rows, teacher.states(ids).last_BTH)
+        found.append(rows)
+    assert not torch.allclose(*found, atol=0.1)
+    # Others may train on them too.
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~_umask()}
+
+
+def _umask() -> int:
+    now = os.umask(0)
+    os.umask(now)
+    return now
 
 
 def test_what_a_kill_leaves_of_the_cache_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

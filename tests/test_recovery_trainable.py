@@ -16,8 +16,9 @@ from foldgpt.folding import fold_, private_modules, source_model_of
 from foldgpt.modeling.modeling_foldgpt import Borrowed
 from foldgpt.plan import FoldPlan, Group
 from foldgpt.recovery import RecoverySettings, check_device, make_trainable_, merge_trained_
+from foldgpt.recovery.cuts import blocks_beside_cuts
 from foldgpt.recovery.lora import LoraLinear
-from foldgpt.recovery.trainable import blocks_beside_cuts, trained_scales
+from foldgpt.recovery.trainable import trained_scales
 from models import tiny_model, token_ids
 from recovery_case import tiny_pair
 

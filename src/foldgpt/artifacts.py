@@ -48,16 +48,20 @@ def write_bytes(path: str | Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes private files; an artefact gets the permissions any other new file would.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        _open_to_others(temporary)
         temporary.replace(path)
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _open_to_others(temporary: Path) -> None:
+    """Temporary files are private; an artefact gets the permissions any other new file would."""
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -123,6 +127,7 @@ def staged_file(path: str | Path) -> Iterator[IO[bytes]]:
         try:
             yield file
             file.flush()
+            _open_to_others(staging)
             staging.replace(path)
         finally:
             staging.unlink(missing_ok=True)

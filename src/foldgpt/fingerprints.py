@@ -1,11 +1,16 @@
-"""Identities of what is in memory: the weights of a model, and windows of token ids."""
+"""Identities of what is in memory: a model, and windows of token ids."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+#: What of a config does not change what the model computes.
+CONFIG_NOISE = frozenset(("_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "torch_dtype"))
 
 
 def ids_fingerprint(ids_WT: Tensor) -> str:
@@ -18,8 +23,12 @@ def ids_fingerprint(ids_WT: Tensor) -> str:
 
 @torch.no_grad()
 def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 (hex) of what tells a model's weights apart: name, shape, format and some values of each."""
+    """SHA-256 (hex) of what tells a model apart: name, shape, format and some values of each weight, and its config."""
     digest = hashlib.sha256()
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        values = {name: value for name, value in config.to_dict().items() if name not in CONFIG_NOISE}
+        digest.update(json.dumps(values, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if not parameter.is_meta:  # offloaded: what is there is known by its name alone

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import glob
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 import yaml
 
+from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError, FoldGPTError, UsageError, first_line
+from foldgpt.formats import text_name
 from foldgpt.progress import note
 from foldgpt.run_folder import FOLDED, LEDGER, RECOVERED, RunFolder
 
@@ -16,6 +22,20 @@ from foldgpt.run_folder import FOLDED, LEDGER, RECOVERED, RunFolder
 _NEEDED = ("config.json", "plan.json", "README.md")
 #: What belongs to a checkpoint: weights, configs, tokenizer, code, records, card and licence.
 _PARTS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.md", "LICENSE*", "NOTICE*")
+#: What an earlier upload may have left in a repository and this one lacks: other weights would be loaded in place of
+#: these, and records would be of another model.
+_STALE = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+    "recovery.json",
+    "compensation.json",
+    "sharing.json",
+    "*_foldgpt.py",
+)
+#: JSON files with records of texts and models by where they lie on this machine, and where in them that is.
+_RECORDS = {"plan.json": (), "recovery.json": (), "config.json": ("fold_plan",)}
 #: Folder of further chat templates of a tokenizer.
 _TEMPLATES = "additional_chat_templates"
 
@@ -71,7 +91,8 @@ def push(folder: str | Path, repo: str, *, private: bool | None = None, revision
     """Upload a folded checkpoint; the repository is made if it does not exist.
 
     The token is that of `hf auth login` or of the variable HF_TOKEN, as everywhere with the hub. Only what belongs to
-    a checkpoint goes up; see `check_upload`.
+    a checkpoint goes up; see `check_upload`. Texts and models on this machine are named without their folders in the
+    records that go up. Weights and records of an earlier upload that this one lacks are removed there.
 
     Args:
         folder: the checkpoint, or the folder of a run: then its final model.
@@ -101,14 +122,15 @@ def push(folder: str | Path, repo: str, *, private: bool | None = None, revision
         if revision is not None:
             api.create_branch(repo, branch=revision, repo_type="model", exist_ok=True)
         note(f"uploading {upload.folder} to {repo}")
-        api.upload_folder(
-            repo_id=repo,
-            folder_path=upload.folder,
-            repo_type="model",
-            revision=revision,
-            commit_message="Upload a model folded with FoldGPT",
-            allow_patterns=[glob.escape(name) for name in upload.files],
-        )
+        with _as_it_goes_up(upload) as staging:
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=staging,
+                repo_type="model",
+                revision=revision,
+                commit_message="Upload a model folded with FoldGPT",
+                delete_patterns=list(_STALE),
+            )
     except LocalTokenNotFoundError as error:
         raise FoldGPTError("no token for the hub: run `hf auth login`, or set HF_TOKEN") from error
     except HfHubHTTPError as error:
@@ -116,6 +138,43 @@ def push(folder: str | Path, repo: str, *, private: bool | None = None, revision
     except Exception as error:  # which library raises when there is no network depends on the client's version
         raise FoldGPTError(f"cannot reach the hub: {first_line(error)}") from error
     return str(address)
+
+
+@contextmanager
+def _as_it_goes_up(upload: Upload) -> Iterator[Path]:
+    """A folder with the files that go up, and in their records nothing of where things lie on this machine."""
+    with tempfile.TemporaryDirectory(prefix="foldgpt-push-") as name:
+        staging = Path(name)
+        for file in upload.files:
+            source, target = upload.folder / file, staging / file
+            target.parent.mkdir(exist_ok=True)
+            if file in _RECORDS:
+                target.write_text(json.dumps(_public(read_json(source), _RECORDS[file]), indent=2), encoding="utf-8")
+            else:
+                target.symlink_to(source.absolute())
+        yield staging
+
+
+def _public(value: Any, place: tuple[str, ...]) -> Any:
+    """A record with names in place of paths.
+
+    Args:
+        value: a JSON value.
+        place: keys on the way to what is looked through; all of it where there are none.
+    """
+    if not isinstance(value, dict):
+        return [_public(item, place) for item in value] if isinstance(value, list) else value
+    if place:
+        return {key: _public(part, place[1:]) if key == place[0] else part for key, part in value.items()}
+    return {key: _named(key, part) for key, part in value.items()}
+
+
+def _named(key: str, value: Any) -> Any:
+    if key in ("texts", "specs") and isinstance(value, list):
+        return [text_name(each) if isinstance(each, str) else each for each in value]
+    if key == "model" and isinstance(value, str) and (PurePath(value).is_absolute() or Path(value).exists()):
+        return PurePath(value).name
+    return _public(value, ())
 
 
 def check_card(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan
 from foldgpt.planning import drop_search, make_plan, make_selection
 from foldgpt.recipe import Recipe
+from foldgpt.recovery import check_plan_suits
 from foldgpt.report import CARD, REPORT, build_report, write_model_card
 from foldgpt.run_folder import (
     ANALYSIS,
@@ -102,6 +104,8 @@ def carry_out(folder: RunFolder, bench: Workbench, *, before_recovery: bool = Tr
     if bench.recipe.recover.num_tokens and not is_recovered(folder, bench):
         check_recovery(bench, folder.path / RECOVERED)
     analysis, plan = make_up_plan(folder, bench)
+    if bench.recipe.recover.num_tokens:
+        check_plan_suits(plan, bench.recovery_settings)
     _fold_stage(folder, bench, plan)
     source = _source_stage(folder, bench)
     before = _before_recovery_stage(folder, bench) if before_recovery else None
@@ -201,6 +205,7 @@ def _fold_stage(folder: RunFolder, bench: Workbench, plan: FoldPlan) -> None:
     path = folder.path / FOLDED
     inputs = {
         "model": bench.fingerprint,
+        "tokenizer": bench.companions,
         "plan": hash_of(plan.to_json_dict()),
         "save_dtype": bench.recipe.save_dtype,
         **bench.numerics,
@@ -239,6 +244,7 @@ def _recovery_inputs(folder: RunFolder, bench: Workbench) -> dict[str, Any]:
     return {
         "model": bench.fingerprint,
         "folded": folder.key_of("fold"),
+        "tokenizer": bench.companions,
         "texts": bench.recovery_texts,
         # What is kept beside and who is told changes nothing in the result.
         "recover": recipe.recover.model_dump(mode="json", exclude={"teacher_cache", "report_to"}),
@@ -253,7 +259,7 @@ def _source_stage(folder: RunFolder, bench: Workbench) -> Evaluation:
     path = folder.path / SOURCE
     return folder.stage(
         "source",
-        _measuring(bench),
+        _measuring(bench, without=("speed",)),
         [SOURCE],
         lambda: write_json(path, make_source_evaluation(bench).to_dict()),
         lambda: Evaluation.load(path),
@@ -269,7 +275,7 @@ def _before_recovery_stage(folder: RunFolder, bench: Workbench) -> Evaluation | 
         return None
     return folder.stage(
         "before recovery",
-        {**_measuring(bench), "folded": folder.key_of("fold")},
+        {**_measuring(bench, without=("speed", "memory", "generations")), "folded": folder.key_of("fold")},
         [BEFORE_RECOVERY],
         lambda: write_json(path, make_evaluation_before_recovery(bench, folder.path / FOLDED).to_dict()),
         lambda: Evaluation.load(path),
@@ -307,12 +313,18 @@ def _evaluation_stage(
     )
 
 
-def _measuring(bench: Workbench) -> dict[str, Any]:
-    """What decides how a model is measured, and beside which."""
+def _measuring(bench: Workbench, *, without: Sequence[str] = ()) -> dict[str, Any]:
+    """What decides how a model is measured, and beside which.
+
+    Args:
+        bench: the inputs.
+        without: keys of `evaluate` that say nothing of this measurement.
+    """
     return {
         "model": bench.fingerprint,
+        "tokenizer": bench.companions,
         "windows": [windows.fingerprint for windows in bench.tests.values()],
-        "evaluate": bench.recipe.evaluate.model_dump(mode="json"),
+        "evaluate": bench.recipe.evaluate.model_dump(mode="json", exclude=set(without)),
         "tasks": None if bench.tasks is None else bench.tasks.fingerprint,
         "seed": bench.recipe.seed,
         **bench.numerics,

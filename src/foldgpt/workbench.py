@@ -29,6 +29,7 @@ from foldgpt.selection import check_name, search_windows
 from foldgpt.sources import (
     DTYPES,
     Source,
+    companions_fingerprint,
     load_config,
     load_source,
     load_tokenizer,
@@ -39,7 +40,16 @@ from foldgpt.sources import (
 from foldgpt.validation import explain
 
 #: What depends on model, texts and measurements alone.
-_SAME_FOR_ALL_METHODS = ("place", "fingerprint", "tokenizer", "calibration", "tests", "tasks", "why_uncompensated")
+_SAME_FOR_ALL_METHODS = (
+    "place",
+    "fingerprint",
+    "companions",
+    "tokenizer",
+    "calibration",
+    "tests",
+    "tasks",
+    "why_uncompensated",
+)
 
 
 class Workbench:
@@ -155,6 +165,11 @@ class Workbench:
     def fingerprint(self) -> str:
         """Identity of the model's weights and config."""
         return model_fingerprint(self.place)
+
+    @cached_property
+    def companions(self) -> str:
+        """Identity of what lies beside the model's weights and is used and saved with them: tokenizer, generation."""
+        return companions_fingerprint(self.place)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -106,14 +106,16 @@ def solve(sums: Sums, ridge: float, *, bias: bool) -> tuple[Tensor, Tensor | Non
         bias: whether there is a b; it is not penalised.
 
     Returns:
-        D [K, H] and b [H] (or None), fp64.
+        D [K, H] and b [H] (or None), fp64. D is 0 where the rows are, or are not finite.
     """
     gram, cross = sums.gram_KK, sums.cross_KH
     if bias and sums.weight > 0:
         gram = gram - torch.outer(sums.mean_K, sums.mean_K) / sums.weight
         cross = cross - torch.outer(sums.mean_K, sums.mean_H) / sums.weight
     size = float(gram.diagonal().mean())
-    found = _solve_ridged(gram, cross, ridge * size, 1e-10 * size) if size > 0 else torch.zeros_like(cross)
+    # No ridge would make what is not finite positive definite.
+    solvable = size > 0 and bool(gram.isfinite().all()) and bool(cross.isfinite().all())
+    found = _solve_ridged(gram, cross, ridge * size, 1e-10 * size) if solvable else torch.zeros_like(cross)
     if not bias or sums.weight == 0:
         return found, None
     return found, (sums.mean_H - sums.mean_K @ found) / sums.weight

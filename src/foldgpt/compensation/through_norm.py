@@ -73,9 +73,10 @@ def fit_through_norm(
         if number:
             inverse_R1 = torch.rsqrt(mapped.square().mean(-1, keepdim=True) + epsilon)
             scale = away_from_zero(fit.scale_H)
-            divided = torch.empty_like(features)
+            # A nearly silent MLP's activations times the inverse of its norm are more than float16 holds.
+            divided = torch.empty_like(features, dtype=torch.float32 if features.dtype == torch.float16 else None)
             for part in torch.arange(len(features), device=features.device).split(_ROWS_AT_A_TIME):
-                divided[part] = (features[part] * inverse_R1[part]).to(features.dtype)
+                divided[part] = (features[part] * inverse_R1[part]).to(divided.dtype)
             change, _ = solve(Sums.of(divided, wanted - scale * rows * inverse_R1, weight), ridge, bias=False)
             fit = NormedFit(change.to(rows) / scale, fit.scale_H)
             mapped = fit.mapped(rows, features)

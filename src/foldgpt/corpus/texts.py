@@ -23,7 +23,7 @@ _DEFAULT_COLUMN = "text"
 _CHAT_COLUMN = "messages"
 _HUB_OPTIONS = ("config", "split", "column", "revision")
 
-#: A text file is one document, but it is read in pieces of about this many characters, cut after a line.
+#: A text file is one document, but it is read in pieces of about this many characters, cut after a line or a word.
 _PIECE_CHARACTERS = 1 << 20
 
 #: Files up to this many bytes are told apart by their contents, larger ones by size and time.
@@ -268,8 +268,14 @@ class _TextFile:
         try:
             # newline="": what is measured is the file's text, whatever the system's line ends.
             with self.path.open(encoding="utf-8", newline="") as file:
-                while lines := file.readlines(_PIECE_CHARACTERS):
-                    yield "".join(lines)
+                rest = ""
+                while len(piece := file.read(_PIECE_CHARACTERS)) == _PIECE_CHARACTERS:
+                    # Behind a line; where there is none, in front of a blank, which tokenizers take with the word.
+                    end = piece.rfind("\n") + 1 or max(piece.rfind(" "), 0)
+                    yield rest + piece[:end]
+                    rest = piece[end:]
+                if rest or piece:
+                    yield rest + piece
         except UnicodeDecodeError as error:
             raise SourceError(f"{self.path} is not UTF-8 text: {error.reason}") from error
         except OSError as error:

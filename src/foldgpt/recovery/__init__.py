@@ -1,6 +1,7 @@
 """Recovery: train a folded model, briefly, to do again what its source does."""
 
 from foldgpt.recovery.compiled import check_compiler
+from foldgpt.recovery.cuts import check_plan_suits
 from foldgpt.recovery.errors import DivergenceError
 from foldgpt.recovery.inputs import check_device, check_trainable
 from foldgpt.recovery.loggers import check_loggers
@@ -21,6 +22,7 @@ __all__ = [
     "check_compiler",
     "check_device",
     "check_loggers",
+    "check_plan_suits",
     "check_trainable",
     "make_trainable_",
     "merge_trained_",

@@ -52,8 +52,9 @@ def packed_windows(
 ) -> tuple[TrainingWindows, TrainingWindows]:
     """Windows to train on and, from other documents, windows to judge by.
 
-    The held-out windows are filled first. Documents come from the texts in turn, each drawn from 1,024 that were read
-    ahead, are tokenised, each text followed by EOS, and packed. Where the tokenizer puts BOS before a text, every
+    The held-out windows are filled first. Windows come from the texts in turn, so that each gives as many tokens as the
+    others; one that ends leaves its turns to them. The documents of a text, each drawn from 1,024 that were read ahead,
+    are tokenised, followed by EOS, and packed. Where the tokenizer puts BOS before a text, every
     document and every window begins with it. Chats are rendered by the tokenizer's template, and only what the
     assistant says is scored; see `chat_tokens`. Ids and marks lie in files, which a later call with the same inputs
     finds again; a text whose contents changed is another input. Texts are read only as far as needed.
@@ -159,8 +160,10 @@ def _write(
     prefix, written, is_masked = prefix_of(tokenizer), 0, False
     with staged_file(path) as file:
         with staged_file(path.with_suffix(_MARKS)) as marks, bar("reading text", num_windows) as progress:
-            tokens = _tokens_of(_mixed(specs, own, random.Random(seed)), tokenizer, prefix)
-            for window_3T in itertools.islice(_rows_of(tokens, context, prefix), num_windows):
+            order = random.Random(seed)
+            texts = [in_seeded_order(text, order, _READ_AHEAD) for text in open_texts(specs, own)]
+            windows = [_rows_of(_tokens_of(text, tokenizer, prefix), context, prefix) for text in texts]
+            for window_3T in itertools.islice(_by_turns(windows), num_windows):
                 file.write(window_3T[_ID].tobytes())
                 marks.write(window_3T[_ID + 1 :].astype(np.uint8).tobytes())
                 is_masked |= not window_3T[_SCORED].all()
@@ -218,13 +221,13 @@ def _tokens(ids: Sequence[int], scored: Sequence[bool] | bool = True, *, begins:
     return tokens_3N
 
 
-def _mixed(specs: Sequence[str], own: OwnText | None, order: random.Random) -> Iterator[Document]:
-    """Documents of the texts in turn, in a seeded order; a text that ends leaves its turns to the others."""
-    texts = [in_seeded_order(text, order, _READ_AHEAD) for text in open_texts(specs, own)]
-    while texts:
-        for text in list(texts):
-            document = next(text, None)
-            if document is None:
-                texts.remove(text)
+def _by_turns(texts: Sequence[Iterator[_Tokens]]) -> Iterator[_Tokens]:
+    """Windows of the texts in turn; a text that ends leaves its turns to the others."""
+    left = list(texts)
+    while left:
+        for text in list(left):
+            window_3T = next(text, None)
+            if window_3T is None:
+                left.remove(text)
             else:
-                yield document
+                yield window_3T

@@ -25,12 +25,12 @@ from foldgpt.progress import note, quiet_libraries
 from foldgpt.recovery.callbacks import step_of_end
 from foldgpt.recovery.common import common_blocks
 from foldgpt.recovery.compiled import check_compiler, compiled_blocks
+from foldgpt.recovery.cuts import check_plan_suits
 from foldgpt.recovery.distillation import Distillation
 from foldgpt.recovery.dropout import without_dropout
 from foldgpt.recovery.inputs import check_device, check_inputs, check_trainable
 from foldgpt.recovery.loggers import check_loggers, keep_logs_
 from foldgpt.recovery.settings import RecoverySettings
-from foldgpt.recovery.states import aligned_blocks
 from foldgpt.recovery.teacher import CachedStates, Teacher, cache_states
 from foldgpt.recovery.trainable import make_trainable_, merge_trained_, trained_scales
 from foldgpt.recovery.trainer import COMPLETE, RecoveryTrainer
@@ -109,9 +109,7 @@ def recover(
     check_device(device)
     if settings.compile:
         check_compiler(device)
-    pairs = aligned_blocks(plan, settings.states_at) if settings.states else []
-    if settings.states and not pairs:
-        raise UsageError("states are to be compared at the cuts, but nothing follows on a removed part of the plan")
+    pairs = check_plan_suits(plan, settings)
     args, train = _arguments(settings, train, work, cpu=device.type == "cpu", report_to=report_to)
     is_main = args.process_index == 0
     identity = _identity(student, teacher, plan, train, held_out, settings)
@@ -265,7 +263,7 @@ def _trained(
     student.eval()
     return student, RecoveryResult(
         before=before,
-        after=after or trainer.measure(),
+        after=after or trainer.measure(whole=save_dtype is not None),
         best_step=int(state.best_global_step or 0) if improved else 0,
         num_steps=state.global_step,
         num_tokens=state.global_step * settings.batch_size * train.ids_WT.shape[1],

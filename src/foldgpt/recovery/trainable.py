@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 from torch import nn
@@ -12,6 +11,7 @@ from foldgpt.families import decoder_of
 from foldgpt.folding import is_linear_layer, private_modules
 from foldgpt.plan import FoldPlan
 from foldgpt.recovery.common import first_changed
+from foldgpt.recovery.cuts import blocks_beside_cuts
 from foldgpt.recovery.inputs import check_trainable
 from foldgpt.recovery.lora import attach_lora_, merge_lora_
 from foldgpt.recovery.masters import merge_masters_, parameters_called, train_
@@ -109,25 +109,12 @@ def trained_scales(student: nn.Module, plan: FoldPlan) -> list[nn.Parameter]:
     ]
 
 
-def blocks_beside_cuts(plan: FoldPlan) -> list[int]:
-    """Positions of the kept blocks on both sides of each cut; one at the start or the end has only one side."""
-    ends = (-1, *plan.kept, plan.source.num_blocks)
-    beside: set[int] = set()
-    for position, (before, after) in enumerate(itertools.pairwise(ends)):
-        if after > before + 1:
-            beside |= {position - 1, position}
-    return sorted(beside & set(range(len(plan.kept))))
-
-
 def _trained_fully(blocks: nn.ModuleList, plan: FoldPlan, settings: RecoverySettings) -> list[nn.Module]:
     if settings.train_fully == "none":
         return []
     if settings.train_fully == "all":
         return list(blocks)
-    beside = blocks_beside_cuts(plan)
-    if not beside:
-        raise UsageError("train_fully is 'cuts', but the plan removes no block between two kept ones")
-    return [blocks[position] for position in beside]
+    return [blocks[position] for position in blocks_beside_cuts(plan)]
 
 
 def _fixed(student: nn.Module) -> set[int]:

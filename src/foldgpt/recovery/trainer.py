@@ -184,8 +184,13 @@ class RecoveryTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------ measuring
 
     @torch.no_grad()
-    def measure(self) -> dict[str, float]:
-        """The mean of each loss on the held-out windows, over all processes."""
+    def measure(self, *, whole: bool = False) -> dict[str, float]:
+        """The mean of each loss on the held-out windows, over all processes.
+
+        Args:
+            whole: let the student run the blocks that it has in common with the teacher as well: its own may have been
+                rounded since.
+        """
         size, count, rank = self.args.per_device_train_batch_size, self.args.world_size, self.args.process_index
         module = self.model
         was_training = module.training
@@ -199,7 +204,10 @@ class RecoveryTrainer(Trainer):
             start = start if is_own else 0
             items = range(start, min(start + size, len(self._held_out)))
             inputs = self._prepare_inputs(default_collate([self._held_out[item] for item in items]))
-            found = module(**self._arguments(inputs, self._teacher_on_held_out(start, inputs)))
+            arguments = self._arguments(inputs, self._teacher_on_held_out(start, inputs))
+            if whole:
+                arguments.pop("teacher_entry", None)
+            found = module(**arguments)
             for name, value in found.items():
                 sums[name] = sums.get(name, 0) + value.double() * is_own
             num_scored += (inputs["labels"][:, 1:] != IGNORED).sum() * is_own

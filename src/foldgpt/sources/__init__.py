@@ -9,11 +9,12 @@ from foldgpt.sources.configs import load_config
 from foldgpt.sources.gguf_files import load_gguf
 from foldgpt.sources.load import DTYPES, Source, device_of, load_source, load_tokenizer
 from foldgpt.sources.locate import resolve
-from foldgpt.sources.weights import model_fingerprint, stored_dtype
+from foldgpt.sources.weights import companions_fingerprint, model_fingerprint, stored_dtype
 
 __all__ = [
     "DTYPES",
     "Source",
+    "companions_fingerprint",
     "device_of",
     "load_config",
     "load_gguf",

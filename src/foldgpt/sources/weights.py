@@ -12,6 +12,7 @@ import torch
 
 from foldgpt.artifacts import hash_of, hash_of_file
 from foldgpt.errors import SourceError
+from foldgpt.fingerprints import CONFIG_NOISE
 from foldgpt.formats import dtype_name
 from foldgpt.sources.configs import read_config
 
@@ -27,15 +28,27 @@ _VALUE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 #: safetensors headers larger than this are refused by the format itself.
 _LONGEST_HEADER = 100_000_000
 
+#: What is loaded with a model and is neither its weights nor its config.
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
 #: Weights up to this many bytes are hashed whole; larger ones are sampled.
 _HASHED_WHOLE_BYTES = 2 << 30
 
 _SAMPLE_BYTES = 64 << 10
 
 _SAMPLES_PER_FILE = 64
-
-#: What of a config does not change what the model computes.
-_CONFIG_NOISE = frozenset(("_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "torch_dtype"))
 
 
 def model_fingerprint(place: Path) -> str:
@@ -55,10 +68,27 @@ def model_fingerprint(place: Path) -> str:
         files, config = [place], {}
     else:
         files = _weight_files(place)
-        config = {k: v for k, v in read_config(place).items() if k not in _CONFIG_NOISE}
+        config = {k: v for k, v in read_config(place).items() if k not in CONFIG_NOISE}
     whole = sum(file.stat().st_size for file in files) <= _HASHED_WHOLE_BYTES
     contents = [hash_of_file(file) if whole else _hash_of_samples(file) for file in files]
     return f"{'full' if whole else 'sampled'}:{hash_of({'config': config, 'weights': contents})}"
+
+
+def companions_fingerprint(place: Path) -> str:
+    """Identity of what lies beside a checkpoint's weights: its tokenizer with its templates, and how it generates.
+
+    Args:
+        place: a Hugging Face folder or a GGUF file, which holds its own and counts with its weights.
+
+    Returns:
+        SHA-256 in hex.
+    """
+    files = (
+        []
+        if place.is_file()
+        else sorted({path for pattern in _COMPANIONS for path in place.glob(pattern) if path.is_file()})
+    )
+    return hash_of([[path.relative_to(place).as_posix(), hash_of_file(path)] for path in files])
 
 
 def _hash_of_samples(path: Path) -> str:
