@@ -21,6 +21,7 @@ from foldgpt.cli.printing import print_comparison
 from foldgpt.comparison import (
     Comparison,
     Training,
+    method_table,
     notes_of,
     verdict,
 )
@@ -28,6 +29,7 @@ from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
 from foldgpt.evaluation import Interval
 from foldgpt.recipe import Recipe
 from foldgpt.report import as_markdown, write_comparison
+from foldgpt.report.rows import rows_of
 from foldgpt.run_folder import folder
 from foldgpt.workbench import Workbench
 from report_inputs import recovery
@@ -302,6 +304,31 @@ def test_an_error_says_which_row_it_is_of(recipe: Recipe, tmp_path: Path) -> Non
     rows = {"bi": None, "mine": {"select": {"method": "greedie"}}}
     with pytest.raises(UsageError, match=r"row 'mine': unknown selector 'greedie'.*'greedy'"):
         side_by_side.compare(recipe.changed(compare={"rows": rows, "recovered": []}), tmp_path / "d")
+
+
+def test_draws_of_random_are_summed_up_by_mean_and_spread() -> None:
+    made = comparison()
+    first = next(method for method in made.methods if method.name == "random")
+    values = [(100.0, 0.30), (200.0, 0.36), (300.0, 0.42)]
+    draws = [
+        replace(
+            first,
+            name=name,
+            perplexities={"wiki.test.raw": perplexity},
+            figures={**first.figures, "task_average": accuracy},
+        )
+        for name, (perplexity, accuracy) in zip(("random", "random, seed 1", "random, seed 2"), values, strict=True)
+    ]
+    others = [method for method in made.methods if method.name != "random"]
+    table = rows_of(method_table(replace(made, methods=[others[0], *draws, *others[1:]])))
+    assert table is not None
+    names = [row[0] for row in table.cells]
+    line = table.cells[names.index("  mean of 3 ± spread")]
+    assert names[names.index("  mean of 3 ± spread") - 1] == "random, seed 2"
+    assert "200 ± 100" in line and "36.0 ± 6.0 %" in line
+    # A single draw has no spread.
+    single = rows_of(method_table(made))
+    assert single is not None and not any("spread" in row[0] for row in single.cells)
 
 
 def test_verdicts(recipe: Recipe, tmp_path: Path) -> None:

@@ -146,6 +146,16 @@ def test_draws_of_random_differ_in_the_blocks_alone() -> None:
     assert (first.select.options, second.select.options) == ({"seed": 5}, {"seed": 6})
 
 
+def test_some_known_rows_are_there_where_they_are_named_alone() -> None:
+    assert not {"loo", "taylor"} & {row.name for row in rows_of_recipe(recipe_of())}
+    rows = rows_of_recipe(recipe_of(compare={"rows": {"bi": None, "loo": None, "taylor": None}, "recovered": []}))
+    assert [(row.name, row.recipe.select.method) for row in rows] == [
+        ("bi", "bi"),
+        ("loo", "loo"),
+        ("taylor", "taylor"),
+    ]
+
+
 def test_random_stands_for_all_its_draws_where_rows_are_named() -> None:
     section = {"rows": {"bi": None, "random": None}, "random_seeds": 3, "recovered": ["random"]}
     rows = [row.title for row in rows_of_recipe(recipe_of(recover={"num_tokens": 64}, compare=section))]

@@ -35,6 +35,7 @@ from foldgpt.tables import (
     generation_lines,
     protocol_lines,
     recovery_lines,
+    target_lines,
 )
 from report_inputs import compensated, recovery
 
@@ -361,6 +362,26 @@ def test_what_recovery_changed_stands_between_source_and_recovered_with_its_inte
     assert f"Recovery changed perplexity by −10.0 [−{low}, −{high}], mean accuracy by +25.0 points [" in text
     assert "(95 % intervals by paired bootstrap)" in text
     assert "Recovery" not in protocol_lines(dataclasses.replace(evaluation, before_recovery=None)).plain
+
+
+@pytest.mark.parametrize(
+    ("written", "what", "of_source", "limit", "expected"),
+    [
+        ("parameters=95M", "parameters", 162.8e6, 95e6, "at most 95.0 M parameters; it has 134.5 M parameters."),
+        ("decode=75%", "seconds", 0.04, 0.03, "a token takes 80.0 % of the source's time, where 75.0 % was asked for"),
+        ("prefill=80%", "seconds", 0.5, 0.4, "a prompt takes 50.0 % of the source's time, where 80.0 % was asked for"),
+        ("flops=80%", "FLOPs", 5e9, 4e9, None),
+    ],
+)
+def test_it_is_said_whether_a_target_was_met(
+    written: str, what: str, of_source: float, limit: float, expected: str | None
+) -> None:
+    met = {"target": written, "what": what, "source": of_source, "limit": limit, "num_remove": 3}
+    ratios: dict[str, float | None] = {"decode_tokens_per_s": 1.25, "prefill_tokens_per_s": 2.0}
+    evaluation = Evaluation(measured("folded", 24), measured("source", 30), ratios)
+    lines = target_lines(plan(removed=[4], origin={"report": {"target": met}}), evaluation)
+    assert [expected in line for line in lines] == ([] if expected is None else [True])  # type: ignore[operator]
+    assert target_lines(plan(removed=[4]), evaluation) == []
 
 
 def test_a_large_error_has_no_exponent() -> None:

@@ -238,7 +238,7 @@ class Compare(_Section):
 
     rows: dict[str, dict[str, Any] | None] | None = Field(default=None, min_length=1)
     """Name of each row → what it changes in the recipe, section by section; null for what a known name stands for.
-    All known rows by default; see docs/compare.md."""
+    All known rows by default, but loo and taylor; see docs/compare.md."""
     recovered: list[str] | None = None
     """Rows that are also shown with the recipe's recovery; all by default."""
     reference: str = "bi"

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from foldgpt.formats import change_within, megabytes, millions, percent, significant, text_name, whole
+from foldgpt.formats import amount, change_within, megabytes, millions, percent, significant, text_name, whole
 from foldgpt.plan_lines import calibration_words
+from foldgpt.targets import target
 
 if TYPE_CHECKING:
     from foldgpt.analysis import Analysis
     from foldgpt.evaluation import Evaluation, Measured, Perplexity
     from foldgpt.folding import Verification
+    from foldgpt.plan import FoldPlan
     from foldgpt.recovery import RecoveryResult
 
 
@@ -182,6 +184,31 @@ def _recovery_lines(evaluation: Evaluation) -> list[str]:
         changes.append(f"mean accuracy by {points} points")
     paired = f"{100 * _CONFIDENCE:.0f} % intervals by paired bootstrap"
     return [f"Recovery changed {', '.join(changes)} ({paired})."] if changes else []
+
+
+def target_lines(plan: FoldPlan, evaluation: Evaluation) -> list[str]:
+    """Whether what was measured is what the plan was to meet, where it was made for a target; one line at most."""
+    report = plan.origin.get("report")
+    met = report.get("target") if isinstance(report, Mapping) else None
+    if not isinstance(met, Mapping) or not {"target", "what", "source", "limit"} <= met.keys():
+        return []
+    written, what = str(met["target"]), str(met["what"])
+    try:
+        wanted = target(written).what
+    except ValueError:  # a plan's origin is free-form, and may have been edited
+        return []
+    if wanted == "parameters":
+        has = amount(evaluation.folded.size.unique_parameters, what)
+        return [f"Target {written}: at most {amount(met['limit'], what)}; it has {has}."]
+    speedup = (evaluation.ratios or {}).get(f"{wanted}_tokens_per_s")
+    if speedup is None:
+        return []
+    taken = "a token takes" if wanted == "decode" else "a prompt takes"
+    allowed = percent(met["limit"] / met["source"])
+    return [
+        f"Target {written}: measured here, {taken} {percent(1 / speedup)} of the source's time, where {allowed} was "
+        "asked for; times vary from one measurement to the next."
+    ]
 
 
 def reuse_lines(reused: Mapping[str, Sequence[str]], name: str) -> list[str]:

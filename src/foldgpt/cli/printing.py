@@ -89,6 +89,14 @@ def print_evaluation(evaluation: Evaluation) -> None:
     print_shown(protocol_lines(evaluation))
 
 
+def print_target(plan: FoldPlan, evaluation: Evaluation) -> None:
+    """Print whether what was measured is what the plan was to meet, where it was made for a target."""
+    from foldgpt.tables import target_lines
+
+    for line in target_lines(plan, evaluation):
+        print_shown(line)
+
+
 def print_generations(evaluation: Evaluation) -> None:
     """Print what the models wrote, if they were asked to."""
     from foldgpt.tables import generation_lines

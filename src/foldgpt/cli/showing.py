@@ -17,6 +17,7 @@ from foldgpt.cli.printing import (
     print_json,
     print_plan,
     print_recovery,
+    print_target,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def show_path(path: Path, *, as_json: bool = False) -> None:
         _PRINTED[name](value)
         if name == "plan" and path.is_dir():
             print_compensation(path)
+        if name == "evaluation" and "plan" in found:
+            print_target(found["plan"], value)
         if name == "evaluation" and not path.is_dir():
             # Long, and on the page of a run.
             print_generations(value)

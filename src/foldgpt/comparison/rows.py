@@ -18,6 +18,11 @@ from foldgpt.targets import target
 _CHANGEABLE = ("select", "compensate", "share", "recover")
 _NOT_FOLDERS = re.compile(r"[^a-z0-9]+")
 
+#: What the further draws of `random` are called, with their seed behind it.
+_FURTHER_DRAW = "random, seed "
+#: Known rows that are there where the recipe names them alone.
+_ON_REQUEST = ("loo", "taylor")
+
 #: Losses that look at the teacher with all that is theirs, and terms beyond LoRA, switched off: what most papers call
 #: healing.
 _PLAIN_LORA = {
@@ -67,7 +72,8 @@ def rows_of_recipe(recipe: Recipe) -> list[Row]:
     """All runs of a comparison: every row without recovery, then those with it.
 
     Args:
-        recipe: its `compare` section says which; by default all that `known_rows` has.
+        recipe: its `compare` section says which; by default all that `known_rows` has, but
+            for those that are there on request.
 
     Raises:
         UsageError: an unknown row without a change, a change of what all rows must have in common, names that
@@ -79,14 +85,14 @@ def rows_of_recipe(recipe: Recipe) -> list[Row]:
     known = {} if is_own else known_rows(recipe)
     changes: dict[str, Change] = {}
     draws: dict[str, Change] = {}
-    for name, change in (section.rows or dict.fromkeys(known)).items():
+    for name, change in (section.rows or dict.fromkeys(name for name in known if name not in _ON_REQUEST)).items():
         if change is None and name not in known:
             raise UsageError(
                 f"compare.rows: {name!r} is not a known row, and says not what it changes.{did_you_mean(name, known)}"
             )
         changes[name] = known[name] if change is None else change
         if change is None and name == "random":
-            draws = {draw: drawn for draw, drawn in known.items() if draw.startswith("random, seed ")}
+            draws = {draw: drawn for draw, drawn in known.items() if is_draw(draw) and draw != name}
             changes |= draws
     for name in changes:
         if not _slug(name):
@@ -121,6 +127,11 @@ def rows_of_recipe(recipe: Recipe) -> list[Row]:
     return rows
 
 
+def is_draw(name: str) -> bool:
+    """Whether a row is one of those that `random` stands for."""
+    return name == "random" or name.startswith(_FURTHER_DRAW)
+
+
 def _check_apart(rows: Sequence[Row]) -> None:
     """Refuse rows that would write into one folder, or that a table could not tell apart."""
     titles, folders = {SOURCE}, dict[str, str]()
@@ -146,13 +157,13 @@ def known_rows(recipe: Recipe) -> dict[str, Change]:
     compensated = {"compensate": {"method": "linear"}, "share": {"method": "none"}}
     rows: dict[str, Change] = {}
     for seed in range(recipe.seed, recipe.seed + recipe.compare.random_seeds):
-        name = "random" if seed == recipe.seed else f"random, seed {seed}"
+        name = "random" if seed == recipe.seed else f"{_FURTHER_DRAW}{seed}"
         rows[name] = {"select": {"method": "random", "options": {"seed": seed}}, **pure}
     for method in ("last", "angular", "bi"):
         rows[method] = {"select": {"method": method}, **pure}
     rows["bi + compensation"] = {"select": {"method": "bi"}, **compensated}
     rows["bi + plain LoRA"] = {"select": {"method": "bi"}, **pure, "recover": {"settings": _PLAIN_LORA}}
-    for method in ("greedy", "gates"):
+    for method in (*_ON_REQUEST, "greedy", "gates"):
         rows[method] = {"select": {"method": method}, **pure}
     rows["gates + compensation"] = {"select": {"method": "gates"}, **compensated}
     if recipe.share.method != "none":

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import mean, stdev
+
 from rich.table import Table
 
 from foldgpt.comparison.agreement import agreement_of
 from foldgpt.comparison.result import Comparison, Method
+from foldgpt.comparison.rows import is_draw
 from foldgpt.comparison.training import in_words
 from foldgpt.evaluation import Interval
 from foldgpt.formats import change, change_within, duration, megabytes, millions, percent, significant
@@ -34,7 +38,29 @@ def method_table(comparison: Comparison) -> Table:
     for method in comparison.methods:
         cells = _cells(method)
         table.add_row(title_of(method), *(cells.get(column, _MISSING) for column in columns))
+        drawn = _draws_up_to(comparison, method)
+        if drawn:
+            cells = _cells_of_all(drawn)
+            table.add_row(f"  mean of {len(drawn)} ± spread", *(cells.get(column, "") for column in columns))
     return table
+
+
+def _draws_up_to(comparison: Comparison, last: Method) -> list[Method]:
+    """All random draws of a recovery setting, if this row is the last of several; otherwise none."""
+    drawn = [each for each in comparison.methods if is_draw(each.name) and each.recovered == last.recovered]
+    return drawn if len(drawn) > 1 and drawn[-1] is last else []
+
+
+def _cells_of_all(drawn: Sequence[Method]) -> dict[str, str]:
+    """Column → mean and standard deviation over rows, of what tells how good they are."""
+    cells = {}
+    for text in drawn[0].perplexities:
+        values = [method.perplexities[text] for method in drawn]
+        cells[f"perplexity, {text}"] = f"{significant(mean(values))} ± {significant(stdev(values), 2)}"
+    accuracies = [value for method in drawn if (value := method.figures.get("task_average")) is not None]
+    if len(accuracies) == len(drawn):
+        cells["tasks"] = f"{100 * mean(accuracies):.1f} ± {100 * stdev(accuracies):.1f} %"
+    return cells
 
 
 def _cells(method: Method) -> dict[str, str]:

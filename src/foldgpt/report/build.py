@@ -20,7 +20,7 @@ from foldgpt.report.run import Run, read_run
 from foldgpt.report.templating import templates
 from foldgpt.report.training import training_curves
 from foldgpt.strip import fates_of, group_letter
-from foldgpt.tables import comparison_table, protocol_lines, task_table
+from foldgpt.tables import comparison_table, protocol_lines, target_lines, task_table
 
 REPORT = "report.html"
 
@@ -77,12 +77,17 @@ def _render(run: Run) -> str:
             comparison=None if evaluation is None else rows_of(comparison_table(evaluation)),
             tasks=None if evaluation is None else rows_of(task_table(evaluation)),
             generations=[] if evaluation is None else _generations(evaluation),
-            protocol=[] if evaluation is None else protocol_lines(evaluation).plain.splitlines(),
+            protocol=[] if evaluation is None else _protocol(plan, evaluation),
             calibration=_calibration(run),
             training=None if run.recovery is None else _training(run.recovery),
             data=_json_for_script(_chart_data(run)),
         )
     )
+
+
+def _protocol(plan: FoldPlan, evaluation: Evaluation) -> list[str]:
+    """How the figures were measured, and whether they are what the plan was to meet."""
+    return [*target_lines(plan, evaluation), *protocol_lines(evaluation).plain.splitlines()]
 
 
 def _strips(plan: FoldPlan) -> dict[str, list[dict[str, Any]]]:
