@@ -345,6 +345,33 @@ def test_flags_of_the_machine_and_the_source_take_the_place_of_the_recipes(
     ]
 
 
+def test_flags_of_a_run_say_how_it_is_recovered(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"num_tokens": 512, "texts": ["old.txt"], "settings": {"rank": 4, "lm": 0.5}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(model, text, recover=given)))
+    seen: list[Recipe] = []
+
+    def stop(recipe: Recipe, *_: object, **__: object) -> None:
+        seen.append(recipe)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("foldgpt.pipeline.run", stop)
+    flags = ("--recover-text", text, "--recover-minutes", 2, "--recover-set", "rank=8", "--recover-set", "lm=0")
+    run = ("run", tmp_path / "recipe.yaml", "--out", tmp_path / "out", "-q")
+    assert foldgpt(*run, *flags).exit_code == 130
+    changed = seen[0].recover
+    assert (changed.num_tokens, changed.texts, changed.minutes) == (512, [str(text)], 2.0)
+    assert changed.settings == {"rank": 8, "lm": 0}
+    idle = foldgpt(*run, *flags, "--recover-tokens", 0)
+    assert (
+        idle.exit_code == 2 and "--recover-text and --recover-minutes and --recover-set, and nothing is" in idle.stderr
+    )
+    wrong = foldgpt(*run, "--recover-set", "rnak=8")
+    assert wrong.exit_code == 130, "settings are checked where the run begins"
+    assert len(seen) == 2
+
+
 def test_no_default_is_promised_where_there_is_none() -> None:
     text = " ".join(foldgpt("plan", "--help").stdout.split())
     said = text.partition("--remove <int>")[2].partition("--remove-ratio <float>")[0]

@@ -39,8 +39,9 @@ from models import tiny_config, tiny_model, token_ids
 from run_inputs import tiny_recipe, tiny_source, tiny_text
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
-#: Recipes of models that are too large for this project's own machines; the demo runs as it is.
-LARGE = [path for path in RECIPES if path.stem != "demo"]
+#: Recipes of models that are too large for this project's own machines, and those of models that install with pip.
+LARGE = [path for path in RECIPES if not Recipe.load(path).model.startswith("demo:")]
+SMALL = [path for path in RECIPES if path not in LARGE]
 
 
 @pytest.mark.parametrize("architecture", known_architectures().values(), ids=lambda value: value.model)
@@ -50,7 +51,11 @@ def test_shapes_give_the_published_number_of_parameters(architecture: object) ->
     assert sum(p.numel() for p in model.parameters()) == architecture.parameters  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [*LARGE, *(pytest.param(path, marks=pytest.mark.real_model) for path in SMALL if path.stem != "demo")],
+    ids=lambda path: path.stem,
+)
 def test_each_recipe_runs_through_on_a_tiny_model(path: Path) -> None:
     recipe = Recipe.load(path)
     ratio = int(path.stem.rpartition("-")[2]) / 100
