@@ -367,9 +367,6 @@ def test_flags_of_a_run_say_how_it_is_recovered(
     assert (
         idle.exit_code == 2 and "--recover-text and --recover-minutes and --recover-set, and nothing is" in idle.stderr
     )
-    wrong = foldgpt(*run, "--recover-set", "rnak=8")
-    assert wrong.exit_code == 130, "settings are checked where the run begins"
-    assert len(seen) == 2
 
 
 def test_no_default_is_promised_where_there_is_none() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from foldgpt.selection import (
     MEASURED,
     Request,
     Selection,
+    Share,
     number_for_target,
     number_for_wish,
     number_to_remove,
@@ -52,7 +53,8 @@ def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path
     num_blocks = len(decoder_of(source.model).blocks)
     request = Request(
         num_blocks=num_blocks,
-        num_remove=number_to_remove(num_blocks, remove=section.remove, ratio=section.remove_ratio),
+        # A target is looked at below: to know what blocks take, they may have to be timed.
+        num_remove=0 if section.target else num_removed(recipe, source.model),
         analysis=analysis,
         seed=recipe.seed,
         model=source.model,
@@ -65,9 +67,6 @@ def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path
     )
     if section.method in MEASURED:
         request = replace(request, ids_WT=bench.selection_ids(), further_ids_WT=bench.further_selection_ids())
-    limit = _limit(bench)
-    if limit is not None:
-        request = replace(request, num_remove=number_for_target(parameters_of(source.model), limit))
     if section.target is None:
         return select(section.method, request)
     met = _meet(bench, section.target, checkpoint)
@@ -115,6 +114,30 @@ def _meet(bench: Workbench, written: str, checkpoint: Path | None) -> dict[str, 
 
 def _target_beside(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.name}.target")
+
+
+def num_removed(recipe: Recipe, model: PreTrainedModel, flops: Callable[[], Share] | None = None) -> int:
+    """How many blocks a recipe asks the search for; what is shared beside them is not searched for.
+
+    Args:
+        recipe: the recipe.
+        model: the source; it may be on the meta device.
+        flops: gives what stands for a target in anything but parameters.
+
+    Raises:
+        UsageError: no number meets the target or the size, or the source does already.
+    """
+    section = recipe.select
+    if section.target is not None:
+        wanted = target(section.target)
+        if wanted.what == "parameters":
+            return number_for_wish(parameters_of(model), wanted, section.target)
+        assert flops is not None, "whoever has nothing that stands for it does not ask"
+        return number_for_wish(flops(), wanted, section.target)
+    if recipe.share.size is not None:
+        return number_for_target(parameters_of(model), limit_of(model, size(recipe.share.size)))
+    num_blocks = len(decoder_of(model).blocks)
+    return number_to_remove(num_blocks, remove=section.remove, ratio=section.remove_ratio)
 
 
 def drop_search(checkpoint: Path) -> None:
@@ -195,10 +218,7 @@ def expected_parameters(recipe: Recipe, model: PreTrainedModel) -> int | None:
     sizes = {sum(parameter.numel() for parameter in block.parameters()) for block in decoder.blocks}
     if section.method == "auto" or recipe.select.sublayers or len(sizes) != 1:
         return None
-    if wanted is None:
-        num_remove = number_to_remove(num_blocks, remove=recipe.select.remove, ratio=recipe.select.remove_ratio)
-    else:
-        num_remove = number_for_wish(parameters_of(model), wanted, str(recipe.select.target))
+    num_remove = num_removed(recipe, model)
     if section.method == "none":
         return sum(parameter.numel() for parameter in model.parameters()) - num_remove * sizes.pop()
     # The attention of the first kept block has to stay, so not every removed one may come back without its own.

@@ -25,6 +25,7 @@ from foldgpt.folding.private import sizes_of_leaf
 from foldgpt.modeling.modeling_foldgpt import apply_layout_
 from foldgpt.objectives.divergence import CHUNK_BYTES
 from foldgpt.plan import FoldPlan
+from foldgpt.planning import num_removed
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings
 from foldgpt.recovery.trainable import make_trainable_
@@ -33,19 +34,12 @@ from foldgpt.selection import (
     Request,
     Share,
     flops_of,
-    number_for_target,
-    number_for_wish,
-    number_to_remove,
-    parameters_of,
     search_passes,
     search_windows,
     windows_of_finals,
 )
 from foldgpt.selection.cost import CACHE_BYTES, num_positions
-from foldgpt.sharing import limit_of
-from foldgpt.sizes import size
 from foldgpt.sources import DTYPES
-from foldgpt.targets import target
 
 #: AdamW: two moments; and the gradient. Trained values are kept in fp32.
 _ADAM_BYTES, _GRADIENT_BYTES, _TRAINED_BYTES = 8, 4, 4
@@ -156,7 +150,7 @@ def expect(
     num_searched = text.context * search_windows(select.num_tokens, text.context, text.num_tokens // text.context)
     search = Request(
         plan.source.num_blocks,
-        num_removed(recipe, source),
+        num_searched_for(recipe, source),
         # Of the right shape alone: how many windows go through at once is part of what is counted.
         ids_WT=torch.empty(num_searched // text.context, text.context, dtype=torch.int64, device="meta"),
         sublayers=select.sublayers,
@@ -248,17 +242,9 @@ def _of_real_shapes(layout: Mapping[str, Any], student: Any, rank: int) -> dict[
     return {**layout, "private": private}
 
 
-def num_removed(recipe: Recipe, source: Any) -> int:
-    """Blocks that the search is asked for; what a plan shares beside them is not searched for."""
-    section = recipe.select
-    if section.target is not None:
-        wanted = target(section.target)
-        share = parameters_of(source) if wanted.what == "parameters" else _flops_of(source, recipe)
-        return number_for_wish(share, wanted, section.target)
-    if recipe.share.size is not None:
-        return number_for_target(parameters_of(source), limit_of(source, size(recipe.share.size)))
-    num_blocks = len(decoder_of(source).blocks)
-    return number_to_remove(num_blocks, remove=section.remove, ratio=section.remove_ratio)
+def num_searched_for(recipe: Recipe, source: Any) -> int:
+    """Blocks that the search is asked for; operations stand for times, which nobody can measure of shapes."""
+    return num_removed(recipe, source, lambda: _flops_of(source, recipe))
 
 
 def _flops_of(source: Any, recipe: Recipe) -> Share:

@@ -20,7 +20,7 @@ from foldgpt.formats import millions
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note, quiet_libraries, silently
 from foldgpt.recipe import Recipe
-from foldgpt.rehearsal.expectation import Expectation, expect, num_removed, on_meta
+from foldgpt.rehearsal.expectation import Expectation, expect, num_searched_for, on_meta
 from foldgpt.rehearsal.tiny import config_of, save_tiny, shrunk, write_text_file
 from foldgpt.run_folder import FOLDED, RunFolder
 from foldgpt.selection import parameters_of
@@ -244,7 +244,7 @@ def _number_for(recipe: Recipe, config: Any) -> int:
             "source's, such as decode=80%, which is taken for a part of the operations here"
         )
     with _counting(config):
-        return num_removed(recipe, on_meta(config, recipe))
+        return num_searched_for(recipe, on_meta(config, recipe))
 
 
 def _fraction(written: Any, recipe: Recipe, config: Any) -> Any:
