@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,7 +152,10 @@ def _as_it_goes_up(upload: Upload) -> Iterator[Path]:
             if file in _RECORDS:
                 target.write_text(json.dumps(_public(read_json(source), _RECORDS[file]), indent=2), encoding="utf-8")
             else:
-                target.symlink_to(source.absolute())
+                try:
+                    target.symlink_to(source.absolute())
+                except OSError:  # Windows makes links for administrators alone
+                    shutil.copyfile(source, target)
         yield staging
 
 

@@ -54,10 +54,10 @@ def packed_windows(
 
     The held-out windows are filled first. Windows come from the texts in turn, so that each gives as many tokens as the
     others; one that ends leaves its turns to them. The documents of a text, each drawn from 1,024 that were read ahead,
-    are tokenised, followed by EOS, and packed. Where the tokenizer puts BOS before a text, every
-    document and every window begins with it. Chats are rendered by the tokenizer's template, and only what the
-    assistant says is scored; see `chat_tokens`. Ids and marks lie in files, which a later call with the same inputs
-    finds again; a text whose contents changed is another input. Texts are read only as far as needed.
+    are tokenised, followed by EOS, and packed. Where the tokenizer puts BOS before a text, every document and every
+    window begins with it. Chats are rendered by the tokenizer's template, and only what the assistant says is scored;
+    see `chat_tokens`. Ids and marks lie in files, which a later call with the same inputs finds again; a text whose
+    contents changed is another input. Texts are read only as far as needed.
 
     Args:
         specs: texts, as in `read_documents`.
