@@ -16,7 +16,7 @@ from foldgpt.folding import fold_, private_modules, source_model_of
 from foldgpt.modeling.modeling_foldgpt import Borrowed
 from foldgpt.plan import FoldPlan, Group
 from foldgpt.recovery import RecoverySettings, check_device, make_trainable_, merge_trained_
-from foldgpt.recovery.cuts import blocks_beside_cuts
+from foldgpt.recovery.cuts import blocks_beside_cuts, check_plan_suits
 from foldgpt.recovery.lora import LoraLinear
 from foldgpt.recovery.trainable import trained_scales
 from models import tiny_model, token_ids
@@ -176,10 +176,8 @@ def test_blocks_on_both_sides_of_each_cut() -> None:
     assert blocks_beside_cuts(FoldPlan.create(**source, removed=[2, 3])) == [1, 2]
     assert blocks_beside_cuts(FoldPlan.create(**source, removed=[0])) == [0]
     assert blocks_beside_cuts(FoldPlan.create(**source, removed=[5])) == [4]
-    model = tiny_model("llama")
-    plan = FoldPlan.create(source_model_of(model), removed=[])
-    with pytest.raises(UsageError, match="no block between"):
-        make_trainable_(model, plan, RecoverySettings(train_fully="cuts"))
+    with pytest.raises(UsageError, match="removes no whole block beside a kept one"):
+        check_plan_suits(FoldPlan.create(**source, removed=[]), RecoverySettings(train_fully="cuts"))
 
 
 def test_fully_trained_blocks_hold_no_lora() -> None:

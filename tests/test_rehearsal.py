@@ -440,7 +440,7 @@ def test_several_devices_share_the_recovery_alone(tmp_path: Path) -> None:
     run = json.loads(shown("run", "--json", "--devices", "4"))
     flops = run["rows"]["run"]["flops"]
     shared = flops.pop("teacher") + flops.pop("recovery")
-    assert set(flops) == {"analysis", "search", "source's perplexity", "perplexity"}
+    assert set(flops) == {"analysis", "search", "source's perplexity", "perplexity before recovery", "perplexity"}
     assert run["seconds"] == pytest.approx((sum(flops.values()) + shared / 4) / 1e9)
     # The teacher's states are made once for all rows, by one process.
     one, four = (json.loads(shown("compare", "--json", "--devices", number)) for number in ("1", "4"))

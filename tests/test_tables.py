@@ -359,8 +359,8 @@ def test_what_recovery_changed_stands_between_source_and_recovered_with_its_inte
     assert found.is_certain
     text = protocol_lines(evaluation).plain
     low, high = (f"{abs(value):.{digits}f}" for value, digits in ((found.low, 1), (found.high, 2)))
-    assert f"Recovery changed perplexity by −10.0 [−{low}, −{high}], mean accuracy by +25.0 points [" in text
-    assert "(95 % intervals by paired bootstrap)" in text
+    assert f"Recovery changed perplexity by −10.0 [−{low}, −{high}], mean accuracy by +25.0 [" in text
+    assert "] points (95 % intervals by paired bootstrap)." in text
     assert "Recovery" not in protocol_lines(dataclasses.replace(evaluation, before_recovery=None)).plain
 
 

@@ -263,7 +263,8 @@ def _trained(
     student.eval()
     return student, RecoveryResult(
         before=before,
-        after=after or trainer.measure(whole=save_dtype is not None),
+        # What was rounded since has to run, in front of the first change too.
+        after=after or (trainer.measure() if save_dtype is None else trainer.measure(whole=True)),
         best_step=int(state.best_global_step or 0) if improved else 0,
         num_steps=state.global_step,
         num_tokens=state.global_step * settings.batch_size * train.ids_WT.shape[1],
