@@ -348,7 +348,7 @@ def test_flags_of_the_machine_and_the_source_take_the_place_of_the_recipes(
 def test_flags_of_a_run_say_how_it_is_recovered(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = {"num_tokens": 512, "texts": ["old.txt"], "settings": {"rank": 4, "lm": 0.5}}
+    given = {"num_tokens": 512, "texts": ["old.txt"], "settings": {"rank": 4, "lm": 0.5, "norms": False}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(model, text, recover=given)))
     seen: list[Recipe] = []
 
@@ -362,7 +362,7 @@ def test_flags_of_a_run_say_how_it_is_recovered(
     assert foldgpt(*run, *flags).exit_code == 130
     changed = seen[0].recover
     assert (changed.num_tokens, changed.texts, changed.minutes) == (512, [str(text)], 2.0)
-    assert changed.settings == {"rank": 8, "lm": 0}
+    assert changed.settings == {"rank": 8, "lm": 0, "norms": False}
     idle = foldgpt(*run, *flags, "--recover-tokens", 0)
     assert (
         idle.exit_code == 2 and "--recover-text and --recover-minutes and --recover-set, and nothing is" in idle.stderr

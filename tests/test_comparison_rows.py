@@ -8,8 +8,9 @@ import pytest
 
 from foldgpt.comparison import rows_of_recipe
 from foldgpt.errors import UsageError
-from foldgpt.recipe import Recipe
+from foldgpt.recipe import TAKE_OBJECTIVE, Recipe
 from foldgpt.recovery import RecoverySettings
+from foldgpt.selection import WITH_OBJECTIVE
 
 
 def recipe_of(**changes: Any) -> Recipe:
@@ -154,6 +155,13 @@ def test_some_known_rows_are_there_where_they_are_named_alone() -> None:
         ("loo", "loo"),
         ("taylor", "taylor"),
     ]
+
+
+def test_an_objective_goes_with_the_selectors_that_take_one() -> None:
+    assert TAKE_OBJECTIVE == WITH_OBJECTIVE
+    recipe = recipe_of(select={"method": "gates", "remove": 2, "objective": "lm"}, compare={"recovered": []})
+    rows = {row.name: row.recipe.select.objective for row in rows_of_recipe(recipe)}
+    assert (rows["gates"], rows["greedy"], rows["bi"], rows["random"]) == ("lm", "lm", "kl", "kl")
 
 
 def test_random_stands_for_all_its_draws_where_rows_are_named() -> None:

@@ -239,8 +239,10 @@ def test_to_what_is_not_finite_nothing_is_fitted(bad: float) -> None:
     """No ridge makes them positive definite, so that looking for one would never end."""
     inputs = torch.randn(10, 3)
     inputs[4, 1] = bad
-    found, _ = solve(Sums.of(inputs, torch.ones(10, 2), torch.ones(10)), 0.1, bias=False)
-    assert torch.equal(found, torch.zeros(3, 2, dtype=torch.float64))
+    for has_bias in (False, True):
+        found, bias = solve(Sums.of(inputs, torch.ones(10, 2), torch.ones(10)), 0.1, bias=has_bias)
+        assert torch.equal(found, torch.zeros(3, 2, dtype=torch.float64))
+        assert bias is None or torch.equal(bias, torch.zeros(2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("family", ["gemma2", "olmo2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import yaml
 
 from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError, FoldGPTError, UsageError, first_line
-from foldgpt.formats import text_name
+from foldgpt.formats import NOT_FILES, text_name
 from foldgpt.progress import note
 from foldgpt.run_folder import FOLDED, LEDGER, RECOVERED, RunFolder
 
@@ -24,7 +25,7 @@ _NEEDED = ("config.json", "plan.json", "README.md")
 #: What belongs to a checkpoint: weights, configs, tokenizer, code, records, card and licence.
 _PARTS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.md", "LICENSE*", "NOTICE*")
 #: What an earlier upload may have left in a repository and this one lacks: other weights would be loaded in place of
-#: these, and records would be of another model.
+#: these, and tokenizer and records would be of another model.
 _STALE = (
     "model*.safetensors",
     "model.safetensors.index.json",
@@ -34,9 +35,16 @@ _STALE = (
     "compensation.json",
     "sharing.json",
     "*_foldgpt.py",
+    "generation_config.json",
+    "chat_template.*",
+    "additional_chat_templates/*",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
 )
 #: JSON files with records of texts and models by where they lie on this machine, and where in them that is.
 _RECORDS = {"plan.json": (), "recovery.json": (), "config.json": ("fold_plan",)}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 #: Folder of further chat templates of a tokenizer.
 _TEMPLATES = "additional_chat_templates"
 
@@ -132,6 +140,8 @@ def push(folder: str | Path, repo: str, *, private: bool | None = None, revision
                 commit_message="Upload a model folded with FoldGPT",
                 delete_patterns=list(_STALE),
             )
+    except FoldGPTError:
+        raise
     except LocalTokenNotFoundError as error:
         raise FoldGPTError("no token for the hub: run `hf auth login`, or set HF_TOKEN") from error
     except HfHubHTTPError as error:
@@ -176,8 +186,9 @@ def _public(value: Any, place: tuple[str, ...]) -> Any:
 def _named(key: str, value: Any) -> Any:
     if key in ("texts", "specs") and isinstance(value, list):
         return [text_name(each) if isinstance(each, str) else each for each in value]
-    if key == "model" and isinstance(value, str) and (PurePath(value).is_absolute() or Path(value).exists()):
-        return PurePath(value).name
+    if key == "model" and isinstance(value, str) and not value.startswith(NOT_FILES):
+        # A local folder may look like a name on the hub.
+        return value if _HUB_ID.fullmatch(value) and not Path(value).exists() else PurePath(value).name
     return _public(value, ())
 
 

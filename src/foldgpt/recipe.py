@@ -418,6 +418,10 @@ class Recipe(_Section):
         return type(self).from_dict(value)
 
 
+#: Selectors that can be asked for either objective.
+TAKE_OBJECTIVE = frozenset(("gates", "greedy", "loo"))
+
+
 def merge_sections_(value: dict[str, Any], changes: Mapping[str, Mapping[str, Any]]) -> None:
     """Change parts of a recipe's sections, given as plain values, in place; what they replace goes with it.
 
@@ -427,8 +431,10 @@ def merge_sections_(value: dict[str, Any], changes: Mapping[str, Mapping[str, An
     """
     selector = changes.get("select", {}).get("method")
     if selector is not None and selector != value["select"].get("method"):
-        # Options are one selector's own, and not every one measures, or can remove attention and MLP apart.
-        value["select"].update(options={}, objective="kl", sublayers=False)
+        # Options are one selector's own, and not every one can remove attention and MLP apart.
+        value["select"].update(options={}, sublayers=False)
+        if selector not in TAKE_OBJECTIVE:
+            value["select"]["objective"] = "kl"
     asked = any(changes.get("select", {}).get(name) is not None for name in BUDGETS)
     share = changes.get("share", {})
     # A count, a ratio, a target and a size are one wish: the new one takes the place of the old.

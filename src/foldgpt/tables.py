@@ -193,6 +193,8 @@ def target_lines(plan: FoldPlan, evaluation: Evaluation) -> list[str]:
     if not isinstance(met, Mapping) or not {"target", "what", "source", "limit"} <= met.keys():
         return []
     written, what = str(met["target"]), str(met["what"])
+    if not all(isinstance(met[name], (int, float)) and met[name] > 0 for name in ("source", "limit")):
+        return []
     try:
         wanted = target(written).what
     except ValueError:  # a plan's origin is free-form, and may have been edited

@@ -146,7 +146,7 @@ RecoverSettings = Annotated[
     list[str] | None,
     typer.Option(
         "--recover-set",
-        help="NAME=VALUE of the recovery's settings, such as rank=64, in place of a recipe's; listed in "
+        help="NAME=VALUE of the recovery's settings, such as rank=64, over those of a recipe; listed in "
         "docs/recovery.md. May be repeated.",
         show_default=False,
     ),

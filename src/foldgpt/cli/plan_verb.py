@@ -179,11 +179,10 @@ def _progress_beside(out: Path, recipe: Recipe) -> list[Path]:
     from foldgpt.progress import note
 
     whole = recipe.model_dump(mode="json")
-    # What is removed in the end is nothing to the analysis.
-    swept = {name: value for name, value in whole.items() if name not in ("select", "compensate", "share")}
-    own = [
-        out.with_name(f".{out.name}.{hash_of(swept if what == 'analysis' else whole)[:8]}.{what}") for what in _PROGRESS
-    ]
+    swept = {name: whole[name] for name in ("model", "revision", "dtype", "device", "seed", "calibration")}
+    searched = {**swept, "select": whole["select"], "compensate": whole["compensate"], "size": recipe.share.size}
+    decides = {"analysis": swept, "search": searched, "sharing": {**searched, "share": whole["share"]}}
+    own = [out.with_name(f".{out.name}.{hash_of(decides[what])[:8]}.{what}") for what in _PROGRESS]
     left = [path for what in _PROGRESS for path in sorted(out.parent.glob(f".{glob.escape(out.name)}.*.{what}"))]
     others = [path.name for path in left if path not in own]
     if others:

@@ -142,7 +142,11 @@ def run(
             "share": share_of(share, size, group_size, donor, fit, rank, scales, start),
             "recover": recover_of(recover_tokens, recover_text, recover_minutes, recover_set),
         }
-        whole = recipe_of(**changes) if recipe is None else Recipe.load(recipe).changed(**changes)
+        base = None if recipe is None else Recipe.load(recipe)
+        settings = changes["recover"]["settings"]
+        if base is not None and settings is not None:
+            changes["recover"]["settings"] = {**base.recover.settings, **settings}
+        whole = recipe_of(**changes) if base is None else base.changed(**changes)
         check_search_tokens(search_tokens, whole)
         check_objective(objective, whole)
         check_recovers({"text": recover_text, "minutes": recover_minutes, "set": recover_set}, whole)

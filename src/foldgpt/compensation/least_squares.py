@@ -118,7 +118,8 @@ def solve(sums: Sums, ridge: float, *, bias: bool) -> tuple[Tensor, Tensor | Non
     found = _solve_ridged(gram, cross, ridge * size, 1e-10 * size) if solvable else torch.zeros_like(cross)
     if not bias or sums.weight == 0:
         return found, None
-    return found, (sums.mean_H - sums.mean_K @ found) / sums.weight
+    b_H = (sums.mean_H - sums.mean_K @ found) / sums.weight
+    return found, b_H if bool(b_H.isfinite().all()) else torch.zeros_like(b_H)
 
 
 def _solve_ridged(gram_KK: Tensor, cross_KH: Tensor, ridge: float, least: float) -> Tensor:

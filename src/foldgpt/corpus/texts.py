@@ -404,7 +404,7 @@ def _document_of(row: dict[str, Any], column: str, place: str) -> Document:
     found = row[column]
     if isinstance(found, str):
         return (found,)
-    if isinstance(found, list):
+    if isinstance(found, list) and all(isinstance(message, Mapping) for message in found):
         return Chat(found, place)
     raise SourceError(f"{place}: column {column!r} holds {type(found).__name__}, not text")
 

@@ -34,9 +34,11 @@ def chat_tokens(
         raise UsageError(f"{place}: the tokenizer has no chat template, so chats cannot be rendered")
     try:
         whole, replies = _rendered(chat, tokenizer)
+        encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     except (TemplateError, ValueError, TypeError, NotImplementedError) as error:  # a template raises what it likes
         raise UsageError(f"{place}: the chat cannot be rendered: {error}") from error
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    if "offset_mapping" not in encoded:
+        raise UsageError(f"{place}: to tell what the assistant says, the model's tokenizer has to be a fast one")
     ids: list[int] = encoded["input_ids"]
     is_said = [False] * len(ids)
     for start, stop in replies:

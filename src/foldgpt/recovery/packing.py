@@ -104,7 +104,7 @@ def packed_windows(
             # Processes that train together all ask for it.
             with alone(path):
                 if not path.is_file():
-                    _write(specs, own, tokenizer, path, shape, seed, protocol)
+                    _write(specs, own, tokenizer, path, counts, context, seed, protocol)
         except OSError as error:
             raise ArtifactError(f"cannot write {path}: {error.strerror or error}. Nothing was left behind.") from error
         finally:
@@ -115,18 +115,13 @@ def packed_windows(
         raise ArtifactError(f"{path} does not hold what its name says; remove it")
     ids_WT = _mapped(path, np.int32, shape)
     scored_WT, begins_WT = _mapped(path.with_suffix(_MARKS), np.uint8, (shape[0], 2, context)).unbind(1)
-    parts = {"held-out": slice(counts[0]), "training": slice(counts[0], None)}
-    if written["is_masked"]:
-        for name, rows in parts.items():
-            if not bool(scored_WT[rows, 1:].any()):
-                raise UsageError(f"{', '.join(specs)}: in the {name} windows the assistant says nothing")
     held_out, train = (
         TrainingWindows(
             ids_WT[rows],
             scored_WT[rows] if written["is_masked"] else None,
             begins_WT[rows] if separate_documents else None,
         )
-        for rows in parts.values()
+        for rows in (slice(counts[0]), slice(counts[0], None))
     )
     return train, held_out
 
@@ -152,12 +147,15 @@ def _write(
     own: OwnText | None,
     tokenizer: PreTrainedTokenizerBase,
     path: Path,
-    shape: tuple[int, int],
+    counts: tuple[int, int],
+    context: int,
     seed: int,
     protocol: dict[str, Any],
 ) -> None:
-    num_windows, context = shape
+    num_windows = sum(counts)
     prefix, written, is_masked = prefix_of(tokenizer), 0, False
+    # Of held-out windows and of those that are trained on.
+    is_scored = [False, False]
     with staged_file(path) as file:
         with staged_file(path.with_suffix(_MARKS)) as marks, bar("reading text", num_windows) as progress:
             order = random.Random(seed)
@@ -167,6 +165,7 @@ def _write(
                 file.write(window_3T[_ID].tobytes())
                 marks.write(window_3T[_ID + 1 :].astype(np.uint8).tobytes())
                 is_masked |= not window_3T[_SCORED].all()
+                is_scored[written >= counts[0]] |= bool(window_3T[_SCORED, 1:].any())
                 written += 1
                 progress.advance()
             if written < num_windows:
@@ -174,6 +173,9 @@ def _write(
                     f"{', '.join(specs)}: too short: {written * context:,} tokens in full windows of {context:,}, and "
                     f"{num_windows * context:,} are asked for"
                 )
+            for name, any_is in zip(("held-out", "training"), is_scored, strict=True):
+                if not any_is:
+                    raise UsageError(f"{', '.join(specs)}: in the {name} windows the assistant says nothing")
         # Whoever finds the windows is to find what they are, also if this process is killed in between.
         write_json(path.with_suffix(".json"), {**protocol, "is_masked": is_masked})
 
