@@ -134,8 +134,9 @@ def num_removed(recipe: Recipe, model: PreTrainedModel, flops: Callable[[], Shar
             return number_for_wish(parameters_of(model), wanted, section.target)
         assert flops is not None, "whoever has nothing that stands for it does not ask"
         return number_for_wish(flops(), wanted, section.target)
-    if recipe.share.size is not None:
-        return number_for_target(parameters_of(model), limit_of(model, size(recipe.share.size)))
+    limit = _limit(recipe, model)
+    if limit is not None:
+        return number_for_target(parameters_of(model), limit)
     num_blocks = len(decoder_of(model).blocks)
     return number_to_remove(num_blocks, remove=section.remove, ratio=section.remove_ratio)
 
@@ -146,10 +147,10 @@ def drop_search(checkpoint: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _limit(bench: Workbench) -> int | None:
+def _limit(recipe: Recipe, model: PreTrainedModel) -> int | None:
     """Parameters that the whole model may have, where the recipe gives a size."""
-    wanted = bench.recipe.share.size
-    return None if wanted is None else limit_of(bench.source.model, size(wanted))
+    wanted = recipe.share.size
+    return None if wanted is None else limit_of(model, size(wanted))
 
 
 def make_plan(
@@ -179,7 +180,7 @@ def make_plan(
         "removal_order": list(selection.order),
         "report": dict(selection.report),
     }
-    limit = _limit(bench)
+    limit = _limit(recipe, source.model)
     if limit is not None:
         return _solved(bench, selection, limit, compensation, origin, checkpoint)
     groups = _groups(recipe, decoder, selection)

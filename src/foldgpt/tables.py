@@ -37,9 +37,6 @@ _ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "kv_bytes_per_token": ("KV cache per token", megabytes),
 }
 
-#: Resamples behind an interval, and its confidence: as comparisons have them where their recipe does not say.
-_SAMPLES, _CONFIDENCE = 10_000, 0.95
-
 
 def comparison_table(evaluation: Evaluation) -> Table:
     """The headline figures: source, folded, recovered, and the last one's ratio to the first. `protocol_lines` says how
@@ -165,24 +162,27 @@ def protocol_lines(evaluation: Evaluation) -> Text:
 
 def _recovery_lines(evaluation: Evaluation) -> list[str]:
     """What recovery changed, on the same windows and items before and after, with intervals; none without it."""
-    from foldgpt.evaluation import accuracy_difference, perplexity_difference  # scipy takes a while
+    # Not at the top: whoever shows an analysis or a fit needs neither.
+    from foldgpt.evaluation import accuracy_difference, perplexity_difference
+    from foldgpt.recipe import Compare
 
     before, after = evaluation.before_recovery, evaluation.folded
     if before is None:
         return []
-    earlier = before.perplexities()
+    usual, earlier = Compare(), before.perplexities()
+    how: dict[str, Any] = {"samples": usual.bootstrap_samples, "confidence": usual.confidence}
     several = len(earlier) > 1
     changes = []
     for figure, (text, scores) in after.perplexities().items():
         if figure in earlier:
-            found = perplexity_difference(scores, earlier[figure][1], samples=_SAMPLES, confidence=_CONFIDENCE)
+            found = perplexity_difference(scores, earlier[figure][1], **how)
             within = change_within(found.difference, found.low, found.high)
             changes.append(f"perplexity{f' on {text}' if several else ''} by {within}")
     if before.tasks and after.tasks:
-        found = accuracy_difference(after.tasks, before.tasks, samples=_SAMPLES, confidence=_CONFIDENCE)
+        found = accuracy_difference(after.tasks, before.tasks, **how)
         points = change_within(*(100 * value for value in (found.difference, found.low, found.high)))
         changes.append(f"mean accuracy by {points} points")
-    paired = f"{100 * _CONFIDENCE:.0f} % intervals by paired bootstrap"
+    paired = f"{100 * usual.confidence:.0f} % intervals by paired bootstrap"
     return [f"Recovery changed {', '.join(changes)} ({paired})."] if changes else []
 
 

@@ -127,6 +127,7 @@ def run(
         _check_dry_run(dry_run, tflops, devices)
         if recipe is None and model is None:
             raise UsageError("name a recipe file, or a model with --model")
+        base = None if recipe is None else Recipe.load(recipe)
         changes: dict[str, Any] = {
             "model": model,
             "revision": revision,
@@ -140,12 +141,14 @@ def run(
             "select": select_of(select, remove, remove_ratio, target, search_tokens, objective, sublayers, option),
             "compensate": {"method": compensate},
             "share": share_of(share, size, group_size, donor, fit, rank, scales, start),
-            "recover": recover_of(recover_tokens, recover_text, recover_minutes, recover_set),
+            "recover": recover_of(
+                recover_tokens,
+                recover_text,
+                recover_minutes,
+                recover_set,
+                over={} if base is None else base.recover.settings,
+            ),
         }
-        base = None if recipe is None else Recipe.load(recipe)
-        settings = changes["recover"]["settings"]
-        if base is not None and settings is not None:
-            changes["recover"]["settings"] = {**base.recover.settings, **settings}
         whole = recipe_of(**changes) if base is None else base.changed(**changes)
         check_search_tokens(search_tokens, whole)
         check_objective(objective, whole)

@@ -124,14 +124,19 @@ def check_objective(given: str | None, recipe: Recipe) -> None:
 
 
 def recover_of(
-    tokens: int | None, texts: list[str] | None, minutes: float | None, settings: list[str] | None
+    tokens: int | None,
+    texts: list[str] | None,
+    minutes: float | None,
+    settings: list[str] | None,
+    *,
+    over: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The section `recover` of a recipe, as flags of a run give it."""
+    """The section `recover` of a recipe, as flags of a run give it; settings stand over those of the recipe."""
     return {
         "num_tokens": tokens,
         "texts": texts or None,
         "minutes": minutes,
-        "settings": assignments(settings, "--recover-set") if settings else None,
+        "settings": {**over, **assignments(settings, "--recover-set")} if settings else None,
     }
 
 
