@@ -40,7 +40,7 @@ def tiny_pair(family: str = "llama", shared: bool = True, **changes: Any) -> tup
 
 def tiny_recovery(folder: Path, **changes: Any) -> RecoveryResult:
     """Recover it into `folder / "recovered"`."""
-    student, teacher, plan = tiny_pair()
+    student, teacher, plan = tiny_pair(shared=bool(changes.pop("shared", True)))
     given = {"batch_size": 4, "micro_batch_size": 2, "evaluate_every": 3, "rank": 4, "learning_rate": 3e-3, **changes}
     return recover(
         student,
@@ -58,18 +58,25 @@ def step_losses(history: list[dict[str, float]]) -> dict[int, float]:
     return {int(row["step"]): row["loss"] for row in history if "loss" in row}
 
 
-def command(folder: Path, changes: dict[str, Any], *launcher: str) -> list[str]:
-    return [sys.executable, *launcher, __file__, str(folder), json.dumps(changes)]
+def command(folder: Path, changes: dict[str, Any], *launcher: str, script: str = __file__) -> list[str]:
+    return [sys.executable, *launcher, script, str(folder), json.dumps(changes)]
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), "HF_HUB_OFFLINE": "1"}
 
 
-def run(folder: Path, changes: dict[str, Any], *launcher: str) -> dict[str, Any]:
-    """A tiny recovery in a process of its own; its result."""
+def run(
+    folder: Path, changes: dict[str, Any], *launcher: str, script: str = __file__, **variables: str
+) -> dict[str, Any]:
+    """A tiny recovery in a process of its own, or several; its result."""
     done = subprocess.run(
-        command(folder, changes, *launcher), env=environment(), capture_output=True, text=True, timeout=300, check=False
+        command(folder, changes, *launcher, script=script),
+        env=environment() | variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = read_json(folder / "recovered" / "recovery.json")

@@ -1,10 +1,8 @@
-"""Recovery as a whole, on tiny models: it helps, keeps the best state, and shares its work among processes."""
+"""Recovery as a whole, on tiny models: it helps, and keeps the best state."""
 
 from __future__ import annotations
 
 import copy
-import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +14,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations import integration_utils
 
-from cli_case import foldgpt
 from foldgpt.artifacts import read_json
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.objectives import Head, cosine_distance, cross_entropy, forward_kl, relative_error
-from foldgpt.plan import FoldPlan, Group, SourceModel
+from foldgpt.plan import FoldPlan, Group
 from foldgpt.recovery import (
     DivergenceError,
     RecoverySettings,
@@ -42,8 +39,7 @@ from foldgpt.recovery.teacher import Teacher
 from foldgpt.recovery.trainer import RecoveryTrainer
 from foldgpt.recovery.windows import places_in_documents
 from models import CONFIGS, tiny_model
-from recovery_case import recovered_by, recovered_on, run, step_losses, tiny_pair, tiny_recovery, tiny_windows
-from run_inputs import tiny_source, tiny_text
+from recovery_case import recovered_by, recovered_on, step_losses, tiny_pair, tiny_recovery, tiny_windows
 
 
 def test_recovery_brings_the_student_nearer_and_saves_what_it_measured(tmp_path: Path) -> None:
@@ -226,39 +222,6 @@ def test_a_student_that_lost_nothing_has_no_loss(tmp_path: Path) -> None:
     ids = tiny_windows(2, seed=0)
     theirs = taught.states(ids)
     assert abs(float(module(ids, ids, None, theirs.last_BTH, theirs.between)["loss"].detach())) < 1e-5
-
-
-def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
-    one = tiny_recovery(tmp_path / "one")
-    two = run(tmp_path / "two", {}, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    assert step_losses(one.history).keys() == step_losses(two["history"]).keys()
-    for step, loss in step_losses(one.history).items():
-        assert step_losses(two["history"])[step] == pytest.approx(loss, rel=1e-5)
-    assert two["after"]["loss"] == pytest.approx(one.after["loss"], rel=1e-5)
-
-
-def test_two_processes_of_the_command_line_give_the_losses_of_one(tmp_path: Path) -> None:
-    model, plan = tiny_source(tmp_path / "model"), tmp_path / "plan.json"
-    source = SourceModel(model=str(model), model_type="llama", num_blocks=6)
-    FoldPlan.create(source, removed=[2]).save(plan)
-    assert foldgpt("fold", model, "--plan", plan, "--out", tmp_path / "folded", "-q").exit_code == 0
-    arguments = [
-        *("recover", tmp_path / "folded", "--teacher", model, "--text", tiny_text(tmp_path / "text.txt")),
-        *("--tokens", 512, "--context", 32, "--held-out-tokens", 64, "--device", "cpu", "-q", "--json"),
-        *("--set", "batch_size=4", "--set", "rank=2", "--out"),
-    ]
-    one = foldgpt(*arguments, tmp_path / "one")
-    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "foldgpt.cli")
-    two = subprocess.run([*launch, *map(str, arguments), str(tmp_path / "two")], capture_output=True, text=True)
-    assert one.exit_code == 0 and two.returncode == 0, two.stderr
-    # One result, not two.
-    results = [json.loads(shown) for shown in (one.stdout, two.stdout)]
-    losses = [step_losses(result["history"]) for result in results]
-    assert losses[0].keys() == losses[1].keys() == set(range(1, 5))
-    for step, loss in losses[0].items():
-        assert losses[1][step] == pytest.approx(loss, rel=1e-5)
-    assert results[0]["after"]["loss"] == pytest.approx(results[1]["after"]["loss"], rel=1e-5)
-    assert (tmp_path / "two" / "model.safetensors").is_file()
 
 
 def test_micro_batches_do_not_change_the_step_even_where_masks_differ(tmp_path: Path) -> None:
@@ -573,16 +536,3 @@ def test_a_single_step_trains(tmp_path: Path) -> None:
     plan = FoldPlan.create(source_model_of(teacher), removed=[2])
     result = recovered_by(teacher, plan, tmp_path / "out", RecoverySettings(), windows=(2, 4))
     assert [entry["learning_rate"] for entry in result.history if "learning_rate" in entry] == [1e-3]
-
-
-def test_fsdp_is_refused_for_shared_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = RecoveryTrainer.__init__
-
-    def under_fsdp(self: RecoveryTrainer, *args: Any, **kwargs: Any) -> None:
-        made(self, *args, **kwargs)
-        self.is_fsdp_enabled = True
-
-    monkeypatch.setattr(RecoveryTrainer, "__init__", under_fsdp)
-    with pytest.raises(UsageError, match="FSDP gathers a block's weights"):
-        tiny_recovery(tmp_path)
-    assert not (tmp_path / "recovered").exists()

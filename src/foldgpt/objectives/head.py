@@ -41,7 +41,8 @@ class Head:
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
         """Logits [rows, V] of hidden states [rows, H], in fp32."""
-        logits_RV: Tensor = self._output(hidden_RH).float()
+        # The two differ where FSDP casts what it gathers or is given.
+        logits_RV: Tensor = self._output(hidden_RH.to(self._output.weight.dtype)).float()
         if self.factor != 1:
             logits_RV = logits_RV * self.factor
         if self._cap:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,14 +27,21 @@ class LoraLinear(PeftLinear):
         """Outputs [..., O] of inputs [..., I]."""
         base: Any = self.get_base_layer()
         weight_OI = base.weight.T if isinstance(base, Conv1D) else base.weight
-        result: Tensor = _LoraProduct.apply(
-            x,
-            weight_OI,
-            base.bias,
-            self.lora_A[_ADAPTER].weight,
-            self.lora_B[_ADAPTER].weight,
-            self.scaling[_ADAPTER],
-        )
+        device, bias = x.device.type, base.bias
+        mixed = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        if mixed:
+            # What autocast does to a linear layer; it does nothing in a backward pass of one's own.
+            dtype = torch.get_autocast_dtype(device)
+            x, weight_OI, bias = x.to(dtype), weight_OI.to(dtype), None if bias is None else bias.to(dtype)
+        with torch.autocast(device, enabled=False) if mixed else nullcontext():
+            result: Tensor = _LoraProduct.apply(
+                x,
+                weight_OI,
+                bias,
+                self.lora_A[_ADAPTER].weight,
+                self.lora_B[_ADAPTER].weight,
+                self.scaling[_ADAPTER],
+            )
         return result
 
     @torch.no_grad()

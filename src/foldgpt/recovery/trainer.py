@@ -5,6 +5,7 @@ What is not here comes with it: accelerate, DDP, gradient accumulation, checkpoi
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +85,8 @@ class RecoveryTrainer(Trainer):
         self._kept_states: dict[int, States] = {}
         self._start: float | None = None
         self._rate, self._at_rate = 1.0, set[int]()
+        if self.is_fsdp_enabled:
+            _keep_losses_exact_(self.accelerator.state.fsdp_plugin)
         if teacher is not None:
             teacher.model.to(args.device)
 
@@ -135,7 +138,8 @@ class RecoveryTrainer(Trainer):
         if self._cache is not None:
             dtype = next(self._teacher.model.parameters()).dtype
             return self._cache.states(inputs["window"], inputs["input_ids"].device, dtype)
-        return self._teacher.states(inputs["input_ids"], inputs.get("positions"))
+        with self.accelerator.autocast():  # the student's forward pass is in it, too
+            return self._teacher.states(inputs["input_ids"], inputs.get("positions"))
 
     @staticmethod
     def _arguments(inputs: dict[str, Tensor], theirs: States | None) -> dict[str, Any]:
@@ -174,8 +178,9 @@ class RecoveryTrainer(Trainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
-        # Gradients are those of all processes by now, so each of them stops here or none.
-        if not bool(torch.isfinite(torch.as_tensor(norm))):
+        # Gradients are those of all processes by now, so each of them stops here or none. A scaler (of fp16) looks for
+        # the largest factor that they bear, and leaves out the steps in which they do not.
+        if self.accelerator.scaler is None and not bool(torch.isfinite(torch.as_tensor(norm))):
             raise DivergenceError(
                 f"the gradient is not finite in step {self.state.global_step + 1}; {self._what_is_kept()}"
             )
@@ -306,6 +311,9 @@ class RecoveryTrainer(Trainer):
                 f"cannot write the checkpoint of step {step} into {self.args.output_dir}: {first_line(error)}. {rest}"
             ) from error
         self.accelerator.wait_for_everyone()  # each process saves its own random state
+        if self.state.best_global_step:
+            # transformers looks whether it is there, before FSDP has written its shards.
+            self.state.best_model_checkpoint = str(self._checkpoint(self.state.best_global_step))
         if self.args.should_save:
             last = self._checkpoint(self.state.global_step)
             write_json(last / COMPLETE, {"step": self.state.global_step})
@@ -316,3 +324,13 @@ class RecoveryTrainer(Trainer):
 
     def _checkpoint(self, step: int) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{step}"
+
+
+def _keep_losses_exact_(plugin: Any) -> None:
+    """Let FSDP's mixed precision hand over what a forward pass returns, here losses, in fp32.
+
+    In 16 bits the best of two checkpoints would often not be told from the other.
+    """
+    policy = plugin.mixed_precision_policy
+    if getattr(policy, "output_dtype", None) is not None:  # FSDP2; the first version leaves outputs alone
+        plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=torch.float32)
