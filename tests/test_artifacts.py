@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from foldgpt import artifacts
 from foldgpt.artifacts import (
@@ -24,13 +25,14 @@ from foldgpt.artifacts import (
     check_free,
     check_free_file,
     check_free_folder,
-    finite,
     hash_of,
     hash_of_file,
     read_json,
+    remove_all_leftovers,
     remove_leftovers,
     staged_folder,
     take_over,
+    without_infinity,
     write_json,
     write_text,
 )
@@ -114,7 +116,7 @@ def test_what_is_not_json_is_refused_and_the_old_file_stays(tmp_path: Path, valu
 
 def test_numbers_that_json_has_not_are_none_where_they_may_be() -> None:
     value = {"kl": math.nan, "cuts": [{"after": math.inf, "kept": True, "name": "x"}], "members": (1.5, -math.inf, 2)}
-    assert finite(value) == {
+    assert without_infinity(value) == {
         "kl": None,
         "cuts": [{"after": None, "kept": True, "name": "x"}],
         "members": [1.5, None, 2],
@@ -314,6 +316,25 @@ def test_a_failed_replacement_leaves_the_old_folder(tmp_path: Path, monkeypatch:
     assert names(tmp_path) == ["folder"]
 
 
+def test_where_nothing_can_be_moved_any_more_the_old_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "folder"
+    write_folder(path, "old")
+    rename = Path.rename
+
+    def rename_away(self: Path, target: Path) -> Path:
+        if target == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename_away)
+    with pytest.raises(ArtifactError, match="What was there is kept in") as raised:
+        write_folder(path, "new", replace=True)
+    kept = Path(str(raised.value).partition("kept in ")[2].removesuffix("."))
+    assert (kept / "sub" / "file").read_text() == "old"
+
+
 def test_an_empty_folder_is_replaced_and_a_file_never_is(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write_folder(tmp_path / "empty", "new")
@@ -375,6 +396,22 @@ def test_one_at_a_time(tmp_path: Path) -> None:
     with alone(tmp_path / "new" / "out"):
         pass
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_lock_that_is_released_is_no_file_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who opened it while it was held, and gets it now, sees that others would lock another one, and tries again."""
+    links, release = [], FileLock.release
+    with alone(tmp_path / "out"):
+        with (tmp_path / "out.lock").open() as opened:
+            waiting = os.dup(opened.fileno())
+
+        def look(self: FileLock, *args: Any, **kwargs: Any) -> None:
+            links.append(os.fstat(waiting).st_nlink)
+            release(self, *args, **kwargs)
+
+        monkeypatch.setattr(FileLock, "release", look)
+    os.close(waiting)
+    assert links[0] == 0
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -464,9 +501,19 @@ def test_killed_at_any_moment(tmp_path: Path, moment: str, replace: bool) -> Non
     assert found == expected[moment]
     assert moment == "moved in" or len(names(tmp_path)) > (found is not None), "the kill left something"
 
+    check_free_folder(path, replace=True)
+    if moment != "moved in" and replace:
+        assert (path / "sub" / "file").read_text() == "old", "what was set aside is back"
     write_folder(path, "again", replace=True)
     assert (path / "sub" / "file").read_text() == "again"
     assert names(tmp_path) == ["folder"]
+
+
+def test_what_was_set_aside_in_a_folder_comes_back(tmp_path: Path) -> None:
+    write_folder(tmp_path / ".foldgpt-partial-model-abcdefgh" / "old", "kept")
+    write_folder(tmp_path / ".foldgpt-partial-other-abcdefgh" / "removed", "gone")
+    remove_all_leftovers(tmp_path)
+    assert names(tmp_path) == ["model"] and (tmp_path / "model" / "sub" / "file").read_text() == "kept"
 
 
 def test_leftovers_of_other_names_stay(tmp_path: Path) -> None:

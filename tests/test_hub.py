@@ -28,6 +28,7 @@ class StandIn:
     error: ClassVar[Exception | None] = None
     sent: ClassVar[dict[str, str]] = {}
     came_from: ClassVar[set[Path]] = set()
+    there: ClassVar[list[str]] = []
 
     def create_repo(self, repo_id: str, **arguments: Any) -> huggingface_hub.RepoUrl:
         if StandIn.error is not None:
@@ -38,6 +39,9 @@ class StandIn:
 
     def create_branch(self, repo_id: str, **arguments: Any) -> None:
         StandIn.calls.append(("create_branch", {"repo_id": repo_id, **arguments}))
+
+    def list_repo_files(self, repo_id: str, **arguments: Any) -> list[str]:
+        return StandIn.there
 
     def upload_folder(self, **arguments: Any) -> None:
         folder = arguments["folder_path"]
@@ -57,7 +61,7 @@ class Refused(HfHubHTTPError):
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
     monkeypatch.setattr(huggingface_hub, "HfApi", StandIn)
-    StandIn.calls, StandIn.error = [], None
+    StandIn.calls, StandIn.error, StandIn.there = [], None, []
     return StandIn
 
 
@@ -78,6 +82,7 @@ def test_arguments_are_those_the_real_api_takes() -> None:
     for method, names in {
         "create_repo": ("repo_type", "private", "exist_ok"),
         "create_branch": ("branch", "repo_type", "exist_ok"),
+        "list_repo_files": ("repo_id", "revision"),
         "upload_folder": ("repo_id", "folder_path", "repo_type", "revision", "commit_message", "delete_patterns"),
     }.items():
         assert set(names) <= set(inspect.signature(getattr(real, method)).parameters)
@@ -224,6 +229,27 @@ def test_nothing_is_told_of_where_things_lie(hub: type[StandIn], run: Path, tmp_
     assert json.loads(hub.sent["recovery.json"]) == {"text": {"texts": ["secret.txt"], "context": 8}, "num_steps": 3}
     # On this machine they stay as they are.
     assert json.loads((folder / "plan.json").read_text("utf-8")) == told
+
+
+@pytest.mark.parametrize(
+    ("there", "is_ours"),
+    [
+        ([".gitattributes", "README.md", "LICENSE"], True),
+        ([".gitattributes", "config.json", "plan.json", "model.safetensors"], True),
+        ([".gitattributes", "config.json", "model.safetensors", "tokenizer.json", "vocab.json"], False),
+    ],
+)
+def test_another_model_is_replaced_only_when_asked(
+    hub: type[StandIn], run: Path, there: list[str], is_ours: bool
+) -> None:
+    hub.there = there
+    if not is_ours:
+        shown = CliRunner().invoke(app, ["push", str(run), "me/large"])
+        assert shown.exit_code == 2
+        assert "config.json, model.safetensors, tokenizer.json, …" in shown.output and "--overwrite" in shown.output
+        assert [name for name, _ in hub.calls] == ["create_repo"]
+    shown = CliRunner().invoke(app, ["push", str(run), "me/large", *(() if is_ours else ("--overwrite",))])
+    assert shown.exit_code == 0 and hub.calls[-1][0] == "upload_folder"
 
 
 def test_weights_of_an_earlier_upload_do_not_stay_beside_those_of_this_one(hub: type[StandIn], run: Path) -> None:

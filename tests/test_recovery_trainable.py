@@ -249,7 +249,8 @@ def test_each_kind_is_trained_alone(chosen: str) -> None:
         source_model_of(model), groups=[Group(blocks=(1, 2), donor="mean", private=("norms", "scales"))]
     )
     fold_(model, plan)
-    make_trainable_(model, plan, RecoverySettings(**{"rank": 0, "norms": False, "private_terms": False, chosen: 1}))
+    nothing: dict[str, Any] = {"rank": 0, "norms": False, "private_terms": False}
+    make_trainable_(model, plan, RecoverySettings(**{**nothing, chosen: 1 if chosen == "rank" else True}))
     trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"private_terms": {"scale"}, "norms": {"weight"}, "rank": {"weight"}}[chosen]
     assert all(("norm" in name) == (chosen == "norms") for name, p in model.named_parameters() if p.requires_grad)
@@ -277,6 +278,12 @@ def test_private_terms_alone_need_some() -> None:
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"skew": 1.0}, "skew"),
         ({"patience": 0}, "patience"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number, not 2.5"),
+        ({"rank": None}, "rank must be a whole number, not None"),
+        ({"patience": 1.5}, "patience must be a whole number, not 1.5"),
+        ({"norms": 0}, "norms must be true or false, not 0"),
+        ({"kl": True}, "kl must be a number, not True"),
+        ({"learning_rate": "1e-3"}, "learning_rate must be a number, not '1e-3'"),
         ({"kl": 0.0, "lm": 1.0, "temperature": 2.0}, "temperature is 2.0, but it is of the loss kl"),
         ({"kl": 0.0, "lm": 1.0, "divergence": "reverse"}, "divergence is reverse, but it is of the loss kl"),
         ({"skew": 0.3}, "skew is 0.3, but it is of the skewed divergence, and this one is forward"),

@@ -21,6 +21,8 @@ from foldgpt.errors import ArtifactError
 _STAGING_MARK = ".foldgpt-partial-"
 #: What `tempfile` puts after the prefix it is given.
 _RANDOM_SUFFIX = re.compile(r"[a-z0-9_]{8}")
+#: What is to be replaced waits under this name.
+_ASIDE = "old"
 
 
 def _cannot_write(path: Path, error: OSError) -> ArtifactError:
@@ -69,13 +71,13 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def finite(value: Any) -> Any:
+def without_infinity(value: Any) -> Any:
     """A JSON value with None in place of what JSON has no number for: NaN and the infinities."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: without_infinity(item) for key, item in value.items()}
+    return [without_infinity(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def with_infinity(values: Sequence[float | None]) -> list[float]:
@@ -192,9 +194,10 @@ def alone(path: str | Path, *, wait: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
-        held.release()
+        # While it is held: who has opened it in the meantime sees that it is gone, and opens another.
         with suppress(OSError):  # a file that is open, on Windows
             lock.unlink()
+        held.release()
 
 
 def _move_into_place(staging: Path, path: Path) -> None:
@@ -204,14 +207,31 @@ def _move_into_place(staging: Path, path: Path) -> None:
         return
     retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_STAGING_MARK}{path.name}-"))
     try:
-        path.rename(retired / "old")
+        path.rename(retired / _ASIDE)
         try:
             staging.rename(path)
         except BaseException:
-            (retired / "old").rename(path)
+            try:
+                (retired / _ASIDE).rename(path)
+            except OSError as error:
+                raise ArtifactError(
+                    f"cannot write {path}: {error.strerror or error}. What was there is kept in {retired / _ASIDE}."
+                ) from error
             raise
     finally:
-        shutil.rmtree(retired, ignore_errors=True)
+        if path.exists():  # else what is aside is all there is
+            shutil.rmtree(retired, ignore_errors=True)
+
+
+def put_back(path: str | Path) -> None:
+    """Bring back a folder that a killed process had moved aside to replace it, if nothing took its place."""
+    path = Path(path)
+    if path.parent.is_dir() and not os.path.lexists(path):
+        for leftover in _leftovers(path):
+            if (leftover / _ASIDE).is_dir():
+                with suppress(OSError):
+                    (leftover / _ASIDE).rename(path)
+                return
 
 
 def take_over(there: str | Path, here: str | Path, *, leave: frozenset[str] = frozenset()) -> None:
@@ -278,8 +298,10 @@ def check_free_folder(path: str | Path, *, replace: bool = False) -> None:
     """`check_free` for an output that is a folder, moved there as a whole.
 
     A file is in the way in any case, and so is a folder that cannot be moved away: the current one, or a mounted one.
+    A folder that a killed process was about to replace is brought back first.
     """
     path = Path(path)
+    put_back(path)
     check_free(path, replace=replace)
     if path.is_file():
         raise ArtifactError(f"{path} is a file, and a folder is to be written there. Choose another place.")
@@ -311,7 +333,7 @@ def remove(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_STAGING_MARK}{path.name}-"))
-        path.rename(retired / "old")
+        path.rename(retired / "removed")
         shutil.rmtree(retired, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -319,25 +341,35 @@ def remove(path: str | Path) -> None:
 
 def remove_leftovers(path: str | Path) -> None:
     """Remove what a killed process left beside `path` while it was writing it, and nothing else."""
-    path = Path(path)
-    prefix = f"{_STAGING_MARK}{path.name}-"
-    for leftover in path.parent.iterdir():
-        # Exactly: the staging folder of `run-2` begins as one of `run` does.
-        if not (leftover.name.startswith(prefix) and _RANDOM_SUFFIX.fullmatch(leftover.name.removeprefix(prefix))):
-            continue
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+    put_back(path)
+    for leftover in _leftovers(Path(path)):
+        _discard(leftover)
 
 
 def remove_all_leftovers(folder: str | Path) -> None:
     """Remove what killed processes left anywhere in a folder. Nobody else may be writing in it."""
     for leftover in list(Path(folder).rglob(f"{_STAGING_MARK}*")):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+        name, _, suffix = leftover.name.removeprefix(_STAGING_MARK).rpartition("-")
+        if name and _RANDOM_SUFFIX.fullmatch(suffix):
+            put_back(leftover.with_name(name))
+        _discard(leftover)
+
+
+def _leftovers(path: Path) -> list[Path]:
+    prefix = f"{_STAGING_MARK}{path.name}-"
+    return [
+        entry
+        for entry in path.parent.iterdir()
+        # Exactly: the staging folder of `run-2` begins as one of `run` does.
+        if entry.name.startswith(prefix) and _RANDOM_SUFFIX.fullmatch(entry.name.removeprefix(prefix))
+    ]
+
+
+def _discard(leftover: Path) -> None:
+    if leftover.is_dir():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        leftover.unlink(missing_ok=True)
 
 
 def hash_of(value: Any) -> str:

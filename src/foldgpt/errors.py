@@ -27,6 +27,10 @@ class UsageError(FoldGPTError):
     exit_code = 2
 
 
+class NotFiniteError(UsageError):
+    """A model whose states are beyond what its number format holds."""
+
+
 class PlanError(UsageError):
     """A fold plan that contradicts itself or does not fit the model it is applied to."""
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 #: What of a config does not change what the model computes.
 CONFIG_NOISE = frozenset(("_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "torch_dtype"))
+#: Values that are brought from a device at a time.
+_PART = 1 << 24
 
 
 def ids_fingerprint(ids_WT: Tensor) -> str:
@@ -23,15 +25,20 @@ def ids_fingerprint(ids_WT: Tensor) -> str:
 
 @torch.no_grad()
 def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 (hex) of what tells a model apart: name, shape, format and some values of each weight, and its config."""
+    """SHA-256 (hex) of a model: its config, and the name, shape, format and all values of each weight and buffer.
+
+    Buffers that are made anew with each model are left out. What is offloaded is known by its name, shape and format.
+    """
     digest = hashlib.sha256()
     config: Any = getattr(model, "config", None)
     if config is not None:
         values = {name: value for name, value in config.to_dict().items() if name not in CONFIG_NOISE}
         digest.update(json.dumps(values, sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if not parameter.is_meta:  # offloaded: what is there is known by its name alone
-            flat = parameter.detach().flatten()
-            digest.update(flat[:: max(1, len(flat) // 1024)].cpu().double().numpy().tobytes())
+    saved = model.state_dict(keep_vars=True).keys()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+    for name, value in (*model.named_parameters(), *buffers):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        if not value.is_meta:
+            for part in value.detach().flatten().split(_PART):
+                digest.update(part.cpu().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -6,9 +6,10 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -44,6 +45,8 @@ _STALE = (
 )
 #: JSON files with records of texts and models by where they lie on this machine, and where in them that is.
 _RECORDS = {"plan.json": (), "recovery.json": (), "config.json": ("fold_plan",)}
+#: What any new repository may have.
+_OF_ANY_REPOSITORY = (".gitattributes", ".gitignore", "README.md", "LICENSE*", "NOTICE*")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 #: Folder of further chat templates of a tokenizer.
 _TEMPLATES = "additional_chat_templates"
@@ -96,7 +99,14 @@ def _is_part(path: Path) -> bool:
     return path.is_file() and any(path.match(pattern) for pattern in _PARTS) and not path.name.startswith(".")
 
 
-def push(folder: str | Path, repo: str, *, private: bool | None = None, revision: str | None = None) -> str:
+def push(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> str:
     """Upload a folded checkpoint; the repository is made if it does not exist.
 
     The token is that of `hf auth login` or of the variable HF_TOKEN, as everywhere with the hub. Only what belongs to
@@ -108,13 +118,14 @@ def push(folder: str | Path, repo: str, *, private: bool | None = None, revision
         repo: "owner/name"; the owner of a name alone is the account whose token it is.
         private: whether a new repository is private; by default what the account says.
         revision: branch to upload to; it is made if it does not exist.
+        overwrite: replace a model that was not uploaded from a folded checkpoint.
 
     Returns:
         The address of the repository.
 
     Raises:
         ArtifactError: as `check_upload` says.
-        UsageError: likewise.
+        UsageError: likewise, or the repository holds another kind of model.
         FoldGPTError: the hub refuses, or cannot be reached.
     """
     from huggingface_hub import HfApi
@@ -124,14 +135,16 @@ def push(folder: str | Path, repo: str, *, private: bool | None = None, revision
     if upload.left:
         note(f"left out, not known as a part of a checkpoint: {', '.join(upload.left)}")
     api = HfApi()
-    try:
-        address = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
-        # A name without an owner is completed here, and nowhere else.
-        repo = address.repo_id
-        if revision is not None:
-            api.create_branch(repo, branch=revision, repo_type="model", exist_ok=True)
-        note(f"uploading {upload.folder} to {repo}")
-        with _as_it_goes_up(upload) as staging:
+    with _as_it_goes_up(upload) as staging:
+        try:
+            address = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
+            # A name without an owner is completed here, and nowhere else.
+            repo = address.repo_id
+            if revision is not None:
+                api.create_branch(repo, branch=revision, repo_type="model", exist_ok=True)
+            if not overwrite:
+                _check_ours(repo, api.list_repo_files(repo, revision=revision))
+            note(f"uploading {upload.folder} to {repo}")
             api.upload_folder(
                 repo_id=repo,
                 folder_path=staging,
@@ -140,15 +153,29 @@ def push(folder: str | Path, repo: str, *, private: bool | None = None, revision
                 commit_message="Upload a model folded with FoldGPT",
                 delete_patterns=list(_STALE),
             )
-    except FoldGPTError:
-        raise
-    except LocalTokenNotFoundError as error:
-        raise FoldGPTError("no token for the hub: run `hf auth login`, or set HF_TOKEN") from error
-    except HfHubHTTPError as error:
-        raise FoldGPTError(f"the hub refuses {repo}: {first_line(error)}") from error
-    except Exception as error:  # which library raises when there is no network depends on the client's version
-        raise FoldGPTError(f"cannot reach the hub: {first_line(error)}") from error
+        except FoldGPTError:
+            raise
+        except LocalTokenNotFoundError as error:
+            raise FoldGPTError("no token for the hub: run `hf auth login`, or set HF_TOKEN") from error
+        except HfHubHTTPError as error:
+            raise FoldGPTError(f"the hub refuses {repo}: {first_line(error)}") from error
+        except Exception as error:  # which library raises without a network depends on the client's version
+            raise FoldGPTError(f"cannot reach the hub: {first_line(error)}") from error
     return str(address)
+
+
+def _check_ours(repo: str, there: Sequence[str]) -> None:
+    """Refuse to replace what no folded checkpoint was uploaded to.
+
+    Raises:
+        UsageError: there is something else.
+    """
+    others = [name for name in there if not any(fnmatch(name, pattern) for pattern in _OF_ANY_REPOSITORY)]
+    if others and "plan.json" not in there:
+        raise UsageError(
+            f"{repo} holds something else ({', '.join(others[:3])}{', …' if len(others) > 3 else ''}), and its model "
+            "would be replaced: choose another name or --revision, or pass --overwrite"
+        )
 
 
 @contextmanager

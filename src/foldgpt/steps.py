@@ -146,7 +146,7 @@ def make_recovered(
     """Train a folded model against the recipe's, and save it, verified.
 
     Args:
-        bench: the inputs; its model is the teacher.
+        bench: the inputs; its model is the teacher, where a loss compares with one.
         folded: the folded model; it holds its plan.
         out: where the recovered one is saved.
         replace: replace an existing `out`.
@@ -174,7 +174,12 @@ def make_recovered(
             f"Give the model that it was folded from ({plan.source.model}) as teacher."
         )
     check_trainable(student.model)
-    if bench.recovery_settings.needs_teacher and bench.source.offloaded:
+    teacher = None
+    if bench.recovery_settings.needs_teacher:
+        teacher = bench.source.model
+    else:
+        bench.let_go_of_source()
+    if teacher is not None and bench.source.offloaded:
         raise FoldGPTError(
             f"{recipe.model} does not fit in the memory that is free (or allowed by max_memory_gb) beside {folded}; "
             "recovery needs both. Load them in 16 bits (dtype), or take a larger machine"
@@ -182,7 +187,7 @@ def make_recovered(
     train, held_out = bench.training_windows(out)
     result = recover(
         student.model,
-        bench.source.model,
+        teacher,
         plan,
         train,
         held_out,

@@ -148,6 +148,10 @@ class Workbench:
             vars(other)["source"] = made.pop("source")
         return other
 
+    def let_go_of_source(self) -> None:
+        """Give the memory of the loaded model back; it is loaded anew when it is asked for."""
+        vars(self).pop("source", None)
+
     @cached_property
     def why_uncompensated(self) -> str | None:
         """Why this model's blocks cannot be compensated, which is said when it is first asked for; None if they can."""

@@ -56,6 +56,9 @@ def push(
         bool | None, typer.Option(help="Make a new repository private.", show_default="as the account says")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to upload to.", show_default=False)] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model there that is no folded one.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the model and list what would be uploaded; needs no network.")
     ] = False,
@@ -74,4 +77,4 @@ def push(
             if upload.left:
                 typer.echo(f"left out, not known as a part of a checkpoint: {', '.join(upload.left)}")
             return
-        typer.echo(hub.push(folder, repo, private=private, revision=revision))
+        typer.echo(hub.push(folder, repo, private=private, revision=revision, overwrite=overwrite))

@@ -78,6 +78,7 @@ def compensate(
 
     Raises:
         UsageError: the windows do not fit the model.
+        NotFiniteError: its states are not finite.
         UnsupportedModelError: the model's family cannot be compensated.
     """
     walk = Walk.of(removal, len(decoder_of(model).blocks) if replay is None else replay.num_blocks, where=where)

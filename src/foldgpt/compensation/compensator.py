@@ -14,7 +14,7 @@ from foldgpt.compensation.carriers import inner_module, norm_behind, output_matr
 from foldgpt.compensation.correction import Correction, CutReport
 from foldgpt.compensation.least_squares import Sums, added, best_ridge, downhill, solve
 from foldgpt.compensation.through_norm import NormedFit, error_of, fit_through_norm
-from foldgpt.errors import UnsupportedModelError, UsageError
+from foldgpt.errors import NotFiniteError, UnsupportedModelError, UsageError
 from foldgpt.families.norms import effective_scale, epsilon_of, rms_normed
 from foldgpt.plan import Sublayer
 from foldgpt.replay import Replay
@@ -109,7 +109,8 @@ class Compensator:
             The stream behind the corrected block, [W, T, H] in the dtype of o, and the correction.
 
         Raises:
-            UsageError: the shapes differ, or a value is not finite.
+            UsageError: the shapes differ.
+            NotFiniteError: a value is not finite.
             UnsupportedModelError: see the class.
         """
         if not output_WTH.shape == mlp_output_WTH.shape == target_WTH.shape:
@@ -246,7 +247,7 @@ class Compensator:
         for rows in looked_at:
             norm_R = torch.linalg.vector_norm(rows.float(), dim=-1)
             if not bool(norm_R.isfinite().all()):
-                raise UsageError(f"the states of block {block} hold values that are not finite")
+                raise NotFiniteError(f"the states of block {block} hold values that are not finite")
             median = norm_R.median()
             if median > 0:
                 weight_R = weight_R.masked_fill(norm_R > self.outliers * median, 0.0)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from foldgpt.artifacts import finite
+from foldgpt.artifacts import without_infinity
 from foldgpt.compensation.compensate import compensate
 from foldgpt.compensation.correction import Correction
 from foldgpt.compensation.merge import merge_, set_parameters_, values_of_carriers
@@ -50,7 +50,7 @@ class Compensated:
 
     def to_json_dict(self) -> dict[str, Any]:
         """Figures alone, without the maps; None for those that are not finite, which JSON cannot hold."""
-        figures: dict[str, Any] = finite(
+        figures: dict[str, Any] = without_infinity(
             {
                 "kept": self.kept,
                 "kl_before": self.kl_before,

@@ -56,8 +56,9 @@ def packed_windows(
     others; one that ends leaves its turns to them. The documents of a text, each drawn from 1,024 that were read ahead,
     are tokenised, followed by EOS, and packed. Where the tokenizer puts BOS before a text, every document and every
     window begins with it. Chats are rendered by the tokenizer's template, and only what the assistant says is scored;
-    see `chat_tokens`. Ids and marks lie in files, which a later call with the same inputs finds again; a text whose
-    contents changed is another input. Texts are read only as far as needed.
+    see `chat_tokens`. Ids and marks lie in files, which a later call with the same inputs finds again; a file whose
+    contents changed is another input, while a data set on the hub is known by its name and options: give its commit as
+    `revision` where it may change. Texts are read only as far as needed.
 
     Args:
         specs: texts, as in `read_documents`.

@@ -70,7 +70,7 @@ def recover(
     Args:
         student: the folded model; changed in place. Afterwards it is the recovered one (but under FSDP, which takes it
             apart: read the saved one).
-        teacher: the source; None only where no loss compares with it.
+        teacher: the source; of no use, and not needed, where no loss compares with it.
         plan: the plan that the student was folded by.
         train: training windows.
         held_out: windows that are never trained on; the state that does best on them is kept.
@@ -111,6 +111,7 @@ def recover(
         check_compiler(device)
     pairs = check_plan_suits(plan, settings)
     args, train = _arguments(settings, train, work, cpu=device.type == "cpu", report_to=report_to)
+    teacher = teacher if settings.needs_teacher else None
     is_main = args.process_index == 0
     identity = _identity(student, teacher, plan, train, held_out, settings)
     # Another recovery into the same place would take what this one has so far for a killed one's.

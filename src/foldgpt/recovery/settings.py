@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Literal
 
 from foldgpt.errors import UsageError, did_you_mean
@@ -14,6 +16,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "states_at": ("cuts", "all"),
     "train_blocks": ("all", "behind"),
     "train_fully": ("none", "cuts", "all"),
+}
+#: Annotation → what it is called, and whether a value is one. In Python True is a number.
+_KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "int": ("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
+    "float": ("a number", lambda value: isinstance(value, Real) and not isinstance(value, bool)),
 }
 
 
@@ -91,6 +99,9 @@ class RecoverySettings:
                 raise UsageError(f"unknown {name} {value!r}.{did_you_mean(str(value), choices)}")
         for field in fields(self):
             value = getattr(self, field.name)
+            words, is_one = _KINDS.get(str(field.type).removesuffix(" | None"), ("", lambda _: True))
+            if not is_one(value) and (value is not None or field.default is not None):
+                raise UsageError(f"{field.name} must be {words}, not {value!r}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UsageError(f"{field.name} must be a finite number, not {value}")
         for name in ("kl", "lm", "last_error", "last_cosine", "states", "weight_decay", "rank"):

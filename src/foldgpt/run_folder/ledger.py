@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from foldgpt.errors import ArtifactError
 WRITTEN_LATER = frozenset({"README.md"})
 
 _FORMAT = "foldgpt.run"
+#: Bytes from which on a file is read once, as long as its size and time stay as they are.
+_LARGE = 16 << 20
 
 
 def read_stages(ledger: Path) -> dict[str, dict[str, Any]]:
@@ -38,7 +41,7 @@ def identity_of_inputs(inputs: Mapping[str, Any]) -> str:
 
 
 def contents_of(folder: Path, outputs: Sequence[str]) -> dict[str, Any]:
-    """What the outputs hold: hashes of small files, sizes of large ones; None for what is missing."""
+    """Hashes of the files that are outputs or lie in them; None for what is missing."""
     contents: dict[str, Any] = {}
     for name in outputs:
         path = folder / name
@@ -47,7 +50,7 @@ def contents_of(folder: Path, outputs: Sequence[str]) -> dict[str, Any]:
             files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name not in WRITTEN_LATER]
         for file in files:
             place = str(file.relative_to(folder))
-            contents[place] = _identity(file) if file.is_file() else None
+            contents[place] = _hash_of(file) if file.is_file() else None
     return contents
 
 
@@ -61,6 +64,14 @@ def _is_entry(entry: Any) -> bool:
     )
 
 
-def _identity(file: Path) -> str:
-    size = file.stat().st_size
-    return f"{size} bytes" if size > 16 << 20 else hash_of_file(file)
+def _hash_of(file: Path) -> str:
+    found = file.stat()
+    if found.st_size < _LARGE:
+        return hash_of_file(file)
+    return _hash_of_large(file, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _hash_of_large(file: Path, *_: int) -> str:
+    """The hash of a file as it is now: weights are asked for several times in a run."""
+    return hash_of_file(file)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from foldgpt.compensation import Walk, compensate, merged
-from foldgpt.errors import UsageError
+from foldgpt.errors import NotFiniteError
 from foldgpt.folding import source_model_of
 from foldgpt.plan import FoldPlan
 from foldgpt.replay import Replay
@@ -67,7 +67,7 @@ class FoldedCost:
         plan = FoldPlan.create(self._source, removed=blocks, removed_attention=attentions, removed_mlp=mlps)
         try:
             corrections = compensate(model, plan, self._fitted.ids_WT, replay=self._fitted)
-        except UsageError:  # states that are not finite
+        except NotFiniteError:
             corrections = {}
         with merged(model, corrections):
             value = float(self._held.costs(removed, keep=False, changed_from=min(corrections, default=None)).mean())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from foldgpt.artifacts import finite, with_infinity
+from foldgpt.artifacts import with_infinity, without_infinity
 from foldgpt.progress import bar
 from foldgpt.selection.checkpoint import Checkpoint
 from foldgpt.selection.cost import RemovalCost
@@ -34,7 +34,7 @@ def greedy(request: Request) -> Selection:
     removed: Removed = frozenset(order)
 
     def keep(*, now: bool = False) -> None:
-        checkpoint.save({"order": order, "trace": trace, "first": finite(first)}, now=now)
+        checkpoint.save({"order": order, "trace": trace, "first": without_infinity(first)}, now=now)
 
     with bar("greedy", units.target) as progress:
         progress.advance(sum(units.sizes[unit] for unit in order))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from foldgpt.artifacts import finite, with_infinity
+from foldgpt.artifacts import with_infinity, without_infinity
 from foldgpt.selection.checkpoint import Checkpoint
 from foldgpt.selection.measured import leave_one_out, ranked, selection_of
 from foldgpt.selection.selection import Request, Selection
@@ -19,8 +19,10 @@ def loo(request: Request) -> Selection:
     cost = request.need_cost("loo")
     checkpoint = Checkpoint("loo", request, cost)
     known = with_infinity(checkpoint.found.get("scores", []))
-    scores = leave_one_out(cost, known=known, after_each=lambda scores: checkpoint.save({"scores": finite(scores)}))
-    checkpoint.save({"scores": finite(scores)}, now=True)
+    scores = leave_one_out(
+        cost, known=known, after_each=lambda scores: checkpoint.save({"scores": without_infinity(scores)})
+    )
+    checkpoint.save({"scores": without_infinity(scores)}, now=True)
     order = ranked(scores)
     removed = cost.units.fill(order)
     value = cost.cost(removed)

@@ -40,7 +40,7 @@ def leave_one_out(
     return scores
 
 
-def finite(scores: Sequence[float]) -> list[float]:
+def capped(scores: Sequence[float]) -> list[float]:
     """Scores with the largest finite one in place of infinities; 0 where all are infinite."""
     largest = max((score for score in scores if score != float("inf")), default=0.0)
     return [min(score, largest) for score in scores]
@@ -73,7 +73,7 @@ def selection_of(
     whole, attention, mlp = cost.units.parts(removed)
     return Selection(
         method=method,
-        scores=None if scores is None else tuple(finite(scores)),
+        scores=None if scores is None else tuple(capped(scores)),
         order=tuple(order),
         removed=whole,
         removed_attention=attention,

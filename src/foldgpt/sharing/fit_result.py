@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from foldgpt.artifacts import finite
+from foldgpt.artifacts import without_infinity
 from foldgpt.folding.fitted import GroupFit
 from foldgpt.plan import Sublayer
 
@@ -71,7 +71,7 @@ class SharingFit:
 
     def to_json_dict(self) -> dict[str, Any]:
         """Figures alone, without the weights; None for those that are not finite, which JSON cannot hold."""
-        figures: dict[str, Any] = finite(
+        figures: dict[str, Any] = without_infinity(
             {
                 "kl": self.kl,
                 "num_tokens": self.num_tokens,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foldgpt.artifacts import finite, with_infinity
+from foldgpt.artifacts import with_infinity, without_infinity
 from foldgpt.compensation import compensate_and_judge_, set_parameters_
-from foldgpt.errors import FoldGPTError, PlanError, UnsupportedModelError, UsageError
+from foldgpt.errors import FoldGPTError, PlanError, UnsupportedModelError, UsageError, first_line
 from foldgpt.families import Decoder, decoder_of
 from foldgpt.fingerprints import ids_fingerprint
 from foldgpt.folding import predicted_parameters
@@ -183,7 +183,8 @@ class _Solver:
         self.removal = removal
         self.decoder: Decoder = decoder_of(model)
         self._file = ProgressFile(checkpoint, _CHECKPOINT_FORMAT, partial(self._identity, ids_WT), seconds_between=0.0)
-        self._earlier, self._pair_lists = _read(self._file.load())
+        earlier, self._pair_lists = _read(self._file.load())
+        self._earlier = {candidate.name: candidate for candidate in earlier}
         self.replay = sharing_replay(model, ids_WT)
         self.fitted, self.held = split(self.replay)
         self.candidates: list[Candidate] = []
@@ -200,8 +201,10 @@ class _Solver:
                 ways.append(partial(self._measured_apart, fewest - shared + more, more))
         for way in ways:
             # Families whose sublayers are not known, or hold what nothing can be fitted for, such as experts.
-            with suppress(UnsupportedModelError):
+            try:
                 way()
+            except UnsupportedModelError as error:
+                note(f"left out: {first_line(error)}")
         best = min(self.candidates, key=lambda candidate: candidate.kl)
         tokens = sum(rows.stop - rows.start for rows in self.held) * self.replay.ids_WT.shape[1]
         return Solution(best, tuple(self.candidates), tokens)
@@ -341,7 +344,7 @@ class _Solver:
         what = "+".join(sublayers)
         if what not in self._pair_lists:
             costs_NN = self._cost.pairs(range(len(self.decoder.blocks)), reach=_REACH, sublayers=sublayers)
-            self._pair_lists[what] = [finite(row) for row in costs_NN.tolist()]
+            self._pair_lists[what] = [without_infinity(row) for row in costs_NN.tolist()]
             self._save()
         return torch.tensor([with_infinity(row) for row in self._pair_lists[what]], dtype=torch.float64)
 
@@ -377,9 +380,8 @@ class _Solver:
         fits: bool = True,
     ) -> None:
         """Measure a candidate, unless an earlier run of the same search has."""
-        number = len(self.candidates)
-        if number < len(self._earlier):
-            kept = self._earlier[number]
+        kept = self._earlier.pop(name, None)
+        if kept is not None:
             self.candidates.append(kept)
             note(f"{name}: KL {kept.kl:.4f}, measured before")
             return
@@ -420,7 +422,7 @@ class _Solver:
                 # Those of before that have not come up again stay: this run may be stopped as well.
                 "candidates": [
                     {**vars(found), "plan": found.plan.to_json_dict()}
-                    for found in (*self.candidates, *self._earlier[len(self.candidates) :])
+                    for found in (*self.candidates, *self._earlier.values())
                 ],
                 "pairs": self._pair_lists,
             }

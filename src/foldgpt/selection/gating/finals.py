@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from foldgpt.artifacts import finite, with_infinity
+from foldgpt.artifacts import with_infinity, without_infinity
 from foldgpt.progress import bar
 from foldgpt.selection.units import Removed
 
@@ -74,7 +74,7 @@ class Round:
         return {
             "sets": [sorted(removed) for removed in self.sets],
             "measured": [sorted(removed) for removed in self.costs],
-            "costs": finite(list(self.costs.values())),
+            "costs": without_infinity(list(self.costs.values())),
             "floor": self.floor,
         }
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from foldgpt.artifacts import finite, with_infinity
+from foldgpt.artifacts import with_infinity, without_infinity
 from foldgpt.errors import UsageError, did_you_mean
 from foldgpt.progress import bar
 from foldgpt.selection.checkpoint import Checkpoint
@@ -148,7 +148,7 @@ class _Search:
                 "estimator": self._options["estimator"],
                 "steps": len(self._progress["trace"]),
                 "trace": self._progress["trace"],
-                "leave_one_out": finite(scores),
+                "leave_one_out": without_infinity(scores),
                 "by_gates_alone": sorted(self._cost.units.fill(by_gate)),
                 "refined": [
                     {"removed": sorted(found), "cost": known[found]}
@@ -174,7 +174,7 @@ class _Search:
         batches = max(1, min(batches, self._cost.num_batches))
 
         def keep(scores: list[float]) -> None:
-            self._progress["scores"] = finite(scores)
+            self._progress["scores"] = without_infinity(scores)
             self._save(now=len(scores) == len(self._cost.units))
 
         return leave_one_out(self._cost, self._cost.sample(0, batches), known=known, after_each=keep)

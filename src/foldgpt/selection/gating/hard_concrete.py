@@ -17,7 +17,7 @@ from foldgpt.errors import FoldGPTError
 from foldgpt.selection.cost import RemovalCost, Sample
 from foldgpt.selection.gated_pass import check_blocks, gradient_of_gates
 from foldgpt.selection.gating.estimator import restore_moments_
-from foldgpt.selection.measured import finite
+from foldgpt.selection.measured import capped
 
 _TEMPERATURE = 2 / 3
 _LOW, _HIGH = -0.1, 1.1
@@ -52,7 +52,7 @@ class HardConcrete:
         self._samples = samples
         self._num_steps = num_steps
         self._generator = torch.Generator().manual_seed(seed)
-        log_N = torch.tensor(finite(scores), dtype=torch.float64).clamp_min(1e-12).log()
+        log_N = torch.tensor(capped(scores), dtype=torch.float64).clamp_min(1e-12).log()
         self._logits_N = ((log_N - log_N.mean()) / log_N.std().clamp_min(1e-6)).requires_grad_()
         self._optimizer = torch.optim.Adam([self._logits_N], lr=learning_rate)
         self._steps = 0

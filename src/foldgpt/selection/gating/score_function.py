@@ -23,7 +23,7 @@ from foldgpt.errors import FoldGPTError
 from foldgpt.selection.cost import RemovalCost, Sample
 from foldgpt.selection.gating.estimator import restore_moments_
 from foldgpt.selection.gating.surrogate import Measurement, Surrogate
-from foldgpt.selection.measured import finite
+from foldgpt.selection.measured import capped
 from foldgpt.selection.units import Removed, Units
 
 #: Standard deviation of the log cost on one micro-batch.
@@ -71,6 +71,7 @@ class ScoreFunction:
         self._logits_U = _starting_logits(scores)
         self._optimizer = torch.optim.Adam([self._logits_U], lr=learning_rate, betas=(0.9, 0.95))
         self._steps = 0
+        self._kept: tuple[int, Tensor] | None = None
 
     def step(self) -> float:
         """Measure a few sampled sets and move the gates along the gradient of the expected log cost."""
@@ -102,11 +103,14 @@ class ScoreFunction:
 
     def keep_probabilities(self) -> Tensor:
         """The share of drawn sets that keep each unit."""
+        if self._kept is not None and self._kept[0] == self._steps:
+            return self._kept[1]
         generator = torch.Generator().manual_seed(0)
         gone_U = torch.zeros(len(self._cost.units), dtype=torch.float64)
         for found in draw(self._logits_U, self._cost.units, _FREE_SAMPLES, generator):
             gone_U[list(found.removed)] += 1 / _FREE_SAMPLES
-        return 1 - gone_U
+        self._kept = self._steps, 1 - gone_U
+        return self._kept[1]
 
     def has_settled(self) -> bool:
         """Whether nearly every draw gives the same set."""
@@ -185,7 +189,7 @@ def log_probability(logits_U: Tensor, drawn: list[list[int]]) -> Tensor:
 
 def _starting_logits(scores: Sequence[float]) -> Tensor:
     """Logits of removal: units that cost little alone are likely to go, but none is ruled out."""
-    log_U = torch.tensor(finite(scores), dtype=torch.float64).clamp_min(1e-12).log()
+    log_U = torch.tensor(capped(scores), dtype=torch.float64).clamp_min(1e-12).log()
     spread = log_U.std().clamp_min(1e-6)
     return (-(log_U - log_U.mean()) / spread * _STARTING_SPREAD).requires_grad_()
 

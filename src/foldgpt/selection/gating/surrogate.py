@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foldgpt.selection.measured import finite
+from foldgpt.selection.measured import capped
 from foldgpt.selection.units import Removed
 
 
@@ -51,7 +51,7 @@ class Surrogate:
     """
 
     def __init__(self, scores_U: Sequence[float], per_block: int) -> None:
-        self._scores_U = torch.tensor(finite(scores_U), dtype=torch.float64)
+        self._scores_U = torch.tensor(capped(scores_U), dtype=torch.float64)
         depth = torch.arange(len(scores_U), dtype=torch.float64) // per_block
         same_kind = torch.arange(len(scores_U)) % per_block
         near = torch.exp(-(depth[:, None] - depth[None]).abs() / _REACH)
