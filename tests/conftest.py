@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays: looking through it for garbage, at each load of a model, takes half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +62,23 @@ def loud_again() -> Iterator[None]:
     from foldgpt import progress
 
     progress.be_quiet(False)
+
+
+@pytest.fixture(autouse=True)
+def unpainted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are laid out and not painted, which takes most of their time; a test that looks at them is marked."""
+    if request.node.get_closest_marker("paints"):
+        return
+    from foldgpt import figures
+    from foldgpt.artifacts import write_text
+
+    def save(figure: Any, path_stem: str | Path) -> tuple[Path, Path]:
+        png, svg = (Path(path_stem).with_name(f"{Path(path_stem).name}.{kind}") for kind in ("png", "svg"))
+        for path in (png, svg):
+            write_text(path, "unpainted")
+        return png, svg
+
+    monkeypatch.setattr(figures, "save_figure", save)
 
 
 @pytest.fixture

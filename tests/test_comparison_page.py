@@ -16,6 +16,8 @@ from foldgpt.figures import draw_agreement
 from foldgpt.report import as_markdown, write_comparison
 from foldgpt.report.rows import rows_of
 
+pytestmark = pytest.mark.paints
+
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -15,6 +15,8 @@ from foldgpt.analysis.result import Analysis, SublayerMeasures
 from foldgpt.errors import ArtifactError
 from foldgpt.plan import FoldPlan, Group, SourceModel
 
+pytestmark = pytest.mark.paints
+
 
 def analysis(num_blocks: int, *, sublayers: bool = True, bi: list[float] | None = None) -> Analysis:
     bi = bi or [0.5 * math.exp(-index) + 0.02 for index in range(num_blocks)]

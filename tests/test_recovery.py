@@ -103,6 +103,22 @@ def test_states_are_aligned_by_source_index() -> None:
     assert aligned_blocks(FoldPlan.create(plan.source, removed=[1], groups=[zero]), "cuts") == [(0, 1), (2, 3)]
 
 
+@torch.no_grad()
+def test_a_recovery_compares_states_that_are_aligned(tmp_path: Path) -> None:
+    teacher = tiny_model("llama")
+    plan = FoldPlan.create(source_model_of(teacher), removed=[1, 4])
+    with torch.enable_grad():
+        settings = RecoverySettings(states=1.0, rank=2, batch_size=2)
+        result = recovered_by(teacher, plan, tmp_path / "out", settings, windows=(2, 4))
+    student = copy.deepcopy(teacher)
+    fold_(student, plan)
+    ids = tiny_windows(4, seed=2)
+    theirs, ours = Body(teacher, [1, 4])(ids).between, Body(student, [0, 2])(ids).between
+    pairs = zip(theirs, ours, strict=True)
+    expected = torch.stack([relative_error(t[:, :-1].flatten(0, 1), s[:, :-1].flatten(0, 1)).mean() for t, s in pairs])
+    assert result.before["states"] == pytest.approx(float(expected.mean()), rel=1e-5)
+
+
 def test_what_folding_changed_first() -> None:
     source = tiny_pair()[2].source
 

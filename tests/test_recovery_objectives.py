@@ -13,6 +13,7 @@ from foldgpt.objectives import (
     Head,
     cosine_distance,
     divergence,
+    forward_kl,
     fused_logit_losses,
     relative_error,
 )
@@ -99,6 +100,24 @@ def test_no_table_of_all_rows_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     states = torch.randn(ROWS, 32, requires_grad=True)
     fused_logit_losses(head, states, torch.zeros(ROWS, dtype=torch.int64), lm_weight=1.0)[0].backward()
     assert max(sizes) == 2 and sum(sizes) == ROWS
+    # Both heads, where two models are compared.
+    teacher_head = Head(tiny_model("llama", seed=1))
+    teachers, theirs = [], teacher_head.logits
+    monkeypatch.setattr(teacher_head, "logits", lambda hidden: teachers.append(len(hidden)) or theirs(hidden))
+    others = torch.randn(ROWS, 32)
+    fused_logit_losses(
+        head,
+        states,
+        torch.zeros(ROWS, dtype=torch.int64),
+        teacher_head=teacher_head,
+        teacher_RH=others,
+        divergence=DivergenceLoss("forward", 1.0, 0.1),
+    )[0].backward()
+    assert max(teachers) == 2 and sum(teachers) == ROWS
+    for seen in (sizes, teachers):
+        seen.clear()
+    forward_kl(teacher_head, others, states.detach(), student_head=head)
+    assert max(sizes) <= 2 and max(teachers) <= 2 and sum(sizes) == sum(teachers) == ROWS
 
 
 def test_hidden_losses_count_each_token_alike() -> None:
@@ -110,3 +129,8 @@ def test_hidden_losses_count_each_token_alike() -> None:
     cosines = torch.stack([s @ t / (s.norm() * t.norm()) for s, t in zip(student, teacher, strict=True)])
     torch.testing.assert_close(cosine_distance(teacher, student), 1 - cosines)
     assert relative_error(teacher.bfloat16(), student.bfloat16()).dtype == torch.float32
+    # In 16 bits the cosine of two states that are nearly alike is 1.
+    near = (teacher + 0.02 * student).bfloat16(), teacher.bfloat16()
+    torch.testing.assert_close(
+        cosine_distance(*near).double(), cosine_distance(*(states.double() for states in near)), rtol=1e-2, atol=1e-7
+    )

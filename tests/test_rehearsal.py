@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from foldgpt import pipeline, side_by_side
+from foldgpt import pipeline, rehearsal, side_by_side
 from foldgpt.architectures import known_architectures
 from foldgpt.cli import app
 from foldgpt.comparison.rows import known_rows
@@ -36,7 +37,7 @@ from foldgpt.selection import Request, search_passes, select
 from foldgpt.selection.cost import CACHE_BYTES
 from foldgpt.workbench import Workbench
 from models import tiny_config, tiny_model, token_ids
-from run_inputs import tiny_recipe, tiny_source, tiny_text
+from run_inputs import planned, tiny_recipe, tiny_source, tiny_text
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 #: Recipes of models that are too large for this project's own machines, and those of models that install with pip.
@@ -51,9 +52,33 @@ def test_shapes_give_the_published_number_of_parameters(architecture: object) ->
     assert sum(p.numel() for p in model.parameters()) == architecture.parameters  # type: ignore[attr-defined]
 
 
+def without_numbers(recipe: Recipe) -> dict[str, Any]:
+    """A recipe without how much goes, and how much is shared instead in a comparison."""
+    values = recipe.model_dump(mode="json")
+    row = values["compare"]["rows"]["gates + sharing"]
+    values["select"]["remove"] = row["select"]["remove"] = row["share"]["group_size"] = None
+    values["compare"]["budget_tolerance"] = None
+    return values
+
+
+@pytest.mark.parametrize("path", [path for path in LARGE if path.stem.endswith("-27")], ids=lambda path: path.stem)
+def test_recipes_of_one_model_differ_in_numbers_alone(path: Path) -> None:
+    """So what is rehearsed of the larger cut holds for the smaller one."""
+    less, more = (Recipe.load(path.with_stem(path.stem.replace("-27", name))) for name in ("-27", "-36"))
+    assert without_numbers(less) == without_numbers(more)
+    num_blocks = config_of(less.model).num_hidden_layers
+    for recipe, ratio in ((less, 0.27), (more, 0.36)):
+        assert recipe.select.remove is not None
+        # As near as whole blocks allow.
+        assert abs(recipe.select.remove / num_blocks - ratio) <= 0.5 / num_blocks
+
+
 @pytest.mark.parametrize(
     "path",
-    [*LARGE, *(pytest.param(path, marks=pytest.mark.real_model) for path in SMALL if path.stem != "demo")],
+    [
+        *(path for path in LARGE if not path.stem.endswith("-27")),
+        *(pytest.param(path, marks=pytest.mark.real_model) for path in SMALL if path.stem != "demo"),
+    ],
     ids=lambda path: path.stem,
 )
 def test_each_recipe_runs_through_on_a_tiny_model(path: Path) -> None:
@@ -211,7 +236,7 @@ def test_searches_take_about_as_many_passes_as_expected(tmp_path: Path) -> None:
     for method in ("greedy", "loo"):
         recipe = Recipe.from_dict(tiny_recipe(source, text, compensate={"method": "none"}))
         recipe = recipe.changed(select={"method": method, "remove": 4, "num_tokens": 128})
-        took = pipeline.run(recipe, tmp_path / method).plan.origin["report"]["forward_equivalents"]
+        took = planned(Workbench(recipe)).origin["report"]["forward_equivalents"]
         assert 0.5 <= search_passes(method, Request(12, 4)) / took <= 2
     ids = token_ids(tiny_model("llama"), (8, 32))
     for method in ("greedy", "loo", "taylor", "gates"):
@@ -422,7 +447,7 @@ def test_a_local_model_needs_no_known_shape_and_an_unknown_one_says_so(
         config_of("nobody/nothing")
 
 
-def test_several_devices_share_the_recovery_alone(tmp_path: Path) -> None:
+def test_several_devices_share_the_recovery_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All else runs on one: a time divided by their number would be a promise that nobody can keep."""
     source, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
     recover = {"num_tokens": 4096, "context": 32, "held_out_tokens": 1024}
@@ -431,6 +456,16 @@ def test_several_devices_share_the_recovery_alone(tmp_path: Path) -> None:
         tiny_recipe(source, text, select={"method": "greedy", "remove": 2}, recover=recover, compare=compared)
     ).save(tmp_path / "recipe.yaml")
     ahead = ["--dry-run", "--quiet", "--tflops", "0.001"]
+    found_before: dict[tuple[str, bool], Rehearsal] = {}
+
+    def remembered(recipe: Recipe, *, compare: bool = False) -> Rehearsal:
+        """However many devices there are, it is the same."""
+        key = (recipe.model_dump_json(), compare)
+        if key not in found_before:
+            found_before[key] = rehearse(recipe, compare=compare)
+        return found_before[key]
+
+    monkeypatch.setattr(rehearsal, "rehearse", remembered)
 
     def shown(verb: str, *arguments: str) -> str:
         found = CliRunner().invoke(app, [verb, str(tmp_path / "recipe.yaml"), *ahead, *arguments])

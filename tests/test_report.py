@@ -31,6 +31,8 @@ from report_inputs import (
     write_run,
 )
 
+pytestmark = pytest.mark.paints
+
 
 def text_of(page: str) -> str:
     """What a reader sees, roughly: no styles, scripts, tags."""

@@ -83,7 +83,10 @@ def test_a_local_folder_loads_as_it_was_saved(folder: Path) -> None:
 
 
 def test_the_dtype_can_be_chosen(folder: Path) -> None:
-    assert load_source(str(folder), dtype="bfloat16", device="cpu").model.dtype == torch.bfloat16
+    model = load_source(str(folder), dtype="bfloat16", device="cpu").model
+    assert model.dtype == torch.bfloat16
+    # Chosen while it is made: a model that is converted has rounded rotary frequencies.
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     with pytest.raises(UsageError, match="Did you mean 'bfloat16'"):
         load_source(str(folder), dtype="bfloat6", device="cpu")
 

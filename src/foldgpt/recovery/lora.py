@@ -28,7 +28,9 @@ class LoraLinear(PeftLinear):
         base: Any = self.get_base_layer()
         weight_OI = base.weight.T if isinstance(base, Conv1D) else base.weight
         device, bias = x.device.type, base.bias
-        mixed = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        # On the meta device, where a rehearsal counts, there is none.
+        mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        mixed = mixed and x.dtype != torch.float64
         if mixed:
             # What autocast does to a linear layer; it does nothing in a backward pass of one's own.
             dtype = torch.get_autocast_dtype(device)
