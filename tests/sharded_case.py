@@ -52,6 +52,7 @@ def die_at(step: int) -> None:
     def save_and_die(self: Any, *args: Any) -> None:
         save(self, *args)
         if self.state.global_step == step:
+            self.accelerator.wait_for_everyone()
             os._exit(9)
 
     RecoveryTrainer._save_checkpoint = save_and_die  # type: ignore[method-assign]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import huggingface_hub
@@ -39,6 +40,9 @@ class StandIn:
 
     def create_branch(self, repo_id: str, **arguments: Any) -> None:
         StandIn.calls.append(("create_branch", {"repo_id": repo_id, **arguments}))
+
+    def list_repo_refs(self, repo_id: str) -> Any:
+        return SimpleNamespace(branches=[SimpleNamespace(name="main")])
 
     def list_repo_files(self, repo_id: str, **arguments: Any) -> list[str]:
         return StandIn.there
@@ -83,6 +87,7 @@ def test_arguments_are_those_the_real_api_takes() -> None:
         "create_repo": ("repo_type", "private", "exist_ok"),
         "create_branch": ("branch", "repo_type", "exist_ok"),
         "list_repo_files": ("repo_id", "revision"),
+        "list_repo_refs": ("repo_id",),
         "upload_folder": ("repo_id", "folder_path", "repo_type", "revision", "commit_message", "delete_patterns"),
     }.items():
         assert set(names) <= set(inspect.signature(getattr(real, method)).parameters)
@@ -248,6 +253,8 @@ def test_another_model_is_replaced_only_when_asked(
         assert shown.exit_code == 2
         assert "config.json, model.safetensors, tokenizer.json, …" in shown.output and "--overwrite" in shown.output
         assert [name for name, _ in hub.calls] == ["create_repo"]
+        # A branch of its own replaces nothing.
+        assert CliRunner().invoke(app, ["push", str(run), "me/large", "--revision", "folded"]).exit_code == 0
     shown = CliRunner().invoke(app, ["push", str(run), "me/large", *(() if is_ours else ("--overwrite",))])
     assert shown.exit_code == 0 and hub.calls[-1][0] == "upload_folder"
 

@@ -23,6 +23,8 @@ _STAGING_MARK = ".foldgpt-partial-"
 _RANDOM_SUFFIX = re.compile(r"[a-z0-9_]{8}")
 #: What is to be replaced waits under this name.
 _ASIDE = "old"
+#: And what is on its way out under this one.
+_REMOVED = "removed"
 
 
 def _cannot_write(path: Path, error: OSError) -> ArtifactError:
@@ -220,12 +222,15 @@ def _move_into_place(staging: Path, path: Path) -> None:
             raise
     finally:
         if path.exists():  # else what is aside is all there is
+            with suppress(OSError):  # it is not to come back, in parts, where this is killed
+                (retired / _ASIDE).rename(retired / _REMOVED)
             shutil.rmtree(retired, ignore_errors=True)
 
 
 def put_back(path: str | Path) -> None:
     """Bring back a folder that a killed process had moved aside to replace it, if nothing took its place."""
     path = Path(path)
+    path = path.resolve() if path.is_symlink() else path
     if path.parent.is_dir() and not os.path.lexists(path):
         for leftover in _leftovers(path):
             if (leftover / _ASIDE).is_dir():
@@ -333,7 +338,7 @@ def remove(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_STAGING_MARK}{path.name}-"))
-        path.rename(retired / "removed")
+        path.rename(retired / _REMOVED)
         shutil.rmtree(retired, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -341,18 +346,19 @@ def remove(path: str | Path) -> None:
 
 def remove_leftovers(path: str | Path) -> None:
     """Remove what a killed process left beside `path` while it was writing it, and nothing else."""
+    path = Path(path)
     put_back(path)
-    for leftover in _leftovers(Path(path)):
-        _discard(leftover)
+    for leftover in _leftovers(path):
+        _discard(leftover, path)
 
 
 def remove_all_leftovers(folder: str | Path) -> None:
     """Remove what killed processes left anywhere in a folder. Nobody else may be writing in it."""
     for leftover in list(Path(folder).rglob(f"{_STAGING_MARK}*")):
         name, _, suffix = leftover.name.removeprefix(_STAGING_MARK).rpartition("-")
-        if name and _RANDOM_SUFFIX.fullmatch(suffix):
-            put_back(leftover.with_name(name))
-        _discard(leftover)
+        path = leftover.with_name(name) if name and _RANDOM_SUFFIX.fullmatch(suffix) else leftover
+        put_back(path)
+        _discard(leftover, path)
 
 
 def _leftovers(path: Path) -> list[Path]:
@@ -365,7 +371,9 @@ def _leftovers(path: Path) -> list[Path]:
     ]
 
 
-def _discard(leftover: Path) -> None:
+def _discard(leftover: Path, path: Path) -> None:
+    if (leftover / _ASIDE).is_dir() and not os.path.lexists(path):
+        return  # it could not be put back, and is all there is
     if leftover.is_dir():
         shutil.rmtree(leftover, ignore_errors=True)
     else:

@@ -140,10 +140,12 @@ def push(
             address = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
             # A name without an owner is completed here, and nowhere else.
             repo = address.repo_id
+            is_new = revision is not None and revision not in {ref.name for ref in api.list_repo_refs(repo).branches}
+            # A new branch begins with the files of the first one, which keeps its own.
+            if not (overwrite or is_new):
+                _check_ours(repo, api.list_repo_files(repo, revision=revision))
             if revision is not None:
                 api.create_branch(repo, branch=revision, repo_type="model", exist_ok=True)
-            if not overwrite:
-                _check_ours(repo, api.list_repo_files(repo, revision=revision))
             note(f"uploading {upload.folder} to {repo}")
             api.upload_folder(
                 repo_id=repo,

@@ -162,6 +162,9 @@ def make_recovered(
         why = "holds no plan.json" if folded.is_dir() else "is no folder"
         raise UsageError(f"{folded} {why}, so it is no model that `foldgpt fold` wrote: there is nothing to recover")
     plan = FoldPlan.load(folded)
+    train, held_out = bench.training_windows(out)
+    if not bench.recovery_settings.needs_teacher:
+        bench.let_go_of_source()
     student = bench.load(folded, str(folded))
     if student.offloaded:
         raise FoldGPTError(
@@ -174,17 +177,12 @@ def make_recovered(
             f"Give the model that it was folded from ({plan.source.model}) as teacher."
         )
     check_trainable(student.model)
-    teacher = None
-    if bench.recovery_settings.needs_teacher:
-        teacher = bench.source.model
-    else:
-        bench.let_go_of_source()
+    teacher = bench.source.model if bench.recovery_settings.needs_teacher else None
     if teacher is not None and bench.source.offloaded:
         raise FoldGPTError(
             f"{recipe.model} does not fit in the memory that is free (or allowed by max_memory_gb) beside {folded}; "
             "recovery needs both. Load them in 16 bits (dtype), or take a larger machine"
         )
-    train, held_out = bench.training_windows(out)
     result = recover(
         student.model,
         teacher,

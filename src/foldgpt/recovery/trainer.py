@@ -212,7 +212,8 @@ class RecoveryTrainer(Trainer):
             arguments = self._arguments(inputs, self._teacher_on_held_out(start, inputs))
             if whole:
                 arguments.pop("teacher_entry", None)
-            found = module(**arguments)
+            with self.accelerator.autocast():
+                found = module(**arguments)
             for name, value in found.items():
                 sums[name] = sums.get(name, 0) + value.double() * is_own
             num_scored += (inputs["labels"][:, 1:] != IGNORED).sum() * is_own
@@ -228,7 +229,9 @@ class RecoveryTrainer(Trainer):
             return None
         if start not in self._kept_states:
             # Between two measurements the device needs its memory for the training.
-            self._kept_states[start] = self._teacher.states(inputs["input_ids"], inputs.get("positions")).to("cpu")
+            with self.accelerator.autocast():
+                theirs = self._teacher.states(inputs["input_ids"], inputs.get("positions"))
+            self._kept_states[start] = theirs.to("cpu")
         return self._kept_states[start].to(inputs["input_ids"].device)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

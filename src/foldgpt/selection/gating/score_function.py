@@ -130,7 +130,7 @@ class ScoreFunction:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state`."""
-        self._steps = state["steps"]
+        self._steps, self._kept = state["steps"], None
         with torch.no_grad():
             self._logits_U.copy_(torch.tensor(state["logits"], dtype=torch.float64))
         restore_moments_(self._optimizer, self._logits_U, state["moments"])
