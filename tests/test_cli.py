@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -505,8 +505,10 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     )
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        # Of the processor: others may keep it busy.
+        start = os.times()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
+        end = os.times()
+        seconds.append(end.children_user - start.children_user + end.children_system - start.children_system)
         assert done.stdout.splitlines()[-1] == "[]"
     assert min(seconds) < 0.5

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from foldgpt.compensation import compensate, merge_
-from foldgpt.errors import UsageError
+from foldgpt.errors import NotFiniteError
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import Compensation, FoldPlan
 from foldgpt.selection import Request
@@ -123,7 +123,7 @@ def test_predictions_that_are_not_finite_cost_infinitely(by: str, monkeypatch: p
     plain = replace(request, compensate=False, ids_WT=held).need_cost("test").cost(frozenset({2, 3}))
 
     def refused(*args: Any, **kwargs: Any) -> Any:
-        raise UsageError("the states of block 1 hold values that are not finite")
+        raise NotFiniteError("the states of block 1 hold values that are not finite")
 
     if by == "fit":
         monkeypatch.setattr("foldgpt.selection.folded_cost.compensate", refused)
