@@ -19,6 +19,9 @@ from foldgpt.plan import FoldPlan, Group
 from foldgpt.recovery import RecoveryResult, RecoverySettings, TrainingWindows, recover
 from models import tiny_model
 
+#: What a process of its own said, beside what it made.
+SAID = "said.txt"
+
 
 def tiny_windows(num_windows: int, seed: int) -> Tensor:
     """Random walks over the vocabulary, so that there is something to predict; [windows, 16]."""
@@ -79,6 +82,7 @@ def run(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    (folder / SAID).write_text(done.stderr, encoding="utf-8")
     found: dict[str, Any] = read_json(folder / "recovered" / "recovery.json")
     return found
 

@@ -17,7 +17,7 @@ from cli_case import foldgpt
 from foldgpt.errors import UsageError
 from foldgpt.plan import FoldPlan, SourceModel
 from foldgpt.recovery.trainer import RecoveryTrainer
-from recovery_case import run, step_losses, tiny_recovery
+from recovery_case import SAID, run, step_losses, tiny_recovery
 from run_inputs import tiny_source, tiny_text
 
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -84,6 +84,7 @@ def test_sharded_checkpoints_are_gone_on_from_and_the_best_is_kept(tmp_path: Pat
     assert not (tmp_path / "two" / "recovered").exists()
     assert (tmp_path / "two" / ".recovered.recovery" / "checkpoint-6" / "complete.json").is_file()
     two = sharded(tmp_path / "two", changes, **variables)
+    assert "going on at step 6" in (tmp_path / "two" / SAID).read_text(encoding="utf-8")
     assert step_losses(two["history"]) == pytest.approx(step_losses(one.history), rel=1e-3)
     assert two["best_step"] == one.best_step == 4
     assert two["after"] == pytest.approx(one.after, rel=1e-4)
@@ -94,9 +95,7 @@ def test_mixed_precision_of_a_launcher(tmp_path: Path, is_sharded: bool) -> None
     """Losses are near those of fp32, and not the same: it is on."""
     exact = step_losses(tiny_recovery(tmp_path / "fp32", shared=False).history)
     given = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"}
-    mixed = (
-        sharded(tmp_path / "bf16", {}, **given) if is_sharded else run(tmp_path / "bf16", {"shared": False}, **given)
-    )
+    mixed = (sharded if is_sharded else run)(tmp_path / "bf16", {"shared": False}, **given)
     losses = step_losses(mixed["history"])
     assert losses == pytest.approx(exact, rel=0.02) and losses != pytest.approx(exact, rel=1e-4)
     assert mixed["after"]["loss"] < mixed["before"]["loss"]

@@ -346,33 +346,33 @@ def remove(path: str | Path) -> None:
 
 def remove_leftovers(path: str | Path) -> None:
     """Remove what a killed process left beside `path` while it was writing it, and nothing else."""
-    path = Path(path)
     put_back(path)
-    for leftover in _leftovers(path):
-        _discard(leftover, path)
+    for leftover in _leftovers(Path(path)):
+        _discard(leftover)
 
 
 def remove_all_leftovers(folder: str | Path) -> None:
     """Remove what killed processes left anywhere in a folder. Nobody else may be writing in it."""
     for leftover in list(Path(folder).rglob(f"{_STAGING_MARK}*")):
-        name, _, suffix = leftover.name.removeprefix(_STAGING_MARK).rpartition("-")
-        path = leftover.with_name(name) if name and _RANDOM_SUFFIX.fullmatch(suffix) else leftover
-        put_back(path)
-        _discard(leftover, path)
+        put_back(_meant_for(leftover) or leftover)
+        _discard(leftover)
 
 
 def _leftovers(path: Path) -> list[Path]:
-    prefix = f"{_STAGING_MARK}{path.name}-"
-    return [
-        entry
-        for entry in path.parent.iterdir()
-        # Exactly: the staging folder of `run-2` begins as one of `run` does.
-        if entry.name.startswith(prefix) and _RANDOM_SUFFIX.fullmatch(entry.name.removeprefix(prefix))
-    ]
+    return [entry for entry in path.parent.iterdir() if _meant_for(entry) == path]
 
 
-def _discard(leftover: Path, path: Path) -> None:
-    if (leftover / _ASIDE).is_dir() and not os.path.lexists(path):
+def _meant_for(leftover: Path) -> Path | None:
+    """The place beside which something was staged or set aside; None for what is neither."""
+    # Exactly: the staging folder of `run-2` begins as one of `run` does.
+    name, _, suffix = leftover.name.removeprefix(_STAGING_MARK).rpartition("-")
+    is_one = leftover.name.startswith(_STAGING_MARK) and name and _RANDOM_SUFFIX.fullmatch(suffix)
+    return leftover.with_name(name) if is_one else None
+
+
+def _discard(leftover: Path) -> None:
+    path = _meant_for(leftover)
+    if path is not None and (leftover / _ASIDE).is_dir() and not os.path.lexists(path):
         return  # it could not be put back, and is all there is
     if leftover.is_dir():
         shutil.rmtree(leftover, ignore_errors=True)

@@ -81,7 +81,7 @@ def check_inputs(
     if settings.needs_teacher:
         _check_teacher(student, teacher, plan, settings)
     if train.begins_WT is not None or held_out.begins_WT is not None:
-        for model in (student, teacher if settings.needs_teacher else None):
+        for model in (student, teacher):
             if model is not None:
                 _check_keeps_documents_apart(model)
 

@@ -103,6 +103,7 @@ def recover(
     check_place(out, replace=replace)
     check_loggers(report_to)
     work = work_beside(out) if work is None else Path(work)
+    teacher = teacher if settings.needs_teacher else None
     check_trainable(student)
     check_inputs(student, teacher, plan, settings, train, held_out)
     device = next(student.parameters()).device
@@ -111,7 +112,6 @@ def recover(
         check_compiler(device)
     pairs = check_plan_suits(plan, settings)
     args, train = _arguments(settings, train, work, cpu=device.type == "cpu", report_to=report_to)
-    teacher = teacher if settings.needs_teacher else None
     is_main = args.process_index == 0
     identity = _identity(student, teacher, plan, train, held_out, settings)
     # Another recovery into the same place would take what this one has so far for a killed one's.
@@ -195,7 +195,7 @@ def _trained(
     head = Head(student)
     num_trained = make_trainable_(student, plan, settings)
     taught, common = None, 0
-    if teacher is not None and settings.needs_teacher:
+    if teacher is not None:
         common = common_blocks(student, teacher, plan)
         pairs = [(position, source) for position, source in pairs if position >= common]
         taught = Teacher(teacher.to(args.device), [source for _, source in pairs], common)

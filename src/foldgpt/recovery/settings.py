@@ -99,9 +99,10 @@ class RecoverySettings:
                 raise UsageError(f"unknown {name} {value!r}.{did_you_mean(str(value), choices)}")
         for field in fields(self):
             value = getattr(self, field.name)
-            words, is_one = _KINDS.get(str(field.type).removesuffix(" | None"), ("", lambda _: True))
-            if not is_one(value) and (value is not None or field.default is not None):
-                raise UsageError(f"{field.name} must be {words}, not {value!r}")
+            kind = str(field.type).removesuffix(" | None")
+            is_left_out = value is None and field.default is None
+            if kind in _KINDS and not is_left_out and not _KINDS[kind][1](value):
+                raise UsageError(f"{field.name} must be {_KINDS[kind][0]}, not {value!r}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UsageError(f"{field.name} must be a finite number, not {value}")
         for name in ("kl", "lm", "last_error", "last_cosine", "states", "weight_decay", "rank"):

@@ -138,8 +138,12 @@ class RecoveryTrainer(Trainer):
         if self._cache is not None:
             dtype = next(self._teacher.model.parameters()).dtype
             return self._cache.states(inputs["window"], inputs["input_ids"].device, dtype)
-        with self.accelerator.autocast():  # the student's forward pass is in it, too
-            return self._teacher.states(inputs["input_ids"], inputs.get("positions"))
+        return self._computed(self._teacher, inputs)
+
+    def _computed(self, teacher: Teacher, inputs: dict[str, Tensor]) -> States:
+        """The teacher's states, in the mixed precision in which the student runs."""
+        with self.accelerator.autocast():
+            return teacher.states(inputs["input_ids"], inputs.get("positions"))
 
     @staticmethod
     def _arguments(inputs: dict[str, Tensor], theirs: States | None) -> dict[str, Any]:
@@ -229,9 +233,7 @@ class RecoveryTrainer(Trainer):
             return None
         if start not in self._kept_states:
             # Between two measurements the device needs its memory for the training.
-            with self.accelerator.autocast():
-                theirs = self._teacher.states(inputs["input_ids"], inputs.get("positions"))
-            self._kept_states[start] = theirs.to("cpu")
+            self._kept_states[start] = self._computed(self._teacher, inputs).to("cpu")
         return self._kept_states[start].to(inputs["input_ids"].device)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -71,7 +71,7 @@ class ScoreFunction:
         self._logits_U = _starting_logits(scores)
         self._optimizer = torch.optim.Adam([self._logits_U], lr=learning_rate, betas=(0.9, 0.95))
         self._steps = 0
-        self._kept: tuple[int, Tensor] | None = None
+        self._keep_U: Tensor | None = None  # as the logits say, once they were asked
 
     def step(self) -> float:
         """Measure a few sampled sets and move the gates along the gradient of the expected log cost."""
@@ -91,6 +91,7 @@ class ScoreFunction:
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
+        self._keep_U = None
         if not bool(self._logits_U.isfinite().all()):
             raise FoldGPTError(f"the gates are not finite after step {self._steps + 1}")
         self.measurements += [
@@ -103,14 +104,13 @@ class ScoreFunction:
 
     def keep_probabilities(self) -> Tensor:
         """The share of drawn sets that keep each unit."""
-        if self._kept is not None and self._kept[0] == self._steps:
-            return self._kept[1]
-        generator = torch.Generator().manual_seed(0)
-        gone_U = torch.zeros(len(self._cost.units), dtype=torch.float64)
-        for found in draw(self._logits_U, self._cost.units, _FREE_SAMPLES, generator):
-            gone_U[list(found.removed)] += 1 / _FREE_SAMPLES
-        self._kept = self._steps, 1 - gone_U
-        return self._kept[1]
+        if self._keep_U is None:
+            generator = torch.Generator().manual_seed(0)
+            gone_U = torch.zeros(len(self._cost.units), dtype=torch.float64)
+            for found in draw(self._logits_U, self._cost.units, _FREE_SAMPLES, generator):
+                gone_U[list(found.removed)] += 1 / _FREE_SAMPLES
+            self._keep_U = 1 - gone_U
+        return self._keep_U
 
     def has_settled(self) -> bool:
         """Whether nearly every draw gives the same set."""
@@ -130,7 +130,7 @@ class ScoreFunction:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state`."""
-        self._steps, self._kept = state["steps"], None
+        self._steps, self._keep_U = state["steps"], None
         with torch.no_grad():
             self._logits_U.copy_(torch.tensor(state["logits"], dtype=torch.float64))
         restore_moments_(self._optimizer, self._logits_U, state["moments"])
