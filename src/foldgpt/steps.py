@@ -162,10 +162,12 @@ def make_recovered(
         why = "holds no plan.json" if folded.is_dir() else "is no folder"
         raise UsageError(f"{folded} {why}, so it is no model that `foldgpt fold` wrote: there is nothing to recover")
     plan = FoldPlan.load(folded)
+    # Before the text is read, and before the source writes one (`self:`).
+    place = resolve(str(folded))
     train, held_out = bench.training_windows(out)
     if not bench.recovery_settings.needs_teacher:
         bench.let_go_of_source()
-    student = bench.load(folded, str(folded))
+    student = bench.load(place, str(folded))
     if student.offloaded:
         raise FoldGPTError(
             f"{folded} does not fit in the memory that is free (or allowed by max_memory_gb); it cannot be trained "
