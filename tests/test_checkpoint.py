@@ -661,6 +661,15 @@ def tiny_gguf(path: Path) -> None:
     writer.close()
 
 
+def test_c1_a_config_that_names_a_quantiser_is_refused_before_anything_is_changed() -> None:
+    """Such a field outlives the quantised weights; saved, it would have them looked for in the quantiser's format."""
+    model = tiny_model("llama")
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    with pytest.raises(UnsupportedModelError, match=r"config of this LlamaForCausalLM .* delete that field first"):
+        fold_(model, FoldPlan.create(source_model_of(model), removed=[0]))
+    assert len(decoder_of(model).blocks) == model.config.num_hidden_layers == 6
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("shared", [False, True])
 def test_c1_a_gguf_source_is_dequantised_and_no_trace_of_it_is_saved(tmp_path: Path, shared: bool) -> None:

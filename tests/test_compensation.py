@@ -201,6 +201,18 @@ def test_a_matrix_of_a_class_derived_from_conv1d_is_corrected_along_its_outputs(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["quantised", "offloaded"])
+def test_c1_what_is_no_plain_matrix_in_memory_is_not_corrected(kind: str) -> None:
+    """Field note C1: corrections are merged into full-precision weights, and quantised last."""
+    model = tiny_model("llama")
+    down = blocks_of(model)[1].mlp.down_proj
+    weight = (down.weight * 100).to(torch.int8) if kind == "quantised" else down.weight.to("meta")
+    down.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match=r"mlp of block 1 .* is offloaded or quantised; correct the plain"):
+        merge_(model, {1: correction(block=1)})
+
+
+@torch.no_grad()
 def test_a_matrix_that_is_not_there_by_its_name_is_refused() -> None:
     model = tiny_model("llama")
     mlp = blocks_of(model)[1].mlp

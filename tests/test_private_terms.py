@@ -29,7 +29,7 @@ from foldgpt.folding import (
 )
 from foldgpt.plan import FoldPlan, Group
 from models import tiny_model, token_ids
-from reference import copied
+from reference import blocks_of, copied
 from replaced import double_weights_, replace_linears_
 
 MEAN = Group(blocks=(1, 2, 4), donor="mean", private=("norms", "scales"), ranks=2)
@@ -299,6 +299,19 @@ def refused(
         fold_(model, plan, None if fit is None else {0: fit})
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     assert type(model).__name__[:6] != "Folded" and not hasattr(model.config, "fold_layout")
+
+
+@torch.no_grad()
+def test_c1_private_terms_are_not_merged_into_quantised_weights() -> None:
+    """Field note C1. The first leaf with terms is plain, so a check while merging would come too late."""
+    model = tiny_model("llama")
+    fold_(model, FoldPlan.create(source_model_of(model), groups=[Group(blocks=(1, 2), ranks=2)]))
+    down = blocks_of(model)[1].mlp.down_proj
+    down.weight = torch.nn.Parameter((down.weight * 100).to(torch.int8), requires_grad=False)
+    modules = list(model.named_modules())
+    with pytest.raises(UnsupportedModelError, match=r"mlp\.down_proj is quantised; unfold the plain model"):
+        unfold_(model)
+    assert list(model.named_modules()) == modules and model.config.fold_layout["borrowed"]
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,15 @@ def test_r1_every_layer_index_is_renumbered() -> None:
         assert indices == {position}
 
 
+@pytest.mark.parametrize("name", ["layer_id", "layer_number"])
+def test_r1_holds_for_the_other_names_of_an_index(name: str) -> None:
+    model = tiny_model("llama")
+    for index, block in enumerate(decoder_of(model).blocks):
+        setattr(block.self_attn, name, index)
+    fold_(model, FoldPlan.create(source_model_of(model), removed=[0, 2]))
+    assert [getattr(block.self_attn, name) for block in decoder_of(model).blocks] == [0, 1, 2, 3]
+
+
 @torch.no_grad()
 def test_r1_the_trap_is_real() -> None:
     """Blocks deleted without renumbering: the cache slots are wrong. If this passes, the contract is blind."""
@@ -389,9 +398,11 @@ def test_r5_indexers_go_with_all_that_read_them(kept: tuple[int, ...], types: li
     assert config.indexer_types == types
 
 
-def test_r5_shared_kv_blocks_are_refused() -> None:
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
+def test_r5_shared_kv_blocks_are_refused(model_type: str) -> None:
+    config = AutoConfig.for_model(model_type, hidden_size_per_layer_input=0, num_kv_shared_layers=2)
     with pytest.raises(UnsupportedModelError, match="num_kv_shared_layers"):
-        remap_config_(AutoConfig.for_model("gemma3n_text", hidden_size_per_layer_input=0), (0, 1, 2))
+        remap_config_(config, (0, 1, 2))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

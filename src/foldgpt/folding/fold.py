@@ -22,7 +22,7 @@ from foldgpt.families import (
 from foldgpt.folding.fits import check_fits, check_start, check_weights, write_fit_
 from foldgpt.folding.fitted import GroupFit, MemberFit
 from foldgpt.folding.kinds import check_group, shareable_leaves, sublayer_modules
-from foldgpt.folding.private import LeafTerms, merged, terms_of_group, write_terms_
+from foldgpt.folding.private import LeafTerms, check_mergeable, merged, terms_of_group, write_terms_
 from foldgpt.modeling.configuration_foldgpt import folded_config_class
 from foldgpt.modeling.modeling_foldgpt import (
     AUTO_MAP,
@@ -76,8 +76,8 @@ def fold_(model: nn.Module, plan: FoldPlan, fits: Mapping[int, GroupFit] | None 
 
     Raises:
         PlanError: the plan is for another model, or cannot be carried out on this one, or a fit is for another plan.
-        UnsupportedModelError: the model has something that depends on the block index and has no rule, or weights that
-            are to be made are offloaded or quantised.
+        UnsupportedModelError: the model has something that depends on the block index and has no rule, its config
+            names a quantiser, or weights that are to be made are offloaded or quantised.
     """
     decoder = decoder_of(model)
     _check(decoder, plan)
@@ -147,18 +147,20 @@ def unfold_(model: nn.Module) -> None:
 
     Raises:
         PlanError: the model shares nothing.
-        UnsupportedModelError: weights with private terms are quantised.
+        UnsupportedModelError: weights with private terms are quantised; the model is as it was.
     """
     config: Any = model.config
     layout = getattr(config, "fold_layout", None)
     if layout is None:
         raise PlanError(f"this {type(model).__name__} shares no weights; there is nothing to unfold")
     decoder = decoder_of(model)
+    private = [(decoder.blocks[entry["position"]], entry["module"]) for entry in layout.get("private", [])]
+    for block, name in private:
+        check_mergeable(block.get_submodule(name), name)
     for entry in layout["borrowed"]:
         for name in entry["modules"]:
             give_back_(decoder.blocks[entry["position"]], name)
-    for entry in layout.get("private", []):
-        block, name = decoder.blocks[entry["position"]], entry["module"]
+    for block, name in private:
         block.set_submodule(name, merged(block.get_submodule(name), name))
     if layout["absent"]:
         config.fold_layout = {**layout, "borrowed": [], "private": []}
@@ -216,6 +218,12 @@ def _check_plan(decoder: Decoder, plan: FoldPlan) -> None:
             raise PlanError("sublayers of this model are removed already; fold the source itself, by one plan")
         raise PlanError("this model is folded already; fold its source by one plan, or unfold_ it first (in Python)")
     check_same_architecture(plan, decoder.model_type, len(decoder.blocks), f"this {type(decoder.model).__name__}")
+    # Saved, it would have the weights looked for in the quantiser's format.
+    if getattr(decoder.model.config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            f"the config of this {type(decoder.model).__name__} says that it is quantised (quantization_config). Fold "
+            "full-precision weights and quantise the result; if it was dequantised since, delete that field first"
+        )
     check_config(decoder.config)
     check_kept(decoder.config, plan.kept)
     if not plan.is_removal_only and brings_own_code(decoder.model):

@@ -134,6 +134,20 @@ def _without_effect(terms: LeafTerms) -> LowRank:
     return LowRank(torch.zeros(terms.outputs, terms.rank), down_RI)
 
 
+def check_mergeable(terms: Any, leaf: str) -> None:
+    """Refuse private terms that cannot be merged into the weights that they stand beside.
+
+    Args:
+        terms: the `PrivateTerms`.
+        leaf: name of the leaf inside the block, for the message.
+
+    Raises:
+        UnsupportedModelError: the weights are quantised.
+    """
+    if any(not is_plain(parameter) for parameter in terms.shared.parameters()):
+        raise UnsupportedModelError(f"{leaf} is quantised; unfold the plain model, and quantise the result")
+
+
 @torch.no_grad()
 def merged(terms: Any, leaf: str) -> nn.Module:
     """The leaf that computes by itself what it does together with its private terms.
@@ -141,15 +155,10 @@ def merged(terms: Any, leaf: str) -> nn.Module:
     Products are made in fp64 and rounded once.
 
     Args:
-        terms: the `PrivateTerms`, on weights of their own; these are changed.
+        terms: the `PrivateTerms`, on weights of their own that `check_mergeable` lets pass; these are changed.
         leaf: name of the leaf inside the block.
-
-    Raises:
-        UnsupportedModelError: the weights are quantised.
     """
     module: nn.Module = terms.shared
-    if any(not is_plain(parameter) for parameter in module.parameters()):
-        raise UnsupportedModelError(f"{leaf} is quantised; unfold the plain model, and quantise the result")
     if isinstance(module, (nn.Linear, Conv1D)):
         key, dimension = "weight", -1 if isinstance(module, Conv1D) else -2
     else:
