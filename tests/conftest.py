@@ -21,7 +21,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def pytest_collection_finish() -> None:
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> None:
     """What is there by now stays: looking through it for garbage, at each load of a model, takes half a second."""
     gc.collect()
     gc.freeze()

@@ -157,7 +157,7 @@ def test_an_interruption_says_how_it_goes_on(
     arguments = ("--text", text, *CALIBRATION, "--select", "last", "--remove", 1, "-q", "--out", tmp_path / "plan.json")
     stopped = foldgpt("plan", model, *arguments)
     assert stopped.exit_code == 130
-    assert stopped.stderr == "stopped. The same command goes on from the last checkpoint.\n"
+    assert stopped.stderr == "stopped. The same command goes on from the last checkpoint, if there is one.\n"
 
 
 def test_a_search_is_told_what_to_measure_and_how_long(model: Path, text: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from foldgpt.folding.kinds import scale_leaves
 from foldgpt.objectives import Head, forward_kl
 from foldgpt.plan import FoldPlan, Group
 from foldgpt.replay import Replay
-from foldgpt.report.compensation import was_compensated
+from foldgpt.report.fits import was_compensated
 from models import CONFIGS, tiny_model, token_ids
 from reference import blocks_of
 from report_inputs import compensation

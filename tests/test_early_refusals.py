@@ -58,7 +58,7 @@ def test_mistakes_in_what_is_measured_show_before_anything_runs(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recover": {"num_tokens": 4096, "texts": ["nowhere.txt"]}}, "nowhere.txt"),
+        ({"recover": {"num_tokens": 4096, "context": 32, "texts": ["nowhere.txt"]}}, "nowhere.txt"),
         ({"recover": {"num_tokens": 10_000_000, "context": 32}}, "too short: .* 10,0.* are asked for"),
         (
             {"recover": {"num_tokens": 127, "context": 32, "settings": {"batch_size": 4}}},

@@ -11,7 +11,8 @@ import psutil
 import pyarrow.parquet
 import pytest
 import torch
-from tokenizers import normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from foldgpt.corpus import texts
 from foldgpt.errors import SourceError, UsageError
@@ -328,6 +329,19 @@ def test_c2_replies_are_found_in_templates_that_do_not_mark_them(way: str) -> No
 def test_c2_reasoning_that_a_template_drops_later_is_refused() -> None:
     with pytest.raises(UsageError, match="differently when others follow"):
         said_of(turns("ask", "because/thinkfirst", "more", "second"), with_template(STOCK_WAYS["qwen"]))
+
+
+@pytest.mark.parametrize("trims", [False, True])
+def test_what_is_said_includes_spaces_whatever_the_tokenizer_calls_their_place(trims: bool) -> None:
+    """Byte-level tokenizers may trim spaces off a token's place in the text; one of nothing else then has none."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={sign: index for index, sign in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.post_processor = processors.ByteLevel(trim_offsets=trims)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=TEMPLATE, eos_token="|")
+    chat = [{"role": "user", "content": "a  b"}, {"role": "assistant", "content": "if x:\n    y  z"}]
+    assert said_of(chat, tokenizer) == "if x:\n    y  z|"
 
 
 def test_chats_without_replies_leave_nothing_to_learn(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_the_merged_model_is_the_adapted_one(family: str, fully: Any) -> None:
     ids = token_ids(model)
     keys, size = set(model.state_dict()), sum(p.numel() for p in model.parameters())
     untouched = model(input_ids=ids).logits
-    trained = make_trainable_(model, plan, RecoverySettings(rank=4, train_fully=fully))
+    trained = make_trainable_(model, plan, RecoverySettings(train_fully=fully))
     assert trained > 0
     torch.testing.assert_close(model(input_ids=ids).logits, untouched, rtol=1e-12, atol=1e-12)
     disturb_(model)

@@ -243,8 +243,8 @@ def test_searches_take_about_as_many_passes_as_expected(tmp_path: Path) -> None:
         for per_block in (1, 2):
             if method == "taylor" and per_block == 2:
                 continue
-            model = tiny_model("llama", num_hidden_layers=12)
-            request = Request(12, 3, model=model, ids_WT=ids, sublayers=per_block == 2)
+            model = tiny_model("llama", num_hidden_layers=8)
+            request = Request(8, 2, model=model, ids_WT=ids, sublayers=per_block == 2)
             took = select(method, request).report["forward_equivalents"]
             expected = search_passes(method, request)
             # Gates may end before they have spent what they may.

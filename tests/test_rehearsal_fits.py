@@ -100,7 +100,7 @@ def test_sharing_keeps_the_states_that_its_fits_look_at_and_no_others() -> None:
 @pytest.mark.parametrize("family", SHAPE)
 def test_sharing_takes_what_is_expected(family: str, made: dict[str, Any], dtype: torch.dtype) -> None:
     model = tiny_model(family, **SHAPE[family]).to(dtype)
-    ids = token_ids(model, (512, 16))
+    ids = token_ids(model, (256, 16))
     blocks = (3, 4) if family == "gemma3" else (1, 2)
     plan = plan_of(model, ids.numel(), groups=[Group(blocks=blocks, private=("norms", "scales"), **made)])
     with Peak() as took:

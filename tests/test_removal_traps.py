@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from foldgpt.errors import PlanError, UnsupportedModelError, UsageError
-from foldgpt.families import check_config, decode, decoder_of, remap_config_
+from foldgpt.families import check_config, decode, decoder_of, read_blocks, remap_config_
 from foldgpt.folding import fold_, predicted_parameters, save_folded, source_model_of
 from foldgpt.modeling.modeling_foldgpt import Absent
 from foldgpt.plan import FoldPlan
@@ -380,9 +381,13 @@ def test_r4_embeddings_for_each_block_are_refused() -> None:
         check_config(config)
 
 
+def indexed() -> Any:
+    return AutoConfig.for_model("glm_moe_dsa", num_hidden_layers=4, indexer_types=["full", "shared"] * 2)
+
+
 @pytest.mark.parametrize(("kept", "cut"), [((1, 2, 3), (0, 1)), ((0, 1, 3), (2, 3))])
 def test_r5_an_indexer_that_others_read_must_stay(kept: tuple[int, ...], cut: tuple[int, int]) -> None:
-    config = AutoConfig.for_model("glm_moe_dsa", num_hidden_layers=4, indexer_types=["full", "shared"] * 2)
+    config = indexed()
     message = rf"cannot remove block {cut[0]} and keep block {cut[1]}: .*indexer_types.* Keep block {cut[0]}"
     with pytest.raises(PlanError, match=message):
         remap_config_(config, kept)
@@ -393,9 +398,17 @@ def test_r5_an_indexer_that_others_read_must_stay(kept: tuple[int, ...], cut: tu
     ("kept", "types"), [((2, 3), ["full", "shared"]), ((0, 2, 3), ["full", "full", "shared"]), ((0,), ["full"])]
 )
 def test_r5_indexers_go_with_all_that_read_them(kept: tuple[int, ...], types: list[str]) -> None:
-    config = AutoConfig.for_model("glm_moe_dsa", num_hidden_layers=4, indexer_types=["full", "shared"] * 2)
+    config = indexed()
     remap_config_(config, kept)
     assert config.indexer_types == types
+
+
+def test_r5_searches_draw_no_set_that_takes_an_indexer_from_its_readers() -> None:
+    units = replace(Units.blocks(4, 1), read_blocks=tuple(read_blocks(indexed()).items()))
+    assert units.read_blocks == ((1, 0), (3, 2))
+    assert [units.is_allowed(removed) for removed in ({0}, {1}, {0, 1}, {1, 2}, {2, 3})] == [0, 1, 1, 0, 1]
+    assert units.fill([2, 0, 1]) == {1}
+    assert replace(units, target=2).fill([2, 0, 1]) == {0, 1}
 
 
 @pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])

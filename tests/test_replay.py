@@ -99,9 +99,29 @@ def test_blocks_that_read_more_of_the_text_than_the_stream_are_refused(boundarie
                 hook.remove()
 
     body.forward = with_ids
-    Replay(model, token_ids(model, (2, 8)), batch_size=2)
-    with pytest.raises(UnsupportedModelError, match="more of the text than the hidden states"):
-        Replay(model, token_ids(model, (4, 8)), batch_size=2, boundaries=boundaries)
+    # Of one micro-batch, of two of unlike sizes, and of two alike.
+    for windows in (2, 3, 4):
+        with pytest.raises(UnsupportedModelError, match="more of the text than the hidden states"):
+            Replay(model, token_ids(model, (windows, 8)), batch_size=2, boundaries=boundaries)
+
+
+def test_a_tail_that_takes_more_than_the_stream_is_refused() -> None:
+    model = tiny_model("llama")
+    body, norm = model.model, model.model.norm
+    # As where the final norm is given the residual beside the stream.
+    body.norm.forward = lambda hidden, residual: type(norm).forward(norm, hidden)
+    forward = body.forward
+
+    def with_residual(**options: Any) -> Any:
+        hook = norm.register_forward_pre_hook(lambda _, args: (args[0], args[0]))
+        try:
+            return forward(**options)
+        finally:
+            hook.remove()
+
+    body.forward = with_residual
+    with pytest.raises(UnsupportedModelError, match="cannot be replayed block by block"):
+        Replay(model, token_ids(model))
 
 
 def test_windows_of_another_vocabulary_are_refused() -> None:

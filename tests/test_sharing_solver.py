@@ -23,7 +23,7 @@ from foldgpt.sharing.distance import SharingCost
 from foldgpt.sharing.fit import fit_sharing
 from foldgpt.sharing.solver import Solution, limit_of, middle, solve
 from foldgpt.sizes import Size
-from models import model_of_an_unknown_family, tiny_model, token_ids
+from models import model_of_an_unknown_family, tiny_hybrid, tiny_model, token_ids
 
 ORDER = [4, 3, 2, 1, 5, 0]
 
@@ -210,6 +210,17 @@ def test_a_family_whose_sublayers_are_not_known_is_met_by_removal() -> None:
     found = solved(model, 0.6, token_ids(model, (16, 16)))
     assert found.candidates[0].plan.is_removal_only
     assert all(math.isfinite(candidate.kl) for candidate in found.candidates)
+
+
+def test_a_way_that_cannot_be_folded_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """The fifth block in this order is the one that attends; four have to go."""
+    model = tiny_hybrid(3)
+    order = [0, 1, 4, 5, 3, 2]
+    limit = limit_of(model, Size("ratio", 0.36))
+    found = solve(model, source_model_of(model), token_ids(model, (16, 16)), limit, lambda n: tuple(sorted(order[:n])))
+    assert {candidate.name for candidate in found.candidates} >= {"remove 4"}
+    assert all(3 in candidate.plan.kept for candidate in found.candidates)
+    assert "left out: cannot remove all blocks that attend" in capsys.readouterr().err
 
 
 def test_predictions_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -308,14 +308,56 @@ def check_free_folder(path: str | Path, *, replace: bool = False) -> None:
     path = Path(path)
     put_back(path)
     check_free(path, replace=replace)
-    if path.is_file():
-        raise ArtifactError(f"{path} is a file, and a folder is to be written there. Choose another place.")
+    _check_is_folder(path)
     if path.is_dir():  # else its parent has been looked at
         there = path.resolve()
         fixed = "the current folder" if there == Path.cwd() else "a mounted folder" if os.path.ismount(there) else None
         if fixed is not None:
             raise ArtifactError(f"{path} is {fixed}, which cannot be replaced as a whole. Choose a folder in it.")
         _check_writable(path, there.parent)
+
+
+def check_writable_folder(path: str | Path) -> None:
+    """Look whether files may be written into a folder, there or not, beside what it holds.
+
+    Raises:
+        ArtifactError: it is a file, or cannot be written.
+    """
+    path = Path(path)
+    _check_is_folder(path)
+    _check_writable(path, path)
+
+
+def check_apart(folder: str | Path, read: Iterable[str | Path]) -> None:
+    """Refuse an output folder that is, contains or lies inside one of the models that are read for it.
+
+    Args:
+        folder: where the output is to be.
+        read: the models; one that is not on this machine (a hub id) is in no folder's way.
+
+    Raises:
+        ArtifactError: it does.
+    """
+    target = Path(folder).resolve()
+    for model in read:
+        place = Path(model).expanduser()
+        if not place.exists():
+            continue
+        place = place.resolve()
+        if target == place:
+            relation = "is"
+        elif place.is_relative_to(target):
+            relation = "contains"
+        elif target.is_relative_to(place):
+            relation = "lies inside"
+        else:
+            continue
+        raise ArtifactError(f"{folder} {relation} the model {model}, which is read. Choose another place.")
+
+
+def _check_is_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise ArtifactError(f"{path} is a file, and a folder is to be written there. Choose another place.")
 
 
 def _check_writable(path: Path, folder: Path) -> None:

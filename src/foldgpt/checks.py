@@ -26,13 +26,10 @@ def check_inputs(bench: Workbench) -> None:
     Raises:
         FoldGPTError: a text or a task that is not there, too long windows, a harness that is not installed.
     """
-    _check_names(bench)
-    _ = bench.tests
-    _ = bench.tasks
+    check_without_files(bench)
+    check_tests(bench)
     if bench.recipe.recover.num_tokens:
         _ = bench.recovery_texts
-    # What is wrong with a text is said first.
-    _check_contexts(bench)
     _say_what_is_reused(bench)
 
 
@@ -43,8 +40,20 @@ def check_without_files(bench: Workbench) -> None:
         UsageError: too long windows, an unknown task or one without a text, a logger that is not there,
             blocks that are to be compiled where that does not work.
     """
-    _check_names(bench)
+    check_names(bench)
     _check_contexts(bench)
+
+
+def check_tests(bench: Workbench) -> None:
+    """Make what is measured on, before a model is loaded to be measured.
+
+    Raises:
+        FoldGPTError: a text or a task that is not there, too long windows, a harness that is not installed.
+    """
+    bench.check_tasks()
+    _check_tested_contexts(bench)
+    _ = bench.tests
+    _ = bench.tasks
 
 
 def check_plan(bench: Workbench) -> None:
@@ -149,22 +158,38 @@ def check_training_tokens(bench: Workbench) -> None:
         )
 
 
-def _check_names(bench: Workbench) -> None:
+def check_names(bench: Workbench) -> None:
+    """What a recipe names, and this machine has or has not.
+
+    Raises:
+        UsageError: an unknown task or one without a text, a logger that is not there, blocks that are to be compiled
+            where that does not work, or a cache for a teacher that no loss looks at.
+    """
     bench.check_tasks()
-    if bench.recipe.recover.num_tokens:
-        check_loggers(bench.recipe.recover.report_to)
+    section = bench.recipe.recover
+    if section.num_tokens:
+        check_loggers(section.report_to)
         check_device(device_of(bench.recipe.device))
         if bench.recovery_settings.compile:
             check_compiler(device_of(bench.recipe.device))
+        if section.teacher_cache and not bench.recovery_settings.needs_teacher:
+            raise UsageError(
+                f"recover.teacher_cache is {section.teacher_cache}, and no loss compares with the teacher: leave it out"
+            )
 
 
 def _check_contexts(bench: Workbench) -> None:
-    calibrated, measured, recover = bench.recipe.calibration, bench.recipe.evaluate, bench.recipe.recover
+    calibrated, recover = bench.recipe.calibration, bench.recipe.recover
     bench.check_context(f"calibration.context is {calibrated.context}", calibrated.context)
-    for text in measured.texts:
-        bench.check_context(f"evaluate.context is {measured.context} for {text}", measured.context)
+    _check_tested_contexts(bench)
     if recover.num_tokens:
         bench.check_context(f"recover.context is {recover.context}", recover.context)
+
+
+def _check_tested_contexts(bench: Workbench) -> None:
+    measured = bench.recipe.evaluate
+    for text in measured.texts:
+        bench.check_context(f"evaluate.context is {measured.context} for {text}", measured.context)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    Strict,
     ValidationError,
     ValidatorFunctionWrapHandler,
     field_validator,
@@ -32,6 +33,10 @@ VERSION: Final = 2
 _UPGRADED: Final = (1,)
 
 
+#: JSON has whole numbers, so neither "3" nor 3.0 nor true is taken for one.
+_Whole = Annotated[int, Strict()]
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -50,12 +55,12 @@ class SourceModel(_Frozen):
     model: str
     revision: str | None = None
     model_type: str
-    num_blocks: int = Field(ge=1)
+    num_blocks: _Whole = Field(ge=1)
     fingerprint: str | None = None
 
 
 #: Leaf (a linear layer by its name inside the block) → rank for all members, or one rank for each member.
-RankByLeaf = dict[str, Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=0)], ...]]
+RankByLeaf = dict[str, Annotated[_Whole, Field(ge=0)] | tuple[Annotated[_Whole, Field(ge=0)], ...]]
 
 
 class Group(_Frozen):
@@ -79,13 +84,13 @@ class Group(_Frozen):
         norms: whose norms a position begins with: its "own" block's, or the "owner"'s.
     """
 
-    blocks: tuple[int, ...] = Field(min_length=2)
+    blocks: tuple[_Whole, ...] = Field(min_length=2)
     sublayers: tuple[Sublayer, ...] = Field(default=SUBLAYERS, min_length=1)
     donor: Donor = "first"
-    owner: int | None = None
+    owner: _Whole | None = None
     start: Literal["hard", "zero"] = "hard"
     private: tuple[Literal["norms", "scales"], ...] = ("norms",)
-    ranks: Annotated[int, Field(ge=0)] | RankByLeaf = 0
+    ranks: Annotated[_Whole, Field(ge=0)] | RankByLeaf = 0
     norms: Literal["own", "owner"] = "own"
 
     @field_validator("ranks", mode="wrap")
@@ -195,9 +200,9 @@ class CalibrationText(_Frozen):
     """
 
     texts: tuple[str, ...] = Field(min_length=1)
-    context: int = Field(ge=2)
-    num_tokens: int = Field(ge=2)
-    seed: int = 0
+    context: _Whole = Field(ge=2)
+    num_tokens: _Whole = Field(ge=2)
+    seed: _Whole = 0
     fingerprint: str
 
 
@@ -216,7 +221,15 @@ class Compensation(CalibrationText):
     method: Literal["linear"] = "linear"
     features: Literal["inner", "output"] = "inner"
     ridge: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    rounds: int = Field(default=3, ge=0)
+    rounds: _Whole = Field(default=3, ge=0)
+
+    @field_validator("ridge", mode="wrap")
+    @classmethod
+    def _readable_ridge(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise ValueError(f"a penalty is a number from 0, or 'auto'; got {value!r}") from None
 
 
 class Fitting(CalibrationText):
@@ -243,10 +256,10 @@ class FoldPlan(_Frozen):
     format: Literal["foldgpt.plan"] = FORMAT
     version: Literal[2] = VERSION
     source: SourceModel
-    kept: tuple[int, ...]
-    removed: tuple[int, ...] = ()
-    removed_attention: tuple[int, ...] = ()
-    removed_mlp: tuple[int, ...] = ()
+    kept: tuple[_Whole, ...]
+    removed: tuple[_Whole, ...] = ()
+    removed_attention: tuple[_Whole, ...] = ()
+    removed_mlp: tuple[_Whole, ...] = ()
     groups: tuple[Group, ...] = ()
     compensation: Compensation | None = None
     fitting: Fitting | None = None

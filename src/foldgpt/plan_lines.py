@@ -41,21 +41,31 @@ def _cut_line(plan: FoldPlan) -> str:
 
 def _chosen_lines(plan: FoldPlan) -> list[str]:
     origin = plan.origin
-    if "selector" not in origin:
+    if "selector" not in origin or _removes_nothing(plan):
         return []
-    seed = f", seed {origin['seed']}" if "seed" in origin else ""
+    options = origin.get("options")
+    given = dict(options) if isinstance(options, Mapping) else {}
+    # The option `seed` of a selector takes the place of the seed of all.
+    seed = f", seed {given.pop('seed', origin['seed'])}" if "seed" in origin else ""
+    others = "".join(f", {name}={value}" for name, value in given.items())
     calibration = origin.get("calibration")
     protocol = calibration.get("protocol") if isinstance(calibration, Mapping) else None
     on = f"; calibrated on {calibration_words(protocol)}" if isinstance(protocol, Mapping) else ""
-    return [f"chosen by {origin['selector']}{seed}{on}"]
+    return [f"chosen by {origin['selector']}{seed}{others}{on}"]
 
 
 def _search_lines(plan: FoldPlan) -> list[str]:
     """How far from its source the model was that a search settled on, and what the search took."""
     report = plan.origin.get("report")
-    if report is None or not _has_numbers(report, "cost", "num_tokens", "forward_equivalents", "seconds"):
+    if (
+        report is None
+        or _removes_nothing(plan)
+        or not _has_numbers(report, "cost", "num_tokens", "forward_equivalents", "seconds")
+    ):
         return []
     what = "KL to the source" if report.get("objective") == "kl" else "language-modelling loss"
+    if plan.groups or "candidates" in plan.origin:
+        what = f"search for what to remove, by itself: {what}"
     compensated = bool(report.get("compensated"))
     fit = ", compensated by the quick fit of the search" if compensated else ""
     lines = [
@@ -71,6 +81,12 @@ def _search_lines(plan: FoldPlan) -> list[str]:
             f"{len(finals)} sets {finals[1]['cost']:.4f}"
         )
     return lines
+
+
+def _removes_nothing(plan: FoldPlan) -> bool:
+    """Whether there was nothing to choose for removal; what starts at zero was chosen so."""
+    start = plan.at_start
+    return not (start.removed or start.removed_attention or start.removed_mlp)
 
 
 def _target_lines(plan: FoldPlan) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from foldgpt.analysis import Analysis
-from foldgpt.errors import UsageError
+from foldgpt.errors import PlanError, UsageError
 from foldgpt.families import Decoder, attention_kinds, decoder_of, first_of_each_kind, input_device
 from foldgpt.folding import predicted_parameters, same_kind, source_model_of
 from foldgpt.formats import amount
@@ -31,6 +31,7 @@ from foldgpt.selection import (
     select,
     share_for,
 )
+from foldgpt.selection.units import Units
 from foldgpt.sharing import adjacent_groups, limit_of, solve, with_best_donors, zero_started_groups
 from foldgpt.sizes import size
 from foldgpt.targets import target
@@ -48,11 +49,23 @@ def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path
         checkpoint: where a long search keeps its progress. It stays: whoever has saved the selection drops it, by
             `drop_search`.
     """
+    section = bench.recipe.select
+    request = _request(bench, analysis, checkpoint)
+    if section.method in MEASURED:
+        request = replace(request, ids_WT=bench.selection_ids(), further_ids_WT=bench.further_selection_ids())
+    if section.target is None:
+        return select(section.method, request)
+    met = _meet(bench, section.target, checkpoint)
+    selection = select(section.method, replace(request, num_remove=met["num_remove"]))
+    return replace(selection, report={**selection.report, "target": met})
+
+
+def _request(bench: Workbench, analysis: Analysis | None, checkpoint: Path | None) -> Request:
+    """What is asked of a selector, but for the windows that some measure on."""
     recipe, section = bench.recipe, bench.recipe.select
     source = bench.source
-    num_blocks = len(decoder_of(source.model).blocks)
-    request = Request(
-        num_blocks=num_blocks,
+    return Request(
+        num_blocks=len(decoder_of(source.model).blocks),
         # A target is looked at below: to know what blocks take, they may have to be timed.
         num_remove=0 if section.target else num_removed(recipe, source.model),
         analysis=analysis,
@@ -65,13 +78,6 @@ def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path
         checkpoint=checkpoint,
         options=section.options,
     )
-    if section.method in MEASURED:
-        request = replace(request, ids_WT=bench.selection_ids(), further_ids_WT=bench.further_selection_ids())
-    if section.target is None:
-        return select(section.method, request)
-    met = _meet(bench, section.target, checkpoint)
-    selection = select(section.method, replace(request, num_remove=met["num_remove"]))
-    return replace(selection, report={**selection.report, "target": met})
 
 
 def _meet(bench: Workbench, written: str, checkpoint: Path | None) -> dict[str, Any]:
@@ -176,17 +182,23 @@ def make_plan(
         origin["calibration"] = analysis.calibration.model_dump(mode="json")
     origin |= {
         "selector": selection.method,
+        **({"options": dict(recipe.select.options)} if recipe.select.options else {}),
         "scores": None if selection.scores is None else list(selection.scores),
         "removal_order": list(selection.order),
         "report": dict(selection.report),
     }
     limit = _limit(recipe, source.model)
     if limit is not None:
-        return _solved(bench, selection, limit, compensation, origin, checkpoint)
+        return _solved(bench, selection, limit, compensation, origin, analysis, checkpoint)
     groups = _groups(recipe, decoder, selection)
+    removes_anything = selection.removed or selection.removed_attention or selection.removed_mlp
+    if recipe.share.method != "none" and not groups:
+        why = _no_group(recipe)
+        if not removes_anything:
+            raise UsageError(f"{why}, and nothing is removed: the model would be as it is")
+        note(f"nothing is shared: {why}")
     if recipe.share.donor == "best":
         groups = with_best_donors(Replay(source.model, bench.selection_ids()), groups)
-    removes_anything = selection.removed or selection.removed_attention or selection.removed_mlp
     return FoldPlan.create(
         _source_model(bench),
         **_cut(recipe, selection, groups),
@@ -255,6 +267,7 @@ def _solved(
     limit: int,
     compensation: Compensation | None,
     origin: dict[str, Any],
+    analysis: Analysis | None,
     checkpoint: Path | None,
 ) -> FoldPlan:
     """The best of several ways to bring the model down to a number of parameters.
@@ -265,15 +278,25 @@ def _solved(
         limit: parameters of the whole model.
         compensation: what the plan says of compensation.
         origin: what the plan says of where it comes from; the candidates are added.
+        analysis: what the selection was read off, unless it was measured.
         checkpoint: where it keeps its progress.
     """
     source = bench.source
-    order = [*selection.order, *selection.least_needed()]
+    decoder = decoder_of(source.model)
+    order = list(dict.fromkeys([*selection.order, *selection.least_needed()]))
 
     def removal(number: int) -> tuple[int, ...]:
+        if number == 0:
+            return ()
         if number == len(selection.removed):
             return selection.removed
-        return tuple(sorted(list(dict.fromkeys(order))[:number]))
+        if selection.method not in MEASURED:
+            # It costs nothing to ask again, and what angular removes is another run for each number.
+            return select(selection.method, replace(_request(bench, analysis, None), num_remove=number)).removed
+        try:
+            return tuple(sorted(Units.blocks(len(decoder.blocks), number, decoder).fill(order)))
+        except UsageError as error:
+            raise PlanError(f"cannot remove {number} blocks: {error}") from None
 
     solution = solve(
         source.model,
@@ -322,6 +345,14 @@ def _groups(recipe: Recipe, decoder: Decoder, selection: Selection) -> tuple[Gro
         rank=section.rank,
         scales=section.scales,
     )
+
+
+def _no_group(recipe: Recipe) -> str:
+    """Why there is nothing that shares weights."""
+    section = recipe.share
+    if section.start == "zero":
+        return "no removed block may come back beside a kept one of its kind (share.start zero)"
+    return f"no {section.group_size} neighbours of one kind are kept beside each other (share.group_size)"
 
 
 def _may_lose_attention(decoder: Decoder, removed: Collection[int]) -> tuple[int, ...]:

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from foldgpt.artifacts import write_text
 from foldgpt.counts import count
@@ -80,6 +89,13 @@ class Select(_Section):
     what comes out level."""
     options: dict[str, Any] = {}
     """What one selector alone understands; see docs/selection.md."""
+
+    @field_validator("target")
+    @classmethod
+    def _readable_target(cls, written: str | None) -> str | None:
+        if written is not None:
+            target(written)
+        return written
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:

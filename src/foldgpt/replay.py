@@ -186,14 +186,10 @@ class Replay:
                 if boundary in states:
                     # Copied: some families update their tensors in place.
                     states[boundary].append((args[0] if args else kwargs["hidden_states"]).clone())
-                rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-                if known is not None and not _same(known[boundary], (args[1:], rest)):
-                    raise UnsupportedModelError(
-                        f"the blocks of {type(self.model).__name__} are called with more of the text than the hidden "
-                        "states, so they cannot be replayed; searches that measure removed blocks are not possible for "
-                        "it. BI, angular and last still are."
-                    )
-                seen.append((args[1:], rest))
+                beside = _beside_stream(args, kwargs)
+                if known is not None and not _same(known[boundary], beside):
+                    raise self._called_with_text()
+                seen.append(beside)
                 if known is not None and boundary == deepest:
                     raise _Stop
 
@@ -221,11 +217,18 @@ class Replay:
             self._arguments[size] = seen
             if windows.start == 0:
                 self._check(states, output.last_hidden_state)
+        if len(self._arguments) == len(list(self.batches())):
+            # No two micro-batches of one size were compared.
+            self._check_other_text(self.ids_WT[: self.batch_size].flip(-1))
         # Let go one by one: all parts beside all that is made of them would take twice the memory.
         return {boundary: torch.cat(states.pop(boundary)) for boundary in sorted(states)}
 
     def _check(self, states: Mapping[int, list[Tensor]], last_BTH: Tensor) -> None:
-        replayed = self.finish(self.run(states[0][0], range(self.num_blocks)))
+        try:
+            replayed = self.finish(self.run(states[0][0], range(self.num_blocks)))
+        except TypeError:
+            # What follows the last block takes more than its output.
+            raise self._cannot_replay() from None
         self.num_block_calls = 0.0
         largest = float(last_BTH.abs().max())
         if not math.isfinite(largest):
@@ -234,10 +237,40 @@ class Replay:
                     raise FoldGPTError(f"{name} holds values that are not finite; the weights may be damaged")
             raise FoldGPTError("the model's own predictions are not finite; load it in float32 or bfloat16 (--dtype)")
         if not torch.allclose(replayed.float(), last_BTH.float(), rtol=1e-3, atol=1e-3 * largest):
-            raise UnsupportedModelError(
-                f"what {type(self.model).__name__} does between its blocks cannot be replayed block by block; "
-                "searches that measure removed blocks are not possible for it. BI, angular and last still are."
-            )
+            raise self._cannot_replay()
+
+    def _check_other_text(self, ids_BT: Tensor) -> None:
+        """Refuse blocks that are called with anything else when the text is another one."""
+        known = iter(self._arguments[len(ids_BT)])
+        blocks = self.decoder.blocks
+
+        def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not _same(next(known), _beside_stream(args, kwargs)):
+                raise self._called_with_text()
+            if block is blocks[-1]:
+                raise _Stop
+
+        handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+        try:
+            self._body(input_ids=ids_BT.to(self._device), use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _called_with_text(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"the blocks of {type(self.model).__name__} are called with more of the text than the hidden states, so "
+            "they cannot be replayed; searches that measure removed blocks are not possible for it. BI, angular and "
+            "last still are."
+        )
+
+    def _cannot_replay(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"what {type(self.model).__name__} does between its blocks cannot be replayed block by block; "
+            "searches that measure removed blocks are not possible for it. BI, angular and last still are."
+        )
 
     def _arguments_for(self, num_windows: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         if num_windows not in self._arguments:
@@ -255,6 +288,11 @@ class Replay:
 
 class _Stop(Exception):
     """Ends a pass of the body where no more of it is needed."""
+
+
+def _beside_stream(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a block is called with beside the hidden states."""
+    return args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
 
 def _tensor_of(output: Any) -> Tensor:

@@ -9,10 +9,10 @@ from typing import Any
 
 from foldgpt.analysis import Analysis, SourceIdentity, analyze
 from foldgpt.artifacts import read_json
-from foldgpt.checks import check_training_tokens
+from foldgpt.checks import check_applies, check_names, check_tests, check_training_tokens
 from foldgpt.compensation import COMPENSATION, Compensated, compensate_
 from foldgpt.corpus import OwnText, Windows, absolute, calibration_windows, reused_texts
-from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, UsageError
+from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, SourceError, UsageError
 from foldgpt.evaluation import Evaluation, Measured, Subject, evaluate
 from foldgpt.folding import (
     GroupFit,
@@ -24,19 +24,17 @@ from foldgpt.folding import (
 )
 from foldgpt.plan import CalibrationText, Compensation, FoldPlan
 from foldgpt.progress import note
-from foldgpt.recovery import RecoveryResult, check_trainable, recover, remove_work, work_beside
+from foldgpt.recovery import RecoveryResult, check_plan_suits, check_trainable, recover, remove_work, work_beside
 from foldgpt.recovery_result import RECOVERY
 from foldgpt.run_folder import ANALYSIS, PLAN
 from foldgpt.selection.units import units_of
 from foldgpt.sharing import (
+    SHARING,
     fit_sharing,
     sharing_replay,
 )
 from foldgpt.sources import resolve
 from foldgpt.workbench import Workbench
-
-#: The file beside a folded model that says what the fits of shared weights did.
-SHARING = "sharing.json"
 
 #: Text of several kinds, by which tokenizers are told apart.
 _PROBE = "The 2nd fold (of 30) costs $1.50; naïve café, 東京, Привет!\n\n    x = a[0] ** 2  # it's — “so”"
@@ -80,7 +78,8 @@ def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool
         # Weights that a fit has to make cannot be made without it.
         needed = any(group.donor == "least_squares" for group in plan.groups)
         without = "" if needed else ", or set its fitting to null"
-        recorded = sharing_replay(source.model, _windows_of(plan.fitting, source.tokenizer, own, without).ids, plan)
+        windows = _windows_of(plan.fitting, plan, source.tokenizer, own, without)
+        recorded = sharing_replay(source.model, windows.ids, plan)
     if plan.compensation is not None:
         compensated = _compensate_(source.model, plan, plan.compensation, source.tokenizer, own)
         notes[COMPENSATION] = compensated.to_json_dict()
@@ -105,7 +104,7 @@ def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool
 
 def _compensate_(model: Any, plan: FoldPlan, compensation: Compensation, tokenizer: Any, own: OwnText) -> Compensated:
     """Let kept blocks take over what the removed ones did, and those that start at zero, as the plan says."""
-    windows = _windows_of(compensation, tokenizer, own, ", or set its compensation to null")
+    windows = _windows_of(compensation, plan, tokenizer, own, ", or set its compensation to null")
     note("compensating for the removed blocks")
     return compensate_(
         model,
@@ -117,11 +116,12 @@ def _compensate_(model: Any, plan: FoldPlan, compensation: Compensation, tokeniz
     )
 
 
-def _windows_of(text: CalibrationText, tokenizer: Any, own: OwnText, without: str = "") -> Windows:
+def _windows_of(text: CalibrationText, plan: FoldPlan, tokenizer: Any, own: OwnText, without: str = "") -> Windows:
     """The windows that a plan says something is fitted on.
 
     Args:
-        text: what the plan says.
+        text: what the plan says. A text that is not there is looked for where it was when the plan was made.
+        plan: the plan.
         tokenizer: the model's.
         own: the model's own text.
         without: how to do without, as the end of a sentence, where that can be done.
@@ -129,9 +129,23 @@ def _windows_of(text: CalibrationText, tokenizer: Any, own: OwnText, without: st
     Raises:
         PlanError: the text is not what it was when the plan was made.
     """
-    windows = calibration_windows(
-        text.texts, tokenizer, context=text.context, num_tokens=text.num_tokens, seed=text.seed, own=own
-    )
+
+    def read(texts: Sequence[str]) -> Windows:
+        return calibration_windows(
+            texts, tokenizer, context=text.context, num_tokens=text.num_tokens, seed=text.seed, own=own
+        )
+
+    try:
+        windows = read(text.texts)
+    except SourceError as error:
+        calibration = plan.origin.get("calibration")
+        elsewhere = calibration.get("specs") if isinstance(calibration, Mapping) else None
+        if not isinstance(elsewhere, list) or list(text.texts) == elsewhere:
+            raise
+        try:
+            windows = read([str(each) for each in elsewhere])
+        except FoldGPTError:
+            raise error from None
     if windows.fingerprint != text.fingerprint:
         raise PlanError(
             f"the calibration text of the plan ({', '.join(text.texts)}) is not what it was when the plan was made. "
@@ -164,6 +178,9 @@ def make_recovered(
     plan = FoldPlan.load(folded)
     # Before the text is read, and before the source writes one (`self:`).
     place = resolve(str(folded))
+    check_applies(bench, plan)
+    check_plan_suits(plan, bench.recovery_settings)
+    check_names(bench)
     train, held_out = bench.training_windows(out)
     if not bench.recovery_settings.needs_teacher:
         bench.let_go_of_source()
@@ -293,6 +310,7 @@ def make_evaluation(
     recipe, section = bench.recipe, bench.recipe.evaluate
     # The model itself, measured alone, may be of a revision of its own.
     place = bench.place if not compare and str(folded) == recipe.model else resolve(str(folded))
+    check_tests(bench)
     measured = bench.load(place, str(folded))
     reused = _reused_texts(section.texts, place)
     if bench.test is not None:

@@ -381,6 +381,17 @@ def compensation_line(record: Mapping[str, Any]) -> Text:
     )
 
 
+def sharing_line(record: Mapping[str, Any]) -> Text:
+    """What fitting shared weights and private terms came to, as the file beside a folded model says it."""
+    members = record["members"]
+    kept = sum(bool(member["kept"]) for member in members)
+    kl = "not finite" if record["kl"] is None else f"{record['kl']:.4f}"
+    return Text(
+        f"sharing: fits of {kept} of {len(members)} positions kept; KL to the source {kl} nats per token on "
+        f"{record['num_held_out']:,} held-out tokens"
+    )
+
+
 def verification_lines(verification: Verification) -> Text:
     """What was checked of a saved checkpoint, in three lines."""
     reload = "identical" if verification.logits_identical else f"relative error {verification.reload_error:.1e}"

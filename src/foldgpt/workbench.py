@@ -289,7 +289,7 @@ class Workbench:
             return
         if not section.texts:
             raise UsageError(
-                "tasks need a text as well (evaluate.texts, --perplexity): multiple choice alone can hide that a model "
+                "tasks need a text as well (evaluate.texts): multiple choice alone can hide that a model "
                 "no longer writes, so perplexity and last words stand beside it"
             )
         check_task_names(section.tasks)

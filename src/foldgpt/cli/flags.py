@@ -63,6 +63,7 @@ RUN = {
     "recover.texts": "--recover-text",
     "recover.minutes": "--recover-minutes",
     "recover.settings": "--recover-set",
+    "evaluate.texts": "--perplexity",
 }
 COMPARE = {
     **_MODEL,

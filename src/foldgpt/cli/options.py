@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from foldgpt.counts import count
+from foldgpt import counts
 
 #: Devices in a dry run where nothing else is said.
 DEVICES = 1
@@ -28,6 +28,16 @@ Texts = Annotated[
         show_default="demo:wikipedia",
     ),
 ]
+
+
+def count(written: str) -> int:
+    """A count of tokens, for typer, which says a ValueError in words of its own."""
+    try:
+        return counts.count(written)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 Context = Annotated[int | None, typer.Option(help="Tokens in one calibration window.", show_default="512")]
 Tokens = Annotated[
     int | None, typer.Option(help="Calibration tokens in all, such as 500k.", parser=count, show_default="32768")
@@ -129,6 +139,10 @@ Start = Annotated[
         help="hard: kept blocks share. zero: removed blocks stay as positions that borrow, at first without effect.",
         show_default="hard",
     ),
+]
+Perplexity = Annotated[
+    list[str] | None,
+    typer.Option(help="Text to measure perplexity on, as --text. May be repeated.", show_default="demo:wikipedia-test"),
 ]
 RecoverTokens = Annotated[
     int | None, typer.Option(help="Tokens of training after folding, such as 2M.", parser=count, show_default="0")

@@ -112,13 +112,17 @@ def plan(
     """Decide which blocks are removed and which share weights."""
     with session(quiet, PLAN, again=AGAIN):
         from foldgpt import planning, steps
-        from foldgpt.artifacts import check_free_file
+        from foldgpt.artifacts import check_free_file, check_writable_folder
         from foldgpt.checks import check_plan
         from foldgpt.errors import UsageError
+        from foldgpt.run_folder import check_is_no_runs
         from foldgpt.selection import ANALYSIS_FREE, SELECTORS
         from foldgpt.workbench import Workbench
 
         check_free_file(out, replace=overwrite)
+        check_is_no_runs(out)
+        if figures is not None:
+            check_writable_folder(figures)
         calibration = calibration_of(text, context, tokens)
         recipe = recipe_of(
             model=model,

@@ -68,15 +68,16 @@ def print_plan(plan: FoldPlan) -> None:
         print_shown(candidates_table(plan))
 
 
-def print_compensation(folder: Path) -> None:
-    """Print what compensation did to the model in a folder, or in the folder of a run, if anything."""
-    from foldgpt.report.compensation import record_of
+def print_fits(folder: Path) -> None:
+    """Print what compensation and fits did to the model in a folder, or in the folder of a run, if anything."""
+    from foldgpt.report.fits import compensation_of, sharing_of
     from foldgpt.run_folder import FOLDED
-    from foldgpt.tables import compensation_line
+    from foldgpt.tables import compensation_line, sharing_line
 
-    record = record_of(folder) or record_of(folder / FOLDED)
-    if record is not None:
-        print_shown(compensation_line(record))
+    for record_of, line in ((compensation_of, compensation_line), (sharing_of, sharing_line)):
+        record = record_of(folder) or record_of(folder / FOLDED)
+        if record is not None:
+            print_shown(line(record))
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

@@ -22,6 +22,7 @@ from foldgpt.cli.options import (
     GroupSize,
     MaxMemory,
     Objective,
+    Perplexity,
     Quiet,
     Rank,
     RecoverMinutes,
@@ -104,6 +105,7 @@ def run(
     recover_text: RecoverTexts = None,
     recover_minutes: RecoverMinutes = None,
     recover_set: RecoverSettings = None,
+    perplexity: Perplexity = None,
     dtype: DType = None,
     save_dtype: SaveDType = None,
     device: Device = None,
@@ -148,6 +150,7 @@ def run(
                 recover_set,
                 over={} if base is None else base.recover.settings,
             ),
+            "evaluate": {"texts": perplexity},
         }
         whole = recipe_of(**changes) if base is None else base.changed(**changes)
         check_search_tokens(search_tokens, whole)

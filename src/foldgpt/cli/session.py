@@ -14,7 +14,7 @@ import typer
 from foldgpt.cli.flags import in_flags
 
 #: What is said after an interruption: of what goes on, and of what begins anew.
-AGAIN, ANEW = "The same command goes on from the last checkpoint.", "Nothing half-written is left."
+AGAIN, ANEW = "The same command goes on from the last checkpoint, if there is one.", "Nothing half-written is left."
 #: What PyTorch says where the memory of the machine, or of a device, is full.
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 

@@ -11,8 +11,8 @@ import typer
 from foldgpt.cli.printing import (
     print_analysis,
     print_comparison,
-    print_compensation,
     print_evaluation,
+    print_fits,
     print_generations,
     print_json,
     print_plan,
@@ -55,7 +55,7 @@ def show_path(path: Path, *, as_json: bool = False) -> None:
     for name, value in found.items():
         _PRINTED[name](value)
         if name == "plan" and path.is_dir():
-            print_compensation(path)
+            print_fits(path)
         if name == "evaluation" and "plan" in found:
             print_target(found["plan"], value)
         if name == "evaluation" and not path.is_dir():

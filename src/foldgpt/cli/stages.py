@@ -25,11 +25,12 @@ from foldgpt.cli.options import (
     Texts,
     Tokens,
     TrustRemoteCode,
+    count,
 )
 from foldgpt.cli.printing import (
     print_analysis,
-    print_compensation,
     print_evaluation,
+    print_fits,
     print_generations,
     print_json,
     print_paths,
@@ -39,7 +40,6 @@ from foldgpt.cli.printing import (
 )
 from foldgpt.cli.requests import calibration_of, recipe_of
 from foldgpt.cli.session import AGAIN, ANEW, session
-from foldgpt.counts import count
 
 
 def analyze(
@@ -62,11 +62,12 @@ def analyze(
     with session(quiet, ANALYZE, again=AGAIN):
         from foldgpt import steps
         from foldgpt.artifacts import check_free_file, write_json
-        from foldgpt.run_folder import ANALYSIS, ANALYSIS_CHECKPOINT, FIGURES
+        from foldgpt.run_folder import ANALYSIS, ANALYSIS_CHECKPOINT, FIGURES, check_is_no_runs
         from foldgpt.workbench import Workbench
 
         path = out / ANALYSIS
         check_free_file(path, replace=overwrite)
+        check_is_no_runs(path)
         recipe = recipe_of(
             model=model,
             revision=revision,
@@ -136,7 +137,7 @@ def fold(
             print_json(asdict(verification))
         else:
             print_strip(made)
-            print_compensation(out)
+            print_fits(out)
             print_shown(verification_lines(verification))
             print_paths([out])
 
@@ -244,7 +245,7 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(help="Tokens from one window to the next.", show_default="without overlap")
     ] = None,
-    max_windows: Annotated[int, typer.Option(help="Use the first windows only; 0 for all.")] = 0,
+    max_windows: Annotated[int, typer.Option(min=0, help="Use the first windows only; 0 for all.")] = 0,
     tasks: Annotated[
         str | None,
         typer.Option(help="Multiple-choice tasks, separated by commas, such as piqa,arc_easy.", show_default=False),

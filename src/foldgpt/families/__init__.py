@@ -2,7 +2,7 @@
 
 from foldgpt.families.attention_kinds import attending_blocks, attention_kinds, first_of_each_kind
 from foldgpt.families.code import brings_own_code
-from foldgpt.families.config_fields import check_config, check_kept, remap_config_
+from foldgpt.families.config_fields import check_config, check_kept, read_blocks, remap_config_
 from foldgpt.families.decoder import Decoder, decoder_of
 from foldgpt.families.decoding import decode, input_device
 from foldgpt.families.table import FAMILIES, OUTPUT_MATRICES, SPECIAL_FIRST_BLOCK, Family, Sublayers, family_of
@@ -24,5 +24,6 @@ __all__ = [
     "family_of",
     "first_of_each_kind",
     "input_device",
+    "read_blocks",
     "remap_config_",
 ]

@@ -34,16 +34,29 @@ def _slice_per_block(config: Any, name: str, kept: tuple[int, ...], num_blocks: 
 def _slice_indexers(config: Any, name: str, kept: tuple[int, ...], num_blocks: int) -> Any:
     """One entry per block. A "shared" indexer points where the last "full" one before it does, and needs that one."""
     sliced = _slice_per_block(config, name, kept, num_blocks)
-    donor = None
-    for index, kind in enumerate(getattr(config, name)):
-        if kind == "full":
-            donor = index
-        elif index in kept and donor is not None and donor not in kept:
+    for index, donor in read_blocks(config).items():
+        if index in kept and donor not in kept:
             raise PlanError(
                 f"cannot remove block {donor} and keep block {index}: the attention of block {index} reads what the "
                 f"indexer of block {donor} chose ({name}). Keep block {donor}, or remove all that read it."
             )
     return sliced
+
+
+def read_blocks(config: Any) -> dict[int, int]:
+    """Block → the one before it that it reads from, so that it cannot be kept without that one.
+
+    Args:
+        config: the (text) config of a decoder.
+    """
+    read: dict[int, int] = {}
+    donor = None
+    for index, kind in enumerate(getattr(config, "indexer_types", None) or ()):
+        if kind == "full":
+            donor = index
+        elif donor is not None:
+            read[index] = donor
+    return read
 
 
 def _slice_repeated(config: Any, name: str, kept: tuple[int, ...], num_blocks: int) -> Any:

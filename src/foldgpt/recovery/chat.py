@@ -43,7 +43,9 @@ def chat_tokens(
     is_said = [False] * len(ids)
     for start, stop in replies:
         for token, (a, b) in enumerate(encoded["offset_mapping"]):
-            is_said[token] |= start <= a < b <= stop
+            # Some tokenizers trim spaces off, so that a token of nothing else stands for an empty part.
+            is_inside = start < a == b < stop and is_said[token - 1]
+            is_said[token] |= start <= a < b <= stop or is_inside
     return ids, is_said
 
 

@@ -136,7 +136,14 @@ class RecoverySettings:
             "temperature": (self.kl > 0, "is of the loss kl, and its weight is 0"),
             "skew": (self.divergence == "skewed", f"is of the skewed divergence, and this one is {self.divergence}"),
             "states_at": (self.states > 0, "says where states are compared, and their weight (states) is 0"),
-            "alpha": (self.rank > 0, "is of LoRA terms, and there are none: rank is 0"),
+            "rank": (
+                self.train_fully != "all" or self.rank == 0,
+                "is of LoRA terms, and there are none: train_fully is all",
+            ),
+            "alpha": (
+                self.rank > 0 and self.train_fully != "all",
+                f"is of LoRA terms, and there are none: {'rank is 0' if self.rank == 0 else 'train_fully is all'}",
+            ),
             "scale_rate": (self.norms or self.private_terms, "is of scales, and none are trained"),
         }
         for field in fields(self):

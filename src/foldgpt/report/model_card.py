@@ -14,7 +14,7 @@ from foldgpt.errors import ArtifactError
 from foldgpt.evaluation import Evaluation
 from foldgpt.formats import block_ranges
 from foldgpt.plan import FoldPlan
-from foldgpt.report.compensation import was_compensated
+from foldgpt.report.fits import was_compensated
 from foldgpt.report.headline import headlines, short_name
 from foldgpt.report.rows import rows_of
 from foldgpt.report.templating import templates

@@ -12,7 +12,7 @@ from foldgpt.errors import ArtifactError
 from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan
 from foldgpt.recovery_result import RecoveryResult
-from foldgpt.report.compensation import was_compensated
+from foldgpt.report.fits import was_compensated
 from foldgpt.report.training import read_recovery
 
 

@@ -20,7 +20,7 @@ from foldgpt.run_folder.layout import (
     SHARING_CHECKPOINT,
     SOURCE,
 )
-from foldgpt.run_folder.opening import open_run
+from foldgpt.run_folder.opening import check_is_no_runs, open_run
 
 __all__ = [
     "AGREEMENT",
@@ -41,5 +41,6 @@ __all__ = [
     "SHARING_CHECKPOINT",
     "SOURCE",
     "RunFolder",
+    "check_is_no_runs",
     "open_run",
 ]

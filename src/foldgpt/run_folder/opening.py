@@ -9,7 +9,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from foldgpt.artifacts import check_free, remove, remove_all_leftovers, remove_leftovers
+from foldgpt.artifacts import check_apart, check_free, remove, remove_all_leftovers, remove_leftovers
 from foldgpt.comparison import COMPARISON
 from foldgpt.errors import ArtifactError, FoldGPTError
 from foldgpt.progress import note
@@ -44,9 +44,11 @@ def open_run(
 
     Raises:
         ArtifactError: the folder holds another run or something else, is in use, or cannot be written; or, also with
-            `overwrite`, it holds a comparison and a run is to be made there, or the other way round.
+            `overwrite`, it holds a model, is, contains or lies inside the recipe's, or holds a comparison and a run is
+            to be made there, or the other way round.
     """
     path = Path(path)
+    check_apart(path, [recipe.model])
     _check_kind(path, comparison)
     if not ((path / RECIPE).is_file() or (path / LEDGER).is_file()):
         check_free(path, replace=overwrite)
@@ -86,8 +88,23 @@ def open_run(
             lock.release()
 
 
+def check_is_no_runs(file: Path) -> None:
+    """Refuse to write by itself what belongs to a run: what the run made of the old one would stand beside the new.
+
+    Args:
+        file: the output.
+
+    Raises:
+        ArtifactError: a run made it, or will.
+    """
+    if file.name in MADE and (file.parent / LEDGER).is_file():
+        raise ArtifactError(f"{file} belongs to the run in {file.parent}. Choose another place.")
+
+
 def _check_kind(path: Path, comparison: bool) -> None:
-    """Keep runs and comparisons apart: neither knows what the other made of its recipe, so it could not drop that."""
+    """Keep models, runs and comparisons apart: none knows what another made, so it could not drop that."""
+    if (path / "config.json").is_file():
+        raise ArtifactError(f"{path} holds a model, and a run is to be made there. Choose another folder.")
     if comparison and (path / LEDGER).is_file():
         raise ArtifactError(f"{path} holds a run, and a comparison is to be made there. Choose another folder.")
     if not comparison and _holds_comparison(path):

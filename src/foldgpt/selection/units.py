@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
 from foldgpt.errors import UnsupportedModelError, UsageError
-from foldgpt.families import SPECIAL_FIRST_BLOCK, Decoder, attending_blocks, attention_kinds, first_of_each_kind
+from foldgpt.families import (
+    SPECIAL_FIRST_BLOCK,
+    Decoder,
+    attending_blocks,
+    attention_kinds,
+    first_of_each_kind,
+    read_blocks,
+)
 from foldgpt.folding.kinds import sublayer_modules
 from foldgpt.plan import SUBLAYERS, Sublayer
 
@@ -30,6 +38,7 @@ class Units:
         target: how much is to be removed, in the same measure.
         attention_kinds: kind of attention of each block ("full_attention", …).
         first_stays: the first block is built unlike all others, and none can stand in for it.
+        read_blocks: pairs of a block and the one that it reads from, without which it cannot be kept.
     """
 
     num_blocks: int
@@ -38,13 +47,15 @@ class Units:
     target: int
     attention_kinds: tuple[str, ...]
     first_stays: bool = False
+    read_blocks: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def blocks(cls, num_blocks: int, num_remove: int, decoder: Decoder | None = None) -> Units:
         """Whole blocks, `num_remove` of which are to go; of a model in which all attend alike, if none is given."""
-        kinds = ("attention",) * num_blocks if decoder is None else attention_kinds(decoder.config)
-        first_stays = decoder is not None and decoder.model_type in SPECIAL_FIRST_BLOCK
-        return cls(num_blocks, 1, (1,) * num_blocks, num_remove, kinds, first_stays)
+        sizes = (1,) * num_blocks
+        if decoder is None:
+            return cls(num_blocks, 1, sizes, num_remove, ("attention",) * num_blocks)
+        return cls(num_blocks, 1, sizes, num_remove, **_bound_by(decoder))
 
     @classmethod
     def sublayers(cls, decoder: Decoder, num_remove: int) -> Units:
@@ -65,8 +76,7 @@ class Units:
             for sublayer in SUBLAYERS
         )
         target = round(num_remove * sum(sizes) / num_blocks)
-        first_stays = decoder.model_type in SPECIAL_FIRST_BLOCK
-        return cls(num_blocks, 2, sizes, target, attention_kinds(decoder.config), first_stays)
+        return cls(num_blocks, 2, sizes, target, **_bound_by(decoder))
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -109,11 +119,14 @@ class Units:
     def is_allowed(self, removed: Iterable[int]) -> bool:
         """Whether a model folded so can exist: a block that attends is left, and so does the first of each kind.
 
-        transformers reads the length of the KV cache from these. And where the first block has to stay, it does.
+        transformers reads the length of the KV cache from these. And where the first block has to stay, it does, as
+        does each block that a kept one reads from.
         """
         whole, lacking = self.whole_blocks(removed), self.lacking(removed)
         kept = [block for block in range(self.num_blocks) if block not in whole]
         if not kept or (self.first_stays and kept[0] != 0) or (self._attending and self._attending.isdisjoint(kept)):
+            return False
+        if any(reader not in whole and read in whole for reader, read in self.read_blocks):
             return False
         first_of = first_of_each_kind(self.attention_kinds, kept)
         return all(lacking.get(block) != "attention" for block in first_of.values())
@@ -129,6 +142,7 @@ class Units:
             f"the budget cannot be met: {self.target:,} of {sum(self.sizes):,} are to be removed, but one block must "
             "stay, and the first one with each kind of attention must keep that"
             + (", and in this family the first block must stay" if self.first_stays else "")
+            + (", and so must blocks that a kept one reads from" if self.read_blocks else "")
         )
 
     def fill(self, order: Sequence[int], start: Removed = frozenset()) -> Removed:
@@ -177,6 +191,15 @@ def units_of(removed: Iterable[int], attentions: Iterable[int], mlps: Iterable[i
         return sorted(removed)
     whole = list(removed)
     return sorted([2 * block for block in [*whole, *attentions]] + [2 * block + 1 for block in [*whole, *mlps]])
+
+
+def _bound_by(decoder: Decoder) -> dict[str, Any]:
+    """What of a model says which of its blocks may not go, as fields of `Units`."""
+    return {
+        "attention_kinds": attention_kinds(decoder.config),
+        "first_stays": decoder.model_type in SPECIAL_FIRST_BLOCK,
+        "read_blocks": tuple(read_blocks(decoder.config).items()),
+    }
 
 
 def _count(module: nn.Module) -> int:

@@ -10,6 +10,9 @@ from foldgpt.artifacts import without_infinity
 from foldgpt.folding.fitted import GroupFit
 from foldgpt.plan import Sublayer
 
+#: The file beside a folded model that says what the fits of shared weights did.
+SHARING = "sharing.json"
+
 
 @dataclass(frozen=True)
 class SublayerReport:

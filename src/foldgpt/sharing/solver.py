@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -200,10 +200,11 @@ class _Solver:
                 ways.append(partial(self._measured_pairs, fewest + more, shared))
                 ways.append(partial(self._measured_apart, fewest - shared + more, more))
         for way in ways:
-            # Families whose sublayers are not known, or hold what nothing can be fitted for, such as experts.
+            # Families whose sublayers are not known, or hold what nothing can be fitted for, such as experts; and
+            # plans that cannot be folded.
             try:
                 way()
-            except UnsupportedModelError as error:
+            except (UnsupportedModelError, PlanError) as error:
                 note(f"left out: {first_line(error)}")
         best = min(self.candidates, key=lambda candidate: candidate.kl)
         tokens = sum(rows.stop - rows.start for rows in self.held) * self.replay.ids_WT.shape[1]
@@ -211,9 +212,10 @@ class _Solver:
 
     def _fewest(self) -> int:
         """The fewest blocks whose removal meets the limit."""
-        for number in range(len(self.decoder.blocks)):
-            if self._parameters(self._plan(self.removal(number))) <= self.limit:
-                return number
+        with suppress(PlanError):  # so many cannot go
+            for number in range(len(self.decoder.blocks)):
+                if self._parameters(self._plan(self.removal(number))) <= self.limit:
+                    return number
         raise UsageError(f"no removal of blocks brings the model to {self.limit:,} parameters; one block must stay")
 
     # ------------------------------------------------------------------------------------------- the ways

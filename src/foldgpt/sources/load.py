@@ -16,7 +16,7 @@ from foldgpt.formats import dtype_name
 from foldgpt.free_memory import free_memory
 from foldgpt.progress import note, quiet_libraries
 from foldgpt.sources.configs import load_config
-from foldgpt.sources.gguf_files import gguf_metadata, gguf_tokenizer, load_gguf
+from foldgpt.sources.gguf_files import gguf_tokenizer, load_gguf
 from foldgpt.sources.locate import is_hub_snapshot, resolve
 from foldgpt.sources.reading import as_source_errors
 from foldgpt.sources.weights import check_complete, loaded_bytes, model_fingerprint, weight_headers
@@ -117,7 +117,7 @@ def load_tokenizer(
     """
     place = resolve(spec, revision=revision)
     if place.is_file():
-        return gguf_tokenizer(place, gguf_metadata(place))
+        return gguf_tokenizer(place)
     try:
         with quiet_libraries():
             return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=trust_remote_code)
