@@ -192,3 +192,62 @@ def test_what_a_search_cannot_do_is_refused(
     out = tmp_path / "plan.json"
     made = foldgpt("plan", model, "--text", text, *CALIBRATION, "--remove", 1, "--out", out, *flags)
     assert made.exit_code == 2 and message in made.stderr and not out.exists()
+
+
+def test_what_a_selector_was_given_is_in_the_plan(model: Path, text: Path, tmp_path: Path) -> None:
+    def planned(name: str, *flags: object) -> tuple[FoldPlan, str]:
+        asked = ("plan", model, "--select", "random", "--remove", 2, "--text", text, *CALIBRATION)
+        made = foldgpt(*asked, *flags, "--out", tmp_path / name)
+        assert made.exit_code == 0, made.output
+        return FoldPlan.load(tmp_path / name), made.stdout
+
+    (option, shown), (flag, _) = planned("a.json", "--option", "seed=5"), planned("b.json", "--seed", 5)
+    assert option.removed == flag.removed and "options" not in flag.origin
+    assert option.origin["options"] == {"seed": 5} and "chosen by random, seed 5" in shown
+
+
+def test_sharing_by_itself_says_nothing_of_a_search_and_what_its_fit_came_to(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    asked = ("plan", model, "--text", text, *CALIBRATION, "--remove", 0, "--share", "adjacent", "--fit")
+    made = foldgpt(*asked, "--donor", "least_squares", "--out", tmp_path / "plan.json")
+    assert made.exit_code == 0, made.output
+    assert "shared weights and private terms: fitted" in made.stdout
+    assert "chosen by" not in made.stdout and "KL" not in made.stdout
+    made = foldgpt("fold", model, "--plan", tmp_path / "plan.json", "--out", tmp_path / "folded", "-q")
+    assert made.exit_code == 0, made.output
+    record = json.loads((tmp_path / "folded" / "sharing.json").read_text())
+    line = f"of {len(record['members'])} positions kept; KL to the source {record['kl']:.4f} nats per token"
+    assert line in made.stdout and line in foldgpt("show", tmp_path / "folded").stdout
+    (tmp_path / "folded" / "sharing.json").write_text("{}")
+    shown = foldgpt("show", tmp_path / "folded")
+    assert shown.exit_code == 1 and "is not the record of a fit of what is shared" in shown.stderr
+
+
+def test_groups_that_do_not_exist_are_said(model: Path, text: Path, tmp_path: Path) -> None:
+    asked = ("plan", model, "--text", text, *CALIBRATION, "--share", "adjacent", "--group-size", 6)
+    asked += ("--select", "last", "--out", tmp_path / "plan.json")
+    # All six share; without one there are five.
+    assert foldgpt(*asked, "--remove", 0, "-q").exit_code == 0
+    made = foldgpt(*asked, "--remove", 1, "--overwrite")
+    assert made.exit_code == 0 and "nothing is shared: no 6 neighbours of one kind" in made.stderr
+    made = foldgpt(*asked[:-4], "--group-size", 7, *asked[-4:], "--remove", 0, "--overwrite")
+    assert made.exit_code == 2 and "(--group-size), and nothing is removed" in made.stderr
+
+
+def test_a_text_of_a_plan_is_found_where_it_was(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mine.txt").write_bytes(text.read_bytes())
+    monkeypatch.chdir(tmp_path / "here")
+    made = foldgpt("plan", model, "--text", "mine.txt", *CALIBRATION, "--select", "greedy", "--remove", 1, "-q")
+    assert made.exit_code == 0 and FoldPlan.load("plan.json").compensation is not None, made.output
+    monkeypatch.chdir(tmp_path)
+    asked = ("fold", model, "--plan", "here", "--out", "folded", "-q")
+    made = foldgpt(*asked)
+    assert made.exit_code == 0, made.output
+    # Another text of that name here is not taken for it.
+    (tmp_path / "mine.txt").write_text("other words " * 4000)
+    made = foldgpt(*asked, "--overwrite")
+    assert made.exit_code == 2 and "(mine.txt) is not what it was" in made.stderr

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from cli_case import CALIBRATION, foldgpt
+from foldgpt import pipeline
 from foldgpt.plan import FoldPlan
-from run_inputs import tiny_source
+from foldgpt.recipe import Recipe
+from run_inputs import tiny_recipe, tiny_source
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,56 @@ from run_inputs import tiny_source
             2,
             "error: --context: Input should be",
         ),
+        (
+            ["eval", "MODEL", "--perplexity", "TEXT", "--context", "500", "--out", "OUT"],
+            2,
+            "--context is 500 for",
+        ),
+        (
+            ["eval", "MODEL", "--tasks", "piqa", "--out", "OUT"],
+            2,
+            "tasks need a text as well (--perplexity): multiple choice",
+        ),
+        (
+            ["eval", "MODEL", "--perplexity", "TEXT", "--context", "32", "--max-windows", "-1", "--out", "OUT"],
+            2,
+            "Invalid value for '--max-windows': Input should be greater than or equal to 0",
+        ),
+        (["plan", "MODEL", "--tokens", "abc", "--out", "OUT"], 2, "Invalid value for '--tokens': 'abc' is not a count"),
+        (
+            ["plan", "MODEL", "--target", "params=80%", "--out", "OUT"],
+            2,
+            "error: --target: 'params=80%': unknown target 'params'. Did you mean 'parameters'?",
+        ),
+        (
+            ["plan", "MODEL", "--select", "last", "--remove", "1", "--figures", "TEXT", "--out", "OUT"],
+            1,
+            "is a file, and a folder is to be written there",
+        ),
+        (
+            ["run", "--model", "MODEL", "--remove", "2", "--out", "MODEL", "--overwrite"],
+            1,
+            "is the model",
+        ),
+        (
+            [
+                "run",
+                "--model",
+                "MODEL",
+                "--remove",
+                "2",
+                "--perplexity",
+                "TEXT",
+                "--tokens",
+                "256",
+                "--context",
+                "32",
+                "--out",
+                "OUT",
+            ],
+            2,
+            "evaluate.context is 512 for",
+        ),
         (["run", "missing.yaml", "--out", "OUT"], 1, "recipe not found: missing.yaml"),
         (["run", "--out", "OUT"], 2, "name a recipe file, or a model"),
         (["show", "OUT"], 1, "file not found"),
@@ -152,3 +204,52 @@ def test_a_plan_for_another_model_is_refused(model: Path, text: Path, tmp_path: 
     made = foldgpt("fold", model, "--plan", tmp_path / "plan.json", "--out", tmp_path / "folded", "-q")
     assert made.exit_code == 2 and "for a model of 4 blocks" in made.stderr
     assert not (tmp_path / "folded").exists()
+
+
+def test_a_run_is_not_made_in_the_folder_of_a_model(model: Path, text: Path, tmp_path: Path) -> None:
+    plan, folded = tmp_path / "plan.json", tmp_path / "folded"
+    foldgpt("plan", model, "--select", "last", "--remove", 1, "--text", text, *CALIBRATION, "--out", plan, "-q")
+    foldgpt("fold", model, "--plan", plan, "--out", folded, "-q")
+    before = {path: path.read_bytes() for path in folded.iterdir()}
+    asked = ("--select", "last", "--remove", 2, "--text", text, *CALIBRATION, "--out", folded, "--overwrite")
+    made = foldgpt("run", "--model", model, *asked)
+    assert made.exit_code == 1 and f"{folded} holds a model, and a run is to be made there" in made.stderr
+    assert {path: path.read_bytes() for path in folded.iterdir()} == before
+
+
+def test_what_a_run_made_is_not_replaced_apart_from_it(model: Path, text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pipeline.run(Recipe.from_dict(tiny_recipe(model, text)), run)
+    before = {path: path.read_bytes() for path in (run / "plan.json", run / "analysis.json")}
+    asked = ("--text", text, *CALIBRATION, "--overwrite", "-q")
+    for verb in (
+        ("analyze", model, "--out", run),
+        ("plan", model, "--select", "last", "--remove", 1, "--out", run / "plan.json"),
+    ):
+        made = foldgpt(*verb, *asked)
+        assert made.exit_code == 1 and f"belongs to the run in {run}" in made.stderr
+    assert {path: path.read_bytes() for path in before} == before
+    own = foldgpt("plan", model, "--select", "last", "--remove", 1, "--out", run / "other.json", *asked)
+    assert own.exit_code == 0, own.output
+
+
+def test_a_recovery_is_refused_before_its_text_is_read(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, folded = tmp_path / "plan.json", tmp_path / "folded"
+    foldgpt("plan", model, "--select", "last", "--remove", 1, "--text", text, *CALIBRATION, "--out", plan, "-q")
+    foldgpt("fold", model, "--plan", plan, "--out", folded, "-q")
+    other = tiny_source(tmp_path / "other", num_hidden_layers=4)
+    monkeypatch.setattr("foldgpt.workbench.packed_windows", lambda *_, **__: pytest.fail("the text was read"))
+    asked = ("--tokens", "4k", "--context", 32, "--text", text, "--out", tmp_path / "out", "-q")
+    for flags, message in (
+        (("--teacher", other), "for a model of 6 blocks"),
+        (("--teacher", model, "--report-to", "tensorbord"), "unknown logger 'tensorbord'"),
+        (
+            ("--teacher", model, "--set", "kl=0", "--set", "lm=1", "--teacher-cache", tmp_path / "cache"),
+            "no loss compares with the teacher",
+        ),
+    ):
+        made = foldgpt("recover", folded, *flags, *asked)
+        assert made.exit_code == 2 and message in made.stderr, made.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folded", "other", "plan.json"]

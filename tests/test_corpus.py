@@ -100,6 +100,11 @@ def test_a_spec_that_means_nothing_gets_a_suggestion(tmp_path: Path, spec: str, 
         list(read_documents([spec.format(folder=tmp_path)]))
 
 
+def test_one_text_is_no_list_of_letters() -> None:
+    with pytest.raises(UsageError, match=r"texts are a list, and 'a.txt' is one text: give \['a.txt'\]"):
+        list(read_documents("a.txt"))
+
+
 def test_a_pattern_or_a_user_that_python_does_not_know_is_one_line(tmp_path: Path) -> None:
     """Python 3.11 and 3.12 refuse ** beside other characters, and a user who does not exist has no home."""
     with pytest.raises(SourceError, match=r"no text file matches .*/data/\*\*\.jsonl"):

@@ -22,8 +22,9 @@ from foldgpt.plan import Compensation, Fitting, FoldPlan, Group, SourceModel
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings
 from foldgpt.selection import SELECTORS
-from foldgpt.sources import DTYPES
+from foldgpt.sources import DTYPES, load_source
 from foldgpt.strip import plan_strip
+from run_inputs import tiny_source, tiny_text
 from test_family_rows import IN_CONTRACT, ROWS, WHOLE
 
 ROOT = Path(__file__).parent.parent
@@ -136,6 +137,25 @@ def test_the_plan_in_python_does_what_is_said(tmp_path: Path, monkeypatch: pytes
     exec(code, {})
     plan = FoldPlan.load("plan.json")
     assert [plan.position_of[index] for index in (0, 1, 8, 11)] == [0, 1, 8, 9]
+
+
+@pytest.mark.parametrize("name", ["index", "selection"])
+def test_examples_of_pages_run_on_a_tiny_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
+    monkeypatch.chdir(tmp_path)
+    *_, code = blocks_of(page(name), "python")
+    for real, tiny in {
+        "demo:smollm2-135m": str(source),
+        "demo:wikipedia": str(text),
+        "context=512": "context=16",
+        "16_384": "256",
+    }.items():
+        assert real in code
+        code = code.replace(real, tiny)
+    exec(code, {})
+    plan = FoldPlan.load("folded")
+    assert len(plan.removed) == (3 if name == "index" else 2)
+    assert load_source("folded", device="cpu").model.config.num_hidden_layers == len(plan.kept)
 
 
 def test_the_table_of_families_is_the_one_in_the_code() -> None:

@@ -57,6 +57,13 @@ def test_a_plan_is_frozen() -> None:
     ("changes", "message"),
     [
         ({"kept": [2, 0, 3, 4]}, "kept must be increasing and distinct, got [2, 0, 3, 4]"),
+        ({"kept": ["0", 2, 3, 4]}, "kept.0: Input should be a valid integer (got '0')"),
+        ({"removed": [1, True]}, "removed.1: Input should be a valid integer (got True)"),
+        ({"groups": [{"blocks": [0, 2.0]}]}, "groups.0.blocks.1: Input should be a valid integer (got 2.0)"),
+        (
+            {"compensation": {"texts": ["x"], "context": 2, "num_tokens": 2, "fingerprint": "x", "ridge": -1}},
+            "compensation.ridge: a penalty is a number from 0, or 'auto'; got -1",
+        ),
         ({"removed": [1, 1, 5]}, "removed must be increasing and distinct, got [1, 1, 5]"),
         ({"removed_attention": [3, 2]}, "removed_attention must be increasing and distinct, got [3, 2]"),
         ({"removed_mlp": [3, 3]}, "removed_mlp must be increasing and distinct, got [3, 3]"),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from foldgpt.folding import predicted_parameters, source_model_of
 from foldgpt.plan import FoldPlan
-from foldgpt.planning import expected_parameters
+from foldgpt.planning import expected_parameters, make_plan, make_selection
 from foldgpt.recipe import Recipe
+from foldgpt.steps import make_analysis
+from foldgpt.workbench import Workbench
 from models import tiny_model
+from run_inputs import tiny_recipe, tiny_source, tiny_text
 
 
 def recipe_of(**changes: Any) -> Recipe:
@@ -41,3 +45,20 @@ def test_where_blocks_are_alike_any_of_them_tell_the_size() -> None:
 def test_what_a_search_decides_is_not_known_before_it(family: str, changes: dict[str, Any]) -> None:
     """Which sizes go, which may lend to which, and which need their own attention."""
     assert expected_parameters(recipe_of(**changes), tiny_model(family)) is None
+
+
+@pytest.mark.parametrize("method", ["angular", "bi", "last", "random"])
+def test_ways_to_a_size_remove_what_the_selector_would(method: str, tmp_path: Path) -> None:
+    """A run of fewer blocks is another run, and not the beginning of the longer one."""
+    source, text = tiny_source(tmp_path / "model", num_hidden_layers=8), tiny_text(tmp_path / "text.txt")
+    recipe = Recipe.from_dict(
+        tiny_recipe(source, text, select={"method": method}, share={"method": "auto", "size": 0.6})
+    ).changed(compensate={"method": "none"})
+    bench = Workbench(recipe)
+    analysis = make_analysis(bench)
+    plan = make_plan(bench, make_selection(bench, analysis), analysis)
+    removed = {tuple(candidate["removed"]) for candidate in plan.origin["candidates"]}
+    assert len({len(blocks) for blocks in removed}) > 2
+    for blocks in removed:
+        asked = recipe.changed(select={"remove": len(blocks)}, share={"method": "none", "size": None})
+        assert make_selection(Workbench(asked), analysis).removed == blocks

@@ -288,7 +288,12 @@ def test_private_terms_alone_need_some() -> None:
         ({"kl": 0.0, "lm": 1.0, "divergence": "reverse"}, "divergence is reverse, but it is of the loss kl"),
         ({"skew": 0.3}, "skew is 0.3, but it is of the skewed divergence, and this one is forward"),
         ({"states_at": "all"}, "states_at is all, but it says where states are compared"),
-        ({"rank": 0, "alpha": 8.0}, "alpha is 8.0, but it is of LoRA terms"),
+        ({"rank": 0, "alpha": 8.0}, "alpha is 8.0, but it is of LoRA terms, and there are none: rank is 0"),
+        (
+            {"train_fully": "all", "rank": 8},
+            "rank is 8, but it is of LoRA terms, and there are none: train_fully is all",
+        ),
+        ({"train_fully": "all", "alpha": 8.0}, "alpha is 8.0, but it is of LoRA terms, .* train_fully is all"),
         ({"norms": False, "private_terms": False, "scale_rate": 3.0}, "scale_rate is 3.0"),
     ],
     ids=str,

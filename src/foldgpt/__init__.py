@@ -37,6 +37,7 @@ _HOME = {
     "evaluate": "foldgpt.evaluation",
     "evaluation_windows": "foldgpt.corpus",
     "fold_": "foldgpt.folding",
+    "keep_freed_memory": "foldgpt.allocator",
     "load_source": "foldgpt.sources",
     "load_suite": "foldgpt.evaluation",
     "perplexity": "foldgpt.evaluation",

@@ -99,6 +99,8 @@ def open_texts(specs: Sequence[str], own: OwnText | None = None) -> list[Text]:
         SourceError: nothing matches.
         UsageError: no spec, or one that is wrong.
     """
+    if isinstance(specs, str):
+        raise UsageError(f"texts are a list, and {specs!r} is one text: give [{specs!r}]")
     if not specs:
         raise UsageError("no text was given")
     return [_open_text(spec, own) for spec in specs]

@@ -21,8 +21,7 @@ def check_plan_suits(plan: FoldPlan, settings: RecoverySettings) -> list[tuple[i
         Positions and source indices whose states are compared; none where the settings ask for none.
 
     Raises:
-        UsageError: the plan removes nothing in front of a kept block, or no block between two, or has no scales, as the
-            settings need.
+        UsageError: the plan removes nothing in front of a kept block, or no block between two, as the settings need.
     """
     pairs = aligned_blocks(plan, settings.states_at) if settings.states else []
     if settings.states and not pairs:
@@ -31,12 +30,6 @@ def check_plan_suits(plan: FoldPlan, settings: RecoverySettings) -> list[tuple[i
         raise UsageError(
             "train_fully is 'cuts', and the plan removes no whole block beside a kept one: leave train_fully out, or "
             "train all in full"
-        )
-    scaled = any("scales" in group.private for group in plan.groups)
-    if settings.scale_rate != 1 and not scaled:
-        raise UsageError(
-            f"scale_rate is {settings.scale_rate:g}, but it is of scales beside shared weights, and the plan has none: "
-            "leave it out"
         )
     return pairs
 
