@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 
 from foldgpt.artifacts import alone, hash_of
 from foldgpt.attention import attention_in_tiles
@@ -192,27 +192,14 @@ def _trained(
         The model to save, which under FSDP is a copy of the student, and what came out.
     """
     is_main = args.process_index == 0
-    head = Head(student)
-    num_trained = make_trainable_(student, plan, settings)
-    taught, common = None, 0
-    if teacher is not None:
-        common = common_blocks(student, teacher, plan)
-        pairs = [(position, source) for position, source in pairs if position >= common]
-        taught = Teacher(teacher.to(args.device), [source for _, source in pairs], common)
+    module, taught, num_trained = _made_trainable(student, teacher, plan, settings, pairs, args.device)
     with attention_in_tiles(teacher):
         states = _cache(taught, train, cache, settings, is_main=is_main)
     if settings.gradient_checkpointing:
         _checkpointing_(student, True)
-    teacher_head = None if taught is None else taught.head
-    module = Distillation(student, settings, head, teacher_head, [position for position, _ in pairs], common)
-    callbacks = [] if settings.patience is None else [EarlyStoppingCallback(settings.patience)]
     num_steps = args.max_steps
     resumed = latest_checkpoint(work)
-    ended_at = None if resumed is None else step_of_end(resumed, settings.minutes)
-    if ended_at is not None:
-        # transformers would go on behind a step at which patience or the time had ended it.
-        args.max_steps = ended_at
-        train = train.first(ended_at * settings.batch_size)
+    train = _to_the_end(resumed, train, settings, args)
     compiled = compiled_blocks(student, teacher) if settings.compile else nullcontext()
     with quiet_libraries(), attention_in_tiles(student, teacher), compiled:
         trainer = RecoveryTrainer(
@@ -223,13 +210,9 @@ def _trained(
             teacher=taught,
             cache=states,
             minutes=settings.minutes,
-            callbacks=callbacks,
+            callbacks=[] if settings.patience is None else [EarlyStoppingCallback(settings.patience)],
         )
-        if trainer.is_fsdp_enabled and (getattr(student.config, "fold_layout", None) or {}).get("borrowed"):
-            raise UsageError(
-                "FSDP gathers a block's weights while it runs, and here positions borrow those of other blocks: "
-                "train a model with shared weights on one device, or with DDP"
-            )
+        _check_sharded(trainer, student)
         keep_logs_(trainer.callback_handler.callbacks, logs)
         if settings.scale_rate != 1:
             trainer.learn_at(settings.scale_rate, trained_scales(student, plan))
@@ -244,10 +227,8 @@ def _trained(
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     state = trainer.state
     improved = state.best_metric is not None and state.best_metric < before["loss"]
-    best = state.best_model_checkpoint
-    if is_main and improved and (best is None or not (Path(best) / COMPLETE).is_file()):
-        # transformers would leave the last weights in place of the best.
-        raise ArtifactError(f"the checkpoint of the best state, step {state.best_global_step}, is gone from {work}")
+    if is_main and improved:
+        _check_best(state, work)
     after = None
     if whole is not None:
         after = trainer.measure() if improved else before
@@ -275,6 +256,56 @@ def _trained(
         history=state.log_history,
         settings=dataclasses.asdict(settings),
     )
+
+
+def _made_trainable(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    plan: FoldPlan,
+    settings: RecoverySettings,
+    pairs: list[tuple[int, int]],
+    device: torch.device,
+) -> tuple[Distillation, Teacher | None, int]:
+    """What is trained, what it is compared with, and how many parameters of it learn."""
+    head = Head(student)
+    num_trained = make_trainable_(student, plan, settings)
+    taught, common = None, 0
+    if teacher is not None:
+        common = common_blocks(student, teacher, plan)
+        pairs = [(position, source) for position, source in pairs if position >= common]
+        taught = Teacher(teacher.to(device), [source for _, source in pairs], common)
+    teacher_head = None if taught is None else taught.head
+    module = Distillation(student, settings, head, teacher_head, [position for position, _ in pairs], common)
+    return module, taught, num_trained
+
+
+def _to_the_end(
+    resumed: Path | None, train: TrainingWindows, settings: RecoverySettings, args: TrainingArguments
+) -> TrainingWindows:
+    """The windows up to the step at which patience or the time had ended a training; all, if nothing has.
+
+    transformers would go on behind that step, so `args` are changed too.
+    """
+    ended_at = None if resumed is None else step_of_end(resumed, settings.minutes)
+    if ended_at is None:
+        return train
+    args.max_steps = ended_at
+    return train.first(ended_at * settings.batch_size)
+
+
+def _check_sharded(trainer: RecoveryTrainer, student: Any) -> None:
+    if trainer.is_fsdp_enabled and (getattr(student.config, "fold_layout", None) or {}).get("borrowed"):
+        raise UsageError(
+            "FSDP gathers a block's weights while it runs, and here positions borrow those of other blocks: "
+            "train a model with shared weights on one device, or with DDP"
+        )
+
+
+def _check_best(state: TrainerState, work: Path) -> None:
+    """transformers would leave the last weights in place of the best, if those are gone."""
+    best = state.best_model_checkpoint
+    if best is None or not (Path(best) / COMPLETE).is_file():
+        raise ArtifactError(f"the checkpoint of the best state, step {state.best_global_step}, is gone from {work}")
 
 
 def _identity(
