@@ -369,7 +369,8 @@ def test_a_search_leaves_what_its_finals_need(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("foldgpt.selection.gating.refine._PATIENCE", 10**6)
     model = tiny_model("llama", num_hidden_layers=16)
     ids = token_ids(model, (32, 16))
-    request = Request(16, 5, model=model, ids_WT=ids[:8], further_ids_WT=ids[8:], compensate=True)
+    options = {"effort": 1.0}
+    request = Request(16, 5, model=model, ids_WT=ids[:8], further_ids_WT=ids[8:], compensate=True, options=options)
     allowance = greedy_equivalents(request.need_cost("test"))
     report = select("gates", request).report
     assert len(report["finals"]) > 1 and report["forward_equivalents"] <= allowance

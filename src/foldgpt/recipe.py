@@ -84,7 +84,7 @@ class Select(_Section):
     """What searches measure: kl, the divergence from the source, or lm, the language-modelling loss."""
     sublayers: bool = False
     """Remove attention and MLP apart, as many parameters as that many blocks have."""
-    num_tokens: Tokens = Field(default=8192, ge=2)
+    num_tokens: Tokens = Field(default=4096, ge=2)
     """Calibration tokens that searches measure on, of those in the calibration section; gates judge on others of them
     what comes out level."""
     options: dict[str, Any] = {}
