@@ -672,12 +672,19 @@ def test_c1_a_config_that_names_a_quantiser_is_refused_before_anything_is_change
 
 @torch.no_grad()
 @pytest.mark.parametrize("shared", [False, True])
-def test_c1_a_gguf_source_is_dequantised_and_no_trace_of_it_is_saved(tmp_path: Path, shared: bool) -> None:
+def test_c1_a_gguf_source_is_dequantised_and_no_trace_of_it_is_saved(
+    tmp_path: Path, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Field note C1: cut full-precision weights; a stale quantization_config would make the save fail."""
     tiny_gguf(tmp_path / "tiny.gguf")
     assert load_config(tmp_path / "tiny.gguf").model_type == "llama"
     assert shrunk(config_of(str(tmp_path / "tiny.gguf"))).model_type == "llama"  # of a dry run
-    source = load_source(str(tmp_path / "tiny.gguf"), device="cpu")
+    parsed, parse = [], gguf.GGUFReader
+    with monkeypatch.context() as patched:
+        patched.setattr(gguf, "GGUFReader", lambda *args: parsed.append(1) or parse(*args))
+        source = load_source(str(tmp_path / "tiny.gguf"), device="cpu")
+    # For a large vocabulary it takes seconds.
+    assert len(parsed) == 1 and gguf.GGUFReader is parse
     assert {p.dtype for p in source.model.parameters()} == {torch.bfloat16}
     groups = [Group(blocks=(1, 2), donor="mean")] if shared else []
     plan = FoldPlan.create(source_model_of(source.model), removed=[0], groups=groups)

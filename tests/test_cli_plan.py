@@ -219,9 +219,10 @@ def test_sharing_by_itself_says_nothing_of_a_search_and_what_its_fit_came_to(
     record = json.loads((tmp_path / "folded" / "sharing.json").read_text())
     line = f"of {len(record['members'])} positions kept; KL to the source {record['kl']:.4f} nats per token"
     assert line in made.stdout and line in foldgpt("show", tmp_path / "folded").stdout
-    (tmp_path / "folded" / "sharing.json").write_text("{}")
-    shown = foldgpt("show", tmp_path / "folded")
-    assert shown.exit_code == 1 and "is not the record of a fit of what is shared" in shown.stderr
+    for damaged in ({}, {**record, "kl": "x"}, {**record, "num_held_out": None}, {**record, "members": [{}]}):
+        (tmp_path / "folded" / "sharing.json").write_text(json.dumps(damaged))
+        shown = foldgpt("show", tmp_path / "folded")
+        assert shown.exit_code == 1 and "is not the record of a fit of what is shared" in shown.stderr
 
 
 def test_groups_that_do_not_exist_are_said(model: Path, text: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cli_case import CALIBRATION, foldgpt
 from foldgpt import pipeline
@@ -137,7 +138,7 @@ from run_inputs import tiny_recipe, tiny_source
         (
             ["run", "--model", "MODEL", "--remove", "2", "--out", "MODEL", "--overwrite"],
             1,
-            "is the model",
+            "holds a model, and a run is to be made there",
         ),
         (
             [
@@ -217,6 +218,17 @@ def test_a_run_is_not_made_in_the_folder_of_a_model(model: Path, text: Path, tmp
     assert {path: path.read_bytes() for path in folded.iterdir()} == before
 
 
+def test_a_run_may_lie_around_or_inside_the_folder_of_its_model(model: Path, text: Path, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    source = tiny_source(project / "model")
+    (project / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(source, text)))
+    for out in (project, source / "run"):
+        made = foldgpt("run", project / "recipe.yaml", "--out", out, "-q")
+        assert made.exit_code == 0, made.output
+    again = foldgpt("run", "--model", project / "folded", "--remove", 1, "--out", project, "--overwrite")
+    assert again.exit_code == 1 and "lies where" in again.stderr
+
+
 def test_what_a_run_made_is_not_replaced_apart_from_it(model: Path, text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     pipeline.run(Recipe.from_dict(tiny_recipe(model, text)), run)
@@ -225,8 +237,16 @@ def test_what_a_run_made_is_not_replaced_apart_from_it(model: Path, text: Path, 
     for verb in (
         ("analyze", model, "--out", run),
         ("plan", model, "--select", "last", "--remove", 1, "--out", run / "plan.json"),
+        ("plan", model, "--select", "last", "--remove", 1, "--out", tmp_path / "p.json", "--figures", run / "figures"),
     ):
         made = foldgpt(*verb, *asked)
+        assert made.exit_code == 1 and f"belongs to the run in {run}" in made.stderr
+    for verb in (
+        ("fold", model, "--plan", run, "--out", run / "folded"),
+        ("recover", run / "folded", "--teacher", model, "--tokens", "4k", "--out", run / "recovered"),
+        ("eval", model, "--out", run / "evaluation.json"),
+    ):
+        made = foldgpt(*verb, "--overwrite", "-q")
         assert made.exit_code == 1 and f"belongs to the run in {run}" in made.stderr
     assert {path: path.read_bytes() for path in before} == before
     own = foldgpt("plan", model, "--select", "last", "--remove", 1, "--out", run / "other.json", *asked)
@@ -253,3 +273,25 @@ def test_a_recovery_is_refused_before_its_text_is_read(
         made = foldgpt("recover", folded, *flags, *asked)
         assert made.exit_code == 2 and message in made.stderr, made.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folded", "other", "plan.json"]
+
+
+def test_a_teacher_that_is_not_asked_may_be_any_model(model: Path, text: Path, tmp_path: Path) -> None:
+    plan, folded = tmp_path / "plan.json", tmp_path / "folded"
+    foldgpt("plan", model, "--select", "last", "--remove", 1, "--text", text, *CALIBRATION, "--out", plan, "-q")
+    foldgpt("fold", model, "--plan", plan, "--out", folded, "-q")
+    asked = ("--tokens", 256, "--context", 32, "--held-out-tokens", 64, "--text", text, "--out", tmp_path / "out", "-q")
+    made = foldgpt("recover", folded, "--teacher", folded, "--set", "kl=0", "--set", "lm=1", *asked)
+    assert made.exit_code == 0, made.output
+
+
+def test_both_models_of_an_evaluation_need_positions(model: Path, text: Path, tmp_path: Path) -> None:
+    short = tiny_source(tmp_path / "short", max_position_embeddings=16)
+    for asked in ((short, "--baseline", model), (model, "--baseline", short)):
+        made = foldgpt("eval", *asked, "--perplexity", text, "--context", 32)
+        assert made.exit_code == 2 and f"--context is 32 for {text}, and {short} has 16 positions" in made.stderr
+        assert "loading" not in made.stderr
+
+
+def test_a_home_that_does_not_exist_is_no_traceback(tmp_path: Path) -> None:
+    made = foldgpt("run", "--model", "~no-such-user/model", "--remove", 1, "--out", tmp_path / "out")
+    assert made.exit_code == 1 and "error: no model at ~no-such-user/model" in made.stderr

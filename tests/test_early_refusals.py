@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from foldgpt import pipeline, side_by_side, steps
+from foldgpt.checks import check_names
 from foldgpt.errors import FoldGPTError, PlanError, UnsupportedModelError, UsageError
 from foldgpt.recipe import Recipe
 from foldgpt.rehearsal import rehearse
@@ -250,3 +251,12 @@ def test_unequal_budgets_that_no_search_can_change_are_refused_before_any(
 
 def _too_late(*_: Any) -> None:
     pytest.fail("searched before budgets were compared")
+
+
+def test_a_cache_for_a_teacher_that_is_not_asked_is_refused_but_of_rows(recipe: Recipe, tmp_path: Path) -> None:
+    """Rows have it in common, and each has losses of its own."""
+    recover = {"num_tokens": 4096, "teacher_cache": str(tmp_path), "settings": {"kl": 0, "lm": 1}}
+    asked = recipe.changed(recover=recover)
+    with pytest.raises(UsageError, match=r"recover\.teacher_cache is .* no loss compares with the teacher"):
+        check_names(Workbench(asked))
+    check_names(Workbench(asked, common=tmp_path))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pydantic
 import pytest
 
@@ -42,6 +43,12 @@ def test_create_keeps_what_is_not_removed() -> None:
 def test_what_a_plan_amounts_to(parts: dict[str, Any], removal_only: bool) -> None:
     plan = FoldPlan.create(SOURCE, **parts)
     assert plan.is_removal_only == removal_only
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
+    pair = Group(blocks=(numpy.int64(2), 3))
+    plan = FoldPlan.create(SOURCE, removed=list(numpy.argsort([3, 1, 2])[:1]), groups=[pair])
+    assert plan.removed == (1,) and type(plan.removed[0]) is int and plan.groups[0].blocks == (2, 3)
 
 
 def test_a_plan_is_frozen() -> None:

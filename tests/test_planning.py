@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 
+from foldgpt.errors import PlanError
 from foldgpt.folding import predicted_parameters, source_model_of
 from foldgpt.plan import FoldPlan
 from foldgpt.planning import expected_parameters, make_plan, make_selection
 from foldgpt.recipe import Recipe
 from foldgpt.steps import make_analysis
 from foldgpt.workbench import Workbench
-from models import tiny_model
+from models import tiny_hybrid, tiny_model
 from run_inputs import tiny_recipe, tiny_source, tiny_text
+from tiny import tiny_tokenizer
 
 
 def recipe_of(**changes: Any) -> Recipe:
@@ -45,6 +47,27 @@ def test_where_blocks_are_alike_any_of_them_tell_the_size() -> None:
 def test_what_a_search_decides_is_not_known_before_it(family: str, changes: dict[str, Any]) -> None:
     """Which sizes go, which may lend to which, and which need their own attention."""
     assert expected_parameters(recipe_of(**changes), tiny_model(family)) is None
+
+
+@pytest.mark.parametrize("method", ["angular", "last", "bi"])
+def test_numbers_that_cannot_go_are_left_out_of_a_search_for_a_size(method: str, tmp_path: Path) -> None:
+    """Of a model in which one block attends; with a checkpoint, whose identity asks for every number."""
+    tiny_hybrid(3).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(128).save_pretrained(tmp_path / "model")
+    text = tiny_text(tmp_path / "text.txt")
+    recipe = Recipe.from_dict(
+        tiny_recipe(tmp_path / "model", text, select={"method": method}, share={"method": "auto", "size": 0.85})
+    ).changed(compensate={"method": "none"})
+    bench = Workbench(recipe)
+    analysis = make_analysis(bench)
+    try:
+        selection = make_selection(bench, analysis)
+    except PlanError as error:
+        # These selectors mean one certain set, which the attending block may be in.
+        assert method != "angular" and "cannot remove all blocks that attend" in str(error)
+        return
+    plan = make_plan(bench, selection, analysis, tmp_path / "progress.json")
+    assert 3 in plan.kept and (tmp_path / "progress.json").is_file()
 
 
 @pytest.mark.parametrize("method", ["angular", "bi", "last", "random"])

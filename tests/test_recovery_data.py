@@ -340,8 +340,8 @@ def test_what_is_said_includes_spaces_whatever_the_tokenizer_calls_their_place(t
     inner.post_processor = processors.ByteLevel(trim_offsets=trims)
     inner.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=TEMPLATE, eos_token="|")
-    chat = [{"role": "user", "content": "a  b"}, {"role": "assistant", "content": "if x:\n    y  z"}]
-    assert said_of(chat, tokenizer) == "if x:\n    y  z|"
+    chat = [{"role": "user", "content": "a  b"}, {"role": "assistant", "content": "  if x:\n    y  z"}]
+    assert said_of(chat, tokenizer) == "  if x:\n    y  z|"
 
 
 def test_chats_without_replies_leave_nothing_to_learn(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from foldgpt.compensation import compensate_, compensate_and_judge_
-from foldgpt.errors import FoldGPTError, UsageError
+from foldgpt.errors import FoldGPTError, PlanError, UsageError
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, predicted_parameters, source_model_of
 from foldgpt.plan import Compensation, FoldPlan
@@ -221,6 +221,23 @@ def test_a_way_that_cannot_be_folded_is_left_out(capsys: pytest.CaptureFixture[s
     assert {candidate.name for candidate in found.candidates} >= {"remove 4"}
     assert all(3 in candidate.plan.kept for candidate in found.candidates)
     assert "left out: cannot remove all blocks that attend" in capsys.readouterr().err
+
+
+def test_the_fewest_blocks_are_those_that_can_go() -> None:
+    """One by itself cannot, two can."""
+    model = tiny_model("llama")
+
+    def removal(number: int) -> tuple[int, ...]:
+        if number in refused:
+            raise PlanError("this one may not go")
+        return tuple(ORDER[:number])
+
+    limit, ids, refused = limit_of(model, Size("ratio", 0.83)), token_ids(model, (16, 16)), {1}
+    found = solve(model, source_model_of(model), ids, limit, removal)
+    assert found.candidates[0].name == "remove 2"
+    refused |= set(range(2, 6))
+    with pytest.raises(UsageError, match=r"no removal of blocks .* this one may not go"):
+        solve(model, source_model_of(model), ids, limit, removal)
 
 
 def test_predictions_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def test_what_people_write_is_read(written: str, expected: Target) -> None:
 def test_what_is_no_target_is_refused(written: str, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         target(written)
-    with pytest.raises(UsageError, match="select.target: "):
+    with pytest.raises(UsageError, match=r"select\.target: "):
         Recipe.from_dict({"model": "m", "select": {"target": written}})
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -328,31 +328,12 @@ def check_writable_folder(path: str | Path) -> None:
     _check_writable(path, path)
 
 
-def check_apart(folder: str | Path, read: Iterable[str | Path]) -> None:
-    """Refuse an output folder that is, contains or lies inside one of the models that are read for it.
-
-    Args:
-        folder: where the output is to be.
-        read: the models; one that is not on this machine (a hub id) is in no folder's way.
-
-    Raises:
-        ArtifactError: it does.
-    """
-    target = Path(folder).resolve()
-    for model in read:
-        place = Path(model).expanduser()
-        if not place.exists():
-            continue
-        place = place.resolve()
-        if target == place:
-            relation = "is"
-        elif place.is_relative_to(target):
-            relation = "contains"
-        elif target.is_relative_to(place):
-            relation = "lies inside"
-        else:
-            continue
-        raise ArtifactError(f"{folder} {relation} the model {model}, which is read. Choose another place.")
+def from_home(path: str | Path) -> Path:
+    """A path with ~ as the home folder; ~NAME of a user who does not exist stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def _check_is_folder(path: Path) -> None:

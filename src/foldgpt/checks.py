@@ -27,7 +27,7 @@ def check_inputs(bench: Workbench) -> None:
         FoldGPTError: a text or a task that is not there, too long windows, a harness that is not installed.
     """
     check_without_files(bench)
-    check_tests(bench)
+    _make_tests(bench)
     if bench.recipe.recover.num_tokens:
         _ = bench.recovery_texts
     _say_what_is_reused(bench)
@@ -51,9 +51,19 @@ def check_tests(bench: Workbench) -> None:
         FoldGPTError: a text or a task that is not there, too long windows, a harness that is not installed.
     """
     bench.check_tasks()
-    _check_tested_contexts(bench)
-    _ = bench.tests
-    _ = bench.tasks
+    check_tested_contexts(bench)
+    _make_tests(bench)
+
+
+def check_tested_contexts(bench: Workbench) -> None:
+    """Refuse windows to measure on that are longer than the model has positions.
+
+    Raises:
+        UsageError: they are.
+    """
+    measured = bench.recipe.evaluate
+    for text in measured.texts:
+        bench.check_context(f"evaluate.context is {measured.context} for {text}", measured.context)
 
 
 def check_plan(bench: Workbench) -> None:
@@ -172,7 +182,8 @@ def check_names(bench: Workbench) -> None:
         check_device(device_of(bench.recipe.device))
         if bench.recovery_settings.compile:
             check_compiler(device_of(bench.recipe.device))
-        if section.teacher_cache and not bench.recovery_settings.needs_teacher:
+        # The rows of a comparison have the cache in common, whatever each compares with.
+        if section.teacher_cache and bench.common is None and not bench.recovery_settings.needs_teacher:
             raise UsageError(
                 f"recover.teacher_cache is {section.teacher_cache}, and no loss compares with the teacher: leave it out"
             )
@@ -181,15 +192,14 @@ def check_names(bench: Workbench) -> None:
 def _check_contexts(bench: Workbench) -> None:
     calibrated, recover = bench.recipe.calibration, bench.recipe.recover
     bench.check_context(f"calibration.context is {calibrated.context}", calibrated.context)
-    _check_tested_contexts(bench)
+    check_tested_contexts(bench)
     if recover.num_tokens:
         bench.check_context(f"recover.context is {recover.context}", recover.context)
 
 
-def _check_tested_contexts(bench: Workbench) -> None:
-    measured = bench.recipe.evaluate
-    for text in measured.texts:
-        bench.check_context(f"evaluate.context is {measured.context} for {text}", measured.context)
+def _make_tests(bench: Workbench) -> None:
+    _ = bench.tests
+    _ = bench.tasks
 
 
 @functools.cache

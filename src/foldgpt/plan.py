@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     Strict,
@@ -33,8 +35,13 @@ VERSION: Final = 2
 _UPGRADED: Final = (1,)
 
 
+def _as_int(value: Any) -> Any:
+    """numpy's whole numbers are as good as Python's."""
+    return operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value
+
+
 #: JSON has whole numbers, so neither "3" nor 3.0 nor true is taken for one.
-_Whole = Annotated[int, Strict()]
+_Whole = Annotated[int, Strict(), BeforeValidator(_as_int)]
 
 
 class _Frozen(BaseModel):

@@ -16,6 +16,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from foldgpt.errors import FoldGPTError, UnsupportedModelError, UsageError
 from foldgpt.families import Decoder, Sublayers, decoder_of
 from foldgpt.modeling.modeling_foldgpt import Absent
 from foldgpt.plan import Sublayer
+
+#: Models whose blocks were seen to be called alike on two texts, so that it need not be looked at again.
+_SEEN_ON_TWO_TEXTS: WeakSet[nn.Module] = WeakSet()
 
 
 class Replay:
@@ -36,7 +40,8 @@ class Replay:
         ids_WT: token ids, int64, without padding.
         batch_size: windows per micro-batch; by default about 2,048 tokens.
         boundaries: where the residual stream is recorded, beside what enters block 0; by default everywhere. Beyond
-            the last of them the untouched model runs on the first micro-batch only.
+            the last of them the untouched model runs on the first micro-batch only, or, where that is all there is, the
+            first time once more.
 
     The model is put into evaluation mode.
 
@@ -217,9 +222,11 @@ class Replay:
             self._arguments[size] = seen
             if windows.start == 0:
                 self._check(states, output.last_hidden_state)
-        if len(self._arguments) == len(list(self.batches())):
-            # No two micro-batches of one size were compared.
-            self._check_other_text(self.ids_WT[: self.batch_size].flip(-1))
+        if self.model not in _SEEN_ON_TWO_TEXTS:
+            if len(self._arguments) == len(list(self.batches())):
+                # No two micro-batches of one size were compared.
+                self._check_other_text(self.ids_WT[: self.batch_size].flip(-1))
+            _SEEN_ON_TWO_TEXTS.add(self.model)
         # Let go one by one: all parts beside all that is made of them would take twice the memory.
         return {boundary: torch.cat(states.pop(boundary)) for boundary in sorted(states)}
 

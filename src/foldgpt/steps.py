@@ -9,7 +9,7 @@ from typing import Any
 
 from foldgpt.analysis import Analysis, SourceIdentity, analyze
 from foldgpt.artifacts import read_json
-from foldgpt.checks import check_applies, check_names, check_tests, check_training_tokens
+from foldgpt.checks import check_applies, check_names, check_tested_contexts, check_tests, check_training_tokens
 from foldgpt.compensation import COMPENSATION, Compensated, compensate_
 from foldgpt.corpus import OwnText, Windows, absolute, calibration_windows, reused_texts
 from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, SourceError, UsageError
@@ -135,20 +135,21 @@ def _windows_of(text: CalibrationText, plan: FoldPlan, tokenizer: Any, own: OwnT
             texts, tokenizer, context=text.context, num_tokens=text.num_tokens, seed=text.seed, own=own
         )
 
+    texts: Sequence[str] = text.texts
     try:
-        windows = read(text.texts)
+        windows = read(texts)
     except SourceError as error:
         calibration = plan.origin.get("calibration")
         elsewhere = calibration.get("specs") if isinstance(calibration, Mapping) else None
         if not isinstance(elsewhere, list) or list(text.texts) == elsewhere:
             raise
         try:
-            windows = read([str(each) for each in elsewhere])
+            windows = read(texts := [str(each) for each in elsewhere])
         except FoldGPTError:
             raise error from None
     if windows.fingerprint != text.fingerprint:
         raise PlanError(
-            f"the calibration text of the plan ({', '.join(text.texts)}) is not what it was when the plan was made. "
+            f"the calibration text of the plan ({', '.join(texts)}) is not what it was when the plan was made. "
             f"Make the plan again{without}."
         )
     return windows
@@ -178,7 +179,8 @@ def make_recovered(
     plan = FoldPlan.load(folded)
     # Before the text is read, and before the source writes one (`self:`).
     place = resolve(str(folded))
-    check_applies(bench, plan)
+    if bench.recovery_settings.needs_teacher:
+        check_applies(bench, plan)
     check_plan_suits(plan, bench.recovery_settings)
     check_names(bench)
     train, held_out = bench.training_windows(out)
@@ -311,6 +313,8 @@ def make_evaluation(
     # The model itself, measured alone, may be of a revision of its own.
     place = bench.place if not compare and str(folded) == recipe.model else resolve(str(folded))
     check_tests(bench)
+    if compare:
+        check_tested_contexts(Workbench(recipe.model_copy(update={"model": str(place), "revision": None})))
     measured = bench.load(place, str(folded))
     reused = _reused_texts(section.texts, place)
     if bench.test is not None:

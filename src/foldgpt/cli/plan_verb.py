@@ -119,9 +119,10 @@ def plan(
         from foldgpt.selection import ANALYSIS_FREE, SELECTORS
         from foldgpt.workbench import Workbench
 
-        check_free_file(out, replace=overwrite)
         check_is_no_runs(out)
+        check_free_file(out, replace=overwrite)
         if figures is not None:
+            check_is_no_runs(figures)
             check_writable_folder(figures)
         calibration = calibration_of(text, context, tokens)
         recipe = recipe_of(

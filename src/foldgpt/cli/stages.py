@@ -66,8 +66,8 @@ def analyze(
         from foldgpt.workbench import Workbench
 
         path = out / ANALYSIS
-        check_free_file(path, replace=overwrite)
         check_is_no_runs(path)
+        check_free_file(path, replace=overwrite)
         recipe = recipe_of(
             model=model,
             revision=revision,
@@ -115,9 +115,11 @@ def fold(
         from foldgpt.folding import check_place
         from foldgpt.plan import FoldPlan
         from foldgpt.report import write_model_card
+        from foldgpt.run_folder import check_is_no_runs
         from foldgpt.tables import verification_lines
         from foldgpt.workbench import Workbench
 
+        check_is_no_runs(out)
         check_place(out, replace=overwrite, read=[model])
         made = FoldPlan.load(plan)
         recipe = recipe_of(
@@ -197,8 +199,10 @@ def recover(
         from foldgpt import steps
         from foldgpt.folding import check_place
         from foldgpt.report import write_model_card
+        from foldgpt.run_folder import check_is_no_runs
         from foldgpt.workbench import Workbench
 
+        check_is_no_runs(out)
         check_place(out, replace=overwrite, read=[folder, teacher])
         recipe = recipe_of(
             model=teacher,
@@ -275,6 +279,7 @@ def evaluate(
         from foldgpt import steps
         from foldgpt.artifacts import check_free_file, write_json
         from foldgpt.errors import UsageError
+        from foldgpt.run_folder import check_is_no_runs
         from foldgpt.workbench import Workbench
 
         about_text = {"context": context, "stride": stride, "max-windows": max_windows, "generations": generations}
@@ -283,6 +288,7 @@ def evaluate(
             if (idle := [f"--{flag}" for flag, value in flags.items() if value]) and not given:
                 raise UsageError(f"{' and '.join(idle)} without --{needed}: there is nothing to apply that to")
         if out is not None:
+            check_is_no_runs(out)
             check_free_file(out, replace=overwrite)
         recipe = recipe_of(
             model=folder if baseline is None else baseline,

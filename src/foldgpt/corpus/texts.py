@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl, urlencode
 
 import pyarrow.parquet
 
-from foldgpt.artifacts import hash_of, hash_of_file
+from foldgpt.artifacts import from_home, hash_of, hash_of_file
 from foldgpt.corpus.own_text import SELF, OwnText, Sampling
 from foldgpt.demo import demo_text, demo_text_identity
 from foldgpt.errors import FoldGPTError, SourceError, UsageError, did_you_mean, first_line
@@ -380,10 +380,7 @@ def absolute(spec: str) -> str:
     """A text spec that means the same from every folder of this machine: files by their whole paths."""
     if spec.startswith(NOT_FILES):
         return spec
-    try:
-        return str(Path(spec).expanduser().absolute())
-    except RuntimeError:  # ~NAME of a user who does not exist
-        return spec
+    return str(from_home(spec).absolute())
 
 
 def _own_text(spec: str, own: OwnText | None) -> Text:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from foldgpt.artifacts import check_apart, check_free_folder, staged_folder, write_json
+from foldgpt.artifacts import check_free_folder, from_home, staged_folder, write_json
 from foldgpt.errors import ArtifactError
 from foldgpt.folding.number_format import cast_
 from foldgpt.folding.verify import Verification, verify_checkpoint
@@ -35,7 +35,21 @@ def check_place(folder: str | Path, *, replace: bool = False, read: Iterable[str
             is taken, or cannot be written.
     """
     folder = Path(folder)
-    check_apart(folder, read)
+    target = folder.resolve()
+    for model in read:
+        place = from_home(model)
+        if not place.exists():
+            continue
+        place = place.resolve()
+        if target == place:
+            relation = "is"
+        elif place.is_relative_to(target):
+            relation = "contains"
+        elif target.is_relative_to(place):
+            relation = "lies inside"
+        else:
+            continue
+        raise ArtifactError(f"{folder} {relation} the model {model}, which is read. Choose another place.")
     missing = [name for name in _ALWAYS_THERE if not (folder / name).is_file()]
     if missing and folder.is_dir() and any(folder.iterdir()):
         raise ArtifactError(

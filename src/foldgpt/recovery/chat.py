@@ -44,8 +44,7 @@ def chat_tokens(
     for start, stop in replies:
         for token, (a, b) in enumerate(encoded["offset_mapping"]):
             # Some tokenizers trim spaces off, so that a token of nothing else stands for an empty part.
-            is_inside = start < a == b < stop and is_said[token - 1]
-            is_said[token] |= start <= a < b <= stop or is_inside
+            is_said[token] |= start <= a < b <= stop or start < a == b <= stop
     return ids, is_said
 
 

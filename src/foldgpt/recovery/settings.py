@@ -138,7 +138,7 @@ class RecoverySettings:
             "states_at": (self.states > 0, "says where states are compared, and their weight (states) is 0"),
             "rank": (
                 self.train_fully != "all" or self.rank == 0,
-                "is of LoRA terms, and there are none: train_fully is all",
+                "is of LoRA terms, and there are none: train_fully is all (which a rank of 0 agrees with)",
             ),
             "alpha": (
                 self.rank > 0 and self.train_fully != "all",

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from foldgpt.architectures import known_architectures
+from foldgpt.artifacts import from_home
 from foldgpt.errors import SourceError, UnsupportedModelError, first_line
 from foldgpt.sources import load_config, resolve
 from foldgpt.sources.configs import read_config
@@ -59,7 +60,7 @@ def config_of(model: str, *, revision: str | None = None, trust_remote_code: boo
         UnsupportedModelError: the model is not a decoder-only language model, is quantised, or runs code of its own.
     """
     known = known_architectures()
-    is_here = Path(model).expanduser().exists() or model.startswith("demo:")
+    is_here = from_home(model).exists() or model.startswith("demo:")
     if model in known and revision is None and not is_here:
         values = dict(known[model].config)
         return AutoConfig.for_model(values.pop("model_type"), **values)

@@ -35,7 +35,7 @@ def compensation_of(folder: Path) -> dict[str, Any] | None:
     Raises:
         ArtifactError: it cannot be read, or is not what folding writes.
     """
-    record = _record(folder / COMPENSATION, "compensation", {"kept", "kl_before", "kl_after", "num_held_out"})
+    record = _record(folder / COMPENSATION, "compensation", {"kl_before", "kl_after"}, {"kept"})
     if record is not None and not isinstance(record["kept"], bool):
         raise ArtifactError(f"{folder / COMPENSATION} is not the record of a compensation")
     return record
@@ -47,17 +47,25 @@ def sharing_of(folder: Path) -> dict[str, Any] | None:
     Raises:
         ArtifactError: it cannot be read, or is not what folding writes.
     """
-    record = _record(folder / SHARING, "fit of what is shared", {"kl", "num_held_out", "members"})
+    record = _record(folder / SHARING, "fit of what is shared", {"kl"}, {"members"})
     members = [] if record is None else record["members"]
-    if not isinstance(members, list) or not all(isinstance(member, dict) and "kept" in member for member in members):
+    if not isinstance(members, list) or not all(
+        isinstance(member, dict) and isinstance(member.get("kept"), bool) for member in members
+    ):
         raise ArtifactError(f"{folder / SHARING} is not the record of a fit of what is shared")
     return record
 
 
-def _record(path: Path, what: str, keys: set[str]) -> dict[str, Any] | None:
+def _record(path: Path, what: str, divergences: set[str], others: set[str]) -> dict[str, Any] | None:
+    """What a file holds: numbers, null for what is not finite, the tokens that they were measured on, and others."""
     if not path.is_file():
         return None
     record = read_json(path, f"record of the {what}")
-    if not isinstance(record, dict) or not record.keys() >= keys:
+    if (
+        not isinstance(record, dict)
+        or not record.keys() >= {*divergences, *others}
+        or not isinstance(record.get("num_held_out"), int)
+        or not all(record[name] is None or isinstance(record[name], (int, float)) for name in divergences)
+    ):
         raise ArtifactError(f"{path} is not the record of a {what}")
     return record

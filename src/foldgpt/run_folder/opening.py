@@ -9,7 +9,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from foldgpt.artifacts import check_apart, check_free, remove, remove_all_leftovers, remove_leftovers
+from foldgpt.artifacts import check_free, from_home, remove, remove_all_leftovers, remove_leftovers
 from foldgpt.comparison import COMPARISON
 from foldgpt.errors import ArtifactError, FoldGPTError
 from foldgpt.progress import note
@@ -44,12 +44,12 @@ def open_run(
 
     Raises:
         ArtifactError: the folder holds another run or something else, is in use, or cannot be written; or, also with
-            `overwrite`, it holds a model, is, contains or lies inside the recipe's, or holds a comparison and a run is
-            to be made there, or the other way round.
+            `overwrite`, it holds a model, or what it makes would lie where the recipe's is, or it holds a comparison
+            and a run is to be made there, or the other way round.
     """
     path = Path(path)
-    check_apart(path, [recipe.model])
     _check_kind(path, comparison)
+    _check_model_stays(path, recipe.model)
     if not ((path / RECIPE).is_file() or (path / LEDGER).is_file()):
         check_free(path, replace=overwrite)
     elif not overwrite:
@@ -103,12 +103,25 @@ def check_is_no_runs(file: Path) -> None:
 
 def _check_kind(path: Path, comparison: bool) -> None:
     """Keep models, runs and comparisons apart: none knows what another made, so it could not drop that."""
-    if (path / "config.json").is_file():
-        raise ArtifactError(f"{path} holds a model, and a run is to be made there. Choose another folder.")
-    if comparison and (path / LEDGER).is_file():
-        raise ArtifactError(f"{path} holds a run, and a comparison is to be made there. Choose another folder.")
-    if not comparison and _holds_comparison(path):
-        raise ArtifactError(f"{path} holds a comparison, and a run is to be made there. Choose another folder.")
+    wanted = "comparison" if comparison else "run"
+    if (path / LEDGER).is_file():
+        there = "run"
+    elif _holds_comparison(path):
+        there = "comparison"
+    else:
+        there = "model" if (path / "config.json").is_file() else wanted
+    if there != wanted:
+        raise ArtifactError(f"{path} holds a {there}, and a {wanted} is to be made there. Choose another folder.")
+
+
+def _check_model_stays(path: Path, model: str) -> None:
+    """Refuse a folder where a stage would write over the model that is read."""
+    place = from_home(model)
+    if not place.exists():
+        return
+    place, folder = place.resolve(), path.resolve()
+    if place == folder or any(place.is_relative_to(folder / name) for name in MADE):
+        raise ArtifactError(f"the model {model} lies where {path} would have what it makes. Choose another folder.")
 
 
 def _holds_comparison(path: Path) -> bool:

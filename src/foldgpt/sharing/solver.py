@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -212,11 +212,16 @@ class _Solver:
 
     def _fewest(self) -> int:
         """The fewest blocks whose removal meets the limit."""
-        with suppress(PlanError):  # so many cannot go
-            for number in range(len(self.decoder.blocks)):
-                if self._parameters(self._plan(self.removal(number))) <= self.limit:
-                    return number
-        raise UsageError(f"no removal of blocks brings the model to {self.limit:,} parameters; one block must stay")
+        why = "one block must stay"
+        for number in range(len(self.decoder.blocks)):
+            try:
+                parameters = self._parameters(self._plan(self.removal(number)))
+            except PlanError as error:
+                why = first_line(error)
+                continue
+            if parameters <= self.limit:
+                return number
+        raise UsageError(f"no removal of blocks brings the model to {self.limit:,} parameters; {why}")
 
     # ------------------------------------------------------------------------------------------- the ways
 
@@ -369,6 +374,13 @@ class _Solver:
             fitting=self.fitting if groups else None,
         )
 
+    def _removal_or_none(self, number: int) -> list[int] | None:
+        """What goes if so many do; None where that cannot be folded."""
+        try:
+            return list(self.removal(number))
+        except PlanError:
+            return None
+
     def _parameters(self, plan: FoldPlan) -> int:
         # A least-squares donor has the size of any other.
         return predicted_parameters(self.model, plan)
@@ -413,7 +425,7 @@ class _Solver:
             "source": self.source.model_dump(mode="json"),
             "ids": ids_fingerprint(ids_WT),
             "limit": self.limit,
-            "removal": [list(self.removal(number)) for number in range(len(self.decoder.blocks))],
+            "removal": [self._removal_or_none(number) for number in range(len(self.decoder.blocks))],
             "compensation": None if self.compensation is None else self.compensation.model_dump(mode="json"),
             "fitting": None if self.fitting is None else self.fitting.model_dump(mode="json"),
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import gguf
@@ -18,6 +19,9 @@ from foldgpt.progress import note, quiet_libraries
 from foldgpt.sources.configs import gguf_config
 from foldgpt.sources.reading import as_source_errors
 from foldgpt.sources.weights import check_complete
+
+#: Another thread's reader must not be put in place of this one's, nor be left there.
+_READING = RLock()
 
 
 def load_gguf(path: Path, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -81,23 +85,24 @@ def _read_once(path: Path) -> Iterator[dict[str, gguf.ReaderField]]:
     transformers parses it for the config, again for the weights and twice for the tokenizer, each token of the
     vocabulary in Python: of 262k tokens that is most of the time.
     """
-    parse = gguf.GGUFReader
-    try:
-        reader = parse(path)
-        end = max((int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors), default=0)
-        if not end or end > path.stat().st_size:
-            raise ValueError("it ends before its last tensor")
-    except Exception as error:  # the reader fails as numpy does: index, value and memory errors
-        raise SourceError(f"corrupt or truncated GGUF file {path}: {first_line(error)}") from error
+    with _READING:
+        parse = gguf.GGUFReader
+        try:
+            reader = parse(path)
+            end = max((int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors), default=0)
+            if not end or end > path.stat().st_size:
+                raise ValueError("it ends before its last tensor")
+        except Exception as error:  # the reader fails as numpy does: index, value and memory errors
+            raise SourceError(f"corrupt or truncated GGUF file {path}: {first_line(error)}") from error
 
-    def read(file: Any, *args: Any, **options: Any) -> gguf.GGUFReader:
-        return reader if Path(file) == path else parse(file, *args, **options)
+        def read(file: Any, *args: Any, **options: Any) -> gguf.GGUFReader:
+            return reader if Path(file) == path else parse(file, *args, **options)
 
-    gguf.GGUFReader = read
-    try:
-        yield reader.fields
-    finally:
-        gguf.GGUFReader = parse
+        gguf.GGUFReader = read
+        try:
+            yield reader.fields
+        finally:
+            gguf.GGUFReader = parse
 
 
 def _tokenizer(path: Path, metadata: dict[str, gguf.ReaderField]) -> PreTrainedTokenizerBase:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from foldgpt.artifacts import from_home
 from foldgpt.demo import demo_model
 from foldgpt.errors import SourceError, UsageError
 from foldgpt.sources.configs import check_config_file
@@ -46,7 +47,7 @@ def resolve(spec: str, *, revision: str | None = None) -> Path:
     if spec.startswith("demo:"):
         place = demo_model(spec.removeprefix("demo:"), convert_gguf)
     else:
-        place = Path(spec).expanduser()
+        place = from_home(spec)
         if not place.exists():
             if _looks_like_path(spec):
                 raise SourceError(f"no model at {spec}.{_near_names(place)}")
