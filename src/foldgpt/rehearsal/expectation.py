@@ -153,6 +153,7 @@ def expect(
         num_searched_for(recipe, source),
         # Of the right shape alone: how many windows go through at once is part of what is counted.
         ids_WT=torch.empty(num_searched // text.context, text.context, dtype=torch.int64, device="meta"),
+        compensate=recipe.compensate.method != "none",
         sublayers=select.sublayers,
         options=select.options,
     )

@@ -3,7 +3,7 @@
 Each unit's removal is measured alone; gates start from there and are learned with the backbone frozen; the sets they
 point to are then measured, and refined by swaps; sets that come out level are judged on further text, and the swaps of
 what wins there are looked at as well. All stages share one allowance of forward passes: half of what greedy removal is
-expected to take for the same budget, unless told otherwise.
+expected to take for the same budget, or, where removed blocks are compensated, all of it, unless told otherwise.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _OPTIONS = {
     "steps": 200,
     "refine": True,
 }
-#: Shares of greedy's passes that a search may take. Of blocks, all of them find no better sets (docs/lab-notebook.md).
-#: Of twice as many units greedy makes at least twice as many removals, so that it takes four times as many passes; a
-#: search of sublayers has about those that greedy takes for blocks.
-_EFFORT_OF_BLOCKS, _EFFORT_OF_SUBLAYERS = 0.5, 0.28
+#: Shares of greedy's passes that a search may take. Of blocks, all of them find better sets only where these are
+#: compensated (docs/lab-notebook.md). Of twice as many units greedy makes at least twice as many removals, so that it
+#: takes four times as many passes; a search of sublayers has about those that greedy takes for blocks.
+_EFFORT_OF_BLOCKS, _EFFORT_COMPENSATED, _EFFORT_OF_SUBLAYERS = 0.5, 1.0, 0.28
 _ESTIMATORS = ("score", "concrete", "smoothed")
 #: An allowance that nothing spends; far above it, arithmetic with it overflows.
 _MOST_EFFORT = 1_000_000
@@ -81,7 +81,7 @@ def gates_options(request: Request) -> dict[str, Any]:
         UsageError: an unknown option or estimator, a value that an option cannot have, or an estimator for whole blocks
             where sublayers are asked for.
     """
-    options = request.options_over("gates", {**_OPTIONS, "effort": _effort(request.sublayers)})
+    options = request.options_over("gates", {**_OPTIONS, "effort": _effort(request)})
     if options["estimator"] not in _ESTIMATORS:
         raise UsageError(
             f"unknown gate estimator {options['estimator']!r}.{did_you_mean(str(options['estimator']), _ESTIMATORS)}"
@@ -101,9 +101,11 @@ def gates_options(request: Request) -> dict[str, Any]:
     return options
 
 
-def _effort(sublayers: bool) -> float:
+def _effort(request: Request) -> float:
     """The allowance of a search, as a share of the passes of greedy removal, unless told otherwise."""
-    return _EFFORT_OF_SUBLAYERS if sublayers else _EFFORT_OF_BLOCKS
+    if request.sublayers:
+        return _EFFORT_OF_SUBLAYERS
+    return _EFFORT_COMPENSATED if request.compensate else _EFFORT_OF_BLOCKS
 
 
 class _Search:
