@@ -37,8 +37,7 @@ def check_without_files(bench: Workbench) -> None:
     """The part of `check_inputs` that needs the model's config alone, and no text, no rows of tasks and no tokenizer.
 
     Raises:
-        UsageError: too long windows, an unknown task or one without a text, a logger that is not there,
-            blocks that are to be compiled where that does not work.
+        UsageError: too long windows, or as `check_names` says.
     """
     check_names(bench)
     _check_contexts(bench)

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from foldgpt.artifacts import hash_of
+from foldgpt.artifacts import from_home, hash_of
 from foldgpt.errors import FoldGPTError, SourceError, UsageError, did_you_mean, first_line
 from foldgpt.evaluation.tasks.catalog import TASKS, TaskDefinition
 from foldgpt.evaluation.tasks.rows import find_file, read_rows
@@ -132,7 +132,7 @@ def load_suite(names: Sequence[str], *, data_dir: str | Path | None = None, limi
     rows: dict[str, tuple[Path, list[dict[str, Any]]]] = {}
     if data_dir is not None:
         for definition in definitions:
-            file = find_file(Path(data_dir).expanduser(), definition.files, definition.task)
+            file = find_file(from_home(data_dir), definition.files, definition.task)
             rows[definition.task] = (file, read_rows(file, definition.fields))
     if importlib.util.find_spec("lm_eval") is None:
         raise FoldGPTError(
