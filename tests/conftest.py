@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,3 +108,20 @@ def stages_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(pipeline, name, spy)
     return made
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB; needs the right to mount one."""
+    place = tmp_path / "small"
+    place.mkdir()
+    try:
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True, check=False
+        )
+    except FileNotFoundError:
+        pytest.skip("no mount on this system")
+    if mounted.returncode:
+        pytest.skip("may not mount a file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
