@@ -49,8 +49,8 @@ SELECTORS = ("gates", "greedy", "loo", "taylor", "bi", "angular", "last", "rando
 _MOST_KEPT = 4 * 2**30
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a `Bench` reads, and where results go."""
     parser.add_argument("--model", default="demo:smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--text", action="append", help="calibration text; may be repeated (demo:wikipedia)")
@@ -58,8 +58,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512, help="tokens of a calibration window")
     parser.add_argument("--ratio", type=float, action="append", help="share of blocks removed; may be repeated (0.2)")
     parser.add_argument("--selector", action="append", choices=SELECTORS, help="may be repeated (all)")
-    parser.add_argument("--search-seeds", type=int, default=1, help="searches by gates, each with another seed")
-    parser.add_argument("--random-seeds", type=int, default=5, help="draws of the selector random")
     parser.add_argument(
         "--effort", type=float, help="forward passes of a search by gates, as a share of greedy's (the default's)"
     )
@@ -71,9 +69,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--perplexity-context", type=int, default=1024)
     parser.add_argument("--max-windows", type=int, help="use the first windows of those texts only")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--name", default="selectors", help="stem of the result files")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    arguments = parser.parse_args()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--search-seeds", type=int, default=1, help="searches by gates, each with another seed")
+    parser.add_argument("--random-seeds", type=int, default=5, help="draws of the selector random")
+    parser.add_argument("--name", default="selectors", help="stem of the result files")
+    return completed(parser, parser.parse_args())
+
+
+def completed(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, with what is meant where nothing was given; exits where they do not go together."""
     arguments.text = arguments.text or ["demo:wikipedia"]
     arguments.perplexity = arguments.perplexity or []
     arguments.ratio = arguments.ratio or [0.2]
@@ -86,17 +95,33 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Bench:
-    """The model, the texts, and measurements that several rows share."""
+    """The model, the texts, and measurements that several rows share.
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    Args:
+        arguments: of `add_arguments`.
+        beside: a bench with other calibration text, whose model and tests are this one's too.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, beside: Bench | None = None) -> None:
         self.arguments = arguments
-        self.source: Source = load_source(arguments.model, dtype=arguments.dtype)
+        self.source: Source = beside.source if beside else load_source(arguments.model, dtype=arguments.dtype)
         self.model: Any = self.source.model
         self.num_blocks = len(decoder_of(self.model).blocks)
         self.calibration: Windows = self.windows(arguments.tokens)
         # Other windows of the same texts, for the finals of gates: three times as many, as `foldgpt run` has.
         self.further: Windows = self.windows(3 * arguments.tokens, seed=arguments.seed + 1)
-        self.tests: dict[str, Windows] = {
+        self.tests: dict[str, Windows] = beside.tests if beside else self._tests()
+        started = time.perf_counter()
+        self.analysis = analyze(self.model, self.ids)
+        self.analysis_seconds = time.perf_counter() - started
+        self._cost: RemovalCost | None = None
+        self._test_costs: dict[str, RemovalCost] = beside._test_costs if beside else {}
+        self._fitted_on: Replay | None = None
+        self._greedy: Selection | None = None
+
+    def _tests(self) -> dict[str, Windows]:
+        arguments = self.arguments
+        return {
             Path(text).name: evaluation_windows(
                 [text],
                 self.source.tokenizer,
@@ -105,13 +130,6 @@ class Bench:
             )
             for text in arguments.perplexity
         }
-        started = time.perf_counter()
-        self.analysis = analyze(self.model, self.ids)
-        self.analysis_seconds = time.perf_counter() - started
-        self._cost: RemovalCost | None = None
-        self._test_costs: dict[str, RemovalCost] = {}
-        self._fitted_on: Replay | None = None
-        self._greedy: Selection | None = None
 
     @property
     def ids(self) -> Tensor:

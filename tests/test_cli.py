@@ -21,6 +21,7 @@ import foldgpt as package
 import report_inputs
 from cli_case import CALIBRATION, foldgpt
 from foldgpt import hub, progress
+from foldgpt.cache import cache_folder
 from foldgpt.errors import ArtifactError
 from foldgpt.plan import FoldPlan, SourceModel
 from foldgpt.recipe import Recipe
@@ -404,6 +405,19 @@ def test_dry_runs_take_the_defaults_that_help_shows(
     # A time without a speed would be a guess.
     assert seen == [{"teraflops": None, "devices": 1}, {"teraflops": 50, "devices": 4}]
     assert "--devices without --tflops" in foldgpt(*dry, "--devices", 4).stderr
+
+
+def test_the_home_folder_may_stand_behind_an_equals_sign(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shells leave ~ there as it is, and a folder of that name is dangerous to remove."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    made = foldgpt("plan", model, "--select", "last", "--remove", 1, "--text", text, *CALIBRATION, "--out=~/plan.json")
+    assert made.exit_code == 0, made.output
+    assert FoldPlan.load(tmp_path / "home" / "plan.json").removed and not (tmp_path / "~").exists()
+    monkeypatch.setenv("FOLDGPT_CACHE", "~/cache")
+    assert cache_folder() == tmp_path / "home" / "cache"
 
 
 def test_the_version_is_one_line() -> None:

@@ -61,6 +61,30 @@ def test_another_column_can_be_named(tmp_path: Path) -> None:
     assert list(read_documents([f"{tmp_path}/b.parquet#body"])) == ["yes"]
 
 
+def test_a_number_sign_may_be_part_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "C#").mkdir()
+    for name in ("a#1.txt", "C#/b.txt"):
+        (tmp_path / name).write_text(name)
+    assert list(read_documents(["~/a#1.txt", f"{tmp_path}/C#/*.txt"])) == ["a#1.txt", "C#/b.txt"]
+    assert reused_texts(["~/a#1.txt"], {"calibration": [f"{tmp_path}/a#1.txt"]})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (r'{"text": "a\ud800b"}', r"a\.jsonl line 2: holds '\\ud800', half of a character"),
+        (r'{"text": [{"role": "user", "content": "a\ud800b"}]}', r"a\.jsonl line 2: holds '\\ud800'"),
+        ('{"text": ' + "[" * 200_000, r"a\.jsonl line 2: "),
+    ],
+    ids=["text", "chat", "deep"],
+)
+def test_a_row_that_no_tokenizer_takes_is_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + line + "\n")
+    with pytest.raises(SourceError, match=message):
+        list(read_documents([f"{tmp_path}/a.jsonl"]))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -294,12 +318,23 @@ def test_the_protocol_does_not_depend_on_the_place_of_the_file(tmp_path: Path) -
     assert found[0].fingerprint == found[1].fingerprint
 
 
+def test_a_stride_of_the_context_is_no_overlap_whether_or_not_windows_begin_with_bos(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 20)
+    for bos in (False, True):
+        whole, none = (
+            evaluation_windows([f"{tmp_path}/a.txt"], TOKENIZER, context=20, stride=stride, bos=bos)
+            for stride in (20, None)
+        )
+        assert whole.fingerprint == none.fingerprint and whole.protocol == none.protocol
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"context": 50}, r"too short: it has 20 tokens"),
         ({"context": 1}, "nothing to predict"),
         ({"context": 10, "stride": 11}, "stride must be between 1 and 10"),
+        ({"context": 10, "stride": 11, "bos": True}, r"between 1 and 9 .* or the context \(10\), not 11"),
         ({"context": 10, "stride": 0}, "stride must be between 1 and 10"),
         ({"context": 10, "max_windows": 0}, "at least one window"),
     ],

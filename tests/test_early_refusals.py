@@ -61,6 +61,9 @@ def test_mistakes_in_what_is_measured_show_before_anything_runs(
     [
         ({"recover": {"num_tokens": 4096, "context": 32, "texts": ["nowhere.txt"]}}, "nowhere.txt"),
         ({"recover": {"num_tokens": 10_000_000, "context": 32}}, "too short: .* 10,0.* are asked for"),
+        ({"calibration": {"texts": ["nowhere.txt"]}, "recover": {"num_tokens": 4096, "context": 32}}, "nowhere.txt"),
+        ({"calibration": {"num_tokens": 16}, "compensate": {"method": "none"}}, "does not fill one window of 32"),
+        ({"device": "cuda:7"}, "device 'cuda:7' is not available here"),
         (
             {"recover": {"num_tokens": 127, "context": 32, "settings": {"batch_size": 4}}},
             r"recover.num_tokens is 127, and one step takes 128: 4 windows \(batch_size .* at least 128 tokens",

@@ -21,7 +21,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "free_memory",
         "artifacts",
         "assignments",
-        "cache",
         "counts",
         "formats",
         "fingerprints",
@@ -30,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "autoload",
     ),
     ("",),  # the package itself: it imports nothing but `autoload` until a name is asked for
-    ("validation", "sizes", "targets", "wikipedia", "recovery_result", "progress_file"),
+    ("cache", "validation", "sizes", "targets", "wikipedia", "recovery_result", "progress_file"),
     ("plan",),
     ("strip", "plan_lines"),
     ("recipe", "architectures"),

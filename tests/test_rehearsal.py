@@ -336,6 +336,10 @@ def test_options_that_the_real_run_refuses_are_refused(
         ({"evaluate": {"tasks": ["piqa", "piqa"]}}, "the task 'piqa' is named twice"),
         ({"evaluate": {"tasks": ["piqa"], "texts": []}}, "tasks need a text as well"),
         ({"recover": {"num_tokens": 4096, "report_to": ["wandbb"]}}, "unknown logger 'wandbb' in report_to"),
+        (
+            {"calibration": {"num_tokens": 16}, "compensate": {"method": "none"}},
+            "calibration.num_tokens is 16, which does not fill one window of 32",
+        ),
     ],
     ids=str,
 )
@@ -357,6 +361,25 @@ def test_what_the_real_run_refuses_in_its_first_second_is_refused_alike(
             runs()
         told.append(str(caught.value))
     assert len(set(told)) == 1, told
+
+
+def test_a_dry_run_is_of_a_machine_that_is_not_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foldgpt.recovery.compiled._BACKEND", "nonsense")
+    source, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
+    recover = {"num_tokens": 4096, "context": 32, "settings": {"compile": True}}
+    recipe = Recipe.from_dict(tiny_recipe(source, text, device="cuda:7", recover=recover))
+    assert rehearse(recipe).rows["run"].flops["recovery"] > 0
+
+
+def test_rows_may_have_a_cache_that_none_of_them_reads(tmp_path: Path) -> None:
+    """The comparison itself runs: the cache is what its rows have in common."""
+    source, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
+    recover = {"num_tokens": 4096, "context": 32, "teacher_cache": "tc", "settings": {"kl": 0, "lm": 1}}
+    compared = {"rows": {"bi": None, "last": None}}
+    recipe = Recipe.from_dict(tiny_recipe(source, text, compare=compared, recover=recover))
+    assert set(rehearse(recipe, compare=True).rows) >= {"bi", "last"}
+    with pytest.raises(UsageError, match="no loss compares with the teacher"):
+        rehearse(recipe)
 
 
 def test_what_is_refused_at_once_names_the_real_model(tmp_path: Path) -> None:
@@ -406,6 +429,15 @@ def test_auto_counts_in_the_format_of_the_checkpoint() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         found = expect(tiny_config("llama", dtype=dtype), Recipe.from_dict({"model": "m"}), plan, RecoverySettings())
         assert found.memory["search"].weights == dtype.itemsize * found.parameters
+
+
+def test_auto_counts_in_the_format_of_the_weights_where_the_config_names_none(tmp_path: Path) -> None:
+    source, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
+    values = json.loads((source / "config.json").read_text())
+    assert values.pop("dtype") == "float32"
+    (source / "config.json").write_text(json.dumps(values))
+    found = rehearse(Recipe.from_dict(tiny_recipe(source, text))).rows["run"]
+    assert found.memory["search"].weights == 4 * found.parameters
 
 
 def test_a_size_may_be_written_in_any_way(tmp_path: Path) -> None:

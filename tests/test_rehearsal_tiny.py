@@ -81,6 +81,17 @@ def test_a_tiny_model_of_every_family_runs(model_type: str) -> None:
     assert small.num_hidden_layers == config.num_hidden_layers
 
 
+def test_a_model_without_attention_is_an_error_and_no_traceback() -> None:
+    with pytest.raises(UnsupportedModelError, match="the config of mamba has no num_attention_heads"):
+        shrunk(AutoConfig.for_model("mamba", num_hidden_layers=2))
+
+
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(SourceError, match=r"no model at .*/modle\. Did you mean '.*/model'\?"):
+        config_of(f"{tmp_path}/modle")
+
+
 def test_a_tiny_model_that_does_not_run_is_an_error_and_no_traceback(tmp_path: Path) -> None:
     config = shrunk(AutoConfig.for_model("llama", num_hidden_layers=2))
     config.num_key_value_heads = 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from foldgpt.recovery.trainer import RecoveryTrainer
 from foldgpt.run_folder import RunFolder, ledger, open_run
 from foldgpt.selection import Selection
 from foldgpt.sharing import solver
+from foldgpt.sources import model_fingerprint
 from foldgpt.workbench import Workbench
 from run_inputs import MAKERS, STAGES, killed, tiny_recipe, tiny_source, tiny_text
 
@@ -134,6 +136,31 @@ def test_a_recipe_beside_which_nothing_ran_is_not_replaced(recipe: Recipe, tmp_p
     assert Recipe.load(tmp_path / "recipe.yaml") == recipe
 
 
+def test_files_beside_a_recipe_beside_which_nothing_ran_are_not_replaced(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.save(tmp_path / "recipe.yaml")
+    (tmp_path / "plan.json").write_text("by hand")
+    with pytest.raises(ArtifactError, match=r"holds plan\.json, and no run that made it.*--overwrite"):
+        pipeline.run(recipe, tmp_path)
+    assert (tmp_path / "plan.json").read_text() == "by hand"
+    pipeline.run(recipe, tmp_path, overwrite=True)
+    assert FoldPlan.load(tmp_path).removed
+
+
+def test_a_recipe_of_ones_own_keeps_its_words(recipe: Recipe, tmp_path: Path) -> None:
+    """Comments are the user's."""
+    recipe.save(tmp_path / "recipe.yaml")
+    own = "# why: see the minutes\n" + (tmp_path / "recipe.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(own)
+    pipeline.run(recipe, tmp_path)
+    assert (tmp_path / "recipe.yaml").read_text() == own and (tmp_path / "plan.json").is_file()
+
+
+def test_the_command_to_go_on_can_be_pasted(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "r sp [2]")
+    command = shlex.split(folder.to_go_on)
+    assert command == ["foldgpt", "run", str(folder.path / "recipe.yaml"), "--out", str(folder.path)]
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -167,6 +194,7 @@ def test_leftovers_of_a_run_below_this_one_are_not_touched(recipe: Recipe, tmp_p
     in_own = tmp_path / "run" / "figures" / ".foldgpt-partial-plan.png-abcdefgh"
     write_text(in_own, "half")
     recipe.save(tmp_path / "run" / "recipe.yaml")
+    (tmp_path / "run" / ".lock").touch()
     with open_run(tmp_path / "run", recipe):
         assert going_on.is_dir() and not own.exists() and not in_own.exists()
 
@@ -191,6 +219,31 @@ def test_a_changed_model_is_noticed(tmp_path: Path, stages_run: list[str]) -> No
     stages_run.clear()
     pipeline.run(recipe, tmp_path / "run")
     assert stages_run == STAGES
+
+
+def test_code_that_comes_with_a_model_is_part_of_it(tmp_path: Path) -> None:
+    """It computes what is measured, and it may be edited."""
+    source = tiny_source(tmp_path / "model")
+    code = source / "modeling_own.py"
+    code.write_text("ONE = 1\n")
+    assert model_fingerprint(source) == (plain := model_fingerprint(source))
+    values = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**values, "auto_map": {"AutoModelForCausalLM": "modeling_own.M"}}))
+    before = model_fingerprint(source)
+    code.write_text("ONE = 2\n")
+    assert len({plain, before, model_fingerprint(source)}) == 3
+
+
+def test_the_format_that_auto_means_is_an_input(tmp_path: Path, stages_run: list[str]) -> None:
+    source, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
+    recipe = Recipe.from_dict(tiny_recipe(source, text))
+    pipeline.run(recipe, tmp_path / "run")
+    stages_run.clear()
+    values = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**values, "dtype": "bfloat16"}))
+    result = pipeline.run(recipe, tmp_path / "run")
+    assert stages_run[0] == "analysis" and result.evaluation.folded.size is not None
+    assert json.loads((result.model / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_a_damaged_artefact_is_made_again(recipe: Recipe, tmp_path: Path, stages_run: list[str]) -> None:

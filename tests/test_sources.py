@@ -238,6 +238,25 @@ def test_what_cannot_be_fetched_is_one_short_message_with_its_reason(
     assert "advice" not in str(caught.value)
 
 
+def test_a_hub_model_may_have_the_name_of_a_folder_for_its_owner(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`a/b` may be a mistyped path as well, so an error names what lies in the folder."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = shutil.copytree(folder, tmp_path / "snapshots" / commit)
+    (tmp_path / "owner" / "names").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(locate, "snapshot_download", lambda *_, **__: str(snapshot))
+    assert resolve("owner/name") == snapshot
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(locate, "snapshot_download", failing)
+    with pytest.raises(SourceError, match=r"no folder owner/name, .* Did you mean 'owner/names'\?"):
+        resolve("owner/name")
+
+
 def test_a_hub_snapshot_gives_its_commit(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     snapshot = shutil.copytree(folder, tmp_path / "snapshots" / commit)

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import platformdirs
 
+from foldgpt.artifacts import from_home
+
 
 def cache_folder() -> Path:
     """The folder of demo models, demo texts and texts that models wrote; `FOLDGPT_CACHE` moves it. Safe to delete."""
-    return Path(os.environ.get("FOLDGPT_CACHE") or platformdirs.user_cache_dir("foldgpt"))
+    given = os.environ.get("FOLDGPT_CACHE")
+    return from_home(given) if given else Path(platformdirs.user_cache_dir("foldgpt"))

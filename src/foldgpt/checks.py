@@ -21,25 +21,29 @@ if TYPE_CHECKING:
 
 
 def check_inputs(bench: Workbench) -> None:
-    """Make what is measured on, and look for what is trained on.
+    """Make what is calibrated and measured on, and look for what is trained on.
 
     Raises:
         FoldGPTError: a text or a task that is not there, too long windows, a harness that is not installed.
     """
     check_without_files(bench)
+    check_machine(bench)
     _make_tests(bench)
+    _ = bench.calibration
     if bench.recipe.recover.num_tokens:
         _ = bench.recovery_texts
     _say_what_is_reused(bench)
 
 
 def check_without_files(bench: Workbench) -> None:
-    """The part of `check_inputs` that needs the model's config alone, and no text, no rows of tasks and no tokenizer.
+    """The part of `check_inputs` that needs the model's config alone: no text, no rows of tasks, no tokenizer, and not
+    the machine that it is to run on.
 
     Raises:
-        UsageError: too long windows, or as `check_names` says.
+        UsageError: too few calibration tokens, too long windows, or as `check_names` says.
     """
     check_names(bench)
+    bench.check_calibration_tokens()
     _check_contexts(bench)
 
 
@@ -171,21 +175,31 @@ def check_names(bench: Workbench) -> None:
     """What a recipe names, and this machine has or has not.
 
     Raises:
-        UsageError: an unknown task or one without a text, a logger that is not there, blocks that are to be compiled
-            where that does not work, or a cache for a teacher that no loss looks at.
+        UsageError: an unknown task or one without a text, a logger that is not there, or a cache for a teacher that no
+            loss looks at.
     """
     bench.check_tasks()
     section = bench.recipe.recover
     if section.num_tokens:
         check_loggers(section.report_to)
-        check_device(device_of(bench.recipe.device))
-        if bench.recovery_settings.compile:
-            check_compiler(device_of(bench.recipe.device))
         # The rows of a comparison have the cache in common, whatever each compares with.
         if section.teacher_cache and bench.common is None and not bench.recovery_settings.needs_teacher:
             raise UsageError(
                 f"recover.teacher_cache is {section.teacher_cache}, and no loss compares with the teacher: leave it out"
             )
+
+
+def check_machine(bench: Workbench) -> None:
+    """Whether this machine has the device, and can train on it if there is to be a recovery.
+
+    Raises:
+        UsageError: it has not, or blocks are to be compiled where that does not work.
+    """
+    device = device_of(bench.recipe.device)
+    if bench.recipe.recover.num_tokens:
+        check_device(device)
+        if bench.recovery_settings.compile:
+            check_compiler(device)
 
 
 def _check_contexts(bench: Workbench) -> None:

@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from foldgpt.analysis import Analysis, SourceIdentity, analyze
-from foldgpt.artifacts import read_json
-from foldgpt.checks import check_applies, check_names, check_tested_contexts, check_tests, check_training_tokens
+from foldgpt.artifacts import from_home, read_json
+from foldgpt.checks import (
+    check_applies,
+    check_machine,
+    check_names,
+    check_tested_contexts,
+    check_tests,
+    check_training_tokens,
+)
 from foldgpt.compensation import COMPENSATION, Compensated, compensate_
 from foldgpt.corpus import OwnText, Windows, absolute, calibration_windows, reused_texts
 from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, SourceError, UsageError
@@ -183,6 +190,7 @@ def make_recovered(
         check_applies(bench, plan)
     check_plan_suits(plan, bench.recovery_settings)
     check_names(bench)
+    check_machine(bench)
     train, held_out = bench.training_windows(out)
     if not bench.recovery_settings.needs_teacher:
         bench.let_go_of_source()
@@ -215,7 +223,7 @@ def make_recovered(
         tokenizer=student.tokenizer,
         # What folding said of its fits holds for this model too.
         notes={name: read_json(folded / name) for name in (COMPENSATION, SHARING) if (folded / name).is_file()},
-        teacher_cache=section.teacher_cache or (None if bench.common is None else bench.common / "teacher"),
+        teacher_cache=_teacher_cache(bench),
         report_to=section.report_to,
         replace=replace,
         keep_work=keep,
@@ -231,6 +239,14 @@ def make_recovered(
     if not keep:
         drop_recovery_work(bench, out)
     return result
+
+
+def _teacher_cache(bench: Workbench) -> Path | None:
+    """Where the teacher's states are kept, if they are; what the rows of a comparison have in common keeps them."""
+    named = bench.recipe.recover.teacher_cache
+    if named:
+        return from_home(named)
+    return None if bench.common is None else bench.common / "teacher"
 
 
 def check_recovery(bench: Workbench, out: Path) -> None:

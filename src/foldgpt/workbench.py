@@ -17,6 +17,7 @@ from foldgpt.corpus import OwnText, Windows, absolute, calibration_windows, eval
 from foldgpt.errors import FoldGPTError, UsageError, did_you_mean
 from foldgpt.evaluation import Suite, load_suite
 from foldgpt.evaluation.tasks import check_task_names
+from foldgpt.formats import dtype_name
 from foldgpt.plan import Compensation, Fitting
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
@@ -188,14 +189,8 @@ class Workbench:
     @cached_property
     def calibration(self) -> Windows:
         """Windows on which redundancy is measured."""
+        self.check_calibration_tokens()
         section = self.recipe.calibration
-        needed = len(section.texts) * section.context
-        if section.num_tokens < needed:
-            raise UsageError(
-                f"calibration.num_tokens is {section.num_tokens:,}, which does not fill one window of "
-                f"{section.context:,} tokens (calibration.context) for each of {len(section.texts)} "
-                f"text{'s' if len(section.texts) > 1 else ''}: give at least {needed:,}, or a shorter context"
-            )
         windows = calibration_windows(
             section.texts,
             self.tokenizer,
@@ -207,6 +202,21 @@ class Workbench:
         # What is wrong with the text is said first.
         self.check_context(f"calibration.context is {section.context}", section.context)
         return windows
+
+    def check_calibration_tokens(self) -> None:
+        """Look whether there are tokens enough for one window of each calibration text.
+
+        Raises:
+            UsageError: there are not.
+        """
+        section = self.recipe.calibration
+        needed = len(section.texts) * section.context
+        if section.num_tokens < needed:
+            raise UsageError(
+                f"calibration.num_tokens is {section.num_tokens:,}, which does not fill one window of "
+                f"{section.context:,} tokens (calibration.context) for each of {len(section.texts)} "
+                f"text{'s' if len(section.texts) > 1 else ''}: give at least {needed:,}, or a shorter context"
+            )
 
     @cached_property
     def calibration_identity(self) -> CalibrationIdentity:
@@ -354,7 +364,10 @@ class Workbench:
     @property
     def numerics(self) -> dict[str, Any]:
         """What, beside model and text, changes the numbers a model computes."""
-        return {"dtype": self.recipe.dtype, "device": self.recipe.device}
+        # Which format "auto" is stands in the config, and there it is no part of the model's fingerprint.
+        stored = stored_dtype(self.place) if self.recipe.dtype == "auto" else None
+        dtype = self.recipe.dtype if stored is None else dtype_name(stored)
+        return {"dtype": dtype, "device": self.recipe.device}
 
 
 def _recovery_settings(recipe: Recipe) -> RecoverySettings:

@@ -7,9 +7,11 @@ once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from foldgpt import __version__
 from foldgpt.cli.plan_verb import plan
@@ -32,8 +34,23 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "schema": schema,
 }
 
+
+class _Verbs(TyperGroup):
+    """The verbs; ~ is the home folder in `--out=~/x` too, where shells leave it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [_at_home(arg) for arg in args])
+
+
+def _at_home(arg: str) -> str:
+    name, _, value = arg.partition("=")
+    # ~NAME may be of nobody, and is then an error of whoever reads the path.
+    return f"{name}={Path(value).expanduser()}" if name.startswith("--") and f"{value}/".startswith("~/") else arg
+
+
 app = typer.Typer(
     name="foldgpt",
+    cls=_Verbs,
     help="Make large language models smaller in depth: find redundant blocks, remove them, let the rest share weights.",
     no_args_is_help=True,
     add_completion=False,

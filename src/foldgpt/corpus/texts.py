@@ -220,7 +220,7 @@ def _local_text(spec: str) -> Text:
 def _local_files(spec: str) -> tuple[Path, list[Path], str]:
     """Path or pattern of a spec, the files that it means, and the column to read of them."""
     pattern, column = spec, _DEFAULT_COLUMN
-    if "#" in spec and not Path(spec).exists():
+    if "#" in Path(spec).name and not from_home(spec).exists():
         pattern, _, column = spec.rpartition("#")
     try:
         path = Path(pattern).expanduser()
@@ -309,6 +309,8 @@ def json_row(line: bytes, place: str) -> dict[str, Any]:
         row = json.loads(line)
     except ValueError as error:  # not JSON, or not UTF-8
         raise SourceError(f"{place}: not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise SourceError(f"{place}: nested too deep to be read") from error
     if not isinstance(row, dict):
         raise SourceError(f"{place}: a JSON object is needed, not {type(row).__name__}")
     return row
@@ -402,10 +404,25 @@ def _document_of(row: dict[str, Any], column: str, place: str) -> Document:
         raise _no_column(column, row, place)
     found = row[column]
     if isinstance(found, str):
+        _check_is_unicode(found, place)
         return (found,)
     if isinstance(found, list) and all(isinstance(message, Mapping) for message in found):
+        for message in found:
+            for value in message.values():
+                if isinstance(value, str):
+                    _check_is_unicode(value, place)
         return Chat(found, place)
     raise SourceError(f"{place}: column {column!r} holds {type(found).__name__}, not text")
+
+
+def _check_is_unicode(text: str, place: str) -> None:
+    """Refuse half of a pair of surrogates, which JSON can write and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(
+            f"{place}: holds {text[error.start]!r}, half of a character, as text that was cut inside one has it"
+        ) from error
 
 
 def _column_among(names: Iterable[str], column: str) -> str:

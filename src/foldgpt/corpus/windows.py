@@ -143,7 +143,8 @@ def evaluation_windows(
         specs: texts, as in `read_documents`.
         tokenizer: the model's tokenizer.
         context: tokens per window, BOS included.
-        stride: tokens of text from the start of one window to the next; by default windows do not overlap.
+        stride: tokens of text from the start of one window to the next; by default, and if it is the context, windows
+            do not overlap.
         max_windows: use the first so many windows only.
         bos: as in `calibration_windows`.
 
@@ -158,9 +159,13 @@ def evaluation_windows(
     texts = open_texts(specs)
     prefix = prefix_of(tokenizer, bos)
     text_tokens = _text_tokens(context, prefix)
-    stride = text_tokens if stride is None else stride
+    # The context stands for all text of a window, of which BOS is none.
+    stride = text_tokens if stride is None or stride == context else stride
     if not 1 <= stride <= text_tokens:
-        raise UsageError(f"stride must be between 1 and {text_tokens} (tokens of text in a window), not {stride}")
+        raise UsageError(
+            f"evaluate.stride must be between 1 and {text_tokens} (tokens of text in a window) or the context "
+            f"({context}), not {stride}"
+        )
     if max_windows is not None and max_windows < 1:
         raise UsageError(f"at least one window is needed, not {max_windows}")
     wanted = None if max_windows is None else (max_windows - 1) * stride + text_tokens

@@ -32,7 +32,7 @@ from foldgpt.workbench import Workbench
 #: Tokens in a window, windows to calibrate on, to search on, to train on in steps, to judge and to measure on.
 _CONTEXT, _CALIBRATION, _SEARCH, _STEPS, _HELD_OUT, _TEST = 32, 8, 2, 2, 2, 2
 #: Settings that make a training short.
-_SHORT_TRAINING = {"batch_size": 2, "micro_batch_size": 2, "evaluate_every": 1}
+_SHORT_TRAINING = {"batch_size": 2, "micro_batch_size": 2, "evaluate_every": 1, "compile": False}
 #: Most columns of a low-rank term; a matrix of the tiny model may have no more rows.
 _RANK = 4
 #: Stages that are made once for the rows of a comparison; the teacher's states for those that compare the same ones.
@@ -116,14 +116,16 @@ def rehearse(recipe: Recipe, *, compare: bool = False) -> Rehearsal:
 
 def _check(recipe: Recipe, rows: Sequence[Row], config: Any) -> None:
     """Refuse what the real run, or that of a row, refuses before it measures anything."""
-    bench = _RealBench(recipe, config)
+    # The rows of a comparison have a folder in common.
+    common = Path(side_by_side.ROWS) if rows else None
+    bench = _RealBench(recipe, config, common)
     if not rows:
         check_plan(bench)
     # Rows have contexts, tasks and loggers in common.
     check_without_files(bench)
     for row in rows:
         with side_by_side.named(row):
-            check_plan(_RealBench(row.recipe, config))
+            check_plan(_RealBench(row.recipe, config, common))
     if rows:
         _check_budgets(recipe, rows, config)
 
@@ -139,8 +141,8 @@ def _check_budgets(recipe: Recipe, rows: Sequence[Row], config: Any) -> None:
 class _RealBench(Workbench):
     """The inputs of the real run as far as its config tells. The toy has budgets of its own."""
 
-    def __init__(self, recipe: Recipe, config: Any) -> None:
-        super().__init__(recipe)
+    def __init__(self, recipe: Recipe, config: Any, common: Path | None) -> None:
+        super().__init__(recipe, common=common)
         self.config = config
 
 

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from foldgpt.architectures import known_architectures
 from foldgpt.artifacts import from_home
 from foldgpt.errors import SourceError, UnsupportedModelError, first_line
-from foldgpt.sources import load_config, resolve
+from foldgpt.sources import load_config, resolve, stored_dtype
 from foldgpt.sources.configs import read_config
+from foldgpt.sources.locate import check_is_no_path
 
 #: One head's channels, most heads, tokens of the vocabulary.
 _HEAD_DIM, _MOST_HEADS, _VOCABULARY = 8, 4, 320
@@ -64,13 +65,19 @@ def config_of(model: str, *, revision: str | None = None, trust_remote_code: boo
     if model in known and revision is None and not is_here:
         values = dict(known[model].config)
         return AutoConfig.for_model(values.pop("model_type"), **values)
+    if not is_here:
+        check_is_no_path(model)
     place = resolve(model, revision=revision) if is_here else _fetched(model, revision)
     if trust_remote_code and place.is_dir() and "auto_map" in read_config(place):
         raise UnsupportedModelError(
             f"a dry run cannot use a model's own code, which {model} brings and trust_remote_code asks for. If "
             "transformers knows the model without it, leave trust_remote_code out."
         )
-    return load_config(place)
+    config = load_config(place)
+    if is_here and getattr(config, "dtype", None) is None:
+        # What is loaded as it is stored takes its format from the weights then.
+        config.dtype = stored_dtype(place)
+    return config
 
 
 def _fetched(model: str, revision: str | None) -> Path:
@@ -93,6 +100,11 @@ def shrunk(config: Any) -> Any:
     """
     if config.get_text_config(decoder=True) is not config:
         raise UnsupportedModelError(f"a dry run needs a plain text model, and {config.model_type} is more than that")
+    for name in ("num_attention_heads", "hidden_size", "num_hidden_layers"):
+        if not isinstance(getattr(config, name, None), int):
+            raise UnsupportedModelError(
+                f"a dry run needs a decoder of attention blocks, and the config of {config.model_type} has no {name}"
+            )
     heads = min(_MOST_HEADS, config.num_attention_heads)
     changes: dict[str, Any] = {
         "vocab_size": _VOCABULARY,
@@ -141,7 +153,7 @@ def save_tiny(config: Any, folder: Path, *, seed: int = 0) -> Path:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             model(input_ids=torch.arange(4)[None], use_cache=False)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
             f"a dry run needs a tiny {config.model_type}, and with the sizes that foldgpt gives it (in "
             f"foldgpt/rehearsal/tiny.py) it does not run: {first_line(error)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -64,7 +65,7 @@ class RunFolder:
     @property
     def to_go_on(self) -> str:
         """The command that lets the run go on."""
-        return f"foldgpt run {self.path / RECIPE} --out {self.path}"
+        return shlex.join(["foldgpt", "run", str(self.path / RECIPE), "--out", str(self.path)])
 
     def inputs_of(self, name: str) -> str | None:
         """Identity of what a stage was made from, alike in runs that make the same; None if it was not made."""

@@ -15,7 +15,7 @@ from foldgpt.errors import ArtifactError, FoldGPTError
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 from foldgpt.run_folder.folder import RunFolder
-from foldgpt.run_folder.layout import ANALYSIS_CHECKPOINT, LEDGER, LOCK, MADE, RECIPE, ROWS, WRITTEN
+from foldgpt.run_folder.layout import ANALYSIS_CHECKPOINT, COMPARED, LEDGER, LOCK, MADE, RECIPE, ROWS, WRITTEN
 from foldgpt.run_folder.ledger import read_stages
 
 
@@ -54,6 +54,7 @@ def open_run(
         check_free(path, replace=overwrite)
     elif not overwrite:
         _check_same(path, recipe)
+        _check_nothing_lies_there(path)
     lock = FileLock(path / LOCK)
     was_there = path.exists()
     try:
@@ -76,8 +77,9 @@ def open_run(
                     # All stages stand, so it was this one that cannot be read.
                     recipe.save(path / RECIPE)
             else:
-                # Only now: the recipe of a run that goes on elsewhere stays as it is.
-                recipe.save(path / RECIPE)
+                if there != recipe:
+                    # Only now: the recipe of a run that goes on elsewhere stays as it is.
+                    recipe.save(path / RECIPE)
                 yield RunFolder(path, beside)
         except BaseException:
             if not was_there and {entry.name for entry in path.iterdir()} <= {RECIPE, LOCK}:
@@ -86,6 +88,18 @@ def open_run(
             raise
         finally:
             lock.release()
+
+
+def _check_nothing_lies_there(path: Path) -> None:
+    """Refuse to write over what no run made, in a folder that holds a recipe of the user's own and no run."""
+    if (path / LEDGER).is_file() or (path / LOCK).is_file():
+        return
+    there = [name for name in (*MADE, *COMPARED) if (path / name).exists()]
+    if there:
+        raise ArtifactError(
+            f"{path} holds {', '.join(there[:3])}{' and more' * (len(there) > 3)}, and no run that made it. Choose "
+            "another folder, or pass --overwrite."
+        )
 
 
 def check_is_no_runs(file: Path) -> None:

@@ -49,8 +49,7 @@ def resolve(spec: str, *, revision: str | None = None) -> Path:
     else:
         place = from_home(spec)
         if not place.exists():
-            if _looks_like_path(spec):
-                raise SourceError(f"no model at {spec}.{_near_names(place)}")
+            check_is_no_path(spec)
             return _fetch(spec, revision)
     if revision is not None:
         raise UsageError(f"--revision is for hub models only; {spec} is on this machine")
@@ -66,11 +65,14 @@ def is_hub_snapshot(place: Path) -> bool:
     return place.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", place.name) is not None
 
 
-def _looks_like_path(spec: str) -> bool:
-    """Whether a spec that is not there was meant as a path; `a/b` may be either, so its folder decides."""
+def check_is_no_path(spec: str) -> None:
+    """Refuse a spec that is not on this machine and cannot be a hub id either.
+
+    Raises:
+        SourceError: names the nearest entry of the folder.
+    """
     if spec.startswith((".", "/", "~")) or spec.endswith(".gguf") or not _HUB_ID.fullmatch(spec):
-        return True
-    return "/" in spec and Path(spec).parent.is_dir()
+        raise SourceError(f"no model at {spec}.{_near_names(from_home(spec))}")
 
 
 def _model_inside(folder: Path) -> str:
@@ -123,8 +125,11 @@ def _weights_named_in(place: Path) -> list[str]:
 
 def _why_not_fetched(repository: str, revision: str | None, error: Exception) -> str:
     kind = type(error).__name__
+    place = Path(repository)
+    # `a/b` may have been meant as a path, the more so if there is a folder `a`.
+    near = _near_names(place) if place.parent.is_dir() else ""
     if kind in ("RepositoryNotFoundError", "HFValidationError"):
-        return f"there is no folder {repository}, and no hub model of this name that may be read"
+        return f"there is no folder {repository}, and no hub model of this name that may be read{near and f'.{near}'}"
     if kind == "GatedRepoError":
         return f"the hub model {repository} is gated: accept its terms and log in with `hf auth login`"
     if kind == "RevisionNotFoundError":
@@ -133,5 +138,5 @@ def _why_not_fetched(repository: str, revision: str | None, error: Exception) ->
     reason = next(iter(str(error).strip().splitlines()), kind).removeprefix("Got: ").rstrip(".")
     return (
         f"there is no folder {repository}, and no model of this name could be fetched from the hub: {reason}. "
-        "Give a local folder, a GGUF file or a demo model (demo:smollm2-135m)."
+        f"Give a local folder, a GGUF file or a demo model (demo:smollm2-135m).{near}"
     )

@@ -54,9 +54,9 @@ _SAMPLES_PER_FILE = 64
 def model_fingerprint(place: Path) -> str:
     """Identity of a checkpoint that does not depend on where it lies or in which dtype it is loaded.
 
-    It covers the config (without version stamps) and the weights. Weights of up to 2 GiB are hashed whole
-    (`full:…`); of larger ones (`sampled:…`) each file counts with its size, its header or first bytes, and
-    64 samples of 64 KiB spread evenly over it, so a change of a few values between samples can go unseen.
+    It covers the config (without version stamps), code that the config names, and the weights. Weights of up to
+    2 GiB are hashed whole (`full:…`); of larger ones (`sampled:…`) each file counts with its size, its header or first
+    bytes, and 64 samples of 64 KiB spread evenly over it, so a change of a few values between samples can go unseen.
 
     Args:
         place: a Hugging Face folder or a GGUF file.
@@ -69,6 +69,8 @@ def model_fingerprint(place: Path) -> str:
     else:
         files = _weight_files(place)
         config = {k: v for k, v in read_config(place).items() if k not in CONFIG_NOISE}
+        if "auto_map" in config:
+            config["code"] = [[path.name, hash_of_file(path)] for path in sorted(place.glob("*.py"))]
     whole = sum(file.stat().st_size for file in files) <= _HASHED_WHOLE_BYTES
     contents = [hash_of_file(file) if whole else _hash_of_samples(file) for file in files]
     return f"{'full' if whole else 'sampled'}:{hash_of({'config': config, 'weights': contents})}"
