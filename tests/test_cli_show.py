@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from comparison_inputs import comparison
 from foldgpt import pipeline
 from foldgpt.artifacts import read_json, write_json
 from foldgpt.recipe import Recipe
+from foldgpt.run_folder import open_run
 from run_inputs import tiny_recipe, tiny_source, tiny_text
 
 
@@ -47,6 +49,21 @@ def test_of_a_run_that_was_stopped_it_is_said_how_it_goes_on(tmp_path: Path) -> 
     shown = " ".join(foldgpt("show", run).stdout.split())
     assert "This run is not finished (stages that are done: analysis, selection, plan, fold)." in shown
     assert f"To go on: foldgpt run {run / 'recipe.yaml'} --out {run}" in shown
+
+
+@pytest.mark.parametrize("verb", ["show", "report"])
+def test_of_what_was_stopped_before_its_first_result_it_is_said_how_it_goes_on(tmp_path: Path, verb: str) -> None:
+    recipe = Recipe.from_dict(tiny_recipe(tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")))
+    for name, command in (("r un", "run"), ("comparison", "compare")):
+        folder = tmp_path / name
+        with open_run(folder, recipe, comparison=command == "compare"):
+            if command == "compare":
+                recipe.save(folder / "rows" / "bi" / "recipe.yaml")
+        told = foldgpt(verb, folder)
+        assert told.exit_code == 1
+        assert told.stderr.rstrip().endswith(
+            f"To go on: {shlex.join(['foldgpt', command, str(folder / 'recipe.yaml'), '--out', str(folder)])}"
+        )
 
 
 def test_run_and_show_print_what_compensation_did(tmp_path: Path) -> None:

@@ -11,9 +11,12 @@ import pytest
 
 from browser import Page, in_browser
 from comparison_inputs import comparison
+from foldgpt import report
 from foldgpt.comparison import Agreement, agreement_of, agreement_table
+from foldgpt.evaluation import Interval
 from foldgpt.figures import draw_agreement
 from foldgpt.report import as_markdown, write_comparison
+from foldgpt.report.comparison_page import _chart
 from foldgpt.report.rows import rows_of
 
 pytestmark = pytest.mark.paints
@@ -50,6 +53,19 @@ def test_markdown_tables_are_tables() -> None:
     assert [len(table) for table in tables] == [9, 6, 10, 6]
     for table in tables:
         assert len({line.count("|") for line in table}) == 1
+
+
+def test_an_arrow_points_to_the_end_that_is_cut() -> None:
+    good, cut = Interval(-1.0, -1.2, -0.8), Interval(-0.1, -1.0, 9.0)
+    methods = [(method, each) for method, each in zip(comparison().methods, (good, cut), strict=False)]
+    rows = _chart("Perplexity", "less is better", list(methods), less_is_better=True)["rows"]  # type: ignore[index]
+    assert [row["is_cut"] for row in rows] == [False, True] and rows[1]["is_high"]
+
+
+def test_every_verdict_has_a_dot() -> None:
+    css = (Path(report.__file__).parent / "templates" / "report.css").read_text("utf-8")
+    for verdict in ("better", "worse", "unclear", "other-budget", "unequal-training"):
+        assert f".dot.{verdict}" in css
 
 
 @in_browser

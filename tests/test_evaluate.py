@@ -129,6 +129,15 @@ def test_an_offloaded_model_is_not_loaded_whole_for_its_peak(tmp_path: Path, mon
     assert "without peak memory of large: it is offloaded" in notes.get()
 
 
+def test_a_peak_that_cannot_be_measured_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "python").write_text("#!/bin/sh\necho 'RuntimeError: CUDA error: busy' >&2; exit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with console.capture() as notes:
+        assert evaluate(subject("m", 2, tmp_path / "m"), speed=False).folded.peak_memory is None
+    assert "without peak memory of m" in notes.get() and "CUDA error: busy" in " ".join(notes.get().split())
+
+
 def test_a_full_memory_costs_the_peak_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "python").write_text("#!/bin/sh\nkill -9 $$\n")
     (tmp_path / "python").chmod(0o755)

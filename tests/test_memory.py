@@ -72,6 +72,8 @@ def test_failure_names_folder_and_reason(tmp_path: Path) -> None:
         "echo 'torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.' >&2; exit 1",
         'echo "RuntimeError: DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 8 bytes." >&2; exit 1',
         "echo MemoryError >&2; exit 1",
+        # What CUDA says of memory that others have taken ends with advice.
+        "printf 'Traceback\\ntorch.AcceleratorError: CUDA error: out of memory\\nUse `X`\\n' >&2; exit 1",
     ],
 )
 def test_a_process_without_enough_memory_is_told_apart(
@@ -83,6 +85,19 @@ def test_a_process_without_enough_memory_is_told_apart(
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(NotEnoughMemoryError, match=f"peak memory of {tmp_path}.*(killed|failed: .)"):
         peak_memory(tmp_path)
+
+
+def test_the_error_is_told_and_not_the_advice_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\nprintf 'warning: out of memory soon\\nTraceback\\ntorch.AcceleratorError: CUDA error: busy\\n"
+        "Compile with `X`\\n' >&2; exit 1\n"
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(MeasurementError, match=r"failed: torch\.AcceleratorError: CUDA error: busy$") as caught:
+        peak_memory(tmp_path)
+    assert not isinstance(caught.value, NotEnoughMemoryError)
 
 
 def test_missing_folder_is_named(tmp_path: Path) -> None:

@@ -111,9 +111,10 @@ def test_a_local_model_is_not_taken_for_one_on_the_hub(tmp_path: Path, monkeypat
 
 
 def test_a_card_of_the_source_that_cannot_be_read_stops_nothing(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n", "utf-8")
-    card = ModelCard.load(write_model_card(checkpoint(tmp_path / "folded", plan()), source=tmp_path))
-    assert card.data.license is None
+    for number, written in enumerate(("license: [", "license: mit\ndate: 2024-02-30")):
+        (tmp_path / "README.md").write_text(f"---\n{written}\n---\n", "utf-8")
+        card = ModelCard.load(write_model_card(checkpoint(tmp_path / f"folded{number}", plan()), source=tmp_path))
+        assert card.data.license is None
 
 
 def test_tables_are_tables(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from foldgpt.tables import (
     generation_lines,
     protocol_lines,
     recovery_lines,
+    storage_lines_of_rows,
     target_lines,
 )
 from report_inputs import compensated, recovery
@@ -326,6 +327,38 @@ def test_sizes_of_two_formats_are_told_apart() -> None:
         "Size on disk: source is stored in bfloat16, folded in float32; in one format the ratio would be 0.84×."
     ) in lines("float32")
     assert "Size on disk" not in lines("bfloat16") + lines(None)
+
+
+def test_a_comparison_names_its_rows_and_their_format_beside_the_source() -> None:
+    source, row = measured("source", 30, stored_in="bfloat16"), measured("folded", 24, stored_in="float32")
+    assert storage_lines_of_rows(source, [row]) == [
+        "Size on disk: source is stored in bfloat16, the rows in float32; sizes in different formats do not compare."
+    ]
+    assert storage_lines_of_rows(source, [source]) == storage_lines_of_rows(measured("source", 30), [row]) == []
+
+
+def test_the_memory_of_an_accelerator_has_a_row_and_a_ratio_of_its_own() -> None:
+    def on(device: str, peak: int | None, name: str) -> Measured:
+        return measured(name, 24, peak_memory=PeakMemory(300_000_000, 700_000_000, peak, device, "bfloat16"))
+
+    source, folded = on("cuda", 14_000_000_000, "source"), on("cuda", 10_000_000_000, "folded")
+    text = rendered(comparison_table(Evaluation(folded, source, {"peak_accelerator_bytes": 0.714})))
+    assert line(text, "peak memory, accelerator")[1:] == ["14,000.0 MB", "10,000.0 MB", "0.71×"]
+    assert line(text, "peak memory, host")[1] == "700.0 MB"
+    assert "host" not in rendered(comparison_table(Evaluation(on("cpu", None, "folded"), None, None)))
+
+
+def test_blocks_that_stop_filling_the_cache_are_told() -> None:
+    def of(name: str, blocks: int, sliding: int) -> Measured:
+        size = ModelSize(blocks, 9, 9, 9, 9, 100, sliding, 512 if sliding else None)
+        return measured(name, blocks, size=size)
+
+    told = protocol_lines(Evaluation(of("folded", 14, 11), of("source", 18, 15), {})).plain
+    assert (
+        "KV cache: of a text's first 512 tokens; behind them some blocks do not add to it (source 15 of 18, folded "
+        "11 of 14)."
+    ) in told
+    assert "KV cache" not in protocol_lines(Evaluation(of("folded", 14, 0), None, None)).plain
 
 
 def test_a_text_that_the_model_was_made_by_is_no_test() -> None:

@@ -17,6 +17,7 @@ if importlib.util.find_spec("lm_eval") is None:
 import datasets
 import lm_eval.tasks
 import torch
+from accelerate import cpu_offload
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean_stderr
 from lm_eval.models.huggingface import HFLM
@@ -127,6 +128,21 @@ def test_output_that_is_not_finite_is_refused(data: Path) -> None:
     torch.nn.init.constant_(broken.model.norm.weight, math.nan)
     with pytest.raises(MeasurementError, match="not finite"):
         load_suite(["piqa"], data_dir=data).measure(broken, tiny_tokenizer(VOCABULARY))
+
+
+def test_a_tokenizer_that_marks_neither_begin_nor_end_is_scored_alike(data: Path) -> None:
+    suite, source = load_suite(["piqa"], data_dir=data), model()
+    plain = tiny_tokenizer(VOCABULARY)
+    assert plain.bos_token_id is not None or plain.eos_token_id is not None
+    bare = tiny_tokenizer(VOCABULARY)
+    bare.bos_token = bare.eos_token = None
+    assert suite.measure(source, bare)["piqa"].metrics == suite.measure(source, plain)["piqa"].metrics
+
+
+def test_an_answer_longer_than_the_model_s_positions_is_refused_by_its_words(data: Path) -> None:
+    short = model(max_position_embeddings=2)
+    with pytest.raises(MeasurementError, match=r"an answer of \d+ tokens .* with 2 positions: '"):
+        load_suite(["piqa"], data_dir=data).measure(short, tiny_tokenizer(VOCABULARY))
 
 
 def test_small_batches_change_nothing(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,6 +288,11 @@ def test_what_the_harness_would_stumble_over_or_score_all_the_same_is_refused(
             '{"goal": "a", "sol1": 1, "sol2": "c", "label": 0}',
             "line 3: sol1 must be text that is not empty, not 1",
         ),
+        (
+            "piqa",
+            r'{"goal": "a", "sol1": "b\ud83d", "sol2": "c", "label": 0}',
+            "line 3: holds '\\ud83d', half of a character",
+        ),
         ("piqa", '{"goal": "a", "sol1": "b", "sol2": "c", "label": true}', "label must be an index, from 0, not True"),
         (
             "piqa",
@@ -356,6 +377,26 @@ def text_windows(tokenizer: Any) -> Windows:
     table = torch.tensor([ids[start : start + 60] for start in (0, 60, 120, 180)])
     protocol = {"texts": ["x"], "context": 60, "stride": 60, "bos": False, "vocabulary_size": VOCABULARY}
     return Windows(table, torch.ones(4, dtype=torch.int64), protocol)
+
+
+def test_what_an_offloaded_model_predicts_is_measured_wherever_its_embedding_is(data: Path) -> None:
+    tokenizer, suite = tiny_tokenizer(VOCABULARY), load_suite(["arc_easy"], data_dir=data)
+    found = []
+    for offloaded in (False, True):
+        source = model()
+        if offloaded:
+            cpu_offload(source, torch.device("cpu"))
+            assert source.get_input_embeddings().weight.is_meta
+        measured = evaluate(
+            Subject("m", source, None, tokenizer),
+            windows=text_windows(tokenizer),
+            tasks=suite,
+            speed=False,
+            memory=False,
+            num_generations=1,
+        ).folded
+        found.append(measured.figures() | {"written": measured.generations})
+    assert found[0] == found[1] and found[0]["perplexity"] is not None and found[0]["kv_bytes_per_token"]
 
 
 def test_an_evaluation_with_tasks_survives_json_and_an_old_one_is_read(data: Path) -> None:

@@ -26,7 +26,7 @@ from foldgpt.report import write_comparison
 from foldgpt.run_folder import AGREEMENT, ENVIRONMENT, ROWS, RunFolder, open_run
 from foldgpt.selection import ANALYSIS_FREE
 from foldgpt.steps import check_recovery
-from foldgpt.tables import protocol_lines, reuse_lines
+from foldgpt.tables import protocol_lines, reuse_lines, storage_lines_of_rows
 from foldgpt.workbench import Workbench
 
 #: Training windows and what the teacher says of them; removed once all rows stand.
@@ -97,7 +97,7 @@ def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comp
             seed=recipe.seed,
             recovery_tokens=recipe.recover.num_tokens,
             protocol=[
-                *_protocol(finished[0].evaluation),
+                *_protocol([each.evaluation for each in finished]),
                 *_reused([each.evaluation for each in finished]),
                 *_elsewhere(environments, environment),
             ],
@@ -113,10 +113,12 @@ def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comp
         return comparison
 
 
-def _protocol(evaluation: Evaluation) -> list[str]:
+def _protocol(evaluations: Sequence[Evaluation]) -> list[str]:
     """How the rows were measured, with the source's values."""
-    assert evaluation.baseline is not None
-    return protocol_lines(Evaluation(evaluation.baseline, None, None)).plain.splitlines()
+    source = evaluations[0].baseline
+    assert source is not None
+    lines = protocol_lines(Evaluation(source, None, None), own="row").plain.splitlines()
+    return [*lines, *storage_lines_of_rows(source, [evaluation.folded for evaluation in evaluations])]
 
 
 def _reused(evaluations: Sequence[Evaluation]) -> list[str]:

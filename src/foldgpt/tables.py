@@ -33,6 +33,7 @@ _ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "last_word_accuracy": ("last-word accuracy", percent),
     "prefill_tokens_per_s": ("prefill, tokens/s", significant),
     "decode_tokens_per_s": ("decode, tokens/s", significant),
+    "peak_accelerator_bytes": ("peak memory, accelerator", megabytes),
     "peak_memory_bytes": ("peak memory", megabytes),
     "kv_bytes_per_token": ("KV cache per token", megabytes),
 }
@@ -70,6 +71,8 @@ def _rows(models: Sequence[Measured]) -> Iterator[tuple[str, str, Callable[[floa
         if name == "perplexity" and len(perplexities) > 1:
             for figure, (text, _) in perplexities.items():
                 yield figure, f"{label}, {text}", write
+        elif name == "peak_memory_bytes" and any("peak_accelerator_bytes" in model.figures() for model in models):
+            yield name, f"{label}, host", write
         else:
             yield name, label, write
 
@@ -111,8 +114,13 @@ def _percent_with_error(value: float, error: float | None) -> str:
     return percent(value) if error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"
 
 
-def protocol_lines(evaluation: Evaluation) -> Text:
-    """How the figures of a comparison were measured, one line for each kind."""
+def protocol_lines(evaluation: Evaluation, *, own: str | None = None) -> Text:
+    """How the figures of a comparison were measured, one line for each kind.
+
+    Args:
+        evaluation: of one or two models.
+        own: what the model is called whose accuracy is retained; the last one's name by default.
+    """
     measured, models = evaluation.folded, evaluation.models
     perplexities = {model.name: model.perplexities() for model in models}
     parts = []
@@ -131,6 +139,7 @@ def protocol_lines(evaluation: Evaluation) -> Text:
     parts += _recovery_lines(evaluation)
     parts += reuse_lines(measured.reused or {}, measured.name)
     parts += _storage_lines(models)
+    parts += _sliding_lines(models)
     if measured.speed is not None:
         protocol = measured.speed.protocol
         formats = {model.name: model.speed.protocol["dtype"] for model in models if model.speed is not None}
@@ -142,9 +151,7 @@ def protocol_lines(evaluation: Evaluation) -> Text:
         )
     if measured.peak_memory is not None:
         peak = measured.peak_memory
-        accelerator = (
-            "" if peak.peak_accelerator is None else f"; {megabytes(peak.peak_accelerator)} on the accelerator"
-        )
+        accelerator = "" if peak.peak_accelerator is None else "; on the accelerator what PyTorch had allocated there"
         parts.append(
             f"Peak memory of a fresh process, of which {megabytes(peak.baseline_rss)} are Python and its "
             f"libraries{accelerator}."
@@ -156,7 +163,7 @@ def protocol_lines(evaluation: Evaluation) -> Text:
             f"Last word of {words.num_passages:,} passages in {_formats(formats)}: {measured.name} finds "
             f"{_percent_with_error(words.accuracy, words.accuracy_error)}; perplexity per word."
         )
-    parts += _task_protocol(models)
+    parts += _task_protocol(models, own or measured.name)
     return Text("\n".join(parts), style="dim")
 
 
@@ -233,6 +240,17 @@ def _perplexity_with_error(scores: Perplexity) -> str:
     return f"{value} ± {significant(scores.value * scores.standard_error, 2)}"
 
 
+def storage_lines_of_rows(source: Measured, rows: Sequence[Measured]) -> list[str]:
+    """That a comparison's sizes on disk are of different formats, where they are; one line at most."""
+    formats = sorted({row.stored_in for row in rows if row.bytes_on_disk and row.stored_in})
+    if not source.bytes_on_disk or not source.stored_in or not formats or formats == [source.stored_in]:
+        return []
+    return [
+        f"Size on disk: {source.name} is stored in {source.stored_in}, the rows in {' and '.join(formats)}; sizes in "
+        "different formats do not compare."
+    ]
+
+
 def _storage_lines(models: Sequence[Measured]) -> list[str]:
     """That the sizes on disk are of different formats, where they are: their ratio is not that of the models."""
     stored = [model for model in models if model.bytes_on_disk and model.stored_in]
@@ -243,6 +261,19 @@ def _storage_lines(models: Sequence[Measured]) -> list[str]:
     return [
         f"Size on disk: {source.name} is stored in {source.stored_in}, {folded.name} in {folded.stored_in}; in one "
         f"format the ratio would be {ratio:.2f}×."
+    ]
+
+
+def _sliding_lines(models: Sequence[Measured]) -> list[str]:
+    """That not all blocks go on filling the cache, where that is so: the ratio of a token's bytes is of short texts."""
+    sizes = {model.name: model.size for model in models}
+    if not any(size.num_sliding_blocks for size in sizes.values()):
+        return []
+    counts = ", ".join(f"{name} {size.num_sliding_blocks} of {size.num_blocks}" for name, size in sizes.items())
+    windows = sorted({size.sliding_window for size in sizes.values() if size.sliding_window})
+    return [
+        f"KV cache: of a text's first {' or '.join(map(whole, windows))} tokens; behind them some blocks do not add to "
+        f"it ({counts})."
     ]
 
 
@@ -257,8 +288,13 @@ def _formats(of_model: Mapping[str, str]) -> str:
     return " and ".join(f"{written} ({name})" for name, written in of_model.items())
 
 
-def _task_protocol(models: Sequence[Measured]) -> list[str]:
-    """Of the last of some models, with the formats of all."""
+def _task_protocol(models: Sequence[Measured], own: str) -> list[str]:
+    """Of the last of some models, with the formats of all.
+
+    Args:
+        models: all that were measured.
+        own: what the model is called whose accuracy is retained.
+    """
     tasks = models[-1].tasks
     if not tasks:
         return []
@@ -269,7 +305,6 @@ def _task_protocol(models: Sequence[Measured]) -> list[str]:
     cut = (
         f" {whole(truncated)} requests were longer than the model's positions and cut on the left." if truncated else ""
     )
-    own = models[-1].name
     return [
         f"Tasks by {first['harness']}, {first['shots']}-shot, {_formats(formats)}, ± standard error "
         f"over items: {items}. Retained: {own} / source; above chance: ({own} − chance) / (source − chance).{cut}"

@@ -36,10 +36,15 @@ def report(
     """Build the page of a run or comparison anew: one HTML file that needs no network."""
     with session(quiet):
         from foldgpt.comparison import COMPARISON, Comparison
+        from foldgpt.errors import ArtifactError
         from foldgpt.report import build_report, write_comparison
+        from foldgpt.run_folder import PLAN, command_to_go_on
 
+        command = None if (run / PLAN).is_file() else command_to_go_on(run)
         if (run / COMPARISON).is_file():
             print_paths([write_comparison(Comparison.load(run), run)["html"]])
+        elif command is not None:
+            raise ArtifactError(f"{run} is not far enough for a page. To go on: {command}")
         else:
             print_paths([build_report(run)])
 

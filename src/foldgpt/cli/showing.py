@@ -90,7 +90,7 @@ def _files_of(folder: Path) -> list[Path]:
     from foldgpt.comparison import COMPARISON
     from foldgpt.errors import ArtifactError
     from foldgpt.recovery_result import RECOVERY
-    from foldgpt.run_folder import ANALYSIS, EVALUATION, PLAN, RECOVERED
+    from foldgpt.run_folder import ANALYSIS, EVALUATION, PLAN, RECOVERED, command_to_go_on
 
     if (folder / COMPARISON).is_file():
         return [folder / COMPARISON]
@@ -99,6 +99,9 @@ def _files_of(folder: Path) -> list[Path]:
     files = [first, folder / RECOVERY, folder / RECOVERED / RECOVERY, folder / EVALUATION]
     found = [file for file in files if file.is_file()]
     if not found:
+        command = command_to_go_on(folder)
+        if command is not None:
+            raise ArtifactError(f"nothing that {folder} is to hold is finished yet. To go on: {command}")
         raise ArtifactError(
             f"{folder} holds no plan.json, analysis.json, evaluation.json or {COMPARISON}: it is no run, folded model "
             "or comparison"

@@ -404,19 +404,23 @@ def _document_of(row: dict[str, Any], column: str, place: str) -> Document:
         raise _no_column(column, row, place)
     found = row[column]
     if isinstance(found, str):
-        _check_is_unicode(found, place)
+        check_is_unicode(found, place)
         return (found,)
     if isinstance(found, list) and all(isinstance(message, Mapping) for message in found):
         for message in found:
             for value in message.values():
                 if isinstance(value, str):
-                    _check_is_unicode(value, place)
+                    check_is_unicode(value, place)
         return Chat(found, place)
     raise SourceError(f"{place}: column {column!r} holds {type(found).__name__}, not text")
 
 
-def _check_is_unicode(text: str, place: str) -> None:
-    """Refuse half of a pair of surrogates, which JSON can write and no tokenizer takes."""
+def check_is_unicode(text: str, place: str) -> None:
+    """Refuse half of a pair of surrogates, which JSON can write and no tokenizer takes.
+
+    Raises:
+        SourceError: there is one; the message names the place.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

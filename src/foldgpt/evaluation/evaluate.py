@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foldgpt.errors import UsageError
-from foldgpt.evaluation.errors import NotEnoughMemoryError
+from foldgpt.evaluation.errors import MeasurementError
 from foldgpt.evaluation.generations import generations
 from foldgpt.evaluation.last_word import last_word
 from foldgpt.evaluation.memory import PeakMemory, peak_memory
@@ -172,8 +172,8 @@ def _peak_memory(subject: Subject) -> PeakMemory | None:
             device=str(subject.model.device),
             trust_remote_code=brings_own_code(subject.model),
         )
-    except NotEnoughMemoryError as error:
-        # Beside the models that are loaded already; what was measured of them is worth keeping.
+    except MeasurementError as error:
+        # Most often beside the models that are loaded already; what was measured of them is worth keeping.
         note(f"without peak memory of {subject.name}: {error}")
         return None
 

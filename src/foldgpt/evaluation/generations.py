@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from foldgpt.families import decode
+from foldgpt.families import decode, input_device
 from foldgpt.progress import bar
 
 if TYPE_CHECKING:
@@ -71,12 +71,13 @@ def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt
     config = model.config.get_text_config(decoder=True)
     room = (getattr(config, "max_position_embeddings", None) or sys.maxsize) - len(prompt_T)
     new: list[int] = []
-    ids_BT, cache = prompt_T[None].to(model.device), None
+    device = input_device(model)
+    ids_BT, cache = prompt_T[None].to(device), None
     while len(new) < min(_NEW_TOKENS, room):
         logits_BTV, cache = decode(model, ids_BT, cache)
         token = int(logits_BTV[0, -1].argmax())
         if token == tokenizer.eos_token_id:
             break
         new.append(token)
-        ids_BT = torch.tensor([[token]], device=model.device)
+        ids_BT = torch.tensor([[token]], device=device)
     return new

@@ -18,6 +18,7 @@ import torch
 from foldgpt.artifacts import hash_of
 from foldgpt.evaluation.errors import MeasurementError
 from foldgpt.evaluation.perplexity import exp_of_mean
+from foldgpt.families import input_device
 from foldgpt.formats import dtype_name
 from foldgpt.progress import bar
 
@@ -87,9 +88,9 @@ def last_word(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, window
         with bar("Last words", len(passages)) as progress:
             for context, word in passages:
                 options = {"logits_to_keep": len(word)} if keeps_logits else {}
-                ids_BT = torch.tensor([[*context, *word[:-1]]], device=model.device)
+                ids_BT = torch.tensor([[*context, *word[:-1]]], device=input_device(model))
                 logits_TV = model(input_ids=ids_BT, use_cache=False, **options).logits[0, -len(word) :].float()
-                targets_T = torch.tensor(word, device=model.device)
+                targets_T = torch.tensor(word, device=logits_TV.device)
                 nlls.append(torch.nn.functional.cross_entropy(logits_TV, targets_T, reduction="sum").item())
                 hits.append(bool((logits_TV.argmax(-1) == targets_T).all()))
                 progress.advance()

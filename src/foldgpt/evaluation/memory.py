@@ -19,7 +19,7 @@ from foldgpt.formats import dtype_name
 
 _PROMPT_TOKENS = 128
 _DECODE_TOKENS = 8
-#: What the last line of a Python that ran out of memory has in it: its own, PyTorch's on a CPU and an accelerator, and
+#: What the error of a Python that ran out of memory has in it: its own, PyTorch's on a CPU and an accelerator, and
 #: the system's.
 _OUT_OF_MEMORY = ("MemoryError", "can't allocate memory", "out of memory", "Cannot allocate memory")
 
@@ -60,7 +60,7 @@ def peak_memory(
     Raises:
         ArtifactError: there is no such folder.
         NotEnoughMemoryError: the process ran out of memory, or was killed, which is most likely the same.
-        MeasurementError: it failed otherwise; the message ends with the last line that it wrote.
+        MeasurementError: it failed otherwise; the message ends with what it said of that.
     """
     if not Path(model_folder).is_dir():
         raise ArtifactError(f"model folder not found: {model_folder}")
@@ -75,9 +75,12 @@ def peak_memory(
             "machine ran out of memory."
         )
     if process.returncode != 0:
-        lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
-        reason = lines[-1] if lines else f"exit status {process.returncode}"
-        kind = NotEnoughMemoryError if any(words in reason for words in _OUT_OF_MEMORY) else MeasurementError
+        lines = [line.strip() for line in process.stderr.rpartition("Traceback")[2].splitlines() if line.strip()]
+        # Behind an error of CUDA come lines of advice.
+        named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        reason = (named or lines or [f"exit status {process.returncode}"])[-1]
+        is_full = any(words in line for line in lines for words in _OUT_OF_MEMORY)
+        kind = NotEnoughMemoryError if is_full else MeasurementError
         raise kind(f"measuring the peak memory of {model_folder} failed: {reason}")
     return PeakMemory(**json.loads(process.stdout.splitlines()[-1]))
 

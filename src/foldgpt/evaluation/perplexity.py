@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foldgpt.errors import UsageError
 from foldgpt.evaluation.errors import MeasurementError
+from foldgpt.families import input_device
 from foldgpt.formats import dtype_name
 from foldgpt.progress import bar
 
@@ -83,7 +84,7 @@ def perplexity(model: PreTrainedModel, windows: Windows, *, batch_size: int | Li
     first_targets = _first_targets(windows, context)
     if batch_size == "auto":
         logit_bytes = context * config.vocab_size * model.dtype.itemsize
-        times = 1 if model.device.type == "cpu" else _ON_ACCELERATORS
+        times = 1 if input_device(model).type == "cpu" else _ON_ACCELERATORS
         step = max(1, min(times * _LOGIT_BYTES // logit_bytes, times * _BATCH_TOKENS // context))
     elif batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; it must be at least 1, or 'auto'.")
@@ -96,11 +97,11 @@ def perplexity(model: PreTrainedModel, windows: Windows, *, batch_size: int | Li
     try:
         with bar("Perplexity", num_windows) as progress:
             for start in range(0, num_windows, step):
-                ids_BT = windows.ids[start : start + step].to(model.device)
+                ids_BT = windows.ids[start : start + step].to(input_device(model))
                 logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
                 for row, (logits_TV, ids_T) in enumerate(zip(logits_BTV, ids_BT, strict=True)):
                     first = first_targets[start + row]
-                    nll_N[start + row] = _nll(logits_TV[first - 1 : -1], ids_T[first:])
+                    nll_N[start + row] = _nll(logits_TV[first - 1 : -1], ids_T[first:].to(logits_TV.device))
                 progress.advance(len(ids_BT))
     finally:
         model.train(was_training)

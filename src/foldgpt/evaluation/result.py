@@ -86,7 +86,8 @@ class Measured:
         """The headline numbers by name, in the order in which a table shows them.
 
         Those of tasks (`task.NAME`, their mean `task_average`), of last words and of further texts
-        (`perplexity.TEXT`) are there only if measured, `private_bytes` only if there are private terms.
+        (`perplexity.TEXT`) are there only if measured, `peak_accelerator_bytes` only on CUDA, `private_bytes` only if
+        there are private terms.
         """
         figures: dict[str, float | None] = {
             "num_blocks": self.size.num_blocks,
@@ -100,6 +101,8 @@ class Measured:
             "peak_memory_bytes": None if self.peak_memory is None else self.peak_memory.peak_rss,
             "kv_bytes_per_token": self.size.kv_bytes_per_token,
         }
+        if self.peak_memory is not None and self.peak_memory.peak_accelerator is not None:
+            figures["peak_accelerator_bytes"] = self.peak_memory.peak_accelerator
         if self.size.private_bytes:
             figures["private_bytes"] = self.size.private_bytes
         if self.last_word is not None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError
-from foldgpt.families import decode, decoder_of
+from foldgpt.families import decode, decoder_of, input_device
 from foldgpt.folding import private_modules
 from foldgpt.modeling.modeling_foldgpt import Borrowed
 
@@ -100,7 +100,7 @@ def _cache_layers(model: PreTrainedModel) -> list[Any]:
     was_training = model.training
     model.eval()
     try:
-        prompt = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=model.device)
+        prompt = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=input_device(model))
         _, cache = decode(model, prompt)
     finally:
         model.train(was_training)
@@ -138,5 +138,9 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / whole]
         index = folder / f"{whole}.index.json"
         if index.is_file():
-            return [folder / name for name in set(read_json(index, "index of weights")["weight_map"].values())]
+            content = read_json(index, "index of weights")
+            names = content.get("weight_map") if isinstance(content, dict) else None
+            if not isinstance(names, dict):
+                raise ArtifactError(f"{index} is no index of weights: it has no weight_map")
+            return [folder / name for name in set(names.values())]
     return next((files for kind in ("safetensors", "gguf") if (files := list(folder.glob(f"*.{kind}")))), [])

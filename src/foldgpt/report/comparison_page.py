@@ -27,7 +27,7 @@ from foldgpt.evaluation import Interval
 from foldgpt.formats import block_ranges
 from foldgpt.report.build import REPORT
 from foldgpt.report.headline import short_name
-from foldgpt.report.rows import Rows, rows_of
+from foldgpt.report.rows import Rows, markdown_row, rows_of
 from foldgpt.report.templating import templates
 
 #: Heading of the table of what methods have in common.
@@ -63,18 +63,13 @@ def as_markdown(comparison: Comparison) -> str:
     for heading, table in _tables(comparison):
         parts.append(f"## {heading}")
         lines = [table.headings, ["---", *["---:"] * (len(table.headings) - 1)], *table.cells]
-        parts.append("\n".join(_line(cells) for cells in lines))
+        parts.append("\n".join(markdown_row(cells) for cells in lines))
     parts.append("\n".join(f"- {note}" for note in notes_of(comparison)))
     removed = [method for method in comparison.methods if method.removed]
     if removed:
         parts.append("## What was removed")
         parts.append("\n".join(f"- {title_of(method)}: {block_ranges(method.removed)}" for method in removed))
     return "\n\n".join(parts) + "\n"
-
-
-def _line(cells: list[str]) -> str:
-    """One line of a Markdown table."""
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _tables(comparison: Comparison) -> list[tuple[str, Rows]]:
@@ -158,7 +153,7 @@ def _chart(
                 # A short interval is still to be seen, on the page.
                 "low": min(place(each.low), 100 - _LEAST_WIDTH),
                 "width": max(round(place(each.high) - place(each.low), 2), _LEAST_WIDTH),
-                "is_high": each.difference > 0,
+                "is_high": each.high > reach,
                 "at": place(each.difference),
                 "is_cut": max(abs(each.low), abs(each.high)) > reach,
                 "verdict": verdict(method, each, less_is_better=less_is_better),

@@ -106,7 +106,8 @@ def _source_metadata(source: Path | None) -> dict[str, Any]:
     try:
         found = _FRONT_MATTER.match((source / CARD).read_text(encoding="utf-8"))
         values = yaml.safe_load(found[1]) if found else {}
-    # A card is written by people: what is wrong with the source's must not stop ours.
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    # A card is written by people: what is wrong with the source's must not stop ours. A day that there is not, such as
+    # the 30th of February, is a ValueError, as text is that is not UTF-8.
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}

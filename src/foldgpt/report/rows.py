@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -13,6 +14,11 @@ class Rows:
 
     headings: list[str]
     cells: list[list[str]]
+
+
+def markdown_row(cells: Iterable[str]) -> str:
+    """One line of a Markdown table; a | in a cell is no border."""
+    return f"| {' | '.join(cell.strip().replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def rows_of(table: Table) -> Rows | None:

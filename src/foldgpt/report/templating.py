@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from foldgpt.report.rows import markdown_row
+
 
 def templates(*, html: bool) -> Environment:
     """The package's templates; a value that is not given is an error, not nothing.
@@ -11,7 +13,7 @@ def templates(*, html: bool) -> Environment:
     Args:
         html: escape what is put in. Markdown is not escaped: every value in it is the run's own.
     """
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("foldgpt.report"),
         autoescape=html,
         undefined=StrictUndefined,
@@ -19,3 +21,5 @@ def templates(*, html: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=not html,
     )
+    environment.filters["markdown_row"] = markdown_row
+    return environment

@@ -1,6 +1,6 @@
 """The folder of a run or a comparison: what it holds, what that was made from, and who may work in it."""
 
-from foldgpt.run_folder.folder import RunFolder
+from foldgpt.run_folder.folder import RunFolder, command_to_go_on
 from foldgpt.run_folder.layout import (
     AGREEMENT,
     ANALYSIS,
@@ -42,5 +42,6 @@ __all__ = [
     "SOURCE",
     "RunFolder",
     "check_is_no_runs",
+    "command_to_go_on",
     "open_run",
 ]

@@ -12,7 +12,7 @@ from foldgpt.artifacts import hash_of, remove, take_over
 from foldgpt.errors import ArtifactError
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
-from foldgpt.run_folder.layout import COMPARED, LEDGER, RECIPE
+from foldgpt.run_folder.layout import COMPARED, LEDGER, LOCK, RECIPE, ROWS
 from foldgpt.run_folder.ledger import WRITTEN_LATER, contents_of, identity_of_inputs, read_stages, write_stages
 
 #: Stage → those that are made of its outputs; what is left of them is out of date once it made others.
@@ -28,6 +28,18 @@ _DEPENDENTS = {
 }
 
 T = TypeVar("T")
+
+
+def command_to_go_on(folder: Path) -> str | None:
+    """The command by which a run or a comparison goes on that was begun in a folder; None where none was."""
+    if any((folder / ROWS).glob(f"*/{RECIPE}")):
+        return _command("compare", folder)
+    is_begun = (folder / RECIPE).is_file() and ((folder / LEDGER).is_file() or (folder / LOCK).is_file())
+    return _command("run", folder) if is_begun else None
+
+
+def _command(verb: str, folder: Path) -> str:
+    return shlex.join(["foldgpt", verb, str(folder / RECIPE), "--out", str(folder)])
 
 
 class RunFolder:
@@ -65,7 +77,7 @@ class RunFolder:
     @property
     def to_go_on(self) -> str:
         """The command that lets the run go on."""
-        return shlex.join(["foldgpt", "run", str(self.path / RECIPE), "--out", str(self.path)])
+        return _command("run", self.path)
 
     def inputs_of(self, name: str) -> str | None:
         """Identity of what a stage was made from, alike in runs that make the same; None if it was not made."""

@@ -14,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from foldgpt.evaluation.errors import MeasurementError
+from foldgpt.families import input_device
 from foldgpt.free_memory import free_memory
 from foldgpt.progress import bar
 
@@ -23,6 +24,9 @@ _LOGIT_BYTES = 256 * 2**20
 _BATCH_TOKENS = 2048
 #: An accelerator takes so many times as much of both before it is busy.
 _ON_ACCELERATORS = 8
+
+#: Characters of an answer that a message shows.
+_SHOWN = 80
 
 _Request = tuple[tuple[str, str], list[int], list[int]]
 
@@ -55,7 +59,12 @@ class LoadedModel(HFLM):
     def __init__(self, model: Any, tokenizer: Any) -> None:
         """Wrap a model; neither it nor its tokenizer is changed."""
         # The harness gives a tokenizer without padding a token for it; the caller's stays as it is.
-        super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=1)
+        tokenizer = copy.deepcopy(tokenizer)
+        # What the harness would put before an empty prompt. No task has one, but it decodes that of every tokenizer.
+        nothing_special = tokenizer.bos_token_id is None and tokenizer.eos_token_id is None
+        prefix = {"prefix_token_id": 0} if nothing_special else {}
+        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1, **prefix)
+        self._device = input_device(model)
         self.doing = "Scoring"
         self.num_truncated = 0
         self._vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
@@ -73,7 +82,8 @@ class LoadedModel(HFLM):
         """For each (texts, context, continuation): log-likelihood in nats, and whether each token is the likeliest.
 
         Raises:
-            MeasurementError: the model's output is not finite; the harness would take it for an answer.
+            MeasurementError: an answer has no tokens, or more than the model has positions; or the model's output is
+                not finite, and the harness would take it for an answer.
         """
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         inputs = self._inputs(requests)
@@ -104,7 +114,12 @@ class LoadedModel(HFLM):
     def _inputs(self, requests: list[_Request]) -> list[_Input]:
         """What has to be run, longest first; equal inputs once, as for choices of one token after one prompt."""
         found: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
-        for index, (_, context, continuation) in enumerate(requests):
+        for index, (texts, context, continuation) in enumerate(requests):
+            if not 0 < len(continuation) <= self.max_length:
+                raise MeasurementError(
+                    f"an answer of {len(continuation):,} tokens cannot be scored by a model with {self.max_length:,} "
+                    f"positions: {shortened(texts[1])}"
+                )
             whole = context + continuation
             self.num_truncated += len(whole) > self.max_length + 1
             tokens = tuple(whole[-(self.max_length + 1) : -1])
@@ -145,6 +160,11 @@ class LoadedModel(HFLM):
         for logits_KV, item in zip(logits_BKV, batch, strict=True):
             end = keep - (length - len(item.tokens))
             yield logits_KV[end - item.num_logits : end]
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text, as a message can hold it."""
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]} …")
 
 
 def _scored(logits_TV: Tensor, continuation: list[int]) -> tuple[Tensor, Tensor]:

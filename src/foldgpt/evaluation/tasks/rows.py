@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from foldgpt.corpus.texts import json_row
+from foldgpt.corpus.texts import check_is_unicode, json_row
 from foldgpt.errors import SourceError, UsageError, did_you_mean
 
 Kind = Literal["text", "gap", "choice", "choices", "index", "zero_or_one", "one_or_two"]
@@ -83,6 +83,9 @@ def _checked(line: bytes, fields: Mapping[str, Kind], place: str) -> dict[str, A
         wanted, is_right = _KINDS[kind]
         if not is_right(row[name]):
             raise SourceError(f"{place}: {name} must be {wanted}, not {row[name]!r}")
+        for text in row[name] if isinstance(row[name], list) else [row[name]]:
+            if isinstance(text, str):
+                check_is_unicode(text, place)
     num_choices = sum(len(row[name]) if kind == "choices" else kind == "choice" for name, kind in fields.items())
     for name, kind in fields.items():
         # The harness would count an item whose answer is not among its choices as wrong.
