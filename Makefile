@@ -11,9 +11,12 @@ export MPLCONFIGDIR := $(CURDIR)/$(VENV)/cache/matplotlib
 .DELETE_ON_ERROR:
 
 # The recipe's bf16 takes several times as long as float32 on a CPU that has no products of 16 bits.
+FAST_DTYPE := from foldgpt.sources.load import device_of, is_slow_in_16_bits as slow; \
+  print("float32" if device_of("auto").type == "cpu" and slow() else "bfloat16")
+
 demo: $(READY)
-	slow=$$($(BIN)/python -c 'from foldgpt.sources.load import is_slow_in_16_bits as slow; print(int(slow()))') && \
-	$(BIN)/foldgpt run recipes/demo.yaml $$([ $$slow = 0 ] || echo --dtype float32) --out runs/demo --overwrite
+	dtype=$$($(BIN)/python -c '$(FAST_DTYPE)') && \
+	$(BIN)/foldgpt run recipes/demo.yaml --dtype $$dtype --out runs/demo --overwrite
 
 # One worker a core, four at most; a file of tests stays with one worker, which makes its models once.
 test: $(READY) lint

@@ -1,6 +1,7 @@
 """Selectors on several draws of calibration text: how much of a result is the text that it was calibrated on?
 
-Each draw takes other documents of the same texts; every selector chooses blocks by it, and what is left is measured on
+Each draw takes other documents of the same texts, and another seed for what a search draws; every selector chooses
+blocks by it, and what is left is measured on
 texts that are always the same. With --compensate the fit of each draw is made on its own documents. The arguments are
 those of compare_selectors.py, `--seed` that of the first draw. Each row is written when it is done; the same command
 goes on where it was stopped, and more draws may be added.
@@ -68,6 +69,8 @@ def main() -> None:
         "config": {**config, "text": [Path(text).name for text in arguments.text], "perplexity": list(tests)},
         "seed": arguments.seed,
         "source": {"spec": draws.first.source.spec, "fingerprint": draws.first.source.fingerprint},
+        "calibration": draws.first.calibration.fingerprint,
+        "further": draws.first.further.fingerprint,
         "tests": tests,
         "num_blocks": draws.first.num_blocks,
     }
@@ -136,7 +139,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 {config["model"]} ({result["num_blocks"]} blocks, {config["dtype"]}), calibrated on {config["tokens"]:,} tokens of
 {" + ".join(config["text"])} in windows of {config["context"]}, each draw on other
-documents{fitted * config["compensate"]}. Perplexity is of {texts},
+documents and with another seed of the search{fitted * config["compensate"]}. Perplexity is of {texts},
 context {config["perplexity_context"]}, \
 {"the whole text" if config["max_windows"] is None else f"the first {config['max_windows']} windows"}; \
 mean and standard deviation over draws.
@@ -146,8 +149,8 @@ In brackets behind a set: on how many draws it is chosen.
 |---|---|---|---|{"---|" * len(tests)}---|
 {table}
 
-Perplexity beside that of {selectors[0]}, draw by draw: mean ratio with its standard error, and on how many draws it is
-higher, level and lower.
+Perplexity beside that of {selectors[0]}, draw by draw: geometric mean ratio with its standard error, and on how many
+draws it is higher, level and lower.
 
 | removed | selector |{heads}
 |---|---|{"---|" * len(tests)}
@@ -185,9 +188,10 @@ def line_beside(
     cells = []
     for text in tests:
         logs = [math.log(b[text] / a[text]) for a, b in pairs]
-        error = statistics.stdev(logs) / math.sqrt(len(logs))
+        mean = math.exp(statistics.mean(logs))
+        error = mean * statistics.stdev(logs) / math.sqrt(len(logs))
         counts = [sum(log > 0 for log in logs), sum(log == 0 for log in logs), sum(log < 0 for log in logs)]
-        cells.append(f"{math.exp(statistics.mean(logs)):.3f} ± {error:.3f} ({', '.join(map(str, counts))})")
+        cells.append(f"{mean:.3f} ± {error:.3f} ({', '.join(map(str, counts))})")
     return f"| {size} | {name} | {' | '.join(cells)} |"
 
 

@@ -5,7 +5,7 @@ before a cut should be what the source's next kept block reads, and what leaves 
 leaves. The source runs up to the last of them, the folded model from the first to the last of them, and the head not at
 all, so a token costs less than half of what it costs end to end. The loss is the relative squared error of the stream,
 token by token, as `states` of a recovery. Each row starts from the same folded and compensated model; then both, one
-behind the other. Measured on other windows of the training texts, and on another text.
+behind the other. Measured on other windows of the training texts (some of the same documents), and on another text.
 
     python benchmarks/local_distillation.py --remove 13-18 --text C4.jsonl --text WIKIPEDIA.jsonl \
         --evaluate wiki.valid.raw
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
 
 from block_lists import blocks_of
 from command import command_line, without_folders
@@ -37,7 +38,7 @@ from foldgpt.folding import fold_, source_model_of
 from foldgpt.objectives import Head, relative_error
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import be_quiet
-from foldgpt.recovery import RecoverySettings, packed_windows, recover
+from foldgpt.recovery import RecoverySettings, TrainingWindows, recover
 from foldgpt.recovery.cuts import blocks_beside_cuts
 from foldgpt.recovery.lora import attach_lora_, merge_lora_
 from foldgpt.recovery.states import Body
@@ -46,6 +47,8 @@ from judging import last_hidden, perplexity_and_kl
 from provenance import provenance_of
 
 _WARMUP = 0.05
+#: Tokens that compensation is fitted on, and windows by which a recovery is judged.
+_FITTED_TOKENS, _HELD_OUT = 32_768, 4
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -73,6 +76,11 @@ def parse_arguments() -> argparse.Namespace:
     arguments.lora_rate = arguments.lora_rate or [3e-4]
     arguments.tokens = sorted(arguments.tokens or [4096, 8192, 12_288])
     return arguments
+
+
+def _windows_of(arguments: argparse.Namespace) -> int:
+    """Training windows: those of the longest training."""
+    return max(arguments.local_tokens, *arguments.tokens) // arguments.context
 
 
 class Stop(Exception):
@@ -169,9 +177,7 @@ def trained_locally(
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     batches = ids_WT.split(arguments.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=rate, total_steps=len(batches), pct_start=_WARMUP, cycle_momentum=False
-    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(_WARMUP * len(batches)), len(batches))
     losses = []
     began = time.perf_counter()
     for ids_BT in batches:
@@ -198,14 +204,18 @@ def main() -> None:
     source, tokenizer = loaded.model, loaded.tokenizer
     plan = FoldPlan.create(source_model_of(source, loaded.spec), removed=blocks_of(arguments.remove))
 
-    def windows(num_tokens: int, seed: int) -> Tensor:
-        made = calibration_windows(
-            arguments.text, tokenizer, context=arguments.context, num_tokens=num_tokens, seed=arguments.seed + seed
-        )
-        return made.ids
-
+    # Windows of one call, so that no token is in two of them.
+    numbers = [_FITTED_TOKENS // arguments.context, arguments.windows, _HELD_OUT, _windows_of(arguments)]
+    made = calibration_windows(
+        arguments.text,
+        tokenizer,
+        context=arguments.context,
+        num_tokens=sum(numbers) * arguments.context,
+        seed=arguments.seed,
+    )
+    fitted_WT, judged_WT, held_out_WT, training_WT = made.ids.split(numbers)
     judged = {
-        "training texts": windows(arguments.windows * arguments.context, 1),
+        "training texts": judged_WT,
         Path(arguments.evaluate).name: evaluation_windows(
             [arguments.evaluate], tokenizer, context=arguments.context, max_windows=arguments.windows
         ).ids,
@@ -221,9 +231,8 @@ def main() -> None:
         return found
 
     folded = copy.deepcopy(source)
-    merge_(folded, compensate(folded, plan, windows(32_768, 0)))
+    merge_(folded, compensate(folded, plan, fitted_WT))
     fold_(folded, plan)
-    training_WT = windows(arguments.local_tokens, 2)
     result: dict[str, Any] = {
         "benchmark": "local_distillation",
         "command": command_line(),
@@ -243,8 +252,8 @@ def main() -> None:
         write_text(arguments.out / f"{arguments.name}.md", as_markdown(result))
         print(result["rows"][-1], flush=True)
 
-    def end_to_end(start: Any, tokens: int) -> tuple[Any, float]:
-        """A recovery of so many tokens, and the seconds it took."""
+    def end_to_end(start: Any, tokens: int) -> tuple[Any, dict[str, Any]]:
+        """A recovery of so many tokens, the seconds it took, and the step whose state it kept."""
         student = copy.deepcopy(start)
         settings = RecoverySettings(
             rank=arguments.rank,
@@ -252,22 +261,15 @@ def main() -> None:
             batch_size=arguments.batch_size,
             train_blocks="behind",
             train_fully="cuts",
-            # Measured before and behind alone, on next to nothing: the time is to be that of the training.
+            # Measured before and behind alone, on a few windows: the time is to be that of the training.
             evaluate_every=tokens,
             seed=arguments.seed,
         )
         with tempfile.TemporaryDirectory() as folder:
-            train, held_out = packed_windows(
-                arguments.text,
-                tokenizer,
-                Path(folder),
-                context=arguments.context,
-                num_tokens=tokens,
-                num_held_out=arguments.context,
-                seed=arguments.seed + 3,
-            )
+            train = TrainingWindows(training_WT[: tokens // arguments.context])
+            held_out = TrainingWindows(held_out_WT)
             done = recover(student, source, plan, train, held_out, settings, Path(folder) / "out", tokenizer=tokenizer)
-        return student, done.seconds
+        return student, {"seconds": done.seconds, "best_step": done.best_step}
 
     add("compensated", folded)
     best, its_seconds = folded, 0.0
@@ -275,17 +277,19 @@ def main() -> None:
     ways = [("in full", rate, 0) for rate in arguments.rate]
     ways += [(f"LoRA of rank {arguments.rank}", rate, arguments.rank) for rate in arguments.lora_rate]
     for what, rate, rank in ways:
-        student, training = trained_locally(source, folded, plan, training_WT, rate, rank, arguments)
-        add(f"locally, {what}, rate {rate:g}", student, tokens=training_WT.numel(), **training)
+        local_WT = training_WT[: arguments.local_tokens // arguments.context]
+        student, training = trained_locally(source, folded, plan, local_WT, rate, rank, arguments)
+        add(f"locally, {what}, rate {rate:g}", student, tokens=local_WT.numel(), **training)
         kl = result["rows"][-1]["training texts"]["kl"]
         if kl < least:
             best, its_seconds, least = student, training["seconds"], kl
     for tokens in arguments.tokens:
-        student, seconds = end_to_end(folded, tokens)
-        add("end to end", student, tokens=tokens, seconds=seconds)
+        student, training = end_to_end(folded, tokens)
+        add("end to end", student, tokens=tokens, **training)
     for tokens in arguments.tokens:
-        student, seconds = end_to_end(best, tokens)
-        add("the best of the local ones, then end to end", student, tokens=tokens, seconds=its_seconds + seconds)
+        student, training = end_to_end(best, tokens)
+        training["seconds"] += its_seconds
+        add("the best of the local ones, then end to end", student, tokens=tokens, **training)
 
 
 def as_markdown(result: dict[str, Any]) -> str:

@@ -54,16 +54,19 @@ def test_of_a_run_that_was_stopped_it_is_said_how_it_goes_on(tmp_path: Path) -> 
 @pytest.mark.parametrize("verb", ["show", "report"])
 def test_of_what_was_stopped_before_its_first_result_it_is_said_how_it_goes_on(tmp_path: Path, verb: str) -> None:
     recipe = Recipe.from_dict(tiny_recipe(tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")))
-    for name, command in (("r un", "run"), ("comparison", "compare")):
+    for name, made, command, more in (
+        ("r un", ".analysis-checkpoint.json", "run", ""),
+        ("comparison", "rows/bi/recipe.yaml", "compare", ""),
+        ("either", None, "run", ", or compare in place of run"),
+    ):
         folder = tmp_path / name
-        with open_run(folder, recipe, comparison=command == "compare"):
-            if command == "compare":
-                recipe.save(folder / "rows" / "bi" / "recipe.yaml")
+        with open_run(folder, recipe):
+            if made is not None:
+                recipe.save(folder / made)
         told = foldgpt(verb, folder)
         assert told.exit_code == 1
-        assert told.stderr.rstrip().endswith(
-            f"To go on: {shlex.join(['foldgpt', command, str(folder / 'recipe.yaml'), '--out', str(folder)])}"
-        )
+        asked = shlex.join(["foldgpt", command, str(folder / "recipe.yaml"), "--out", str(folder)])
+        assert told.stderr.rstrip().endswith(f"To go on: {asked}{more}")
 
 
 def test_run_and_show_print_what_compensation_did(tmp_path: Path) -> None:

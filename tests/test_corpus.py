@@ -56,9 +56,10 @@ def test_every_kind_of_file_and_a_glob_over_them(tmp_path: Path, monkeypatch: py
 def test_another_column_can_be_named(tmp_path: Path) -> None:
     spec = _write_jsonl(tmp_path / "a.jsonl", ["x"], column="content")
     assert list(read_documents([f"{spec}#content"])) == ["x"]
-    table = pyarrow.table({"text": ["no"], "body": ["yes"]})
+    table = pyarrow.table({"text": ["no"], "body": ["yes"], "meta/text": ["of a path"]})
     pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
     assert list(read_documents([f"{tmp_path}/b.parquet#body"])) == ["yes"]
+    assert list(read_documents([f"{tmp_path}/*.parquet#meta/text"])) == ["of a path"]
 
 
 def test_a_number_sign_may_be_part_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

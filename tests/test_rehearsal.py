@@ -438,6 +438,8 @@ def test_auto_counts_in_the_format_of_the_weights_where_the_config_names_none(tm
     (source / "config.json").write_text(json.dumps(values))
     found = rehearse(Recipe.from_dict(tiny_recipe(source, text))).rows["run"]
     assert found.memory["search"].weights == 4 * found.parameters
+    (source / "model.safetensors").unlink()
+    assert rehearse(Recipe.from_dict(tiny_recipe(source, text))).rows["run"].parameters == found.parameters
 
 
 def test_a_size_may_be_written_in_any_way(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from foldgpt import artifacts, pipeline, planning, side_by_side
+from foldgpt import artifacts, checks, pipeline, planning, side_by_side
 from foldgpt.analysis import sweep
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.cli import app
@@ -144,6 +144,25 @@ def test_files_beside_a_recipe_beside_which_nothing_ran_are_not_replaced(recipe:
     assert (tmp_path / "plan.json").read_text() == "by hand"
     pipeline.run(recipe, tmp_path, overwrite=True)
     assert FoldPlan.load(tmp_path).removed
+
+
+def test_a_comparison_that_lost_its_hidden_files_is_one(recipe: Recipe, tmp_path: Path) -> None:
+    """A copy by `cp -r cmp/* new` has none."""
+    recipe.save(tmp_path / "recipe.yaml")
+    recipe.save(tmp_path / "rows" / "bi" / "recipe.yaml")
+    write_json(tmp_path / "comparison.json", {})
+    with open_run(tmp_path, recipe, comparison=True) as folder:
+        assert folder.path == tmp_path
+
+
+def test_what_is_finished_may_be_opened_where_its_device_is_not(
+    recipe: Recipe, tmp_path: Path, stages_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.run(recipe, tmp_path / "run")
+    stages_run.clear()
+    monkeypatch.setattr(checks, "device_of", lambda name: pytest.fail("the device was looked for"))
+    pipeline.run(recipe, tmp_path / "run")
+    assert not stages_run
 
 
 def test_a_recipe_of_ones_own_keeps_its_words(recipe: Recipe, tmp_path: Path) -> None:

@@ -27,7 +27,6 @@ def check_inputs(bench: Workbench) -> None:
         FoldGPTError: a text or a task that is not there, too long windows, a harness that is not installed.
     """
     check_without_files(bench)
-    check_machine(bench)
     _make_tests(bench)
     _ = bench.calibration
     if bench.recipe.recover.num_tokens:

@@ -9,7 +9,7 @@ from typing import Any
 
 from foldgpt.analysis import Analysis
 from foldgpt.artifacts import hash_of, read_json, write_json
-from foldgpt.checks import check_inputs, check_plan
+from foldgpt.checks import check_inputs, check_machine, check_plan
 from foldgpt.environment import describe_environment
 from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan
@@ -100,6 +100,9 @@ def carry_out(folder: RunFolder, bench: Workbench, *, before_recovery: bool = Tr
         before_recovery: where the recipe trains, measure the folded model as well.
     """
     check_plan(bench)
+    if not folder.is_finished:
+        # What stands may be looked at on any machine.
+        check_machine(bench)
     check_inputs(bench)
     if bench.recipe.recover.num_tokens and not is_recovered(folder, bench):
         check_recovery(bench, folder.path / RECOVERED)

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from foldgpt.artifacts import read_json
-from foldgpt.checks import check_inputs, check_plan
+from foldgpt.checks import check_inputs, check_machine, check_plan
 from foldgpt.comparison import Comparison, Finished, Row, Training, agreement_of, rows_of_recipe
 from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
 from foldgpt.evaluation import Evaluation
@@ -63,6 +63,7 @@ def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comp
         with named(row):
             Workbench(row.recipe)
     with open_run(out, recipe, overwrite=overwrite, comparison=True) as folder:
+        check_machine(bench)
         check_inputs(bench)
         is_trained = True
         for row in rows:

@@ -220,8 +220,10 @@ def _local_text(spec: str) -> Text:
 def _local_files(spec: str) -> tuple[Path, list[Path], str]:
     """Path or pattern of a spec, the files that it means, and the column to read of them."""
     pattern, column = spec, _DEFAULT_COLUMN
-    if "#" in Path(spec).name and not from_home(spec).exists():
-        pattern, _, column = spec.rpartition("#")
+    before, _, after = spec.rpartition("#")
+    # Folders may have a # in their names, and columns a slash.
+    if before and ("/" not in after or Path(before).suffix in _READERS) and not from_home(spec).exists():
+        pattern, column = before, after
     try:
         path = Path(pattern).expanduser()
     except RuntimeError as error:  # ~NAME of a user who does not exist

@@ -72,7 +72,8 @@ def evaluate(
             `windows` alone.
         speed: measure prefill and decode speed, the two models taking turns.
         memory: measure peak memory, for subjects saved as a Hugging Face folder. It is left out, with a note, for one
-            that is offloaded, and where there is not enough memory to load a model once more.
+            that is offloaded, and where the process that is to load the model once more fails, as it does where there
+            is not enough memory for that.
         tasks: multiple-choice tasks; they need `windows`, on which last words are measured beside them, because
             choosing an answer may still work where writing one does not.
         num_generations: continue the beginnings of the first so many windows.
@@ -85,7 +86,7 @@ def evaluate(
     Raises:
         UsageError: the two subjects have one name, one lacks the tokenizer that is needed, tasks are asked for
             without a text, or the speed of a baseline is to be measured that is only known.
-        FoldGPTError: a measurement failed; see `perplexity`, `measure_speed`, `peak_memory`, `folder_bytes`.
+        FoldGPTError: a measurement failed; see `perplexity`, `measure_speed`, `folder_bytes`.
     """
     subjects = [folded] if baseline is None else [baseline, folded]
     other_name = baseline.name if baseline is not None else None if known is None else known.name

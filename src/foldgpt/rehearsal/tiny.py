@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,9 @@ def config_of(model: str, *, revision: str | None = None, trust_remote_code: boo
         )
     config = load_config(place)
     if is_here and getattr(config, "dtype", None) is None:
-        # What is loaded as it is stored takes its format from the weights then.
-        config.dtype = stored_dtype(place)
+        # What is loaded as it is stored takes its format from the weights then; there may be none yet.
+        with suppress(SourceError):
+            config.dtype = stored_dtype(place)
     return config
 
 

@@ -12,7 +12,7 @@ from foldgpt.artifacts import hash_of, remove, take_over
 from foldgpt.errors import ArtifactError
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
-from foldgpt.run_folder.layout import COMPARED, LEDGER, LOCK, RECIPE, ROWS
+from foldgpt.run_folder.layout import ANALYSIS_CHECKPOINT, COMPARED, LEDGER, LOCK, RECIPE, ROWS
 from foldgpt.run_folder.ledger import WRITTEN_LATER, contents_of, identity_of_inputs, read_stages, write_stages
 
 #: Stage → those that are made of its outputs; what is left of them is out of date once it made others.
@@ -34,8 +34,12 @@ def command_to_go_on(folder: Path) -> str | None:
     """The command by which a run or a comparison goes on that was begun in a folder; None where none was."""
     if any((folder / ROWS).glob(f"*/{RECIPE}")):
         return _command("compare", folder)
-    is_begun = (folder / RECIPE).is_file() and ((folder / LEDGER).is_file() or (folder / LOCK).is_file())
-    return _command("run", folder) if is_begun else None
+    if not (folder / RECIPE).is_file():
+        return None
+    if (folder / LEDGER).is_file() or (folder / ANALYSIS_CHECKPOINT).is_file():
+        return _command("run", folder)
+    # Stopped before anything was made: nothing says which of the two it was to be.
+    return f"{_command('run', folder)}, or compare in place of run" if (folder / LOCK).is_file() else None
 
 
 def _command(verb: str, folder: Path) -> str:

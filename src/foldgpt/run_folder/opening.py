@@ -92,7 +92,8 @@ def open_run(
 
 def _check_nothing_lies_there(path: Path) -> None:
     """Refuse to write over what no run made, in a folder that holds a recipe of the user's own and no run."""
-    if (path / LEDGER).is_file() or (path / LOCK).is_file():
+    # A comparison has no ledger, and what was copied may have lost its hidden files.
+    if (path / LEDGER).is_file() or (path / LOCK).is_file() or any((path / ROWS).glob(f"*/{RECIPE}")):
         return
     there = [name for name in (*MADE, *COMPARED) if (path / name).exists()]
     if there:

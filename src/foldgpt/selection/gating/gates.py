@@ -2,8 +2,9 @@
 
 Each unit's removal is measured alone; gates start from there and are learned with the backbone frozen; the sets they
 point to are then measured, and refined by swaps; sets that come out level are judged on further text, and the swaps of
-what wins there are looked at as well. All stages share one allowance of forward passes: half of what greedy removal is
-expected to take for the same budget, or, where removed blocks are compensated, all of it, unless told otherwise.
+what wins there are looked at as well. All stages share one allowance of forward passes: less than half of what greedy
+removal is expected to take for the same budget, or, where removed blocks are compensated, all of it, unless told
+otherwise.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _OPTIONS = {
 #: Shares of greedy's passes that a search may take. Of blocks, all of them find better sets only where these are
 #: compensated (docs/lab-notebook.md). Of twice as many units greedy makes at least twice as many removals, so that it
 #: takes four times as many passes; a search of sublayers has about those that greedy takes for blocks.
-_EFFORT_OF_BLOCKS, _EFFORT_COMPENSATED, _EFFORT_OF_SUBLAYERS = 0.5, 1.0, 0.28
+_EFFORT_OF_BLOCKS, _EFFORT_COMPENSATED, _EFFORT_OF_SUBLAYERS = 0.45, 1.0, 0.28
 _ESTIMATORS = ("score", "concrete", "smoothed")
 #: An allowance that nothing spends; far above it, arithmetic with it overflows.
 _MOST_EFFORT = 1_000_000
