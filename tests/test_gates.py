@@ -20,7 +20,7 @@ from foldgpt.replay import Replay
 from foldgpt.selection import RemovalCost, Request, Units, select
 from foldgpt.selection.gated_pass import gradient_equivalents
 from foldgpt.selection.gating import hard_concrete, score_function, smoothed
-from foldgpt.selection.gating.gates import greedy_equivalents
+from foldgpt.selection.gating.gates import gates_options, greedy_equivalents
 from foldgpt.selection.gating.hard_concrete import HardConcrete
 from foldgpt.selection.gating.score_function import ScoreFunction, draw, log_probability
 from foldgpt.selection.gating.smoothed import SmoothedL0
@@ -229,6 +229,22 @@ def test_an_unknown_estimator_or_option_is_refused_with_a_suggestion() -> None:
         select("gates", _request(2, options={"estimator": "smooth"}))
     with pytest.raises(UsageError, match=r"no option 'step'.*'steps'"):
         select("gates", _request(2, options={"step": 3}))
+
+
+@pytest.mark.parametrize(
+    ("request_", "effort"),
+    [
+        (Request(30, 3), 0.5),
+        (Request(18, 2), 0.5),
+        (Request(30, 4), 0.45),
+        (Request(30, 6), 0.45),
+        (Request(30, 3, compensate=True), 1.0),
+        (Request(30, 6, sublayers=True), 0.28),
+        (Request(30, 6, options={"effort": 2.0}), 2.0),
+    ],
+)
+def test_how_much_a_search_may_spend_depends_on_what_is_asked(request_: Request, effort: float) -> None:
+    assert gates_options(request_)["effort"] == effort
 
 
 @pytest.mark.parametrize(

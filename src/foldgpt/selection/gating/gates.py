@@ -2,7 +2,7 @@
 
 Each unit's removal is measured alone; gates start from there and are learned with the backbone frozen; the sets they
 point to are then measured, and refined by swaps; sets that come out level are judged on further text, and the swaps of
-what wins there are looked at as well. All stages share one allowance of forward passes: less than half of what greedy
+what wins there are looked at as well. All stages share one allowance of forward passes: about half of what greedy
 removal is expected to take for the same budget, or, where removed blocks are compensated, all of it, unless told
 otherwise.
 """
@@ -43,6 +43,8 @@ _OPTIONS = {
 #: compensated (docs/lab-notebook.md). Of twice as many units greedy makes at least twice as many removals, so that it
 #: takes four times as many passes; a search of sublayers has about those that greedy takes for blocks.
 _EFFORT_OF_BLOCKS, _EFFORT_COMPENSATED, _EFFORT_OF_SUBLAYERS = 0.45, 1.0, 0.28
+#: Where no more than this share of the blocks goes, greedy's passes are few, and a search has a little more of them.
+_FEW, _EFFORT_OF_FEW = 1 / 8, 0.5
 _ESTIMATORS = ("score", "concrete", "smoothed")
 #: An allowance that nothing spends; far above it, arithmetic with it overflows.
 _MOST_EFFORT = 1_000_000
@@ -106,7 +108,9 @@ def _effort(request: Request) -> float:
     """The allowance of a search, as a share of the passes of greedy removal, unless told otherwise."""
     if request.sublayers:
         return _EFFORT_OF_SUBLAYERS
-    return _EFFORT_COMPENSATED if request.compensate else _EFFORT_OF_BLOCKS
+    if request.compensate:
+        return _EFFORT_COMPENSATED
+    return _EFFORT_OF_FEW if request.num_remove <= _FEW * request.num_blocks else _EFFORT_OF_BLOCKS
 
 
 class _Search:
