@@ -187,7 +187,7 @@ def trained_locally(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     seconds = time.perf_counter() - began
     if rank:
         merge_lora_(student)
