@@ -1,10 +1,9 @@
 """Selectors on several draws of calibration text: how much of a result is the text that it was calibrated on?
 
 Each draw takes other documents of the same texts, and another seed for what a search draws; every selector chooses
-blocks by it, and what is left is measured on
-texts that are always the same. With --compensate the fit of each draw is made on its own documents. The arguments are
-those of compare_selectors.py, `--seed` that of the first draw. Each row is written when it is done; the same command
-goes on where it was stopped, and more draws may be added.
+blocks by it, and what is left is measured on texts that are always the same. With --compensate the fit of each draw is
+made on its own documents. The arguments are those of compare_selectors.py, `--seed` that of the first draw. Each row is
+written when it is done; the same command goes on where it was stopped, and more draws may be added.
 
     python benchmarks/calibration_draws.py --text C4.jsonl --text WIKIPEDIA.jsonl --tokens 4096 --context 256 \
         --ratio 0.1 --draws 8 --perplexity wiki.test.raw --max-windows 32

@@ -17,7 +17,6 @@ import argparse
 import copy
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from foldgpt.corpus import calibration_windows, evaluation_windows
 from foldgpt.counts import count
 from foldgpt.environment import describe_environment
 from foldgpt.families import decoder_of
-from foldgpt.folding import fold_, source_model_of
+from foldgpt.folding import fold_, is_linear_layer, source_model_of
 from foldgpt.objectives import Head, relative_error
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import be_quiet
@@ -78,11 +77,6 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def _windows_of(arguments: argparse.Namespace) -> int:
-    """Training windows: those of the longest training."""
-    return max(arguments.local_tokens, *arguments.tokens) // arguments.context
-
-
 class Stop(Exception):
     """The source has run as far as it is needed."""
 
@@ -103,10 +97,6 @@ class Locally:
         self.places = blocks_beside_cuts(plan)
         self._positions = range(self.places[0], self.places[-1] + 1)
         self._kept = [*plan.kept, plan.source.num_blocks]
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """What the blocks beside the cuts are made of."""
-        return (parameter for place in self.places for parameter in self._own[place].parameters())
 
     def loss(self, ids_BT: Tensor) -> Tensor:
         """Mean over the places of the relative squared error of what leaves them."""
@@ -160,20 +150,19 @@ def trained_locally(
 ) -> tuple[Any, dict[str, float]]:
     """A copy of the folded model, its blocks beside the cuts trained in full, or by LoRA if a rank is given."""
     student = copy.deepcopy(folded).requires_grad_(False)
-    places = blocks_beside_cuts(plan)
+    local = Locally(source, student, plan)
+    blocks = decoder_of(student).blocks
     if rank:
-        blocks = decoder_of(student).blocks
         names = [
             f"{place}.{name}"
-            for place in places
+            for place in local.places
             for name, module in blocks[place].named_modules()
-            if isinstance(module, nn.Linear)
+            if is_linear_layer(module)
         ]
         attach_lora_(blocks, names, rank=rank, alpha=rank, seed=arguments.seed)
-    local = Locally(source, student, plan)
-    if not rank:
-        for parameter in local.parameters():
-            parameter.requires_grad_(True)
+    else:
+        for place in local.places:
+            blocks[place].requires_grad_(True)
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     batches = ids_WT.split(arguments.batch_size)
@@ -205,7 +194,9 @@ def main() -> None:
     plan = FoldPlan.create(source_model_of(source, loaded.spec), removed=blocks_of(arguments.remove))
 
     # Windows of one call, so that no token is in two of them.
-    numbers = [_FITTED_TOKENS // arguments.context, arguments.windows, _HELD_OUT, _windows_of(arguments)]
+    num_fitted = _FITTED_TOKENS // arguments.context
+    num_trained = max(arguments.local_tokens, *arguments.tokens) // arguments.context
+    numbers = [num_fitted, arguments.windows, _HELD_OUT, num_trained]
     made = calibration_windows(
         arguments.text,
         tokenizer,
@@ -308,9 +299,9 @@ def as_markdown(result: dict[str, Any]) -> str:
     table = "\n".join(lines)
     return f"""# Local distillation
 
-{config["model"]} ({config["dtype"]}), blocks {config["remove"]} removed and compensated on 32,768 tokens; trained on
-{" + ".join(config["text"])} in steps of {config["batch_size"]} windows of {config["context"]} tokens. End to end:
-KL, LoRA of rank {config["rank"]} behind the cut, the blocks beside it in full, rate {config["learning_rate"]:g}.
+{config["model"]} ({config["dtype"]}), blocks {config["remove"]} removed and compensated on {_FITTED_TOKENS:,} tokens;
+trained on {" + ".join(config["text"])} in steps of {config["batch_size"]} windows of {config["context"]} tokens. End to
+end: KL, LoRA of rank {config["rank"]} behind the cut, the blocks beside it in full, rate {config["learning_rate"]:g}.
 Measured on {config["windows"]} windows of {config["context"]} of each text; KL in nats per token to the source. Tokens
 of the last rows are those end to end, seconds those of both trainings. Error: relative squared error of the stream,
 mean of the first and of the last tenth of the steps.

@@ -20,7 +20,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from foldgpt.errors import ArtifactError
+from foldgpt.errors import ArtifactError, SourceError
 from foldgpt.evaluation import folder_bytes, size_of
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan, Group
@@ -176,6 +176,9 @@ def test_folder_bytes_of_shards_count_only_what_the_index_names(tmp_path: Path) 
     assert folder_bytes(tmp_path) == expected
     shards[0].unlink()
     with pytest.raises(ArtifactError, match=shards[0].name):
+        folder_bytes(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(SourceError, match="not a safetensors index"):
         folder_bytes(tmp_path)
 
 

@@ -7,7 +7,6 @@ once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -44,8 +43,11 @@ class _Verbs(TyperGroup):
 
 def _at_home(arg: str) -> str:
     name, _, value = arg.partition("=")
-    # ~NAME may be of nobody, and is then an error of whoever reads the path.
-    return f"{name}={Path(value).expanduser()}" if name.startswith("--") and f"{value}/".startswith("~/") else arg
+    if not (name.startswith("--") and f"{value}/".startswith("~/")):
+        return arg
+    from foldgpt.artifacts import from_home
+
+    return f"{name}={from_home(value)}"
 
 
 app = typer.Typer(

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError
 from foldgpt.families import decode, decoder_of, input_device
 from foldgpt.folding import private_modules
 from foldgpt.modeling.modeling_foldgpt import Borrowed
+from foldgpt.sources.weights import shards_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,6 +119,7 @@ def folder_bytes(path: str | Path) -> int:
 
     Raises:
         ArtifactError: there are no weight files, or one that the index names is missing.
+        SourceError: the index is none.
     """
     path = Path(path)
     if path.is_file():
@@ -138,9 +139,5 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / whole]
         index = folder / f"{whole}.index.json"
         if index.is_file():
-            content = read_json(index, "index of weights")
-            names = content.get("weight_map") if isinstance(content, dict) else None
-            if not isinstance(names, dict):
-                raise ArtifactError(f"{index} is no index of weights: it has no weight_map")
-            return [folder / name for name in set(names.values())]
+            return [folder / name for name in shards_of(index)]
     return next((files for kind in ("safetensors", "gguf") if (files := list(folder.glob(f"*.{kind}")))), [])

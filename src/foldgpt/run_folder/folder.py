@@ -30,9 +30,14 @@ _DEPENDENTS = {
 T = TypeVar("T")
 
 
+def holds_rows(folder: Path) -> bool:
+    """Whether a comparison was begun in a folder: it has no ledger of its own, its rows have."""
+    return any((folder / ROWS).glob(f"*/{RECIPE}"))
+
+
 def command_to_go_on(folder: Path) -> str | None:
     """The command by which a run or a comparison goes on that was begun in a folder; None where none was."""
-    if any((folder / ROWS).glob(f"*/{RECIPE}")):
+    if holds_rows(folder):
         return _command("compare", folder)
     if not (folder / RECIPE).is_file():
         return None

@@ -14,8 +14,8 @@ from foldgpt.comparison import COMPARISON
 from foldgpt.errors import ArtifactError, FoldGPTError
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
-from foldgpt.run_folder.folder import RunFolder
-from foldgpt.run_folder.layout import ANALYSIS_CHECKPOINT, COMPARED, LEDGER, LOCK, MADE, RECIPE, ROWS, WRITTEN
+from foldgpt.run_folder.folder import RunFolder, holds_rows
+from foldgpt.run_folder.layout import ANALYSIS_CHECKPOINT, COMPARED, LEDGER, LOCK, MADE, RECIPE, WRITTEN
 from foldgpt.run_folder.ledger import read_stages
 
 
@@ -92,8 +92,8 @@ def open_run(
 
 def _check_nothing_lies_there(path: Path) -> None:
     """Refuse to write over what no run made, in a folder that holds a recipe of the user's own and no run."""
-    # A comparison has no ledger, and what was copied may have lost its hidden files.
-    if (path / LEDGER).is_file() or (path / LOCK).is_file() or any((path / ROWS).glob(f"*/{RECIPE}")):
+    # What was copied may have lost its hidden files.
+    if (path / LEDGER).is_file() or (path / LOCK).is_file() or holds_rows(path):
         return
     there = [name for name in (*MADE, *COMPARED) if (path / name).exists()]
     if there:
@@ -140,7 +140,7 @@ def _check_model_stays(path: Path, model: str) -> None:
 
 
 def _holds_comparison(path: Path) -> bool:
-    return (path / COMPARISON).is_file() or any((path / ROWS).glob(f"*/{RECIPE}"))
+    return (path / COMPARISON).is_file() or holds_rows(path)
 
 
 def _is_begun(path: Path) -> bool:

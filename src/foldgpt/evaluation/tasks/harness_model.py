@@ -118,7 +118,7 @@ class LoadedModel(HFLM):
             if not 0 < len(continuation) <= self.max_length:
                 raise MeasurementError(
                     f"an answer of {len(continuation):,} tokens cannot be scored by a model with {self.max_length:,} "
-                    f"positions: {shortened(texts[1])}"
+                    f"positions: {_shortened(texts[1])}"
                 )
             whole = context + continuation
             self.num_truncated += len(whole) > self.max_length + 1
@@ -162,7 +162,7 @@ class LoadedModel(HFLM):
             yield logits_KV[end - item.num_logits : end]
 
 
-def shortened(text: str) -> str:
+def _shortened(text: str) -> str:
     """The beginning of a text, as a message can hold it."""
     return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]} …")
 
