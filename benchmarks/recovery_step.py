@@ -6,6 +6,7 @@
 - half: the same as recovery, scored at half of the positions.
 - behind: LoRA in the block before the first cut and behind it (`train_blocks="behind"`).
 - cached: the same with the teacher's states read from a file (`teacher_cache`).
+- all_cached: as recovery, with them.
 - compiled: recovery with `compile=True`: each block of both models compiled; only where asked for by `--side`.
 - plain: transformers' Trainer and peft as one would write it: LoRA everywhere, full logits of both models and
   `F.kl_div`.
@@ -58,7 +59,7 @@ from foldgpt.recovery.trainer import RecoveryTrainer
 from foldgpt.sources import DTYPES, load_source
 from provenance import provenance_of
 
-SIDES = ("recovery", "compiled", "torch_attention", "half", "behind", "cached", "plain", "forward")
+SIDES = ("recovery", "compiled", "torch_attention", "half", "behind", "cached", "all_cached", "plain", "forward")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -167,7 +168,8 @@ def prepare(side: str, arguments: argparse.Namespace, folder: Path, until_end: E
         common = common_blocks(student, source, plan)
         teacher = Teacher(source, common=common)
         windows = TrainingWindows(ids.cpu())
-        cache = cache_states(teacher, TrainingWindows(ids), folder, batch_size=len(ids)) if side == "cached" else None
+        is_cached = side in ("cached", "all_cached")
+        cache = cache_states(teacher, TrainingWindows(ids), folder, batch_size=len(ids)) if is_cached else None
         batch["window"] = torch.arange(len(ids))
         if side == "half":
             batch["labels"] = ids.masked_fill(torch.arange(arguments.context, device=ids.device) % 2 == 0, IGNORED)

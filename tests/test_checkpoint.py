@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.llama import modeling_llama
 
 from foldgpt.artifacts import read_json
-from foldgpt.errors import ArtifactError, PlanError, UnsupportedModelError, VerificationError
+from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, UnsupportedModelError, VerificationError
 from foldgpt.families import decoder_of
 from foldgpt.folding import (
     DONORS,
@@ -597,11 +597,56 @@ def test_a_model_that_is_offloaded_whole_is_saved_and_verified(tmp_path: Path, d
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded")
     ids = token_ids(loaded)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+    with pytest.raises(UnsupportedModelError, match="is offloaded; load the whole model in memory to give it another"):
+        save_folded(model, plan, tmp_path / "halves", dtype=torch.float16)
     if dtype == torch.bfloat16:
         # What passes for rounding there is looked at again in fp32; the hooks bring the weights in that.
         edit_weights(tmp_path / "folded", lambda tensors: tensors["model.layers.2.mlp.up_proj.weight"].mul_(1.02))
         with pytest.raises(VerificationError, match="computes something else"):
             verify_checkpoint(tmp_path / "folded", model)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_model_is_not_saved_with_the_plan_of_another(tmp_path: Path, shared: bool) -> None:
+    model, plan = folded(shared=shared)
+    if shared:
+        other = FoldPlan.create(plan.source, removed=plan.removed, groups=[Group(blocks=(2, 3), donor="mean")])
+        says = r"another plan: the one in its config \(fold_plan\) cuts something else"
+    else:
+        other, says = FoldPlan.create(plan.source, removed=[1, 4]), "the plan keeps 4 blocks, the model has 5"
+    with pytest.raises(PlanError, match=says):
+        save_folded(model, other, tmp_path / "folded")
+    assert list(tmp_path.iterdir()) == []
+    save_folded(model, plan, tmp_path / "folded")
+
+
+def test_a_generation_config_that_cannot_be_saved_is_refused_before_the_model_is_changed(tmp_path: Path) -> None:
+    model, plan = folded()
+    model.generation_config.do_sample, model.generation_config.temperature = False, 0.6
+    with pytest.raises(FoldGPTError, match=r"generation_config is not valid: .*temperature"):
+        save_folded(model, plan, tmp_path / "folded", dtype=torch.bfloat16)
+    assert model.dtype == torch.float32
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_puts_out_no_numbers_is_said_to(tmp_path: Path) -> None:
+    model, plan = folded()
+    decoder_of(model).blocks[2].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(VerificationError, match="not finite, in memory already"):
+        save_folded(model, plan, tmp_path / "folded")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrapped_model_is_refused_as_it_is() -> None:
+    model = tiny_model("llama")
+    plan = FoldPlan.create(source_model_of(model), removed=[1], groups=[Group(blocks=(3, 4))])
+    before = set(model.state_dict())
+    for wrapped in (torch.compile(model), torch.nn.DataParallel(model)):
+        with pytest.raises(UnsupportedModelError, match=r"(OptimizedModule|DataParallel) is no model of transformers"):
+            fold_(wrapped, plan)
+    assert type(model) is transformers.LlamaForCausalLM
+    assert before == set(model.state_dict())
+    assert type(model.config) is transformers.LlamaConfig
 
 
 # ----------------------------------------------------------------------------------------- quantised sources

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +219,15 @@ def test_peft_adapts_shared_weights_once_and_merges_them() -> None:
     torch.testing.assert_close(merged(ids).logits, changed, atol=1e-4, rtol=1e-4)
 
 
+def test_peft_adapts_by_name_where_no_position_has_terms_and_all_linears_where_one_has() -> None:
+    """A leaf with private terms stands where the named layer was; as docs/checkpoint.md says."""
+    plain, _ = folded(Group(blocks=(1, 2, 4), donor="mean", private=("norms",)))
+    get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    private, _ = folded()
+    with pytest.raises(ValueError, match="PrivateTerms"):
+        get_peft_model(private, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+
+
 @torch.no_grad()
 def test_torch_compile_whole_graph() -> None:
     model, _ = folded()
@@ -240,6 +251,39 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     model.gradient_checkpointing_enable()
     for one, other in zip(plain, gradients(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@torch.no_grad()
+def test_offloaded_terms_are_not_unfolded(saved: tuple[Any, Path], tmp_path: Path) -> None:
+    """Merged into weights that are not there they would be lost without a word."""
+    model, folder = saved
+    device_map: dict[str, Any] = {f"model.layers.{index}": "disk" for index in range(len(model.model.layers))}
+    device_map |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offload")
+    ids = token_ids(loaded)
+    with pytest.raises(UnsupportedModelError, match="are offloaded; load the whole model in memory to unfold it"):
+        unfold_(loaded)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_model_of_the_code_in_its_checkpoint_is_unfolded(saved: tuple[Any, Path], tmp_path: Path) -> None:
+    """Loaded before foldgpt was imported, its classes are those of the copy."""
+    model, folder = saved
+    ids = token_ids(model)
+    torch.save((ids, model(ids).logits), tmp_path / "expected.pt")
+    script = f"""
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+from foldgpt.folding import unfold_
+unfold_(model)
+assert type(model).__name__ == "LlamaForCausalLM", type(model)
+ids, expected = torch.load({str(tmp_path / "expected.pt")!r})
+torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-4)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------------------------------------- earlier versions

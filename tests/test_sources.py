@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -139,6 +140,22 @@ def test_the_tokenizer_is_saved_with_its_chat_template(folder: Path, tmp_path: P
     assert (
         again(text)["input_ids"] == source.tokenizer(text)["input_ids"] == tiny_tokenizer(bos=True)(text)["input_ids"]
     )
+
+
+def test_a_model_may_be_named_by_a_path(folder: Path) -> None:
+    assert load_source(folder).spec == str(folder)
+    assert load_tokenizer(folder).vocab_size == load_source(str(folder)).tokenizer.vocab_size
+
+
+def test_an_adapter_is_not_put_on_a_model_in_silence(folder: Path) -> None:
+    """transformers would: the model would be another, by an identity that says nothing of it."""
+    adapted = get_peft_model(LlamaForCausalLM.from_pretrained(folder), LoraConfig(target_modules="all-linear"))
+    adapted.save_pretrained(folder)
+    with pytest.raises(SourceError, match=r"holds an adapter \(adapter_config.json\) beside the model. Merge it"):
+        load_source(str(folder))
+    (folder / "config.json").unlink()
+    with pytest.raises(SourceError, match=r"has no config.json\. It holds an adapter alone: merge it into its"):
+        load_source(str(folder))
 
 
 def test_what_is_kept_beside_the_device_counts_as_offloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from foldgpt.errors import UnsupportedModelError
 from foldgpt.families.table import Sublayers, family_of, sublayers_of
@@ -59,9 +60,14 @@ def decoder_of(model: nn.Module) -> Decoder:
     """Find the blocks of a causal language model.
 
     Raises:
-        UnsupportedModelError: the blocks are not where the family (or the usual shape) has them, or their
-            number is not the config's.
+        UnsupportedModelError: this is no model of transformers, the blocks are not where the family (or the usual
+            shape) has them, or their number is not the config's.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no model of transformers. Where it is a wrapper around one (torch.compile, "
+            "DataParallel, peft), give the model inside it"
+        )
     whole_config: Any = model.config
     config = whole_config.get_text_config(decoder=True)
     model_type = getattr(whole_config, "source_model_type", whole_config.model_type)

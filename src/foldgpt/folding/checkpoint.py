@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from foldgpt.artifacts import check_free_folder, from_home, staged_folder, write_json
-from foldgpt.errors import ArtifactError
+from foldgpt.errors import ArtifactError, FoldGPTError, PlanError
+from foldgpt.families import decoder_of
 from foldgpt.folding.number_format import cast_
 from foldgpt.folding.verify import Verification, verify_checkpoint
 from foldgpt.plan import FoldPlan
@@ -59,6 +60,27 @@ def check_place(folder: str | Path, *, replace: bool = False, read: Iterable[str
     check_free_folder(folder, replace=replace)
 
 
+def _check_plan(model: nn.Module, plan: FoldPlan) -> None:
+    """Refuse a plan that is not the model's, as far as the model tells."""
+    num_blocks = len(decoder_of(model).blocks)
+    if num_blocks != len(plan.kept):
+        raise PlanError(f"the plan keeps {len(plan.kept)} blocks, the model has {num_blocks}: it was folded by another")
+    own: Any = getattr(model.config, "fold_plan", None)
+    cut = ("removed", "removed_attention", "removed_mlp", "groups")
+    if own is not None and any(own[name] != plan.to_json_dict()[name] for name in cut):
+        raise PlanError("the model was folded by another plan: the one in its config (fold_plan) cuts something else")
+
+
+def _check_generation(model: nn.Module) -> None:
+    """Refuse here what transformers would refuse to save, behind all that was computed."""
+    config: Any = getattr(model, "generation_config", None)
+    try:
+        if config is not None:
+            config.validate(strict=True)
+    except ValueError as error:
+        raise FoldGPTError(f"the model's generation_config is not valid: {' '.join(str(error).split())}") from error
+
+
 def save_folded(
     model: nn.Module,
     plan: FoldPlan,
@@ -87,11 +109,14 @@ def save_folded(
         dtype: number format to save in; None for the one that the model has.
 
     Raises:
-        FoldGPTError: a weight is too large for `dtype`.
+        PlanError: the model was folded by another plan.
+        FoldGPTError: a weight is too large for `dtype`, or the generation config is not valid.
         VerificationError: the checkpoint does not do what the model does; nothing is left behind.
         ArtifactError: the folder exists, or cannot be written.
     """
     check_place(folder, replace=replace)
+    _check_plan(model, plan)
+    _check_generation(model)
     if dtype is not None:
         cast_(model, dtype)
     with staged_folder(folder, replace=replace) as staging:

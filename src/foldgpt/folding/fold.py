@@ -147,7 +147,7 @@ def unfold_(model: nn.Module) -> None:
 
     Raises:
         PlanError: the model shares nothing.
-        UnsupportedModelError: weights with private terms are quantised; the model is as it was.
+        UnsupportedModelError: weights with private terms are quantised or offloaded; the model is as it was.
     """
     config: Any = model.config
     layout = getattr(config, "fold_layout", None)

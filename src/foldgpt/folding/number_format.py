@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foldgpt.errors import FoldGPTError
+from foldgpt.errors import FoldGPTError, UnsupportedModelError
 from foldgpt.formats import dtype_name
 
 #: Formats that hold fewer digits or a smaller range than fp32, as transformers treats them.
@@ -28,7 +28,7 @@ def cast_(model: nn.Module, dtype: torch.dtype) -> None:
         dtype: a floating-point format.
 
     Raises:
-        FoldGPTError: a weight that is finite is not in that format.
+        FoldGPTError: a weight that is finite is not in that format, or weights are offloaded.
     """
     for tensor, changed in _in_format(model, dtype):
         tensor.data = changed
@@ -45,7 +45,7 @@ def round_(model: nn.Module, dtype: torch.dtype) -> None:
         dtype: a floating-point format.
 
     Raises:
-        FoldGPTError: a weight that is finite is not in that format.
+        FoldGPTError: a weight that is finite is not in that format, or weights are offloaded.
     """
     for tensor, changed in _in_format(model, dtype):
         tensor.copy_(changed)
@@ -54,6 +54,10 @@ def round_(model: nn.Module, dtype: torch.dtype) -> None:
 def _in_format(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Each tensor that a checkpoint would hold in `dtype` and that has another format now, and what it is in that."""
     for name, tensor in _stored(model, dtype):
+        if tensor.is_meta:
+            raise UnsupportedModelError(
+                f"{name} is offloaded; load the whole model in memory to give it another number format"
+            )
         changed = tensor.data.to(dtype)
         if not changed.isfinite().all() and tensor.isfinite().all():
             raise FoldGPTError(

@@ -142,8 +142,10 @@ def check_mergeable(terms: Any, leaf: str) -> None:
         leaf: name of the leaf inside the block, for the message.
 
     Raises:
-        UnsupportedModelError: the weights are quantised.
+        UnsupportedModelError: the weights are quantised, or offloaded.
     """
+    if any(parameter.is_meta for parameter in terms.parameters()):
+        raise UnsupportedModelError(f"the weights of {leaf} are offloaded; load the whole model in memory to unfold it")
     if any(not is_plain(parameter) for parameter in terms.shared.parameters()):
         raise UnsupportedModelError(f"{leaf} is quantised; unfold the plain model, and quantise the result")
 

@@ -59,8 +59,8 @@ def verify_checkpoint(folder: str | Path, model: nn.Module, *, expected_paramete
         expected_parameters: unique parameters it should have.
 
     Raises:
-        VerificationError: keys missing or too many, another class, a model that cannot be run, other logits, a KV
-            cache that changes the result, or another size than its parameters say.
+        VerificationError: keys missing or too many, another class, a model that cannot be run or whose logits are
+            not finite, other logits, a KV cache that changes the result, or another size than its parameters say.
     """
     folder = Path(folder)
     parameter = next(model.parameters())
@@ -75,6 +75,11 @@ def verify_checkpoint(folder: str | Path, model: nn.Module, *, expected_paramete
             after = _logits(reloaded, probe)
     finally:
         model.train(was_training)
+    if not before.isfinite().all():
+        raise VerificationError(
+            "the model to be saved puts out values that are not finite, in memory already. Its weights may be damaged, "
+            "or too large for the number format that it computes in."
+        )
     reload_error, dtype = _relative_error(after, before), parameter.dtype
     if reload_error and dtype in (torch.bfloat16, torch.float16) and _fits_in_fp32(model, copies=2):
         # In 16 bits much passes for rounding. What differs there for a reason must not differ in fp32.

@@ -256,7 +256,8 @@ def shared_place(block: nn.Module, name: str) -> tuple[nn.Module, str]:
     parent, _, leaf = name.rpartition(".")
     holder = block.get_submodule(parent)
     terms = getattr(holder, leaf)
-    return (terms, "shared") if isinstance(terms, PrivateTerms) else (holder, leaf)
+    # By its name: a model that was loaded by the copy of this file in its checkpoint has the copy's class.
+    return (terms, "shared") if type(terms).__name__ == PrivateTerms.__name__ else (holder, leaf)
 
 
 def _blocks_of(model: nn.Module, path: str) -> Any:

@@ -13,6 +13,9 @@ from foldgpt.errors import SourceError, UnsupportedModelError, first_line
 from foldgpt.progress import quiet_libraries
 from foldgpt.sources.reading import as_source_errors
 
+#: By this file transformers knows that an adapter lies in a folder.
+ADAPTER = "adapter_config.json"
+
 
 class UntrustedCodeError(UnsupportedModelError):
     """The model needs code that comes with its checkpoint, and that is not trusted."""
@@ -22,12 +25,18 @@ def load_config(place: Path, *, trust_remote_code: bool = False) -> Any:
     """The config of a model in a Hugging Face folder, or in a GGUF file.
 
     Raises:
-        SourceError: it cannot be read.
+        SourceError: it cannot be read, or an adapter lies beside it.
         UnsupportedModelError: the model is not a decoder-only language model, is quantised, or needs code that is
             not trusted.
     """
     if place.is_file():
         return gguf_config(place)
+    if (place / ADAPTER).is_file():
+        # transformers would put it on the model without a word, and no identity of the model covers it.
+        raise SourceError(
+            f"{place} holds an adapter ({ADAPTER}) beside the model. Merge it into the weights (peft's "
+            "merge_and_unload), or take it out of the folder."
+        )
     values = read_config(place)
     if (quantisation := values.get("quantization_config")) is not None:
         named = quantisation.get("quant_method") if isinstance(quantisation, dict) else None

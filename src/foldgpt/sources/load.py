@@ -6,6 +6,7 @@ import functools
 import os
 import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class Source:
 
 
 def load_source(
-    spec: str,
+    spec: str | Path,
     *,
     dtype: str = "auto",
     device: str = "auto",
@@ -78,6 +79,7 @@ def load_source(
         UnsupportedModelError: it is not a decoder-only language model, or it is quantised.
         UsageError: an unknown dtype or device.
     """
+    spec = str(spec)
     torch_dtype = _dtype_of(dtype)
     torch_device = device_of(device)
     place = resolve(spec, revision=revision)
@@ -108,7 +110,7 @@ def load_source(
 
 
 def load_tokenizer(
-    spec: str, *, revision: str | None = None, trust_remote_code: bool = False
+    spec: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model; see `load_source` for the arguments.
 

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from foldgpt.artifacts import from_home
 from foldgpt.demo import demo_model
 from foldgpt.errors import SourceError, UsageError
-from foldgpt.sources.configs import check_config_file
+from foldgpt.sources.configs import ADAPTER, check_config_file
 from foldgpt.sources.gguf_files import convert_gguf
 from foldgpt.sources.weights import INDEX, SINGLE, shards_of
 
@@ -29,7 +29,7 @@ _OF_A_RUN = ("recovered", "folded")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def resolve(spec: str, *, revision: str | None = None) -> Path:
+def resolve(spec: str | Path, *, revision: str | None = None) -> Path:
     """Find the files of a model on this machine, fetching them first where needed.
 
     Args:
@@ -44,6 +44,7 @@ def resolve(spec: str, *, revision: str | None = None) -> Path:
         UnsupportedModelError: the config of a hub model says that it cannot be folded; its weights are not fetched.
         UsageError: an unknown demo model, or a revision of something that has none.
     """
+    spec = str(spec)
     if spec.startswith("demo:"):
         place = demo_model(spec.removeprefix("demo:"), convert_gguf)
     else:
@@ -76,10 +77,12 @@ def check_is_no_path(spec: str) -> None:
 
 
 def _model_inside(folder: Path) -> str:
-    """A suffix that names the model in a folder that is none: that of a run, or a GGUF file."""
+    """A suffix that says what a folder without a model holds: that of a run, an adapter, or a GGUF file."""
     for name in _OF_A_RUN:
         if (folder / name / "config.json").is_file():
             return f" It is the folder of a run, whose model is {str(folder / name)!r}."
+    if (folder / ADAPTER).is_file():
+        return " It holds an adapter alone: merge it into its model (peft's merge_and_unload), and give that."
     ggufs = sorted(file.name for file in folder.glob("*.gguf"))
     return f" It holds {ggufs[0]}: give that file." if ggufs else ""
 
