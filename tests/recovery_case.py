@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import foldgpt
 from foldgpt.artifacts import read_json
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan, Group
@@ -66,7 +67,14 @@ def command(folder: Path, changes: dict[str, Any], *launcher: str, script: str =
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), "HF_HUB_OFFLINE": "1"}
+    """What a child gets: the tests' own modules, and foldgpt from where it is here, if another is installed or not."""
+    paths = (Path(foldgpt.__file__).parents[1], Path(__file__).parent)
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from foldgpt.artifacts import read_json
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
-from foldgpt.objectives import Head, cosine_distance, cross_entropy, forward_kl, relative_error
+from foldgpt.objectives import DivergenceLoss, Head, cosine_distance, cross_entropy, forward_kl, relative_error
 from foldgpt.plan import FoldPlan, Group
 from foldgpt.recovery import (
     DivergenceError,
@@ -27,12 +28,15 @@ from foldgpt.recovery import (
     check_loggers,
     distillation,
     make_trainable_,
+    merge_trained_,
     recover,
 )
+from foldgpt.recovery.callbacks import TimeBudget
 from foldgpt.recovery.common import common_blocks, first_changed
 from foldgpt.recovery.distillation import IGNORED, Distillation
 from foldgpt.recovery.dropout import without_dropout
 from foldgpt.recovery.inputs import check_inputs
+from foldgpt.recovery.recover import _arguments as arguments_of
 from foldgpt.recovery.recover import _checkpointing_ as checkpointing_
 from foldgpt.recovery.states import Body, States, aligned_blocks
 from foldgpt.recovery.teacher import Teacher
@@ -40,6 +44,9 @@ from foldgpt.recovery.trainer import RecoveryTrainer
 from foldgpt.recovery.windows import places_in_documents
 from models import CONFIGS, tiny_model
 from recovery_case import recovered_by, recovered_on, step_losses, tiny_pair, tiny_recovery, tiny_windows
+
+#: The module, whose name in the package is that of its function.
+RECOVER = importlib.import_module("foldgpt.recovery.recover")
 
 
 def test_recovery_brings_the_student_nearer_and_saves_what_it_measured(tmp_path: Path) -> None:
@@ -89,6 +96,62 @@ def test_the_losses_are_those_of_their_definitions() -> None:
         assert float(found[name].detach()) == pytest.approx(float(value), rel=1e-4), name
     total = sum(getattr(settings, name) * float(value) for name, value in expected.items())
     assert float(found["loss"].detach()) == pytest.approx(total, rel=1e-4)
+
+
+def test_temperature_and_skew_of_the_settings_are_those_of_the_loss() -> None:
+    student, teacher, _ = tiny_pair()
+    heads = Head(student), Head(teacher)
+    ids = tiny_windows(2, seed=4)
+    ours, theirs = (Body(model)(ids).last_BTH.detach() for model in (student, teacher))
+    logits = [head.logits(states[:, :-1].flatten(0, 1)) for head, states in ((heads[1], theirs), (heads[0], ours))]
+    found = {}
+    for name, changes in {
+        "plain": {},
+        "warm": {"temperature": 2.0},
+        "more": {"skew": 0.3},
+    }.items():
+        settings = RecoverySettings(divergence="skewed", **changes)  # type: ignore[arg-type]
+        module = Distillation(student, settings, *heads)
+        found[name] = float(module(ids, ids, None, theirs)["kl"])
+        divergence = DivergenceLoss("skewed", settings.temperature, settings.skew)
+        value = divergence(*(table.detach().clone() for table in logits))[0].sum()
+        assert found[name] == pytest.approx(float(value), rel=1e-4)
+    assert len({round(value, 3) for value in found.values()}) == 3
+
+
+def test_the_loss_of_a_step_is_the_mean_over_what_is_scored(tmp_path: Path) -> None:
+    """The first token of a window follows from nothing, and is not counted."""
+    train = TrainingWindows(tiny_windows(8, seed=1))
+    result = recovered_on(train, tmp_path / "recovered", {"learning_rate": 1e-12})
+    student, teacher, _ = tiny_pair()
+    module = Distillation(student, RecoverySettings(), Head(student), Head(teacher))
+    ids = train.ids_WT[:4]
+    total = float(module(ids, ids, None, Teacher(teacher).states(ids).last_BTH)["loss"])
+    assert step_losses(result.history)[1] == pytest.approx(total / (4 * 15), rel=1e-4)
+
+
+def test_the_settings_of_the_optimiser_reach_it(tmp_path: Path) -> None:
+    settings = RecoverySettings(
+        batch_size=2, warmup_ratio=0.25, weight_decay=0.1, max_grad_norm=0.3, learning_rate=2e-3, seed=7
+    )
+    train = TrainingWindows(tiny_windows(40, seed=1))
+    args, _ = arguments_of(settings, train, tmp_path, cpu=True, report_to=[])
+    found = (args.max_steps, args.warmup_steps, args.weight_decay, args.max_grad_norm, args.learning_rate, args.seed)
+    assert found == (20, 5, 0.1, 0.3, 2e-3, 7)
+
+
+def test_minutes_are_minutes() -> None:
+    clock = TimeBudget(None)
+    clock.spent = 59
+    assert not clock.has_spent(1)
+    clock.spent = 61
+    assert clock.has_spent(1)
+
+
+def test_the_last_step_is_measured_wherever_it_falls(tmp_path: Path) -> None:
+    result = tiny_recovery(tmp_path, windows=44, evaluate_every=3)
+    assert result.num_steps == 11
+    assert [int(row["step"]) for row in result.history if "eval_loss" in row] == [3, 6, 9, 11]
 
 
 def test_states_are_aligned_by_source_index() -> None:
@@ -310,13 +373,26 @@ def test_what_makes_nothing_better_leaves_the_student_as_it_was(tmp_path: Path) 
 
 def test_the_best_state_is_kept_and_patience_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = iter([1.0, 0.5, 0.7, 0.8, 0.9, 0.55])  # the start, four measurements, and the merged model
+    weights: list[torch.Tensor] = []
+
+    def trained(model: torch.nn.Module) -> torch.Tensor:
+        found = [p.detach().flatten() for p in model.parameters() if p.requires_grad]
+        return torch.cat([torch.zeros(1), *found])  # nothing is, once it is merged
 
     def measure(self: Any) -> dict[str, float]:
+        weights.append(trained(self.model))
         return {"loss": next(measured)}
 
+    def merge_(student: torch.nn.Module) -> None:
+        weights.append(trained(student))
+        merge_trained_(student)
+
     monkeypatch.setattr(RecoveryTrainer, "measure", measure)
+    monkeypatch.setattr(RECOVER, "merge_trained_", merge_)
     result = tiny_recovery(tmp_path, patience=2, windows=96)
     assert result.best_step == 3 and result.num_steps == 9 and result.ended == "patience"
+    _, at_3, at_6, at_9, saved, _ = weights
+    assert torch.equal(saved, at_3) and not torch.equal(at_3, at_6) and not torch.equal(at_3, at_9)
 
 
 def test_the_time_ends_it_and_what_was_reached_is_saved(tmp_path: Path) -> None:

@@ -33,6 +33,16 @@ def documents(folder: Path, name: str, words: list[str]) -> str:
     return str(path)
 
 
+def test_the_first_windows_keep_their_marks() -> None:
+    ids = torch.arange(24).reshape(4, 6)
+    scored, begins = ids % 3 > 0, ids % 4 == 0
+    first = TrainingWindows(ids, scored, begins).first(2)
+    assert first.scored_WT is not None and first.begins_WT is not None
+    assert torch.equal(first.ids_WT, ids[:2])
+    assert torch.equal(first.scored_WT, scored[:2]) and torch.equal(first.begins_WT, begins[:2])
+    assert len(first) == 2 and "positions" in first[1]
+
+
 def test_windows_hold_whole_documents_in_a_seeded_order_and_are_found_again(tmp_path: Path) -> None:
     words = [f"word{i:03d}" for i in range(60)]
     text, tokenizer = documents(tmp_path, "a", words), tiny_tokenizer(300)

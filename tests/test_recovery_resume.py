@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +21,9 @@ from safetensors import SafetensorError
 
 from foldgpt.artifacts import alone
 from foldgpt.errors import ArtifactError, UsageError
-from foldgpt.recovery import TrainingWindows, remove_work, work_beside
+from foldgpt.recovery import RecoverySettings, TrainingWindows, remove_work, work_beside
 from foldgpt.recovery.trainer import RecoveryTrainer
-from recovery_case import command, environment, recovered_on, run, step_losses, tiny_recovery, tiny_windows
+from recovery_case import command, environment, recovered_on, run, step_losses, tiny_pair, tiny_recovery, tiny_windows
 
 #: The module, whose name in the package is that of its function.
 RECOVER = importlib.import_module("foldgpt.recovery.recover")
@@ -82,6 +83,27 @@ def test_an_unfinished_recovery_is_not_taken_for_another(tmp_path: Path, monkeyp
     with pytest.raises(ArtifactError, match=r"other inputs \(train\)"):
         tiny_recovery(tmp_path, windows=96)
     assert tiny_recovery(tmp_path).num_steps == 12
+
+
+def test_a_recovery_is_told_from_others_by_all_that_decides_its_result() -> None:
+    student, teacher, plan = tiny_pair()
+    train, held_out = TrainingWindows(tiny_windows(8, seed=1)), TrainingWindows(tiny_windows(4, seed=2))
+    others = TrainingWindows(tiny_windows(4, seed=3))
+    settings = RecoverySettings()
+    identities = [
+        RECOVER._identity(*given)
+        for given in (
+            (student, teacher, plan, train, held_out, settings),
+            (student, teacher, plan, others, held_out, settings),
+            (student, teacher, plan, train, others, settings),
+            (teacher, teacher, plan, train, held_out, settings),
+            (student, None, plan, train, held_out, settings),
+            (student, teacher, plan, train, held_out, replace(settings, temperature=2.0)),
+        )
+    ]
+    assert all(one != other for one, other in itertools.combinations(identities, 2))
+    apart = {"minutes", "micro_batch_size", "gradient_checkpointing", "compile"}
+    assert settings.identity().keys() == {field.name for field in fields(settings)} - apart
 
 
 def test_one_that_has_trained_nothing_is_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,15 @@ def test_the_teacher_may_be_read_from_a_file(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_the_teacher_keeps_documents_apart_by_their_places() -> None:
+    teacher, ids = Teacher(tiny_model("llama")), tiny_windows(2, seed=1)
+    begins = torch.zeros_like(ids, dtype=torch.bool)
+    begins[:, 7] = True
+    apart = teacher.states(ids, places_in_documents(begins)).last_BTH[:, 7:]
+    torch.testing.assert_close(apart, teacher.states(ids[:, 7:]).last_BTH, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(teacher.states(ids).last_BTH[:, 7:], apart, atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cache_holds_the_stream_in_front_of_the_cut(tmp_path: Path, dtype: torch.dtype) -> None:
     """In the model's own format: from a rounded stream the loss would not be that of the saved model."""

@@ -48,8 +48,10 @@ def test_the_merged_model_is_the_adapted_one(family: str, fully: Any) -> None:
     ids = token_ids(model)
     keys, size = set(model.state_dict()), sum(p.numel() for p in model.parameters())
     untouched = model(input_ids=ids).logits
-    trained = make_trainable_(model, plan, RecoverySettings(train_fully=fully))
+    scaled = {} if fully == "all" else {"rank": 4, "alpha": 12.0}
+    trained = make_trainable_(model, plan, RecoverySettings(train_fully=fully, **scaled))
     assert trained > 0
+    assert {layer.scaling["default"] for layer in model.modules() if isinstance(layer, LoraLinear)} <= {3.0}
     torch.testing.assert_close(model(input_ids=ids).logits, untouched, rtol=1e-12, atol=1e-12)
     disturb_(model)
     adapted = model(input_ids=ids).logits.detach()
@@ -59,6 +61,20 @@ def test_the_merged_model_is_the_adapted_one(family: str, fully: Any) -> None:
     assert set(model.state_dict()) == keys
     assert sum(p.numel() for p in model.parameters()) == size
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_terms_begin_as_their_seed_says_and_nobody_elses_draws_are_moved() -> None:
+    def first(seed: int) -> torch.Tensor:
+        model, plan = folded("llama")
+        make_trainable_(model, plan, RecoverySettings(seed=seed))
+        return next(layer for layer in model.modules() if isinstance(layer, LoraLinear)).lora_A["default"].weight
+
+    model, plan = folded("llama")
+    drawn = torch.get_rng_state()
+    make_trainable_(model, plan, RecoverySettings(seed=5))
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert torch.equal(first(0), first(0))
+    assert not torch.equal(first(0), first(1))
 
 
 def test_a_group_has_one_adapter_that_all_its_positions_use() -> None:
