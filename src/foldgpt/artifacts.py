@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from foldgpt.errors import ArtifactError
+from foldgpt.errors import ArtifactError, first_line
 
 _STAGING_MARK = ".foldgpt-partial-"
 #: What `tempfile` puts after the prefix it is given.
@@ -95,11 +95,21 @@ def read_json(path: str | Path, what: str = "file") -> Any:
         what: what the file is, for the error message ("plan", "analysis").
 
     Raises:
-        ArtifactError: missing, unreadable, or not JSON; the message names the line.
+        ArtifactError: missing, unreadable, or not JSON, or a key stands twice in one object, of which Python would
+            take the last without a word; the message names the line or the key.
     """
     path = Path(path)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twice = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
+        if twice is not None:
+            raise ArtifactError(f"{twice!r} stands twice in one object of the {what} {path}: leave one of them")
+        return dict(pairs)
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        # Some editors put a mark in front of UTF-8.
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
     except FileNotFoundError:
         raise ArtifactError(f"{what} not found: {path}") from None
     except OSError as error:
@@ -110,6 +120,8 @@ def read_json(path: str | Path, what: str = "file") -> Any:
         raise ArtifactError(
             f"the {what} {path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from error
+    except (RecursionError, ValueError) as error:  # brackets in brackets without end; a number of thousands of digits
+        raise ArtifactError(f"the {what} {path} is no JSON that can be read: {first_line(error)}") from error
 
 
 @contextmanager

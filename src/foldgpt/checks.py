@@ -78,6 +78,7 @@ def check_plan(bench: Workbench) -> None:
         PlanError: the model is folded already.
     """
     check_training_tokens(bench)
+    bench.check_calibration_tokens()
     if getattr(bench.text_config, "fold_layout", None) is not None:
         raise PlanError(
             f"{bench.recipe.model} is folded already, and shares weights or lacks sublayers: fold its source, by "

@@ -167,7 +167,13 @@ def draw_plan(plan: FoldPlan, path_stem: str | Path, *, bi: Sequence[float] | No
         return save_figure(figure, path_stem)
 
 
-def draw_gates(trace: Sequence[Mapping[str, Any]], removed: Sequence[int], path_stem: str | Path) -> tuple[Path, Path]:
+def draw_gates(
+    trace: Sequence[Mapping[str, Any]],
+    removed: Sequence[int],
+    path_stem: str | Path,
+    names: Sequence[str] | None = None,
+    what: str = "block",
+) -> tuple[Path, Path]:
     """Draw the paths of learned gates over training.
 
     Args:
@@ -175,6 +181,8 @@ def draw_gates(trace: Sequence[Mapping[str, Any]], removed: Sequence[int], path_
             selector `gates` reports it.
         removed: units that were removed in the end; their paths are drawn strong and named.
         path_stem: as in `draw_redundancy`.
+        names: what the units are called; their numbers by default.
+        what: what a unit is.
 
     Returns:
         The paths of the PNG and the SVG.
@@ -194,8 +202,9 @@ def draw_gates(trace: Sequence[Mapping[str, Any]], removed: Sequence[int], path_
         height = -1.0
         for unit in sorted(removed, key=lambda unit: keep[-1, unit]):
             height = max(float(keep[-1, unit]), height + 0.045)
-            axes.annotate(str(unit), (steps[-1], height), xytext=(5, 0), textcoords="offset points", va="center")
-        axes.set_title("Gates: how surely each block is kept, as they are learned")
+            said = str(unit) if names is None else names[unit]
+            axes.annotate(said, (steps[-1], height), xytext=(5, 0), textcoords="offset points", va="center")
+        axes.set_title(f"Gates: how surely each {what} is kept, as they are learned")
         axes.set_xlabel("step")
         axes.set_ylabel("probability to be kept")
         axes.set_ylim(-0.03, 1.03)

@@ -80,6 +80,14 @@ def amount(value: float, unit: str) -> str:
     return f"{significant(1e3 * value)} ms" if value < 1 else f"{significant(value)} s"
 
 
+def what_goes(num_blocks: int, *, sublayers: bool) -> str:
+    """What a number of blocks to remove means; of attention and MLP apart as many parameters as they have."""
+    number = f"{num_blocks} block" if num_blocks == 1 else f"{num_blocks} blocks"
+    if sublayers:
+        return f"as many parameters as {number} {'has' if num_blocks == 1 else 'have'} go"
+    return f"{number} {'goes' if num_blocks == 1 else 'go'}"
+
+
 def dtype_name(dtype: object) -> str:
     """A torch dtype as configs and options name it: "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -34,7 +34,7 @@ from foldgpt.run_folder import (
     RunFolder,
     open_run,
 )
-from foldgpt.selection import Selection
+from foldgpt.selection import MEASURED, Selection, number_to_remove
 from foldgpt.steps import (
     check_recovery,
     draw,
@@ -149,7 +149,7 @@ def _selection_stage(folder: RunFolder, bench: Workbench, analysis: Analysis) ->
         "analysis": _measures(analysis),
         "fingerprint": bench.fingerprint,
         "windows": bench.calibration.fingerprint,
-        "select": recipe.select.model_dump(mode="json"),
+        "select": _asked(bench),
         "compensate": recipe.compensate.method,
         "size": recipe.share.size,
         "seed": recipe.seed,
@@ -166,6 +166,18 @@ def _selection_stage(folder: RunFolder, bench: Workbench, analysis: Analysis) ->
     return selection
 
 
+def _asked(bench: Workbench) -> dict[str, Any]:
+    """What is asked of the selector, however it is written: another way to say the same repeats no search."""
+    section, num_blocks = bench.recipe.select, bench.text_config.num_hidden_layers
+    asked = section.model_dump(mode="json")
+    if section.target is None:
+        number = number_to_remove(num_blocks, remove=section.remove, ratio=section.remove_ratio)
+        asked |= {"remove": number, "remove_ratio": None}
+    # What is calibrated on has no more of them, and whoever does not measure reads none.
+    measured = min(section.num_tokens, bench.recipe.calibration.num_tokens)
+    return asked | {"num_tokens": measured if section.method in MEASURED else None}
+
+
 def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis, selection: Selection) -> FoldPlan:
     path = folder.path / PLAN
     checkpoint = folder.path / SHARING_CHECKPOINT
@@ -180,7 +192,9 @@ def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis, selecti
         "compensate": recipe.compensate.model_dump(mode="json"),
         "share": recipe.share.model_dump(mode="json"),
         # The windows on which the best donors are measured.
-        "num_tokens": recipe.select.num_tokens if recipe.share.donor == "best" else None,
+        "num_tokens": min(recipe.select.num_tokens, recipe.calibration.num_tokens)
+        if recipe.share.donor == "best"
+        else None,
         "model": recipe.model,
         "seed": recipe.seed,
     }

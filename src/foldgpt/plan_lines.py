@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from foldgpt.formats import amount, block_ranges, millions
+from foldgpt.formats import amount, block_ranges, millions, what_goes
 from foldgpt.plan import CalibrationText, FoldPlan
 
 
@@ -64,7 +64,7 @@ def _search_lines(plan: FoldPlan) -> list[str]:
     ):
         return []
     what = "KL to the source" if report.get("objective") == "kl" else "language-modelling loss"
-    if plan.groups or "candidates" in plan.origin:
+    if plan.groups or candidates_of(plan):
         what = f"search for what to remove, by itself: {what}"
     compensated = bool(report.get("compensated"))
     fit = ", compensated by the quick fit of the search" if compensated else ""
@@ -96,7 +96,8 @@ def _target_lines(plan: FoldPlan) -> list[str]:
     if not isinstance(met, Mapping) or not _has_numbers(met, "source", "limit", "num_remove"):
         return []
     limit, of_source = (amount(met[name], str(met.get("what"))) for name in ("limit", "source"))
-    return [f"target {met.get('target')}: at most {limit} of {of_source}, so {met['num_remove']} blocks"]
+    goes = what_goes(met["num_remove"], sublayers=bool(plan.removed_attention or plan.removed_mlp))
+    return [f"target {met.get('target')}: at most {limit} of {of_source}, so {goes}"]
 
 
 def _fitted_on(text: CalibrationText) -> str:
@@ -118,19 +119,28 @@ def _has_numbers(values: Any, *names: str) -> bool:
     return isinstance(values, Mapping) and all(isinstance(values.get(name), (int, float)) for name in names)
 
 
+def candidates_of(plan: FoldPlan) -> list[Mapping[str, Any]]:
+    """The ways to spend a budget that a plan's origin tells of, best first, as far as they are whole."""
+    found: Any = plan.origin.get("candidates")
+    numbers = ("num_removed", "num_at_zero", "num_shared", "parameters", "kl")
+    entries = found if isinstance(found, list) else []
+    whole = [entry for entry in entries if _has_numbers(entry, *numbers) and "name" in entry]
+    return sorted(whole, key=lambda entry: entry["kl"])
+
+
 def candidates_table(plan: FoldPlan) -> Table:
     """The ways to spend a budget that were measured for a plan, best first; the first one is the plan.
 
     Args:
-        plan: one whose `origin` holds "candidates".
+        plan: one that has some.
     """
     table = Table()
     table.add_column("candidate")
     for heading in ("removed", "at zero", "shared", "parameters", "KL"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for candidate in sorted(plan.origin["candidates"], key=lambda entry: entry["kl"]):
+    for candidate in candidates_of(plan):
         table.add_row(
-            candidate["name"],
+            str(candidate["name"]),
             *(str(candidate[name]) for name in ("num_removed", "num_at_zero", "num_shared")),
             millions(candidate["parameters"]),
             f"{candidate['kl']:.4f}",

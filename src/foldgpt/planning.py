@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from foldgpt.analysis import Analysis
 from foldgpt.errors import PlanError, UsageError
 from foldgpt.families import Decoder, attention_kinds, decoder_of, first_of_each_kind, input_device
-from foldgpt.folding import predicted_parameters, same_kind, source_model_of
-from foldgpt.formats import amount
+from foldgpt.folding import low_rank_leaves, predicted_parameters, same_kind, source_model_of
+from foldgpt.formats import amount, what_goes
 from foldgpt.plan import SUBLAYERS, Compensation, FoldPlan, Group, SourceModel
 from foldgpt.progress import note
 from foldgpt.progress_file import ProgressFile, computed_with
@@ -50,6 +50,7 @@ def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path
             `drop_search`.
     """
     section = bench.recipe.select
+    _check_rank(bench)
     request = _request(bench, analysis, checkpoint)
     if section.method in MEASURED:
         request = replace(request, ids_WT=bench.selection_ids(), further_ids_WT=bench.further_selection_ids())
@@ -113,7 +114,7 @@ def _meet(bench: Workbench, written: str, checkpoint: Path | None) -> dict[str, 
         kept.save(lambda: met, now=True)
     note(
         f"{written}: at most {amount(met['limit'], met['what'])} of {amount(met['source'], met['what'])}, so "
-        f"{met['num_remove']} blocks go"
+        f"{what_goes(met['num_remove'], sublayers=bench.recipe.select.sublayers)}"
     )
     return met
 
@@ -174,6 +175,7 @@ def make_plan(
     recipe = bench.recipe
     source = bench.source
     decoder = decoder_of(source.model)
+    _check_rank(bench)
     compensation = _compensation(bench)
     origin: dict[str, Any] = {"seed": recipe.seed}
     if selection.method in MEASURED:
@@ -206,6 +208,24 @@ def make_plan(
         fitting=bench.fitting if groups and recipe.share.fit else None,
         origin=origin,
     )
+
+
+def _check_rank(bench: Workbench) -> None:
+    """Refuse a rank that the matrices do not have, before anything is searched."""
+    share = bench.recipe.share
+    if not share.rank or share.method in ("none", "auto"):
+        return
+    decoder = decoder_of(bench.source.model)
+    smallest = 0
+    for index, block in enumerate(decoder.blocks):
+        names = low_rank_leaves(decoder, index, share.sublayers)
+        weights = [block.get_parameter(f"{name}.weight") for name in names]
+        smallest = max(smallest, min((min(weight.shape) for weight in weights), default=0))
+    if share.rank > smallest:
+        raise UsageError(
+            f"share.rank is {share.rank}, and the smallest matrix that is shared has {smallest} rows or columns: give "
+            "at most that"
+        )
 
 
 def _source_model(bench: Workbench) -> SourceModel:

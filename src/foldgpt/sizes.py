@@ -38,7 +38,7 @@ def size(written: str | float) -> Size:
         ratio = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         ratio = None
-    if ratio is not None and ratio <= 1:
+    if ratio is not None and (ratio <= 1 or text.endswith("%") or not ratio.is_integer()):
         if not 0 < ratio < 1:
             raise ValueError(f"{written!r} is not a fraction between 0 and 1")
         return Size("ratio", ratio)

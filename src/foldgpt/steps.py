@@ -34,7 +34,7 @@ from foldgpt.progress import note
 from foldgpt.recovery import RecoveryResult, check_plan_suits, check_trainable, recover, remove_work, work_beside
 from foldgpt.recovery_result import RECOVERY
 from foldgpt.run_folder import ANALYSIS, PLAN
-from foldgpt.selection.units import units_of
+from foldgpt.selection.units import unit_names, units_of
 from foldgpt.sharing import (
     SHARING,
     fit_sharing,
@@ -407,7 +407,11 @@ def read_analysis(path: Path) -> Analysis:
     Raises:
         ArtifactError: it is not an analysis.
     """
-    return Analysis.from_json_dict(read_json(path / ANALYSIS if path.is_dir() else path, "analysis"))
+    file = path / ANALYSIS if path.is_dir() else path
+    try:
+        return Analysis.from_json_dict(read_json(file, "analysis"))
+    except ArtifactError as error:
+        raise ArtifactError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
 
 
 def check_analysis(analysis: Analysis, bench: Workbench, place: Path) -> None:
@@ -440,7 +444,11 @@ def draw(analysis: Analysis | None, plan: FoldPlan | None, folder: Path) -> list
         drawn.append(draw_plan(plan, folder / "plan", bi=bi)[0])
         trace = plan.origin.get("report", {}).get("trace")
         if trace and plan.origin.get("selector") == "gates":
-            per_block = len(trace[0]["keep"]) // plan.source.num_blocks
-            removed = units_of(plan.removed, plan.removed_attention, plan.removed_mlp, per_block)
-            drawn.append(draw_gates(trace, removed, folder / "gates")[0])
+            num_units, num_blocks = len(trace[0]["keep"]), plan.source.num_blocks
+            # What starts at zero was removed by its gate, and came back as a position that borrows.
+            start = plan.at_start
+            removed = units_of(start.removed, start.removed_attention, start.removed_mlp, num_units // num_blocks)
+            names = unit_names(num_units, num_blocks)
+            what = "block" if num_units == num_blocks else "sublayer"
+            drawn.append(draw_gates(trace, removed, folder / "gates", names, what)[0])
     return drawn

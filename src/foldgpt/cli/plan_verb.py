@@ -51,7 +51,7 @@ from foldgpt.cli.requests import (
     select_of,
     share_of,
 )
-from foldgpt.cli.session import AGAIN, session
+from foldgpt.cli.session import AGAIN, output_file, session
 
 if TYPE_CHECKING:
     from foldgpt.recipe import Recipe
@@ -110,17 +110,15 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Decide which blocks are removed and which share weights."""
-    with session(quiet, PLAN, again=AGAIN):
+    with session(quiet, PLAN, again=AGAIN), output_file(out, overwrite=overwrite):
         from foldgpt import planning, steps
-        from foldgpt.artifacts import check_free_file, check_writable_folder
+        from foldgpt.artifacts import check_writable_folder
         from foldgpt.checks import check_plan
         from foldgpt.errors import UsageError
         from foldgpt.run_folder import check_is_no_runs
         from foldgpt.selection import ANALYSIS_FREE, SELECTORS
         from foldgpt.workbench import Workbench
 
-        check_is_no_runs(out)
-        check_free_file(out, replace=overwrite)
         if figures is not None:
             check_is_no_runs(figures)
             check_writable_folder(figures)

@@ -60,11 +60,11 @@ def print_strip(plan: FoldPlan) -> None:
 
 def print_plan(plan: FoldPlan) -> None:
     """Print a plan as a strip of blocks, where it comes from, and what it was chosen among for a size."""
-    from foldgpt.plan_lines import candidates_table, plan_lines
+    from foldgpt.plan_lines import candidates_of, candidates_table, plan_lines
 
     print_strip(plan)
     print_shown(plan_lines(plan))
-    if "candidates" in plan.origin:
+    if candidates_of(plan):
         print_shown(candidates_table(plan))
 
 

@@ -42,7 +42,7 @@ def like_analysis(analysis: Analysis, given: dict[str, Any], seed: int | None) -
     from foldgpt.progress import note
 
     made = analysis.calibration
-    if made is None or made.specs is None:
+    if made is None or made.specs is None or not {"context", "seed"} <= made.protocol.keys():
         note("the analysis does not say which text it was made on; what is fitted is fitted on that of the flags")
         return {}
     before = {"texts": made.specs, "context": made.protocol["context"], "num_tokens": made.num_tokens}

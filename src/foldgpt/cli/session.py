@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 import typer
@@ -37,6 +38,10 @@ def session(
 
     # A command's buffers are allocated and freed all the time; returning them to the system costs more than the work.
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        # Redirected on Windows, or in the locale C, it may know no more than a few hundred characters.
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="replace")
     try:
         with silently(quiet), _results_once():
             yield
@@ -64,6 +69,33 @@ def session(
             err=True,
         )
         raise typer.Exit(FoldGPTError.exit_code) from None
+
+
+@contextmanager
+def output_file(path: Path | None, *, overwrite: bool) -> Iterator[None]:
+    """Hold the place of a file that a verb will write in the end; None where it writes none.
+
+    Raises:
+        ArtifactError: it is taken, a run's, cannot be written, or another process is about to write it.
+    """
+    from foldgpt.artifacts import alone, check_free_file
+    from foldgpt.run_folder import check_is_no_runs
+
+    if path is None:
+        yield
+        return
+    check_is_no_runs(path)
+    check_free_file(path, replace=overwrite)
+    was_there = path.parent.exists()
+    try:
+        with alone(path, wait=False):
+            # Again: another process may have ended between the two.
+            check_free_file(path, replace=overwrite)
+            yield
+    finally:
+        if not was_there:
+            with suppress(OSError):  # it holds something
+                path.parent.rmdir()
 
 
 @contextmanager

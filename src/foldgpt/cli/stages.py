@@ -39,7 +39,7 @@ from foldgpt.cli.printing import (
     print_strip,
 )
 from foldgpt.cli.requests import calibration_of, recipe_of
-from foldgpt.cli.session import AGAIN, ANEW, session
+from foldgpt.cli.session import AGAIN, ANEW, output_file, session
 
 
 def analyze(
@@ -61,28 +61,26 @@ def analyze(
     """Measure how redundant each block is: similarity, block influence, angular distance."""
     with session(quiet, ANALYZE, again=AGAIN):
         from foldgpt import steps
-        from foldgpt.artifacts import check_free_file, write_json
-        from foldgpt.run_folder import ANALYSIS, ANALYSIS_CHECKPOINT, FIGURES, check_is_no_runs
+        from foldgpt.artifacts import write_json
+        from foldgpt.run_folder import ANALYSIS, ANALYSIS_CHECKPOINT, FIGURES
         from foldgpt.workbench import Workbench
 
-        path = out / ANALYSIS
-        check_is_no_runs(path)
-        check_free_file(path, replace=overwrite)
-        recipe = recipe_of(
-            model=model,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            seed=seed,
-            max_memory_gb=max_memory_gb,
-            trust_remote_code=trust_remote_code,
-            calibration=calibration_of(text, context, tokens),
-        )
-        checkpoint = out / ANALYSIS_CHECKPOINT
-        analysis = steps.make_analysis(Workbench(recipe), checkpoint)
-        write_json(path, analysis.to_json_dict())
-        checkpoint.unlink(missing_ok=True)
-        figures = steps.draw(analysis, None, out / FIGURES)
+        path, checkpoint = out / ANALYSIS, out / ANALYSIS_CHECKPOINT
+        with output_file(path, overwrite=overwrite):
+            recipe = recipe_of(
+                model=model,
+                revision=revision,
+                dtype=dtype,
+                device=device,
+                seed=seed,
+                max_memory_gb=max_memory_gb,
+                trust_remote_code=trust_remote_code,
+                calibration=calibration_of(text, context, tokens),
+            )
+            analysis = steps.make_analysis(Workbench(recipe), checkpoint)
+            write_json(path, analysis.to_json_dict())
+            checkpoint.unlink(missing_ok=True)
+            figures = steps.draw(analysis, None, out / FIGURES)
         if as_json:
             print_json(analysis.to_json_dict())
         else:
@@ -275,11 +273,10 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure size, perplexity, speed and memory, beside a baseline."""
-    with session(quiet, EVAL, again=ANEW):
+    with session(quiet, EVAL, again=ANEW), output_file(out, overwrite=overwrite):
         from foldgpt import steps
-        from foldgpt.artifacts import check_free_file, write_json
+        from foldgpt.artifacts import write_json
         from foldgpt.errors import UsageError
-        from foldgpt.run_folder import check_is_no_runs
         from foldgpt.workbench import Workbench
 
         about_text = {"context": context, "stride": stride, "max-windows": max_windows, "generations": generations}
@@ -287,9 +284,6 @@ def evaluate(
         for flags, needed, given in ((about_text, "perplexity", perplexity), (about_tasks, "tasks", tasks)):
             if (idle := [f"--{flag}" for flag, value in flags.items() if value]) and not given:
                 raise UsageError(f"{' and '.join(idle)} without --{needed}: there is nothing to apply that to")
-        if out is not None:
-            check_is_no_runs(out)
-            check_free_file(out, replace=overwrite)
         recipe = recipe_of(
             model=folder if baseline is None else baseline,
             revision=revision,

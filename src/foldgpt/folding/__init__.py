@@ -11,7 +11,7 @@ from foldgpt.folding.fold import (
     source_model_of,
     unfold_,
 )
-from foldgpt.folding.kinds import is_linear_layer, kind_of, same_kind
+from foldgpt.folding.kinds import is_linear_layer, kind_of, low_rank_leaves, same_kind
 from foldgpt.folding.number_format import cast_, round_
 from foldgpt.folding.private import private_modules
 from foldgpt.folding.verify import Verification, verify_checkpoint
@@ -29,6 +29,7 @@ __all__ = [
     "fold_",
     "is_linear_layer",
     "kind_of",
+    "low_rank_leaves",
     "predicted_parameters",
     "private_modules",
     "round_",

@@ -38,9 +38,10 @@ def check_fits(decoder: Decoder, plan: FoldPlan, fits: Mapping[int, GroupFit]) -
         place = f"the fit of group {list(group.blocks)}"
         shared = _shared_parameters(decoder, group, group.holder)
         if group.donor == "least_squares" and (missing := sorted(shared.keys() - fit.weights.keys())):
+            why = "the plan has no 'fitting', which says on which text" if plan.fitting is None else "there is no fit"
             raise PlanError(
-                f"the weights of group {list(group.blocks)} are to be fitted (donor 'least_squares'), but there is no "
-                f"fit of {missing[0]}"
+                f"the weights of group {list(group.blocks)} are to be fitted (donor 'least_squares'), but {why} (of "
+                f"{missing[0]})"
             )
         if group.start == "zero" and fit.weights:
             raise PlanError(f"{place} has shared weights; it starts at zero, so block {group.holder} keeps its own")

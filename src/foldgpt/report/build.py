@@ -19,6 +19,7 @@ from foldgpt.report.rows import rows_of
 from foldgpt.report.run import Run, read_run
 from foldgpt.report.templating import templates
 from foldgpt.report.training import training_curves
+from foldgpt.selection.units import unit_names, units_of
 from foldgpt.strip import fates_of, group_letter
 from foldgpt.tables import comparison_table, protocol_lines, target_lines, task_table
 
@@ -188,16 +189,13 @@ def _gates(plan: FoldPlan) -> dict[str, Any] | None:
     stride = math.ceil(len(trace) / _MAX_STEPS)
     # The last step is what the decision was made from: it must not fall between two strides.
     shown = [*trace[:-1:stride], trace[-1]]
-    num_units = len(trace[-1]["keep"])
-    fates = fates_of(plan)
-    if num_units == plan.source.num_blocks:
-        names = [f"block {block}" for block in range(num_units)]
-        removed = [block in plan.removed for block in range(num_units)]
-    else:
-        # Sublayers are numbered in the order in which a token passes them.
-        sublayers = [fates.get("attention", fates.get("block", [])), fates.get("MLP", fates.get("block", []))]
-        names = [f"{('attention', 'MLP')[unit % 2]} {unit // 2}" for unit in range(num_units)]
-        removed = [sublayers[unit % 2][unit // 2] == "removed" for unit in range(num_units)]
+    num_units, num_blocks = len(trace[-1]["keep"]), plan.source.num_blocks
+    names = unit_names(num_units, num_blocks)
+    names = [f"block {name}" for name in names] if num_units == num_blocks else names
+    # What starts at zero was removed by its gate, and came back as a position that borrows.
+    start = plan.at_start
+    gone = units_of(start.removed, start.removed_attention, start.removed_mlp, num_units // num_blocks)
+    removed = [unit in gone for unit in range(num_units)]
     return {
         "steps": [entry["step"] for entry in shown],
         "units": [

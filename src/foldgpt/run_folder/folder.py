@@ -12,7 +12,7 @@ from foldgpt.artifacts import hash_of, remove, take_over
 from foldgpt.errors import ArtifactError
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
-from foldgpt.run_folder.layout import ANALYSIS_CHECKPOINT, COMPARED, LEDGER, LOCK, RECIPE, ROWS
+from foldgpt.run_folder.layout import ANALYSIS_CHECKPOINT, COMPARED, LEDGER, LOCK, PLAN, RECIPE, ROWS
 from foldgpt.run_folder.ledger import WRITTEN_LATER, contents_of, identity_of_inputs, read_stages, write_stages
 
 #: Stage → those that are made of its outputs; what is left of them is out of date once it made others.
@@ -118,6 +118,7 @@ class RunFolder:
             self._drop_dependents(name)
             self.drop(name)
             self.hand_over()
+        self._keep_edited(name, inputs)
         key = identity_of_inputs(inputs)
         taken = self._take(name, key, outputs)
         if taken is not None:
@@ -128,6 +129,18 @@ class RunFolder:
         seconds = round(time.perf_counter() - started, 1)
         self._enter(name, {"inputs": key, "outputs": contents_of(self.path, outputs), "seconds": seconds}, outputs)
         return read()
+
+    def _keep_edited(self, name: str, inputs: Mapping[str, Any]) -> None:
+        """A plan invites to be edited; in a run it is made again, and what somebody wrote there is not thrown away."""
+        plan, known = self.path / PLAN, self._stages.get(name, {})
+        if name != "plan" or known.get("inputs") != identity_of_inputs(inputs) or not plan.is_file():
+            return
+        kept = plan.with_name(f"{PLAN}.edited")
+        plan.replace(kept)
+        note(
+            f"{plan} is not the one that this run wrote: it is made again, and yours is kept as {kept.name} "
+            "(to fold by it: foldgpt fold MODEL --plan FILE)"
+        )
 
     def stands(self, name: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> bool:
         """Whether a stage's outputs are there, made from these inputs."""

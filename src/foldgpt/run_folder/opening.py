@@ -15,7 +15,7 @@ from foldgpt.errors import ArtifactError, FoldGPTError
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 from foldgpt.run_folder.folder import RunFolder, holds_rows
-from foldgpt.run_folder.layout import ANALYSIS_CHECKPOINT, COMPARED, LEDGER, LOCK, MADE, RECIPE, WRITTEN
+from foldgpt.run_folder.layout import ANALYSIS_CHECKPOINT, COMPARED, LEDGER, LOCK, MADE, PLAN, RECIPE, WRITTEN
 from foldgpt.run_folder.ledger import read_stages
 
 
@@ -110,8 +110,13 @@ def check_is_no_runs(file: Path) -> None:
         file: the output.
 
     Raises:
-        ArtifactError: a run made it, or will.
+        ArtifactError: a run made it, or will, or it is a plan in the folder of a model, which would be taken for the
+            one that the model was folded by.
     """
+    if file.name == PLAN and (file.parent / "config.json").is_file():
+        raise ArtifactError(
+            f"{file} would be taken for the plan that the model there was folded by. Choose another place."
+        )
     if file.name in MADE and (file.parent / LEDGER).is_file():
         raise ArtifactError(f"{file} belongs to the run in {file.parent}. Choose another place.")
 

@@ -193,6 +193,13 @@ def units_of(removed: Iterable[int], attentions: Iterable[int], mlps: Iterable[i
     return sorted([2 * block for block in [*whole, *attentions]] + [2 * block + 1 for block in [*whole, *mlps]])
 
 
+def unit_names(num_units: int, num_blocks: int) -> list[str]:
+    """What people call the units of a search, in its order: blocks by their number, or attention and MLP of each."""
+    if num_units == num_blocks:
+        return [str(block) for block in range(num_blocks)]
+    return [f"{('attention', 'MLP')[unit % 2]} {unit // 2}" for unit in range(num_units)]
+
+
 def _bound_by(decoder: Decoder) -> dict[str, Any]:
     """What of a model says which of its blocks may not go, as fields of `Units`."""
     return {
