@@ -180,12 +180,20 @@ def test_killed_while_writing_a_file(tmp_path: Path) -> None:
         (b'{"a": 1', r"the plan .*x\.json is not valid JSON: .* at line 1"),
         (b"", r"the plan .*x\.json is not valid JSON: Expecting value at line 1, column 1"),
         (b'{"a": "\xff"}', r"the plan .*x\.json is not UTF-8 text \(byte 7\)"),
+        (b'{"a": {"b": 1, "b": 1}}', r"'b' stands twice in one object of the plan .*x\.json"),
+        (b"[" * 100_000, r"the plan .*x\.json is no JSON that can be read: maximum recursion"),
+        (b"1" * 5000, r"the plan .*x\.json is no JSON that can be read: Exceeds the limit"),
     ],
 )
 def test_a_corrupt_json_file_is_named_with_the_place(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(ArtifactError, match=message):
         read_json(tmp_path / "x.json", "plan")
+
+
+def test_the_mark_that_some_editors_put_in_front_is_no_part_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "x.json") == {"a": 1}
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from cli_case import CALIBRATION, foldgpt
 from foldgpt import planning
 from foldgpt.analysis import sweep
+from foldgpt.artifacts import alone
 from foldgpt.plan import FoldPlan
 from foldgpt.selection.gating.score_function import ScoreFunction
 
@@ -24,6 +25,56 @@ def test_plan_measures_by_itself_and_knows_its_groups(model: Path, text: Path, t
     first, last = plan.removed
     assert last == first + 1
     assert [group.donor for group in plan.groups] == ["last", "last"]
+
+
+def test_two_processes_do_not_make_one_plan(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "plan.json"
+    arguments = ("plan", model, "--text", text, *CALIBRATION, "--select", "last", "--remove", 1, "--out", out, "-q")
+    with alone(out):
+        second = foldgpt(*arguments)
+    assert second.exit_code == 1 and f"another process is writing {out}" in second.stderr
+    assert foldgpt(*arguments).exit_code == 0
+    assert [path.name for path in out.parent.iterdir()] == ["plan.json"]
+    assert "already exists" in foldgpt(*arguments).stderr
+    # What is refused leaves no folder of its own.
+    wrong = foldgpt("plan", model, "--text", text, "--remove", 9, "--out", tmp_path / "other" / "plan.json")
+    assert wrong.exit_code == 2 and not (tmp_path / "other").exists()
+
+
+def test_a_plan_is_not_put_where_it_would_pass_for_that_of_a_model(model: Path, text: Path) -> None:
+    put = foldgpt("plan", model, "--text", text, "--select", "last", "--remove", 1, "--out", model / "plan.json")
+    assert put.exit_code != 0 and "would be taken for the plan that the model there was folded by" in put.stderr
+    assert not (model / "plan.json").exists()
+
+
+@pytest.mark.parametrize("how", [("adjacent",), ("adjacent", "--start", "zero")])
+def test_a_rank_that_no_matrix_has_is_refused_before_the_search(
+    how: tuple[str, ...], model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "select", lambda *_: pytest.fail("searched"))
+    made = foldgpt(
+        *("plan", model, "--text", text, *CALIBRATION, "--select", "last", "--remove", 1, "--share", *how),
+        *("--rank", 1000, "--out", tmp_path / "plan.json"),
+    )
+    assert made.exit_code == 2, made.output
+    assert "--rank is 1000, and the smallest matrix that is shared has 16 rows or columns" in made.stderr
+
+
+def test_an_analysis_without_its_protocol_says_so_and_a_wrong_one_is_named(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    assert foldgpt("analyze", model, "--text", text, *CALIBRATION, "--out", tmp_path, "-q").exit_code == 0
+    file = tmp_path / "analysis.json"
+    values = json.loads(file.read_text())
+    values["calibration"]["protocol"] = {}
+    file.write_text(json.dumps(values))
+    arguments = ("plan", model, "--text", text, *CALIBRATION, "--select", "bi", "--remove", 1, "--analysis", file)
+    made = foldgpt(*arguments, "--out", tmp_path / "plan.json")
+    assert made.exit_code == 0, made.output
+    assert "the analysis does not say which text it was made on" in made.stderr
+    file.write_text(json.dumps({**values, "bi": values["bi"][:-1]}))
+    wrong = foldgpt(*arguments, "--out", tmp_path / "other.json")
+    assert wrong.exit_code != 0 and str(file) in wrong.stderr
 
 
 def test_a_stopped_plan_goes_on_beside_the_file(

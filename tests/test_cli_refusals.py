@@ -93,6 +93,7 @@ from run_inputs import tiny_recipe, tiny_source
         (["plan", "MODEL", "--share", "auto", "--out", "OUT"], 2, "auto needs a size"),
         (["plan", "MODEL", "--share", "adjacent", "--size", "0.7", "--out", "OUT"], 2, "other methods read none"),
         (["plan", "MODEL", "--share", "auto", "--size", "small", "--out", "OUT"], 2, "'small' is not a size"),
+        (["plan", "MODEL", "--share", "auto", "--size", "1.5", "--out", "OUT"], 2, "'1.5' is not a fraction between"),
         (
             ["plan", "MODEL", "--share", "auto", "--size", "0.7", "--remove", "2", "--out", "OUT"],
             2,

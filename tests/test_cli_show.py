@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -99,6 +100,27 @@ print([name for name in ("torch", "transformers", "matplotlib") if name in sys.m
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "12 → 10 blocks" in done.stdout and done.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize("candidates", [5, [{"kl": None}], [], "none"])
+def test_what_somebody_wrote_into_the_origin_of_a_plan_is_left_out(candidates: Any, tmp_path: Path) -> None:
+    plan = report_inputs.plan()
+    plan = plan.model_copy(update={"origin": {**plan.origin, "candidates": candidates}})
+    plan.save(tmp_path / "plan.json")
+    shown = foldgpt("show", tmp_path / "plan.json")
+    assert shown.exit_code == 0 and "12 → 10 blocks" in shown.stdout and "candidate" not in shown.stdout
+
+
+def test_output_that_knows_few_characters_is_no_failure(tmp_path: Path) -> None:
+    """As redirected on Windows: blocks are drawn by characters that cp1252 does not have."""
+    report_inputs.plan().save(tmp_path / "plan.json")
+    done = subprocess.run(
+        [sys.executable, "-m", "foldgpt.cli", "show", str(tmp_path / "plan.json")],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"12 ? 10 blocks" in done.stdout
 
 
 def test_show_finds_a_comparison_by_its_file_too_whatever_that_is_called(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from foldgpt import figures
 from foldgpt.analysis.result import Analysis, SublayerMeasures
 from foldgpt.errors import ArtifactError
 from foldgpt.plan import FoldPlan, Group, SourceModel
+from foldgpt.steps import draw
 
 pytestmark = pytest.mark.paints
 
@@ -126,5 +127,25 @@ def test_gate_paths_name_the_removed_blocks(tmp_path: Path) -> None:
     png, svg = figures.draw_gates(trace, [0, 3], tmp_path / "gates")
     assert png.stat().st_size > 1000
     labels = set(re.findall(r">([^<>]+)</text>", svg.read_text()))
-    assert {"0", "3", "removed in the end", "step"} <= labels
+    title = "Gates: how surely each block is kept, as they are learned"
+    assert {"0", "3", "removed in the end", "step", title} <= labels
     assert "1" not in labels
+
+
+def test_gate_paths_of_a_plan_are_named_as_its_units_and_end_where_its_gates_did(tmp_path: Path) -> None:
+    def labels(per_block: int, **parts: Any) -> set[str]:
+        trace = [{"step": step, "cost": 1.0, "keep": [0.5] * 6 * per_block} for step in range(3)]
+        origin = {"selector": "gates", "report": {"trace": trace}}
+        draw(None, plan(6, origin=origin, **parts), tmp_path)
+        return set(re.findall(r">([^<>]+)</text>", (tmp_path / "gates.svg").read_text()))
+
+    apart = labels(2, removed=[4], removed_mlp=[2])
+    assert {"attention 4", "MLP 4", "MLP 2"} <= apart and not apart & {"4", "5", "8", "9"}
+    assert "Gates: how surely each sublayer is kept, as they are learned" in apart
+    # What its gate removed came back as a position that borrows.
+    back = labels(
+        1,
+        removed=[5],
+        groups=[Group(blocks=(2, 3, 4), donor="owner", owner=2, start="zero", private=("norms", "scales"))],
+    )
+    assert {"3", "4", "5"} <= back and not back & {"2"}

@@ -175,6 +175,15 @@ def test_gates_of_sublayers_are_named_and_judged_apart(tmp_path: Path) -> None:
     assert [unit["name"] for unit in units if unit["removed"]] == ["attention 3", "MLP 3", "attention 6", "MLP 8"]
 
 
+def test_gates_of_blocks_that_came_back_as_positions_are_those_of_removed_ones(tmp_path: Path) -> None:
+    trace = [{"step": 0, "cost": 1.0, "keep": [0.5] * 12}]
+    origin = {"selector": "gates", "report": {"trace": trace}}
+    zero = Group(blocks=(3, 4, 5), donor="owner", owner=3, start="zero", private=("norms", "scales"))
+    back = plan(removed=[8], groups=[zero], origin=origin)
+    units = data_of(build_report(write_run(tmp_path / "run", plan=back)).read_text("utf-8"))["gates"]["units"]
+    assert [unit["name"] for unit in units if unit["removed"]] == ["block 4", "block 5", "block 8"]
+
+
 def test_wrong_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="run folder not found"):
         build_report(tmp_path / "none")

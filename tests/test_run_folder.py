@@ -265,6 +265,37 @@ def test_the_format_that_auto_means_is_an_input(tmp_path: Path, stages_run: list
     assert json.loads((result.model / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_the_same_said_in_another_way_makes_nothing_again(
+    inputs: tuple[Path, Path], tmp_path: Path, stages_run: list[str]
+) -> None:
+    """Neither a ratio in place of a number, nor tokens that nobody reads or that the text does not have."""
+    recover = {"num_tokens": 128, "context": 16, "held_out_tokens": 32, "settings": {"batch_size": 2, "rank": 2}}
+    for method in ("bi", "loo"):
+        select = {"method": method, "remove": 2, "num_tokens": 256}
+        pipeline.run(Recipe.from_dict(tiny_recipe(*inputs, recover=recover, select=select)), tmp_path / method)
+        stages_run.clear()
+        said = {"method": method, "remove_ratio": 0.34, "num_tokens": 512}
+        again = Recipe.from_dict(tiny_recipe(*inputs, recover=recover, select=said))
+        pipeline.run(again, tmp_path / method, overwrite=True)
+        assert stages_run == ["report"]
+    stages_run.clear()
+    fewer = again.changed(select={"num_tokens": 128})
+    pipeline.run(fewer, tmp_path / "loo", overwrite=True)
+    assert "selection" in stages_run
+
+
+def test_a_plan_that_was_edited_is_kept_beside_the_one_that_is_made_again(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = pipeline.run(recipe, tmp_path / "run").plan
+    edited = FoldPlan.create(made.source, removed=[0, 1])
+    assert edited.removed != made.removed
+    edited.save(tmp_path / "run" / "plan.json")
+    assert pipeline.run(recipe, tmp_path / "run").plan == made
+    assert FoldPlan.load(tmp_path / "run" / "plan.json.edited") == edited
+    assert "is not the one that this run wrote" in capsys.readouterr().err
+
+
 def test_a_damaged_artefact_is_made_again(recipe: Recipe, tmp_path: Path, stages_run: list[str]) -> None:
     pipeline.run(recipe, tmp_path / "run")
     (tmp_path / "run" / "folded" / "model.safetensors").write_bytes(b"half a file")

@@ -13,11 +13,12 @@ from foldgpt import pipeline, planning
 from foldgpt.comparison import rows_of_recipe
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import decoder_of
+from foldgpt.formats import what_goes
 from foldgpt.plan import FoldPlan
 from foldgpt.planning import expected_parameters
 from foldgpt.recipe import Recipe
 from foldgpt.rehearsal import rehearse
-from foldgpt.selection import Share, budget, flops_of
+from foldgpt.selection import Share, budget, flops_of, number_for_target
 from foldgpt.targets import Target, target
 from foldgpt.workbench import Workbench
 from models import tiny_model
@@ -114,7 +115,7 @@ def test_times_are_measured_on_a_window_or_a_token(
 def test_what_cannot_be_met_or_is_already_is_refused(inputs: tuple[Path, Path]) -> None:
     with pytest.raises(UsageError, match=r"parameters=99\.9M, and .* takes no more as it is .*nothing to remove"):
         number_of_blocks(inputs, "parameters=99.9M")
-    with pytest.raises(UsageError, match="no number of removed blocks, whichever they are, brings the model to 10 "):
+    with pytest.raises(UsageError, match=r"brings the model to 10 .* The least that can be had for certain is .* \(\d"):
         number_of_blocks(inputs, "parameters=10")
 
 
@@ -227,3 +228,13 @@ def test_on_the_command_line(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     assert FoldPlan.load(tmp_path / "plan.json").removed
     wrong = foldgpt(*arguments, "--target", "parameters=75%", "--remove", 2, "--out", tmp_path / "other.json")
     assert wrong.exit_code == 2 and "give --remove or --target, not both" in wrong.stderr
+
+
+def test_the_least_that_can_be_had_is_what_is_left_with_the_largest_block() -> None:
+    with pytest.raises(UsageError, match=r"for certain is 70 parameters \(70\.0%\)"):
+        number_for_target(Share("parameters", 100, (10.0, 30.0, 20.0)), 60)
+
+
+def test_what_goes_is_said_of_one_and_of_sublayers() -> None:
+    assert what_goes(1, sublayers=False) == "1 block goes"
+    assert what_goes(4, sublayers=True) == "as many parameters as 4 blocks have go"

@@ -64,8 +64,8 @@ def number_for_target(share: Share, target: float) -> int:
     raise UsageError(
         f"no number of removed blocks, whichever they are, brings the model to {amount(target, share.what)}: it has "
         f"{amount(share.total, share.what)}, of which all {len(share.per_block)} blocks are "
-        f"{amount(sum(share.per_block), share.what)}, and one must stay. The least for certain is {amount(least, share.what)} "
-        f"({least / share.total:.1%})"
+        f"{amount(sum(share.per_block), share.what)}, and one must stay. The least that can be had for certain is "
+        f"{amount(least, share.what)} ({least / share.total:.1%})"
     )
 
 
