@@ -385,6 +385,8 @@ class Recipe(_Section):
             mark = getattr(error, "problem_mark", None)
             place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
             raise UsageError(f"the recipe {path} is not valid YAML: {problem}{place}") from None
+        except RecursionError:
+            raise UsageError(f"the recipe {path} is not valid YAML: brackets in brackets without end") from None
         if not isinstance(value, dict):
             raise UsageError(
                 f"the recipe {path} must be a mapping of keys to values, such as `model: demo:smollm2-135m`"
