@@ -173,6 +173,7 @@ def test_whole_numbers_do_for_fractions() -> None:
         ("", "must be a mapping of keys to values"),
         ("model: x\nselct: {}\n", r"recipe\.yaml: selct: unknown key\. Did you mean 'select'"),
         ("model: !!python/object/apply:os.getcwd []\n", "is not valid YAML: could not determine a constructor"),
+        ("model: " + "[" * 5000, "is not valid YAML: brackets in brackets without end"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_a_usage_error(text: str, message: str, tmp_path: Path) -> None:
