@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from compensation_case import NORMED, correction
-from foldgpt.compensation import Compensator, compensate, merge_
+from foldgpt.compensation import Compensator, compensate, compensator, merge_
 from foldgpt.compensation.least_squares import Sums, solve
+from foldgpt.compensation.scales import best_scales
 from foldgpt.compensation.through_norm import error_of, fit_through_norm
-from foldgpt.families.norms import effective_scale, rms_normed
+from foldgpt.families.norms import effective_scale, rms_normed, weight_for
 from foldgpt.folding import source_model_of
 from foldgpt.plan import FoldPlan
 from foldgpt.replay import Replay
@@ -109,6 +110,15 @@ def test_each_part_is_corrected_by_a_map_that_was_fitted_on_the_others(
         assert not torch.allclose(again.flatten(0, 1)[others], corrected.flatten(0, 1)[others], rtol=1e-2)
 
 
+@pytest.mark.parametrize(("windows", "parts"), [(5, 4), (7, 4), (6, 4), (9, 2)])
+def test_no_window_stands_in_two_parts(windows: int, parts: int) -> None:
+    """It would be corrected by a map that was fitted on the rest of its own text."""
+    rows = compensator._split(torch.zeros(windows, 7, 3), parts)
+    assert len(rows) == parts
+    assert [part.start for part in rows] == [0, *(part.stop for part in rows[:-1])] and rows[-1].stop == 7 * windows
+    assert all(part.stop % 7 == 0 for part in rows)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @torch.no_grad()
 def test_noise_is_not_fitted_across_parts(family: str) -> None:
@@ -147,6 +157,9 @@ def test_massive_activations_stay_what_they_are() -> None:
 @torch.no_grad()
 def test_a_map_and_scales_in_front_of_the_stream_are_found_through_the_norm(family: str) -> None:
     model = tiny_model(family)
+    # The map is fitted behind scales that differ as those of real models do, and works in front of them.
+    norm = blocks_of(model)[2].post_feedforward_layernorm
+    norm.weight.copy_(weight_for(norm, torch.linspace(0.3, 3, 32)))
     replay = Replay(model, token_ids(model, (16, 30)))
     other = copy.deepcopy(model)
     norm = blocks_of(other)[2].post_feedforward_layernorm
@@ -224,6 +237,18 @@ def test_solutions_are_those_of_weighted_least_squares() -> None:
     expected = torch.linalg.lstsq(with_one * root, wanted.double() * root).solution
     torch.testing.assert_close(found, expected[:-1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(bias, expected[-1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_ridge_draws_scales_to_those_there_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    unscaled, wanted = torch.randn(50, 4, generator=generator), torch.randn(50, 4, generator=generator)
+    weight, own = torch.rand(50, generator=generator) + 0.1, torch.tensor([0.5, -2.0, 3.0, 1.0])
+    free = [
+        torch.linalg.lstsq(weight.sqrt()[:, None] * x[:, None], (weight.sqrt() * y)[:, None]).solution[0, 0]
+        for x, y in zip(unscaled.T, wanted.T, strict=True)
+    ]
+    torch.testing.assert_close(best_scales(unscaled, wanted, weight, 0.0, own), torch.stack(free))
+    torch.testing.assert_close(best_scales(unscaled, wanted, weight, 1e6, own), own, rtol=1e-4, atol=1e-4)
 
 
 def test_a_singular_gram_matrix_has_a_solution() -> None:

@@ -24,26 +24,27 @@ def _finals(
     truth: list[dict[Removed, float]],
     *,
     affordable: int | Iterator[int] = 9,
-    floor: float = 0.0,
+    floor: float | Sequence[float] = 0.0,
     windows: list[Tensor] | None = None,
     past: list[Round] | None = None,
     earlier: Sequence[Sequence[Round]] = (),
 ) -> tuple[list[Final], list[Removed]]:
     """The outcome, and the sets in the order they were measured."""
     measured: list[Removed] = []
-    rounds = iter(truth)
+    floors = [floor] * (len(truth) + 1) if isinstance(floor, float) else floor
+    rounds = iter(zip(truth, floors, strict=False))
 
     def measure(ids_WT: Tensor) -> Any:
-        values = next(rounds)
+        values, nothing = next(rounds)
 
         def cost(removed: Removed) -> float:
             measured.append(removed)
             return values[removed]
 
-        return SimpleNamespace(seconds=0.0, forward_tokens=0.0, cost=cost, source_cost=lambda: floor)
+        return SimpleNamespace(seconds=0.0, forward_tokens=0.0, cost=cost, source_cost=lambda: nothing)
 
     found = finals(
-        level_with_best(known, floor, 0.03),
+        level_with_best(known, floors[0], 0.03),
         windows or [WINDOWS] * len(truth),
         measure,
         level=0.03,
@@ -103,6 +104,15 @@ def test_what_is_level_is_a_share_of_the_damage_not_of_the_loss() -> None:
     assert _finals({A: 4.20, B: 4.22}, [{A: 4.3, B: 4.2}], floor=3.2)[0][0].removed == B
 
 
+def test_the_loss_of_the_source_counts_by_the_length_of_its_round() -> None:
+    """It is 1.4 on average, not 2: of the best one's 2.4, the damage is 1, and 2.43 is level with it."""
+    windows = [torch.zeros(number, 8, dtype=torch.int64) for number in (8, 2, 2)]
+    # 2.4, 2.425 and 2.445 on average over the first two.
+    truth = [{A: 2.0, B: 2.0, C: 2.0}, {A: 4.0, B: 4.125, C: 4.225}, {A: 2.4, B: 2.4, C: 2.4}]
+    _, measured = _finals({A: 2.0, B: 2.0, C: 2.0}, truth, floor=[1.0, 3.0, 1.4], windows=windows)
+    assert measured == [A, B, C, A, B, C, A, B]
+
+
 def test_costs_below_zero_by_rounding_do_no_harm() -> None:
     assert _finals({A: -1e-9, B: -1e-9}, [{A: 1e-9, B: -1e-9}])[0][0].removed == B
 
@@ -122,6 +132,12 @@ def test_what_was_measured_before_is_taken_over() -> None:
         found, measured = _finals(known, truth[number:], windows=[WINDOWS] * 2, past=kept, affordable=affordable)
         assert found == whole and measured[0] == stopped and len(measured) == 1 + 2 * (number == 0)
         assert _finals(known, [], windows=[WINDOWS] * 2, past=kept, affordable=0) == (whole, [])
+
+
+def test_a_kept_round_knows_which_set_costs_what() -> None:
+    """Sets are measured in another order than they are in."""
+    found = Round([A, B], {B: 1.0, A: 2.0}, 0.5)
+    assert Round.from_json_dict(json.loads(json.dumps(found.to_json_dict()))) == found
 
 
 def test_predictions_that_are_not_finite_do_not_win() -> None:

@@ -17,7 +17,7 @@ from foldgpt.errors import FoldGPTError, UsageError
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan
 from foldgpt.replay import Replay
-from foldgpt.selection import RemovalCost, Request, Units, select
+from foldgpt.selection import RemovalCost, Request, Units, checkpoint, select
 from foldgpt.selection.gated_pass import gradient_equivalents
 from foldgpt.selection.gating import hard_concrete, score_function, smoothed
 from foldgpt.selection.gating.gates import gates_options, greedy_equivalents
@@ -80,6 +80,17 @@ def test_the_report_is_json_and_traces_every_gate() -> None:
 def test_the_same_seed_gives_the_same_answer() -> None:
     first, second = (select("gates", _request(3, seed=5)) for _ in range(2))
     assert first.removed == second.removed and first.report["trace"] == second.report["trace"]
+
+
+@pytest.mark.parametrize("estimator", ["score", "concrete"])
+def test_another_seed_draws_other_sets(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the positions are at which they are measured, which the seed decides as well."""
+    need_cost = Request.need_cost
+    monkeypatch.setattr(Request, "need_cost", lambda self, *a, **k: need_cost(replace(self, seed=0), *a, **k))
+    options = {"estimator": estimator, "steps": 2, "refine": False}
+    first, other = (select("gates", _request(3, seed=seed, options=options)).report for seed in (5, 6))
+    assert first["leave_one_out"] == other["leave_one_out"]
+    assert first["trace"] != other["trace"]
 
 
 def test_sublayers_meet_the_parameter_budget_and_can_be_folded() -> None:
@@ -222,6 +233,25 @@ def test_a_checkpoint_of_another_request_is_ignored(tmp_path: Path) -> None:
     checkpoint = tmp_path / "progress.json"
     select("gates", _request(2, checkpoint=checkpoint))
     assert len(select("gates", _request(3, checkpoint=checkpoint)).removed) == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"further_ids_WT": None},
+        {"further_ids_WT": torch.ones(4, 32, dtype=torch.int64)},
+        {"objective": "lm"},
+        {"compensate": True},
+        {"options": {"effort": 2.0}},
+    ],
+    ids=["seed", "no further text", "other further text", "objective", "compensated", "options"],
+)
+def test_a_search_goes_on_from_no_other_one(changes: dict[str, Any]) -> None:
+    request = _request(2, further_ids_WT=torch.zeros(4, 32, dtype=torch.int64))
+    identity = checkpoint._identity("gates", request)
+    assert checkpoint._identity("gates", replace(request, checkpoint=Path("elsewhere"))) == identity
+    assert checkpoint._identity("gates", replace(request, **changes)) != identity
 
 
 def test_an_unknown_estimator_or_option_is_refused_with_a_suggestion() -> None:

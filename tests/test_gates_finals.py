@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,7 +18,7 @@ from foldgpt.recipe import Recipe
 from foldgpt.selection import RemovalCost, Request, select
 from foldgpt.selection.folded_cost import FoldedCost
 from foldgpt.selection.gating.finals import Final, Round
-from foldgpt.selection.gating.further_text import FurtherText, windows_of_finals
+from foldgpt.selection.gating.further_text import FurtherText, _divided, windows_of_finals
 from foldgpt.selection.gating.gates import greedy_equivalents
 from foldgpt.selection.gating.refine import Refinement
 from foldgpt.selection.units import Removed
@@ -220,6 +221,19 @@ def test_what_a_round_will_take_is_no_less_than_what_it_takes(long_request: Requ
     assert took <= cost.further_equivalents(sets, ids_WT) <= 1.6 * took
 
 
+def test_a_round_of_compensated_sets_is_expected_to_begin_at_the_blocks_that_compensate(long_request: Request) -> None:
+    request = replace(long_request, compensate=True)
+    held_WT = request.further_ids_WT[-12:]
+    sets = [frozenset(removed) for removed in ([4], [2, 5, 9], [7, 8, 9])]
+    folded = FoldedCost(request, request.ids_WT, held_WT)
+    for removed in sets:
+        folded.cost(removed)
+    # That removed blocks are not run is not taken into account.
+    not_run = sum(map(len, sets)) / 10 * held_WT.numel()
+    expected = request.need_cost("test").further_equivalents(sets, held_WT) * request.ids_WT.numel()
+    assert expected == pytest.approx(folded._held.forward_tokens + not_run, rel=0.01)
+
+
 @pytest.mark.parametrize("changes", [{}, {"compensate": True}, {"objective": "lm"}, {"sublayers": True}])
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_search_stopped_in_its_finals_ends_in_the_same(
@@ -263,6 +277,10 @@ def test_a_search_stopped_in_its_finals_ends_in_the_same(
         whole.removed_mlp,
     )
     assert resumed.report["finals"] == whole.report["finals"]
+    # Up to rounding: the search's recording is paid for twice, that of the stopped round, which is no shorter, once.
+    again = resumed.report["forward_equivalents"] - whole.report["forward_equivalents"]
+    set_up_again = json.loads(stopped.checkpoint.read_text())["set_up_again"]
+    assert 1 <= set_up_again <= again + 0.01 < set_up_again + 0.9
 
 
 @pytest.mark.parametrize("compensate", ["none", "linear"])
@@ -362,6 +380,12 @@ def test_finals_need_some_text(long_request: Request, windows: int, compensate: 
         assert recorded == len(further._fitted_WT) + len(further.rounds[0])
     else:
         assert recorded == max(map(len, further.rounds))
+
+
+def test_nothing_is_fitted_on_windows_that_compensated_sets_are_judged_on() -> None:
+    for searched, further in itertools.product(range(1, 41), repeat=2):
+        fitted, held = _divided(searched, further)
+        assert fitted >= 1 and 1 <= held <= further and fitted + held <= searched + further
 
 
 def test_a_search_leaves_what_its_finals_need(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from foldgpt.selection import (
     RemovalCost,
     Request,
     Selection,
+    budget,
     flops_of,
     number_for_target,
     number_to_remove,
@@ -28,6 +31,7 @@ from foldgpt.selection import (
     seconds_of,
     select,
 )
+from foldgpt.selection.budget import Share
 from foldgpt.selection.gated_pass import gradient_equivalents, gradient_of_gates
 from models import NUM_BLOCKS, tiny_model, token_ids
 
@@ -246,6 +250,12 @@ def test_a_target_for_parameters_is_met_with_as_few_blocks_as_possible() -> None
         number_for_target(share, share.total - sum(share.per_block))
 
 
+def test_a_target_is_met_whichever_blocks_go() -> None:
+    """With the largest block one would do, but the search may remove the smallest ones."""
+    share = Share("parameters", 100, (10, 30, 20))
+    assert [number_for_target(share, target) for target in (90, 85, 70)] == [1, 2, 2]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
 def test_flops_of_the_blocks_are_those_that_removal_saves(family: str) -> None:
     model = tiny_model(family)
@@ -262,6 +272,18 @@ def test_seconds_of_the_blocks_are_part_of_the_whole() -> None:
     assert sum(share.per_block) > 0
     assert len(share.per_block) == NUM_BLOCKS and share.what == "seconds"
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.model.layers)
+
+
+def test_the_pass_that_warms_up_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock whose every look takes as long as the pass says: before and behind the model and each block."""
+    model = tiny_model("llama")
+    looks = 2 * NUM_BLOCKS + 2
+    times = itertools.accumulate(seconds for seconds in (100.0, 2.0, 4.0) for _ in range(looks))
+    monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    share = seconds_of(model, token_ids(model, (1, 16)), repeats=2)
+    assert next(times, None) is None
+    assert share.per_block == (3.0,) * NUM_BLOCKS
+    assert share.total == pytest.approx(3.0 * (looks - 1))
 
 
 def test_counts_and_ratios() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,7 +96,9 @@ def test_swaps_trade_large_units_for_several_small_ones() -> None:
     keep = torch.tensor([0.9, 0.8, 0.1, 0.8, 0.2, 0.8, 0.3, 0.8, 0.4, 0.8, 0.5, 0.8], dtype=torch.float64)
     found = swaps(removed, units, keep)
     assert frozenset({5, 7, 2, 4, 6}) in found, "an MLP for the three attentions that the gates keep least"
-    for swapped in found:
+    back = swaps(frozenset({2, 4, 5, 6, 7}), units, keep)
+    assert removed in back, "and back, which a swap of one attention for an MLP would overshoot"
+    for swapped in found | back:
         assert units.missing(swapped) <= 0 and units.is_allowed(swapped)
         # Nothing in it that the budget does not need.
         assert all(units.missing(swapped - {unit}) > 0 or not units.is_allowed(swapped - {unit}) for unit in swapped)
@@ -118,6 +120,7 @@ def _refinement(
     surrogate: Surrogate | None = None,
     known: dict[frozenset[int], float] | None = None,
     waited: int = 0,
+    measurements: Sequence[Measurement] = (),
 ) -> Refinement:
     """A refinement to which a function stands for the model."""
     return Refinement(
@@ -125,7 +128,7 @@ def _refinement(
         None,  # type: ignore[arg-type]
         keep_probabilities_U=torch.full((len(units),), 0.5, dtype=torch.float64),
         surrogate=surrogate or Surrogate(scores, per_block=1),
-        measurements=[],
+        measurements=measurements,
         known=known or {},
         waited=waited,
         after_round=lambda: None,
@@ -224,6 +227,20 @@ def test_a_short_allowance_is_spent_on_the_likeliest() -> None:
     refinement.search([start], start, is_spent=lambda: len(measured) >= 3, runs=spans(units))
     assert measured[1] == start, "the one that the gates alone would remove"
     assert len(measured) == 3 and all(min(removed) >= 14 for removed in (measured[0], measured[2]))
+
+
+def test_what_refinement_measures_shares_no_offset_with_what_the_gates_drew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It measures on other windows, where all sets may cost more."""
+    fitted: list[list[Measurement]] = []
+    fit = Surrogate.fit
+    monkeypatch.setattr(Surrogate, "fit", lambda self, found: fitted.append(list(found)) or fit(self, found))
+    units, scores = Units.blocks(6, 1), [0.1 * (block + 1) for block in range(6)]
+    drawn = [Measurement(frozenset([block]), block % 3, 0.0, 0.05) for block in range(6)]
+    refinement = _refinement(units, lambda removed, sample: scores[min(removed)], scores, measurements=drawn)
+    refinement.search([frozenset([0])], frozenset([3]), is_spent=lambda: False)
+    assert fitted[-1][:6] == drawn and len(fitted[-1]) == 6 + len(refinement.known)
+    (own,) = {found.sample for found in fitted[-1][6:]}
+    assert own not in {found.sample for found in drawn}
 
 
 def test_around_a_set_the_swaps_that_may_be_good_enough_are_measured() -> None:

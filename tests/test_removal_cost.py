@@ -139,6 +139,50 @@ def test_a_compensated_set_costs_what_it_costs_merged_and_folded(family: str, mo
     assert abs(got - plain) > 0.01 * plain
 
 
+def test_a_cut_that_goes_on_is_compensated_as_one_afresh() -> None:
+    """What is kept of the shorter cut is corrected for a target that the longer one removes."""
+    model = tiny_model("llama")
+    replay = Replay(model, token_ids(model, (8, 20)), batch_size=2)
+    cost = RemovalCost(replay, compensate=True)
+    cost.cost(frozenset({2}))
+    afresh, plain = (RemovalCost(replay, compensate=flag).cost(frozenset({2, 3})) for flag in (True, False))
+    assert cost.cost(frozenset({2, 3})) == pytest.approx(afresh, rel=1e-5)
+    assert abs(afresh - plain) > 0.01 * plain
+
+
+@torch.no_grad()
+def test_each_part_of_what_is_searched_on_is_corrected_by_a_fit_on_the_others() -> None:
+    """Measured on the tokens that they are fitted on, sets with many cuts would pass for good ones."""
+    model = tiny_model("llama")
+    replay = Replay(model, token_ids(model, (8, 20)), batch_size=2)
+    cost = RemovalCost(replay, compensate=True)
+    assert cost._compensator is not None
+    cost._compensator.ridge = 0.1  # chosen, it would depend on all parts
+
+    def corrected() -> torch.Tensor:
+        return torch.cat(cost._compensated(1, 4, replay.split(replay.states[1]), cost.everything, None))
+
+    before = corrected()
+    replay.states[4][:2] = 5 * torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(0))
+    after = corrected()
+    torch.testing.assert_close(after[:2], before[:2])
+    assert not torch.allclose(after[2:], before[2:], rtol=1e-2)
+
+
+@pytest.mark.parametrize(("objective", "passes"), [("kl", 2), ("lm", 0)])
+def test_the_source_is_counted_by_its_recording_and_its_predictions(objective: Any, passes: int) -> None:
+    """By the KL the head's matrix is passed twice: for logits, and for what it makes of the likelihoods."""
+    model = tiny_model("llama", vocab_size=2048)
+    cost = RemovalCost(Replay(model, token_ids(model, (6, 20)), batch_size=2), objective=objective)
+    assert cost.set_up_equivalents == 1
+    rows = len(cost.sample(0, 1).rows_R) + len(cost.sample(1, 3).rows_R)
+    blocks = sum(p.numel() for p in model.model.layers.parameters())
+    head = rows * model.lm_head.weight.numel() / blocks / (6 * 20)
+    assert head > 0.1
+    assert cost.set_up_equivalents == pytest.approx(1 + passes * head)
+    assert cost.forward_equivalents == cost.set_up_equivalents
+
+
 @pytest.mark.parametrize("ask", ["cost", "walk"])
 def test_a_sample_that_is_made_on_the_way_is_timed_once(ask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
