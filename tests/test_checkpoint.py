@@ -620,13 +620,19 @@ def test_a_model_is_not_saved_with_the_plan_of_another(tmp_path: Path, shared: b
     save_folded(model, plan, tmp_path / "folded")
 
 
-def test_a_generation_config_that_cannot_be_saved_is_refused_before_the_model_is_changed(tmp_path: Path) -> None:
-    model, plan = folded()
-    model.generation_config.do_sample, model.generation_config.temperature = False, 0.6
-    with pytest.raises(FoldGPTError, match=r"generation_config is not valid: .*temperature"):
-        save_folded(model, plan, tmp_path / "folded", dtype=torch.bfloat16)
-    assert model.dtype == torch.float32
-    assert list(tmp_path.iterdir()) == []
+def test_a_generation_config_that_transformers_saves_is_no_obstacle_and_another_is_one_error(tmp_path: Path) -> None:
+    """What was published with odd values can be saved again; what was changed into them cannot."""
+    tiny_model("llama").save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9}')
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    plan = FoldPlan.create(source_model_of(model), removed=[1])
+    fold_(model, plan)
+    save_folded(model, plan, tmp_path / "folded")
+    model.generation_config.do_sample = False
+    model.generation_config.temperature = 0.5
+    with pytest.raises(FoldGPTError, match=r"transformers does not save this model: .*temperature"):
+        save_folded(model, plan, tmp_path / "other")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"source", "folded"}
 
 
 def test_a_model_that_puts_out_no_numbers_is_said_to(tmp_path: Path) -> None:

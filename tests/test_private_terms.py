@@ -304,7 +304,9 @@ def test_a_checkpoint_of_layout_version_1_loads_and_unfolds(tmp_path: Path) -> N
     layout.pop("private")
     layout["version"] = 1
     layout["borrowed"][0] |= {"position": 2, "owner": 1}
-    config["fold_plan"] = {**{k: v for k, v in config["fold_plan"].items() if k != "fitting"}, "version": 1}
+    groups = [{"blocks": [1, 2], "donor": "last"}]
+    of_before = {k: v for k, v in config["fold_plan"].items() if k != "fitting"}
+    config["fold_plan"] = {**of_before, "version": 1, "groups": groups}
     (tmp_path / "folded" / "config.json").write_text(json.dumps(config))
     tensors = load_file(tmp_path / "folded" / "model.safetensors")
     for name in [name for name in tensors if ".layers.2." in name and "proj" in name]:
@@ -316,6 +318,7 @@ def test_a_checkpoint_of_layout_version_1_loads_and_unfolds(tmp_path: Path) -> N
     ids = token_ids(model)
     assert torch.equal(loaded(ids).logits, expected(ids).logits)
     assert FoldPlan.from_json_dict(loaded.config.fold_plan).groups[0].donor == "last"
+    save_folded(loaded, plan, tmp_path / "again")
     unfold_(loaded)
     assert torch.equal(loaded(ids).logits, expected(ids).logits)
 

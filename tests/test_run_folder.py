@@ -284,16 +284,19 @@ def test_the_same_said_in_another_way_makes_nothing_again(
     assert "selection" in stages_run
 
 
+@pytest.mark.parametrize("changes", [{}, {"evaluate": {"max_windows": 1}}, {"select": {"remove": 3}}])
 def test_a_plan_that_was_edited_is_kept_beside_the_one_that_is_made_again(
-    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    changes: dict[str, Any], recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = pipeline.run(recipe, tmp_path / "run").plan
-    edited = FoldPlan.create(made.source, removed=[0, 1])
-    assert edited.removed != made.removed
-    edited.save(tmp_path / "run" / "plan.json")
-    assert pipeline.run(recipe, tmp_path / "run").plan == made
-    assert FoldPlan.load(tmp_path / "run" / "plan.json.edited") == edited
-    assert "is not the one that this run wrote" in capsys.readouterr().err
+    run = tmp_path / "run"
+    source = pipeline.run(recipe, run).plan.source
+    for removed, name in ([0, 1], "plan.json.edited"), ([0, 2], "plan.json.edited-2"):
+        edited = FoldPlan.create(source, removed=removed)
+        edited.save(run / "plan.json")
+        made = pipeline.run(recipe.changed(**changes), run, overwrite=True).plan
+        assert FoldPlan.load(run / "plan.json") == made != edited
+        assert FoldPlan.load(run / name) == edited
+    assert capsys.readouterr().err.count("is not the one that this run wrote") == 2
 
 
 def test_a_damaged_artefact_is_made_again(recipe: Recipe, tmp_path: Path, stages_run: list[str]) -> None:

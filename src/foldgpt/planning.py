@@ -216,14 +216,15 @@ def _check_rank(bench: Workbench) -> None:
     if not share.rank or share.method in ("none", "auto"):
         return
     decoder = decoder_of(bench.source.model)
-    smallest = 0
+    largest = 0
     for index, block in enumerate(decoder.blocks):
         names = low_rank_leaves(decoder, index, share.sublayers)
         weights = [block.get_parameter(f"{name}.weight") for name in names]
-        smallest = max(smallest, min((min(weight.shape) for weight in weights), default=0))
-    if share.rank > smallest:
+        largest = max(largest, min((min(weight.shape) for weight in weights), default=0))
+    # Where nothing that is shared is a linear layer there are no terms, whatever their rank.
+    if 0 < largest < share.rank:
         raise UsageError(
-            f"share.rank is {share.rank}, and the smallest matrix that is shared has {smallest} rows or columns: give "
+            f"share.rank is {share.rank}, and the smallest matrix that is shared has {largest} rows or columns: give "
             "at most that"
         )
 

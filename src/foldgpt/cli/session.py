@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 
 import typer
@@ -79,6 +79,7 @@ def output_file(path: Path | None, *, overwrite: bool) -> Iterator[None]:
         ArtifactError: it is taken, a run's, cannot be written, or another process is about to write it.
     """
     from foldgpt.artifacts import alone, check_free_file
+    from foldgpt.progress import is_first_process
     from foldgpt.run_folder import check_is_no_runs
 
     if path is None:
@@ -86,16 +87,17 @@ def output_file(path: Path | None, *, overwrite: bool) -> Iterator[None]:
         return
     check_is_no_runs(path)
     check_free_file(path, replace=overwrite)
-    was_there = path.parent.exists()
+    missing = [folder for folder in path.parents if not folder.exists()]
     try:
-        with alone(path, wait=False):
+        # Of several processes that share the work the first one writes, and so is the one that holds it.
+        with alone(path, wait=False) if is_first_process() else nullcontext():
             # Again: another process may have ended between the two.
             check_free_file(path, replace=overwrite)
             yield
     finally:
-        if not was_there:
+        for folder in missing:
             with suppress(OSError):  # it holds something
-                path.parent.rmdir()
+                folder.rmdir()
 
 
 @contextmanager

@@ -66,19 +66,13 @@ def _check_plan(model: nn.Module, plan: FoldPlan) -> None:
     if num_blocks != len(plan.kept):
         raise PlanError(f"the plan keeps {len(plan.kept)} blocks, the model has {num_blocks}: it was folded by another")
     own: Any = getattr(model.config, "fold_plan", None)
+    if own is None:
+        return
+    # It may be of an earlier version of the format.
+    folded_by = FoldPlan.from_json_dict(own, "fold_plan in the model's config")
     cut = ("removed", "removed_attention", "removed_mlp", "groups")
-    if own is not None and any(own[name] != plan.to_json_dict()[name] for name in cut):
+    if any(getattr(folded_by, name) != getattr(plan, name) for name in cut):
         raise PlanError("the model was folded by another plan: the one in its config (fold_plan) cuts something else")
-
-
-def _check_generation(model: nn.Module) -> None:
-    """Refuse here what transformers would refuse to save, behind all that was computed."""
-    config: Any = getattr(model, "generation_config", None)
-    try:
-        if config is not None:
-            config.validate(strict=True)
-    except ValueError as error:
-        raise FoldGPTError(f"the model's generation_config is not valid: {' '.join(str(error).split())}") from error
 
 
 def save_folded(
@@ -110,13 +104,12 @@ def save_folded(
 
     Raises:
         PlanError: the model was folded by another plan.
-        FoldGPTError: a weight is too large for `dtype`, or the generation config is not valid.
+        FoldGPTError: a weight is too large for `dtype`, or transformers refuses to save the model.
         VerificationError: the checkpoint does not do what the model does; nothing is left behind.
         ArtifactError: the folder exists, or cannot be written.
     """
     check_place(folder, replace=replace)
     _check_plan(model, plan)
-    _check_generation(model)
     if dtype is not None:
         cast_(model, dtype)
     with staged_folder(folder, replace=replace) as staging:
@@ -127,6 +120,8 @@ def save_folded(
                     tokenizer.save_pretrained(staging)
         except SafetensorError as error:
             raise ArtifactError(f"cannot write {folder}: {error}. Nothing was left behind.") from error
+        except ValueError as error:  # a generation config that was changed into one that is not valid
+            raise FoldGPTError(f"transformers does not save this model: {' '.join(str(error).split())}") from error
         plan.save(staging / "plan.json")
         for weights in staging.glob("*.safetensors"):
             # safetensors lets the owner alone read them, whatever the umask says.

@@ -53,11 +53,13 @@ def round_(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _in_format(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Each tensor that a checkpoint would hold in `dtype` and that has another format now, and what it is in that."""
-    for name, tensor in _stored(model, dtype):
-        if tensor.is_meta:
+    stored = _stored(model, dtype)
+    for name, tensor in stored:
+        if tensor.is_meta:  # before the first of the others is changed
             raise UnsupportedModelError(
                 f"{name} is offloaded; load the whole model in memory to give it another number format"
             )
+    for name, tensor in stored:
         changed = tensor.data.to(dtype)
         if not changed.isfinite().all() and tensor.isfinite().all():
             raise FoldGPTError(

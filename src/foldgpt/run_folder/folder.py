@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -118,7 +119,7 @@ class RunFolder:
             self._drop_dependents(name)
             self.drop(name)
             self.hand_over()
-        self._keep_edited(name, inputs)
+        self._keep_edited(name)
         key = identity_of_inputs(inputs)
         taken = self._take(name, key, outputs)
         if taken is not None:
@@ -130,12 +131,15 @@ class RunFolder:
         self._enter(name, {"inputs": key, "outputs": contents_of(self.path, outputs), "seconds": seconds}, outputs)
         return read()
 
-    def _keep_edited(self, name: str, inputs: Mapping[str, Any]) -> None:
+    def _keep_edited(self, name: str) -> None:
         """A plan invites to be edited; in a run it is made again, and what somebody wrote there is not thrown away."""
         plan, known = self.path / PLAN, self._stages.get(name, {})
-        if name != "plan" or known.get("inputs") != identity_of_inputs(inputs) or not plan.is_file():
+        if PLAN not in known.get("places", ()) or not plan.is_file():
             return
-        kept = plan.with_name(f"{PLAN}.edited")
+        if known["outputs"] == contents_of(self.path, [PLAN]):
+            return
+        names = (f"{PLAN}.edited{'' if number == 1 else f'-{number}'}" for number in itertools.count(1))
+        kept = next(place for place in map(plan.with_name, names) if not place.exists())
         plan.replace(kept)
         note(
             f"{plan} is not the one that this run wrote: it is made again, and yours is kept as {kept.name} "
@@ -153,6 +157,7 @@ class RunFolder:
         if name not in self._stages:
             return
         self._drop_dependents(name)
+        self._keep_edited(name)
         for place in self._stages[name].get("places", ()):
             remove(self.path / place)
         # Last: what is in the ledger is found again, whenever the process is killed.
