@@ -131,13 +131,13 @@ def test_another_way_to_share_does_not_repeat_the_search(recipe: Recipe, tmp_pat
 def test_best_donors_are_measured_again_on_other_windows(
     inputs: tuple[Path, Path], tmp_path: Path, stages_run: list[str]
 ) -> None:
-    """The selection may be the same, but the donors were measured on the windows of before."""
+    """The selection reads none of them and stands, but the donors were measured on the windows of before."""
     select = {"method": "last", "remove": 0, "num_tokens": 32}
     recipe = Recipe.from_dict(tiny_recipe(*inputs, select=select, share={"method": "adjacent", "donor": "best"}))
     pipeline.run(recipe, tmp_path / "run")
     stages_run.clear()
     pipeline.run(recipe.changed(select={"num_tokens": 256}), tmp_path / "run", overwrite=True)
-    assert stages_run[:2] == ["selection", "plan"]
+    assert stages_run[:2] == ["plan", "fold"]
 
 
 @pytest.mark.parametrize("sublayers", [False, True], ids=["blocks", "sublayers"])
