@@ -115,7 +115,7 @@ def test_times_are_measured_on_a_window_or_a_token(
 def test_what_cannot_be_met_or_is_already_is_refused(inputs: tuple[Path, Path]) -> None:
     with pytest.raises(UsageError, match=r"parameters=99\.9M, and .* takes no more as it is .*nothing to remove"):
         number_of_blocks(inputs, "parameters=99.9M")
-    with pytest.raises(UsageError, match=r"brings the model to 10 .* The least that can be had for certain is .* \(\d"):
+    with pytest.raises(UsageError, match="no number of removed blocks, whichever they are, brings the model to 10 "):
         number_of_blocks(inputs, "parameters=10")
 
 

@@ -173,9 +173,13 @@ def _asked(bench: Workbench) -> dict[str, Any]:
     if section.target is None:
         number = number_to_remove(num_blocks, remove=section.remove, ratio=section.remove_ratio)
         asked |= {"remove": number, "remove_ratio": None}
-    # What is calibrated on has no more of them, and whoever does not measure reads none.
-    measured = min(section.num_tokens, bench.recipe.calibration.num_tokens)
-    return asked | {"num_tokens": measured if section.method in MEASURED else None}
+    # Whoever does not measure reads none.
+    return asked | {"num_tokens": _search_tokens(bench) if section.method in MEASURED else None}
+
+
+def _search_tokens(bench: Workbench) -> int:
+    """Tokens that are searched on; what is calibrated on has no more of them."""
+    return min(bench.recipe.select.num_tokens, bench.recipe.calibration.num_tokens)
 
 
 def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis, selection: Selection) -> FoldPlan:
@@ -192,9 +196,7 @@ def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis, selecti
         "compensate": recipe.compensate.model_dump(mode="json"),
         "share": recipe.share.model_dump(mode="json"),
         # The windows on which the best donors are measured.
-        "num_tokens": min(recipe.select.num_tokens, recipe.calibration.num_tokens)
-        if recipe.share.donor == "best"
-        else None,
+        "num_tokens": _search_tokens(bench) if recipe.share.donor == "best" else None,
         "model": recipe.model,
         "seed": recipe.seed,
     }

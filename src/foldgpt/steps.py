@@ -34,7 +34,7 @@ from foldgpt.progress import note
 from foldgpt.recovery import RecoveryResult, check_plan_suits, check_trainable, recover, remove_work, work_beside
 from foldgpt.recovery_result import RECOVERY
 from foldgpt.run_folder import ANALYSIS, PLAN
-from foldgpt.selection.units import unit_names, units_of
+from foldgpt.selection.units import closed_units, unit_names
 from foldgpt.sharing import (
     SHARING,
     fit_sharing,
@@ -445,10 +445,7 @@ def draw(analysis: Analysis | None, plan: FoldPlan | None, folder: Path) -> list
         trace = plan.origin.get("report", {}).get("trace")
         if trace and plan.origin.get("selector") == "gates":
             num_units, num_blocks = len(trace[0]["keep"]), plan.source.num_blocks
-            # What starts at zero was removed by its gate, and came back as a position that borrows.
-            start = plan.at_start
-            removed = units_of(start.removed, start.removed_attention, start.removed_mlp, num_units // num_blocks)
             names = unit_names(num_units, num_blocks)
             what = "block" if num_units == num_blocks else "sublayer"
-            drawn.append(draw_gates(trace, removed, folder / "gates", names, what)[0])
+            drawn.append(draw_gates(trace, closed_units(plan, num_units), folder / "gates", names, what)[0])
     return drawn

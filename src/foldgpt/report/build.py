@@ -19,7 +19,7 @@ from foldgpt.report.rows import rows_of
 from foldgpt.report.run import Run, read_run
 from foldgpt.report.templating import templates
 from foldgpt.report.training import training_curves
-from foldgpt.selection.units import unit_names, units_of
+from foldgpt.selection.units import closed_units, unit_names
 from foldgpt.strip import fates_of, group_letter
 from foldgpt.tables import comparison_table, protocol_lines, target_lines, task_table
 
@@ -192,9 +192,7 @@ def _gates(plan: FoldPlan) -> dict[str, Any] | None:
     num_units, num_blocks = len(trace[-1]["keep"]), plan.source.num_blocks
     names = unit_names(num_units, num_blocks)
     names = [f"block {name}" for name in names] if num_units == num_blocks else names
-    # What starts at zero was removed by its gate, and came back as a position that borrows.
-    start = plan.at_start
-    gone = units_of(start.removed, start.removed_attention, start.removed_mlp, num_units // num_blocks)
+    gone = closed_units(plan, num_units)
     removed = [unit in gone for unit in range(num_units)]
     return {
         "steps": [entry["step"] for entry in shown],

@@ -19,7 +19,7 @@ from foldgpt.families import (
     read_blocks,
 )
 from foldgpt.folding.kinds import sublayer_modules
-from foldgpt.plan import SUBLAYERS, Sublayer
+from foldgpt.plan import SUBLAYERS, FoldPlan, Sublayer
 
 Removed = frozenset[int]
 
@@ -191,6 +191,18 @@ def units_of(removed: Iterable[int], attentions: Iterable[int], mlps: Iterable[i
         return sorted(removed)
     whole = list(removed)
     return sorted([2 * block for block in [*whole, *attentions]] + [2 * block + 1 for block in [*whole, *mlps]])
+
+
+def closed_units(plan: FoldPlan, num_units: int) -> list[int]:
+    """The units that a search closed for a plan, what came back as a borrowing position among them.
+
+    Args:
+        plan: the plan.
+        num_units: how many the search had.
+    """
+    start = plan.at_start
+    per_block = num_units // plan.source.num_blocks
+    return units_of(start.removed, start.removed_attention, start.removed_mlp, per_block)
 
 
 def unit_names(num_units: int, num_blocks: int) -> list[str]:
