@@ -549,6 +549,7 @@ def test_a_teacher_of_other_weights_is_pointed_out(
         "ids",
         "negative id",
         "another plan",
+        "other groups",
         "mask",
     ],
 )
@@ -565,7 +566,8 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path: Path, what: str) -> None:
         "too few": "do not fill one step",
         "ids": "hold the id 400",
         "negative id": "hold the id -1;",
-        "another plan": "the student has 5 blocks, and the plan keeps 4",
+        "another plan": "the plan keeps 4 blocks, the model has 5",
+        "other groups": "the model was folded by another plan",
         "mask": "nothing to predict",
     }[what]
     if what == "vocabulary":
@@ -586,6 +588,9 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path: Path, what: str) -> None:
         windows[0, 0] = -1
     elif what == "another plan":
         plan = FoldPlan.create(plan.source, removed=[2, 3])
+    elif what == "other groups":
+        student, plan = tiny_model("llama"), FoldPlan.create(plan.source, groups=[Group(blocks=(1, 2))])
+        fold_(student, FoldPlan.create(plan.source, groups=[Group(blocks=(3, 4))]))
     losses = {"last_error": 1.0, "states": 1.0} if what == "channels" else {}
     settings = RecoverySettings(batch_size=100 if what == "too few" else 4, **losses)
     with pytest.raises(UsageError, match=expected):

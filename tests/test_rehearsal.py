@@ -363,6 +363,22 @@ def test_what_the_real_run_refuses_in_its_first_second_is_refused_alike(
     assert len(set(told)) == 1, told
 
 
+def test_a_rank_that_the_real_matrices_do_not_have_is_refused(tmp_path: Path) -> None:
+    """Those of the toy are smaller, and so is its rank."""
+    source, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
+    share = {"method": "adjacent", "rank": 17}
+    recipe = Recipe.from_dict(tiny_recipe(source, text, share=share))
+    message = "share.rank is 17, and the smallest matrix that is shared has 16 rows or columns"
+    for runs in (lambda: rehearse(recipe), lambda: pipeline.run(recipe, tmp_path / "run")):
+        with pytest.raises(UsageError, match=message):
+            runs()
+    assert rehearse(recipe.changed(share={**share, "rank": 16})).rows
+    compared = {"rows": {"bi": None, "shared": {"share": share}}, "unequal_budgets": "flag"}
+    recipe = Recipe.from_dict(tiny_recipe(source, text, compare=compared))
+    with pytest.raises(UsageError, match=f"row 'shared': {message}"):
+        rehearse(recipe, compare=True)
+
+
 def test_a_dry_run_is_of_a_machine_that_is_not_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("foldgpt.recovery.compiled._BACKEND", "nonsense")
     source, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")

@@ -50,7 +50,7 @@ def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path
             `drop_search`.
     """
     section = bench.recipe.select
-    _check_rank(bench)
+    check_rank(bench.recipe, bench.source.model)
     request = _request(bench, analysis, checkpoint)
     if section.method in MEASURED:
         request = replace(request, ids_WT=bench.selection_ids(), further_ids_WT=bench.further_selection_ids())
@@ -175,7 +175,7 @@ def make_plan(
     recipe = bench.recipe
     source = bench.source
     decoder = decoder_of(source.model)
-    _check_rank(bench)
+    check_rank(recipe, source.model)
     compensation = _compensation(bench)
     origin: dict[str, Any] = {"seed": recipe.seed}
     if selection.method in MEASURED:
@@ -210,12 +210,20 @@ def make_plan(
     )
 
 
-def _check_rank(bench: Workbench) -> None:
-    """Refuse a rank that the matrices do not have, before anything is searched."""
-    share = bench.recipe.share
+def check_rank(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Refuse a rank that the matrices do not have, before anything is searched.
+
+    Args:
+        recipe: the recipe.
+        model: the source; it may be on the meta device.
+
+    Raises:
+        UsageError: names the largest rank that there is.
+    """
+    share = recipe.share
     if not share.rank or share.method in ("none", "auto"):
         return
-    decoder = decoder_of(bench.source.model)
+    decoder = decoder_of(model)
     largest = 0
     for index, block in enumerate(decoder.blocks):
         names = low_rank_leaves(decoder, index, share.sublayers)

@@ -1,6 +1,6 @@
 """Doing what a plan says to a model, undoing it, and saving the result so that it is known to be right."""
 
-from foldgpt.folding.checkpoint import check_place, save_folded
+from foldgpt.folding.checkpoint import check_folded_by, check_place, save_folded
 from foldgpt.folding.donors import DONORS
 from foldgpt.folding.fitted import GroupFit, LowRank, MemberFit
 from foldgpt.folding.fold import (
@@ -24,6 +24,7 @@ __all__ = [
     "Verification",
     "cast_",
     "check_foldable",
+    "check_folded_by",
     "check_place",
     "check_same_architecture",
     "fold_",

@@ -60,8 +60,12 @@ def check_place(folder: str | Path, *, replace: bool = False, read: Iterable[str
     check_free_folder(folder, replace=replace)
 
 
-def _check_plan(model: nn.Module, plan: FoldPlan) -> None:
-    """Refuse a plan that is not the model's, as far as the model tells."""
+def check_folded_by(model: nn.Module, plan: FoldPlan) -> None:
+    """Refuse a plan that is not the model's, as far as the model tells.
+
+    Raises:
+        PlanError: the model was folded by another one.
+    """
     num_blocks = len(decoder_of(model).blocks)
     if num_blocks != len(plan.kept):
         raise PlanError(f"the plan keeps {len(plan.kept)} blocks, the model has {num_blocks}: it was folded by another")
@@ -109,7 +113,7 @@ def save_folded(
         ArtifactError: the folder exists, or cannot be written.
     """
     check_place(folder, replace=replace)
-    _check_plan(model, plan)
+    check_folded_by(model, plan)
     if dtype is not None:
         cast_(model, dtype)
     with staged_folder(folder, replace=replace) as staging:

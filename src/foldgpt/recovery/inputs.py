@@ -72,12 +72,6 @@ def check_inputs(
         if least < 0 or largest >= vocabulary:
             wrong = least if least < 0 else largest
             raise UsageError(f"the {name} windows hold the id {wrong:,}; the model's vocabulary has {vocabulary:,}")
-    positions = len(decoder_of(student).blocks)
-    if positions != len(plan.kept):
-        raise UsageError(
-            f"the student has {positions} blocks, and the plan keeps {len(plan.kept)}; give the plan that the student "
-            "was folded by"
-        )
     if settings.needs_teacher:
         _check_teacher(student, teacher, plan, settings)
     if train.begins_WT is not None or held_out.begins_WT is not None:

@@ -18,7 +18,7 @@ from foldgpt.artifacts import alone, hash_of
 from foldgpt.attention import attention_in_tiles
 from foldgpt.errors import ArtifactError, UsageError
 from foldgpt.fingerprints import weights_fingerprint
-from foldgpt.folding import cast_, check_place, round_, save_folded
+from foldgpt.folding import cast_, check_folded_by, check_place, round_, save_folded
 from foldgpt.objectives import Head
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note, quiet_libraries
@@ -92,6 +92,7 @@ def recover(
     Raises:
         UsageError: settings, windows and models do not fit each other, a logger is not there, or blocks are to be
             compiled where that does not work.
+        PlanError: the student was folded by another plan.
         UnsupportedModelError: the student is quantised or in float16; or documents are to be kept apart, and the model
             mixes them.
         DivergenceError: the training went wrong; the message says where the best state is kept.
@@ -105,6 +106,7 @@ def recover(
     work = work_beside(out) if work is None else Path(work)
     teacher = teacher if settings.needs_teacher else None
     check_trainable(student)
+    check_folded_by(student, plan)
     check_inputs(student, teacher, plan, settings, train, held_out)
     device = next(student.parameters()).device
     check_device(device)

@@ -18,6 +18,7 @@ from foldgpt.comparison import Row, rows_of_recipe
 from foldgpt.errors import UnsupportedModelError, UsageError, first_line
 from foldgpt.formats import millions
 from foldgpt.plan import FoldPlan
+from foldgpt.planning import check_rank
 from foldgpt.progress import note, quiet_libraries, silently
 from foldgpt.recipe import Recipe
 from foldgpt.rehearsal.expectation import Expectation, expect, num_searched_for, on_meta
@@ -121,13 +122,26 @@ def _check(recipe: Recipe, rows: Sequence[Row], config: Any) -> None:
     bench = _RealBench(recipe, config, common)
     if not rows:
         check_plan(bench)
+        _check_rank(recipe, config)
     # Rows have contexts, tasks and loggers in common.
     check_without_files(bench)
     for row in rows:
         with side_by_side.named(row):
             check_plan(_RealBench(row.recipe, config, common))
+            _check_rank(row.recipe, config)
     if rows:
         _check_budgets(recipe, rows, config)
+
+
+def _check_rank(recipe: Recipe, config: Any) -> None:
+    """The toy's matrices are smaller than the real ones, and its rank with them."""
+    if not recipe.share.rank:
+        return
+    try:
+        model = on_meta(config, recipe)
+    except (RuntimeError, TypeError, ValueError):
+        return  # said where it is counted
+    check_rank(recipe, model)
 
 
 def _check_budgets(recipe: Recipe, rows: Sequence[Row], config: Any) -> None:
