@@ -550,7 +550,23 @@ def test_an_unfolded_model_without_sublayers_says_what_it_is(tmp_path: Path) -> 
     assert FoldPlan.from_json_dict(model.config.fold_plan) == rest
     assert not model.config.fold_layout["borrowed"] and not model.config.fold_layout["private"]
     refused(model, plan, PlanError, again)
+    with pytest.raises(PlanError, match=r"cuts something else\. If it was unfolded, give the plan without groups"):
+        save_folded(model, plan, tmp_path / "unfolded")
+    assert save_folded(model, plan.model_copy(update={"groups": ()}), tmp_path / "unfolded").logits_identical
+
+
+def test_an_ordinary_model_is_not_saved_with_a_plan_that_shares(tmp_path: Path) -> None:
+    """`show` and `recover` read the plan beside it, and would look for groups that are not there."""
+    model, plan = folded(removed=(1,), shared=True)
+    unfold_(model)
+    with pytest.raises(PlanError, match=r"it is of its source's own class.*If it was unfolded, give the plan without"):
+        save_folded(model, plan, tmp_path / "unfolded")
+    assert not list(tmp_path.iterdir())
+    rest = plan.model_copy(update={"groups": ()})
     assert save_folded(model, rest, tmp_path / "unfolded").logits_identical
+    lacking = FoldPlan.create(plan.source, removed=[1], removed_mlp=[2])
+    with pytest.raises(PlanError, match="it is of its source's own class, and what shares weights or lacks sublayers"):
+        save_folded(model, lacking, tmp_path / "lacking")
 
 
 def test_a_model_that_shares_nothing_cannot_be_unfolded() -> None:

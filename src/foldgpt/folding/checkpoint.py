@@ -60,6 +60,12 @@ def check_place(folder: str | Path, *, replace: bool = False, read: Iterable[str
     check_free_folder(folder, replace=replace)
 
 
+#: Why a model may share nothing though it was folded by a plan with groups.
+_UNFOLDED = (
+    ". If it was unfolded, give the plan without groups: plan.model_copy(update={'groups': (), 'fitting': None})"
+)
+
+
 def check_folded_by(model: nn.Module, plan: FoldPlan) -> None:
     """Refuse a plan that is not the model's, as far as the model tells.
 
@@ -70,13 +76,21 @@ def check_folded_by(model: nn.Module, plan: FoldPlan) -> None:
     if num_blocks != len(plan.kept):
         raise PlanError(f"the plan keeps {len(plan.kept)} blocks, the model has {num_blocks}: it was folded by another")
     own: Any = getattr(model.config, "fold_plan", None)
-    if own is None:
+    if own is None and plan.is_removal_only:
         return
+    if own is None:
+        raise PlanError(
+            "the model was folded by another plan: it is of its source's own class, and what shares weights or lacks "
+            f"sublayers is not{_UNFOLDED if plan.groups else ''}"
+        )
     # It may be of an earlier version of the format.
     folded_by = FoldPlan.from_json_dict(own, "fold_plan in the model's config")
     cut = ("removed", "removed_attention", "removed_mlp", "groups")
     if any(getattr(folded_by, name) != getattr(plan, name) for name in cut):
-        raise PlanError("the model was folded by another plan: the one in its config (fold_plan) cuts something else")
+        raise PlanError(
+            "the model was folded by another plan: the one in its config (fold_plan) cuts something else"
+            f"{_UNFOLDED if plan.groups and not folded_by.groups else ''}"
+        )
 
 
 def save_folded(
