@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -369,3 +370,32 @@ def test_a_text_is_found_again_under_another_name(tmp_path: Path, monkeypatch: p
         "a.txt": ["calibration"],
         "./b.txt": ["calibration", "training"],
     }
+
+
+def test_a_name_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    """Records are JSON, which could not hold it."""
+    (tmp_path / "good.txt").write_text("text")
+    try:
+        (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("text")
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    with pytest.raises(SourceError, match=r"cannot read 'caf.udce9\.txt' in .*: its name is not UTF-8"):
+        list(read_documents([f"{tmp_path}/*.txt"]))
+
+
+@pytest.mark.parametrize("spec", ["x" * 300, "A text as it is, given in place of its file. " * 20])
+def test_what_is_too_long_for_a_name_is_no_text_file(spec: str) -> None:
+    with pytest.raises(SourceError, match=f"no text file matches {spec[:60]}…: File name too long"):
+        list(read_documents([spec]))
+
+
+def test_a_path_is_taken_as_its_name_is(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    assert list(read_documents([tmp_path / "a.txt"])) == ["text"]  # type: ignore[list-item]
+
+
+def test_a_table_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    column = pyarrow.array([b"good", b"\xff\xfe"], pyarrow.binary())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column.view(pyarrow.string())}), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=r"a\.parquet behind row 0: not UTF-8 text: invalid start byte"):
+        list(read_documents([f"{tmp_path}/a.parquet"]))

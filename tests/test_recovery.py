@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -224,6 +226,37 @@ def test_blocks_in_common_run_once_and_change_nothing(family: str) -> None:
     assert all("forward" not in vars(block) for block in decoder_of(student).blocks)
     for whole, rest in zip(*results, strict=True):
         torch.testing.assert_close(rest, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_the_error_of_states_is_the_mean_of_all_places_also_where_blocks_are_in_common(tmp_path: Path) -> None:
+    """Behind common blocks there is no error, which counts as none and not as no place."""
+    teacher = tiny_model("llama")
+    plan = FoldPlan.create(source_model_of(teacher), removed=[4])
+    before = [
+        recovered_by(
+            teacher,
+            plan,
+            tmp_path / which,
+            RecoverySettings(train_blocks=which, states=1.0, states_at="all", rank=2),
+            windows=(4, 4),
+        ).before
+        for which in ("all", "behind")
+    ]
+    assert before[0]["states"] > 0
+    assert before[1] == pytest.approx(before[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.int32, torch.uint8], ids=str)
+def test_ids_may_be_of_any_integer_type(tmp_path: Path, dtype: torch.dtype) -> None:
+    windows = TrainingWindows(tiny_windows(8, seed=1).to(dtype))
+    assert recovered_on(windows, tmp_path / "out").num_steps == 2
+
+
+def test_numbers_of_numpy_are_settings_as_any_others(tmp_path: Path) -> None:
+    given = RecoverySettings(rank=numpy.int64(2), learning_rate=numpy.float32(0.5), minutes=numpy.float64(3))
+    assert [type(value) for value in (given.rank, given.learning_rate, given.minutes)] == [int, float, float]
+    assert given == RecoverySettings(rank=2, learning_rate=0.5, minutes=3.0)
+    json.dumps(given.identity())
 
 
 def test_blocks_that_are_trained_or_differ_are_not_in_common() -> None:
@@ -550,6 +583,7 @@ def test_a_teacher_of_other_weights_is_pointed_out(
         "negative id",
         "another plan",
         "other groups",
+        "too long",
         "mask",
     ],
 )
@@ -568,6 +602,7 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path: Path, what: str) -> None:
         "negative id": "hold the id -1;",
         "another plan": "the plan keeps 4 blocks, the model has 5",
         "other groups": "the model was folded by another plan",
+        "too long": "the windows have 16 tokens, and the model has 8 positions",
         "mask": "nothing to predict",
     }[what]
     if what == "vocabulary":
@@ -588,6 +623,8 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path: Path, what: str) -> None:
         windows[0, 0] = -1
     elif what == "another plan":
         plan = FoldPlan.create(plan.source, removed=[2, 3])
+    elif what == "too long":
+        student.config.max_position_embeddings = 8
     elif what == "other groups":
         student, plan = tiny_model("llama"), FoldPlan.create(plan.source, groups=[Group(blocks=(1, 2))])
         fold_(student, FoldPlan.create(plan.source, groups=[Group(blocks=(3, 4))]))

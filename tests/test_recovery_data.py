@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import psutil
 import pyarrow.parquet
 import pytest
@@ -172,6 +173,61 @@ def test_bos_begins_documents_and_windows_where_the_tokenizer_begins_texts_with_
     # A window that a document begins has one BOS, not two: "wordNNN", BOS and EOS are nine tokens.
     fitting = read(bos=True, context=9)
     assert fitting[:, 0].eq(BOS_ID).all() and fitting[:, 1].ne(BOS_ID).all() and fitting[:, -1].eq(EOS_ID).all()
+
+
+def test_no_document_is_held_out_and_trained_on(tmp_path: Path) -> None:
+    """With a text given twice, what the second brings may be what the first had held out."""
+    words = [f"word{i:03d}" for i in range(60)]
+    text, other = documents(tmp_path, "a", words), documents(tmp_path, "b", words)
+    tokenizer = tiny_tokenizer(300)
+
+    def pack(*specs: str) -> None:
+        packed_windows(specs, tokenizer, tmp_path / "ids", context=16, num_tokens=64, num_held_out=16)
+
+    with pytest.raises(UsageError, match=r"a\.jsonl is given twice: a document that is held out"):
+        pack(text, other, text)
+    with pytest.raises(UsageError, match=r"\*\.jsonl and .*b\.jsonl have a text in common: a document"):
+        pack(other, str(tmp_path / "*.jsonl"))
+    with pytest.raises(UsageError, match="demo:wikipedia is given twice"):
+        pack("demo:wikipedia", "demo:wikipedia")
+    assert not (tmp_path / "ids").exists()
+    pack(text, other)
+    both = tmp_path / "both.jsonl"
+    both.write_text("".join(json.dumps({"text": word, "said": word[::-1]}) + "\n" for word in words))
+    pack(str(both), f"{both}#said"), "columns are texts of their own"
+
+
+@pytest.mark.parametrize("name", ["context", "num_tokens", "num_held_out", "seed"])
+def test_numbers_of_windows_are_whole(tmp_path: Path, name: str) -> None:
+    text, tokenizer = documents(tmp_path, "a", [f"word{i:03d}" for i in range(60)]), tiny_tokenizer(300)
+    given = {"context": 16, "num_tokens": 64, "num_held_out": 16, "seed": 3}
+    train, _ = packed_windows([text], tokenizer, tmp_path / "ids", **given)
+    again, _ = packed_windows([text], tokenizer, tmp_path / "ids", **{**given, name: numpy.int64(given[name])})
+    assert torch.equal(train.ids_WT, again.ids_WT)
+    for wrong in (float(given[name]), True):
+        with pytest.raises(UsageError, match=f"{name} must be a whole number, not {wrong}"):
+            packed_windows([text], tokenizer, tmp_path / "ids", **{**given, name: wrong})
+
+
+@pytest.mark.parametrize("lost", ["ids", "marks", "cut ids", "cut marks"])
+def test_windows_that_lost_a_part_are_made_again(tmp_path: Path, lost: str) -> None:
+    """As a copy of the folder that was cut short has them; also what a kill left half-written goes."""
+    text, tokenizer, folder = documents(tmp_path, "a", [f"w{i:03d}" for i in range(60)]), tiny_tokenizer(300), tmp_path
+
+    def pack() -> tuple[torch.Tensor, set[Path]]:
+        train, _ = packed_windows([text], tokenizer, folder / "i", context=16, num_tokens=64, num_held_out=16)
+        return train.ids_WT.clone(), set((folder / "i").iterdir())
+
+    first, files = pack()
+    (path,) = (folder / "i").glob(f"*.{lost.split()[-1]}")
+    whole = path.read_bytes()
+    if lost.startswith("cut"):
+        path.write_bytes(whole[:10])
+    else:
+        path.unlink()
+    (path.parent / f".foldgpt-partial-{path.name}-abcd1234").write_bytes(b"half")
+    again, there = pack()
+    assert torch.equal(first, again) and path.read_bytes() == whole and there == files
 
 
 def test_a_text_that_is_too_short_leaves_nothing(tmp_path: Path) -> None:
@@ -377,9 +433,47 @@ def test_chats_without_replies_leave_nothing_to_learn(tmp_path: Path) -> None:
             "here: the chat cannot be rendered: no users here",
         ),
         (None, turns("ask", "a"), "here: the tokenizer has no chat template"),
+        (
+            TEMPLATE,
+            [*turns("ask"), {"role": "assistant", "content": [{"type": "text", "text": "a"}]}],
+            r"here: .* the template takes text alone, and the content of message 2 is \[\{'type'",
+        ),
+        (
+            TEMPLATE,
+            [*turns("ask"), {"role": "assistant", "value": "a"}],
+            "here: .* message 2 is the assistant's and has no content, but role, value",
+        ),
+        (
+            "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] or '' }}{% endfor %}",
+            [*turns("ask"), {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}],
+            "here: .* message 2 calls tools, which the template leaves out",
+        ),
     ],
-    ids=["looks ahead", "assistant first", "no messages", "no text", "template refuses", "no template"],
+    ids=[
+        "looks ahead",
+        "assistant first",
+        "no messages",
+        "no text",
+        "template refuses",
+        "no template",
+        "parts",
+        "another key",
+        "tools left out",
+    ],
 )
 def test_chats_that_cannot_be_rendered_are_refused(template: str | None, chat: Any, expected: str) -> None:
     with pytest.raises(UsageError, match=expected):
         said_of(chat, with_template(template))
+
+
+def test_templates_that_know_parts_and_tools_have_them() -> None:
+    parts = (
+        "{% for m in messages %}<{{ m.role }}>{% for p in m.content or [] %}{{ p.text }}{% endfor %}"
+        "{% for c in m.tool_calls or [] %}[{{ c.name }}]{% endfor %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    asked = {"role": "user", "content": [{"type": "text", "text": "ask"}]}
+    said = {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}
+    assert "yes" in said_of([asked, said], with_template(parts))
+    called = {"role": "assistant", "content": None, "tool_calls": [{"name": "find"}]}
+    assert "[find]" in said_of([asked, called], with_template(parts))

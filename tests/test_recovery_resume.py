@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from foldgpt.artifacts import alone
 from foldgpt.errors import ArtifactError, UsageError
-from foldgpt.recovery import RecoverySettings, TrainingWindows, remove_work, work_beside
+from foldgpt.recovery import RecoverySettings, TrainingWindows, recover, remove_work, work_beside
 from foldgpt.recovery.trainer import RecoveryTrainer
 from recovery_case import command, environment, recovered_on, run, step_losses, tiny_pair, tiny_recovery, tiny_windows
 
@@ -156,7 +156,13 @@ def test_one_that_its_time_had_ended_goes_on_if_it_is_given_more(
 
 
 @pytest.mark.parametrize(
-    "full", [SafetensorError("No space left on device"), RuntimeError("basic_ios::clear: iostream error")], ids=repr
+    "full",
+    [
+        SafetensorError("No space left on device"),
+        RuntimeError("basic_ios::clear: iostream error"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 93120 vs 93012"),
+    ],
+    ids=repr,
 )
 def test_a_disk_that_is_full_leaves_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: Exception
@@ -177,6 +183,67 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(
     assert not (tmp_path / ".recovered.recovery" / "checkpoint-6").exists()
     assert (tmp_path / ".recovered.recovery" / "checkpoint-3" / "complete.json").is_file()
     assert tiny_recovery(tmp_path).num_steps == 12
+
+
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt(), OSError("gone")], ids=repr)
+def test_a_student_that_was_half_trained_is_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: BaseException
+) -> None:
+    """Its weights are neither those that were given nor those of any checkpoint, and LoRA's terms are in it."""
+    student, teacher, plan = tiny_pair()
+    windows, held_out = TrainingWindows(tiny_windows(16, seed=1)), TrainingWindows(tiny_windows(8, seed=2))
+
+    def again(out: str, **settings: Any) -> Any:
+        given = RecoverySettings(batch_size=4, rank=2, **settings)
+        return recover(student, teacher, plan, windows, held_out, given, tmp_path / out)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise stopped
+
+    with monkeypatch.context() as patch, pytest.raises(type(stopped)):
+        patch.setattr(RecoveryTrainer, "training_step", stop)
+        again("out")
+    for settings in ({}, {"learning_rate": 1e-4}):
+        with pytest.raises(UsageError, match="changed by a recovery that was broken off: load it again"):
+            again("other", **settings)
+    student = tiny_pair()[0]
+    again("out")
+    again("more"), "one that came to its end may be trained again"
+
+
+@pytest.mark.parametrize("inside", ["", "deeper/still"], ids=repr)
+def test_what_is_kept_meanwhile_does_not_lie_where_the_model_will(tmp_path: Path, inside: str) -> None:
+    """With it in there the model could not be saved, once it is trained."""
+    out = tmp_path / "out"
+    train = TrainingWindows(tiny_windows(8, seed=1))
+    for name in ("work", "teacher_cache"):
+        with pytest.raises(UsageError, match=f"{name} is .*, and .*out is where the recovered model will be"):
+            recovered_on(train, out, **{name: out / inside})
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_recorded_does_not_tell_an_interrupted_training_from_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers sums up the steps since the last start."""
+    whole = tiny_recovery(tmp_path / "whole")
+    save = RecoveryTrainer._save_checkpoint
+
+    def killed(self: Any, *arguments: Any) -> None:
+        save(self, *arguments)
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RecoveryTrainer, "_save_checkpoint", killed)
+        tiny_recovery(tmp_path / "stopped")
+    resumed = tiny_recovery(tmp_path / "stopped")
+    timed = {"epoch", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+
+    def without_times(history: list[dict[str, float]]) -> list[dict[str, float]]:
+        return [{name: value for name, value in row.items() if name not in timed} for row in history]
+
+    assert without_times(resumed.history) == without_times(whole.history)
 
 
 def test_two_processes_do_not_recover_into_one_place(tmp_path: Path) -> None:

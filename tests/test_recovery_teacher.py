@@ -105,6 +105,16 @@ def _umask() -> int:
     return now
 
 
+def test_a_cache_that_was_cut_short_is_made_again(tmp_path: Path) -> None:
+    windows, teacher = TrainingWindows(tiny_windows(4, seed=1)), Teacher(tiny_model("llama"))
+    cache_states(teacher, windows, tmp_path, batch_size=2)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    cache_states(teacher, windows, tmp_path, batch_size=2)
+    assert path.read_bytes() == whole
+
+
 def test_what_a_kill_leaves_of_the_cache_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, teacher = tiny_windows(4, seed=1), Teacher(tiny_model("llama"))
     states = Teacher.states

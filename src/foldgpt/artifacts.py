@@ -143,6 +143,7 @@ def staged_file(path: str | Path) -> Iterator[IO[bytes]]:
         try:
             yield file
             file.flush()
+            os.fsync(file.fileno())
             _open_to_others(staging)
             staging.replace(path)
         finally:
@@ -419,6 +420,12 @@ def hash_of(value: Any) -> str:
     """SHA-256 (hex) of a JSON-serialisable value, independent of key order and white space."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def is_whole(path: str | Path, num_bytes: int) -> bool:
+    """Whether a file is there with all its bytes: a copy may have been cut short."""
+    path = Path(path)
+    return path.is_file() and path.stat().st_size == num_bytes
 
 
 def hash_of_file(path: str | Path) -> str:

@@ -31,7 +31,15 @@ from foldgpt.folding import (
 )
 from foldgpt.plan import CalibrationText, Compensation, FoldPlan
 from foldgpt.progress import note
-from foldgpt.recovery import RecoveryResult, check_plan_suits, check_trainable, recover, remove_work, work_beside
+from foldgpt.recovery import (
+    RecoveryResult,
+    check_apart,
+    check_plan_suits,
+    check_trainable,
+    recover,
+    remove_work,
+    work_beside,
+)
 from foldgpt.recovery_result import RECOVERY
 from foldgpt.run_folder import ANALYSIS, PLAN
 from foldgpt.selection.units import closed_units, unit_names
@@ -189,6 +197,7 @@ def make_recovered(
     if bench.recovery_settings.needs_teacher:
         check_applies(bench, plan)
     check_plan_suits(plan, bench.recovery_settings)
+    check_apart(out, teacher_cache=_teacher_cache(bench))
     check_names(bench)
     check_machine(bench)
     train, held_out = bench.training_windows(out)
@@ -260,6 +269,7 @@ def check_recovery(bench: Workbench, out: Path) -> None:
         UnsupportedModelError: the model is quantised or in float16, and so will the folded one be.
         FoldGPTError: a text cannot be read or is too short, or the context is longer than the model's.
     """
+    check_apart(out, teacher_cache=_teacher_cache(bench))
     check_trainable(bench.source.model)
     bench.training_windows(out)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ _HUB_OPTIONS = ("config", "split", "column", "revision")
 
 #: A text file is one document, but it is read in pieces of about this many characters, cut after a line or a word.
 _PIECE_CHARACTERS = 1 << 20
+
+#: How much is shown of what was hardly meant as a path.
+_SHOWN_CHARACTERS = 60
 
 #: Files up to this many bytes are told apart by their contents, larger ones by size and time.
 _HASHED_BYTES = 256 << 20
@@ -99,11 +103,11 @@ def open_texts(specs: Sequence[str], own: OwnText | None = None) -> list[Text]:
         SourceError: nothing matches.
         UsageError: no spec, or one that is wrong.
     """
-    if isinstance(specs, str):
+    if isinstance(specs, str | os.PathLike):
         raise UsageError(f"texts are a list, and {specs!r} is one text: give [{specs!r}]")
     if not specs:
         raise UsageError("no text was given")
-    return [_open_text(spec, own) for spec in specs]
+    return [_open_text(os.fspath(spec), own) for spec in specs]
 
 
 def identity_of(specs: Sequence[str], *, own: OwnText | None = None) -> str:
@@ -185,6 +189,35 @@ def reused_texts(tested: Sequence[str], uses: Mapping[str, Sequence[str]]) -> di
     return {text: names for text, names in found.items() if names}
 
 
+def check_none_twice(specs: Sequence[str]) -> None:
+    """Refuse texts of which two have documents in common: one that is held out would be trained on.
+
+    Columns of one file are texts of their own.
+
+    Raises:
+        UsageError: two have.
+    """
+    for index, spec in enumerate(specs):
+        for earlier in specs[:index]:
+            if _column_of(spec) == _column_of(earlier) and _overlap(spec, earlier):
+                same = "is given twice" if spec == earlier else f"and {earlier} have a text in common"
+                raise UsageError(
+                    f"{spec} {same}: a document that is held out, to judge by, would be trained on. Give each text once"
+                )
+
+
+def _column_of(spec: str) -> str:
+    """The column that a spec names, or what stands for none."""
+    if spec.startswith("hub:"):
+        return dict(parse_qsl(spec.partition("?")[2])).get("column", _DEFAULT_COLUMN)
+    if spec.startswith(NOT_FILES):
+        return _DEFAULT_COLUMN
+    try:
+        return _local_files(spec)[2]
+    except FoldGPTError:
+        return _DEFAULT_COLUMN
+
+
 def _overlap(spec: str, other: str) -> bool:
     """Whether two text specs are of the same text, or have a file in common."""
     if spec == other or (spec.startswith("hub:") and other.startswith("hub:") and _rows_of(spec) == _rows_of(other)):
@@ -219,6 +252,14 @@ def _local_text(spec: str) -> Text:
 
 def _local_files(spec: str) -> tuple[Path, list[Path], str]:
     """Path or pattern of a spec, the files that it means, and the column to read of them."""
+    try:
+        return _files_of(spec)
+    except OSError as error:  # a name that is too long
+        start = spec if len(spec) <= _SHOWN_CHARACTERS else f"{spec[:_SHOWN_CHARACTERS]}…"
+        raise SourceError(f"no text file matches {start}: {error.strerror or error}") from error
+
+
+def _files_of(spec: str) -> tuple[Path, list[Path], str]:
     pattern, column = spec, _DEFAULT_COLUMN
     before, _, after = spec.rpartition("#")
     # Folders may have a # in their names, and columns a slash.
@@ -236,9 +277,21 @@ def _local_files(spec: str) -> tuple[Path, list[Path], str]:
         near = did_you_mean(path.name, _readable_files(path.parent)) if path.parent.is_dir() else ""
         raise SourceError(f"no text file matches {pattern}.{near}")
     for file in files:
+        if not _is_utf8(file.name):
+            raise SourceError(
+                f"cannot read {file.name!a} in {file.parent}: its name is not UTF-8. Give it another one."
+            )
         if file.suffix not in _READERS:
             raise SourceError(f"cannot read {file}: known kinds of text are {', '.join(_READERS)}")
     return path, files, column
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _file_identity(file: Path) -> str:
@@ -319,19 +372,21 @@ def json_row(line: bytes, place: str) -> dict[str, Any]:
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[Document]:
+    row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names
             column = _column_among(names, column)
             if column not in names:
                 raise _no_column(column, names, str(path))
-            row = 0
             for batch in table.iter_batches(batch_size=256, columns=[column]):
                 for value in batch.column(0).to_pylist():
                     row += 1
                     yield _document_of({column: value}, column, f"{path} row {row}")
     except pyarrow.ArrowException as error:
         raise SourceError(f"cannot read {path}: {error}") from error
+    except UnicodeDecodeError as error:  # of a batch of rows, so that which one of them is not known
+        raise SourceError(f"{path} behind row {row}: not UTF-8 text: {error.reason}") from error
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {

@@ -10,7 +10,7 @@ from foldgpt.recovery.recover import recover
 from foldgpt.recovery.settings import RecoverySettings
 from foldgpt.recovery.trainable import make_trainable_, merge_trained_
 from foldgpt.recovery.windows import TrainingWindows
-from foldgpt.recovery.work_folder import remove_work, work_beside
+from foldgpt.recovery.work_folder import check_apart, remove_work, work_beside
 from foldgpt.recovery_result import RECOVERY, RecoveryResult
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "RecoveryResult",
     "RecoverySettings",
     "TrainingWindows",
+    "check_apart",
     "check_compiler",
     "check_device",
     "check_loggers",

@@ -30,6 +30,8 @@ class Distillation(nn.Module):
         teacher_head: the teacher's; None where nothing is compared with it.
         behind: positions of the blocks behind which states are compared.
         common: how many blocks, from the first on, are the teacher's own and are not trained.
+        num_places: of how many places the error of states is the mean; by default those of `behind`. Behind the common
+            blocks there is none, and nothing is compared.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class Distillation(nn.Module):
         teacher_head: Head | None,
         behind: Sequence[int] = (),
         common: int = 0,
+        num_places: int | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self._settings = settings
         self._head = head
         self._teacher_head = teacher_head
+        self._num_places = len(behind) if num_places is None else num_places
         self._body = Body(student, behind, common)
         # By these FSDP knows the blocks.
         self._no_split_modules = sorted({type(block).__name__ for block in decoder_of(student).blocks})
@@ -122,7 +126,7 @@ class Distillation(nn.Module):
         if settings.states and teacher_between:
             pairs = zip(teacher_between, found.between, strict=True)
             errors = [relative_error(_rows(theirs, scored), _rows(ours, scored)) for theirs, ours in pairs]
-            value = torch.stack(errors).mean(0).sum(dtype=torch.float64)
+            value = torch.stack(errors).sum(dtype=torch.float64) / self._num_places
             loss = loss + settings.states * value
             parts["states"] = value.detach()
         return {"loss": loss, **parts}

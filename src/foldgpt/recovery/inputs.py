@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import decoder_of
@@ -68,16 +68,26 @@ def check_inputs(
     config: Any = student.config
     vocabulary = config.get_text_config().vocab_size
     for name, windows in (("training", train), ("held-out", held_out)):
-        least, largest = int(windows.ids_WT.min()), int(windows.ids_WT.max())
+        least, largest = _range_of(windows.ids_WT)
         if least < 0 or largest >= vocabulary:
             wrong = least if least < 0 else largest
             raise UsageError(f"the {name} windows hold the id {wrong:,}; the model's vocabulary has {vocabulary:,}")
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = max(train.ids_WT.shape[1], held_out.ids_WT.shape[1])
+    if longest is not None and context > longest:
+        raise UsageError(f"the windows have {context:,} tokens, and the model has {longest:,} positions")
     if settings.needs_teacher:
         _check_teacher(student, teacher, plan, settings)
     if train.begins_WT is not None or held_out.begins_WT is not None:
         for model in (student, teacher):
             if model is not None:
                 _check_keeps_documents_apart(model)
+
+
+def _range_of(ids_WT: Tensor) -> tuple[int, int]:
+    """The least and the largest id, some windows at a time: they may be on disk, in types that torch cannot compare."""
+    parts = [torch.aminmax(part.long()) for part in ids_WT.split(4096)]
+    return min(int(part.min) for part in parts), max(int(part.max) for part in parts)
 
 
 def _check_teacher(student: nn.Module, teacher: nn.Module | None, plan: FoldPlan, settings: RecoverySettings) -> None:

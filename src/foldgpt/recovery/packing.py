@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from foldgpt.artifacts import alone, hash_of, read_json, staged_file, write_json
+from foldgpt.artifacts import alone, hash_of, is_whole, read_json, remove_leftovers, staged_file, write_json
 from foldgpt.corpus import OwnText, identity_of
-from foldgpt.corpus.texts import Chat, Document, in_seeded_order, open_texts
+from foldgpt.corpus.texts import Chat, Document, check_none_twice, in_seeded_order, open_texts
 from foldgpt.corpus.windows import prefix_of
 from foldgpt.errors import ArtifactError, SourceError, UsageError
 from foldgpt.progress import bar
@@ -77,10 +79,18 @@ def packed_windows(
 
     Raises:
         SourceError: a text cannot be read, or the texts together are too short.
-        UsageError: a number that makes no sense, a chat cannot be rendered or its replies not be told, or no token of
-            the windows is a reply.
+        UsageError: a number that makes no sense, two texts have documents in common, a chat cannot be rendered or its
+            replies not be told, or no token of the windows is a reply.
         ArtifactError: the file cannot be written.
     """
+    numbers = {"context": context, "num_tokens": num_tokens, "num_held_out": num_held_out, "seed": seed}
+    for name, number in numbers.items():
+        if not isinstance(number, Integral) or isinstance(number, bool):
+            raise UsageError(f"{name} must be a whole number, not {number!r}")
+    context, num_tokens, num_held_out, seed = map(int, numbers.values())
+    open_texts(specs, own)  # says what is no text
+    specs = [os.fspath(spec) for spec in specs]
+    check_none_twice(specs)
     counts = (num_held_out // context, num_tokens // context)
     if context < 2 or min(counts) < 1:
         raise UsageError(
@@ -100,11 +110,18 @@ def packed_windows(
     }
     path = Path(folder) / f"{hash_of(protocol)[:32]}.ids"
     shape = (sum(counts), context)
-    if not path.is_file():
+
+    def is_there() -> bool:
+        num_tokens = shape[0] * context
+        return is_whole(path, 4 * num_tokens) and is_whole(path.with_suffix(_MARKS), 2 * num_tokens)
+
+    if not is_there():
         try:
             # Processes that train together all ask for it.
             with alone(path):
-                if not path.is_file():
+                if not is_there():
+                    for left in (path, path.with_suffix(_MARKS)):
+                        remove_leftovers(left)
                     _write(specs, own, tokenizer, path, counts, context, seed, protocol)
         except OSError as error:
             raise ArtifactError(f"cannot write {path}: {error.strerror or error}. Nothing was left behind.") from error

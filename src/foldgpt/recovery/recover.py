@@ -35,9 +35,11 @@ from foldgpt.recovery.teacher import CachedStates, Teacher, cache_states
 from foldgpt.recovery.trainable import make_trainable_, merge_trained_, trained_scales
 from foldgpt.recovery.trainer import COMPLETE, RecoveryTrainer
 from foldgpt.recovery.windows import TrainingWindows
-from foldgpt.recovery.work_folder import latest_checkpoint, prepare, remove_work, work_beside
+from foldgpt.recovery.work_folder import check_apart, latest_checkpoint, prepare, remove_work, work_beside
 from foldgpt.recovery_result import RECOVERY, RecoveryResult
 
+#: What a student is marked by while it is trained: broken off, it has terms in it and half-trained weights.
+_CHANGED = "_foldgpt_in_recovery"
 #: Seconds that processes wait for each other: the first one may have all of the teacher's states to compute.
 _LONGEST_WAIT = 7 * 24 * 3600
 
@@ -90,8 +92,9 @@ def recover(
             rounded to it (not under FSDP, where that is measured before).
 
     Raises:
-        UsageError: settings, windows and models do not fit each other, a logger is not there, or blocks are to be
-            compiled where that does not work.
+        UsageError: settings, windows and models do not fit each other, the student was changed by a recovery that was
+            broken off, a logger is not there, `work` or `teacher_cache` lies in `out`, or blocks are to be compiled
+            where that does not work.
         PlanError: the student was folded by another plan.
         UnsupportedModelError: the student is quantised or in float16; or documents are to be kept apart, and the model
             mixes them.
@@ -104,7 +107,13 @@ def recover(
     check_place(out, replace=replace)
     check_loggers(report_to)
     work = work_beside(out) if work is None else Path(work)
+    check_apart(out, work=work, teacher_cache=teacher_cache)
     teacher = teacher if settings.needs_teacher else None
+    if getattr(student, _CHANGED, False):
+        raise UsageError(
+            "the student was changed by a recovery that was broken off: load it again. The same call goes on at that "
+            "one's last checkpoint"
+        )
     check_trainable(student)
     check_folded_by(student, plan)
     check_inputs(student, teacher, plan, settings, train, held_out)
@@ -124,6 +133,7 @@ def recover(
 
         num_parameters = sum(parameter.numel() for parameter in student.parameters())
         logs = out.parent / f"{out.name}.logs" / hash_of(identity)[:8]
+        setattr(student, _CHANGED, True)
         trained, result = _trained(
             student,
             teacher,
@@ -138,6 +148,7 @@ def recover(
             cache=teacher_cache,
             save_dtype=save_dtype,
         )
+        delattr(student, _CHANGED)
         result = dataclasses.replace(result, text=dict(text or {}))
         if save_dtype is not None:
             # In all processes: they have one model.
@@ -255,7 +266,8 @@ def _trained(
         ended="tokens" if state.global_step >= num_steps else "time" if trainer.clock.is_over else "patience",
         num_trained=num_trained,
         seconds=round(trainer.clock.seconds, 1),
-        history=state.log_history,
+        # But for transformers' summary, which is of the steps since the last interruption alone.
+        history=[entry for entry in state.log_history if "train_runtime" not in entry],
         settings=dataclasses.asdict(settings),
     )
 
@@ -271,13 +283,14 @@ def _made_trainable(
     """What is trained, what it is compared with, and how many parameters of it learn."""
     head = Head(student)
     num_trained = make_trainable_(student, plan, settings)
-    taught, common = None, 0
+    taught, common, num_places = None, 0, len(pairs)
     if teacher is not None:
         common = common_blocks(student, teacher, plan)
         pairs = [(position, source) for position, source in pairs if position >= common]
         taught = Teacher(teacher.to(device), [source for _, source in pairs], common)
     teacher_head = None if taught is None else taught.head
-    module = Distillation(student, settings, head, teacher_head, [position for position, _ in pairs], common)
+    behind = [position for position, _ in pairs]
+    module = Distillation(student, settings, head, teacher_head, behind, common, num_places)
     return module, taught, num_trained
 
 

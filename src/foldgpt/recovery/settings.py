@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal
 
 from foldgpt.errors import UsageError, did_you_mean
 from foldgpt.objectives import Divergence
@@ -23,6 +23,8 @@ _KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "int": ("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
     "float": ("a number", lambda value: isinstance(value, Real) and not isinstance(value, bool)),
 }
+#: The plain types of numbers.
+_PLAIN: dict[str, Callable[[Any], float]] = {"int": int, "float": float}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,10 @@ class RecoverySettings:
             is_left_out = value is None and field.default is None
             if kind in _KINDS and not is_left_out and not _KINDS[kind][1](value):
                 raise UsageError(f"{field.name} must be {_KINDS[kind][0]}, not {value!r}")
+            if not is_left_out and kind in _PLAIN and type(value) not in (int, float):
+                # numpy's numbers are taken, and cannot be written as JSON.
+                value = _PLAIN[kind](value)
+                object.__setattr__(self, field.name, value)
             if isinstance(value, float) and not math.isfinite(value):
                 raise UsageError(f"{field.name} must be a finite number, not {value}")
         for name in ("kl", "lm", "last_error", "last_cosine", "states", "weight_decay", "rank"):

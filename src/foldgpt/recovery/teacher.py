@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foldgpt.artifacts import alone, hash_of, remove_leftovers, staged_file
+from foldgpt.artifacts import alone, hash_of, is_whole, remove_leftovers, staged_file
 from foldgpt.errors import ArtifactError
 from foldgpt.fingerprints import weights_fingerprint
 from foldgpt.objectives import Head
@@ -92,10 +93,11 @@ def cache_states(teacher: Teacher, train: TrainingWindows, folder: Path, *, batc
     parts = [weights_fingerprint(teacher.model), seen, list(teacher.behind), list(shape)]
     has_entry = teacher.common > 0
     path = folder / f"{hash_of([*parts, has_entry, str(dtype)])[:32]}.states"
-    if not path.is_file():
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if not is_whole(path, num_bytes):
         try:
             with alone(path):
-                if not path.is_file():
+                if not is_whole(path, num_bytes):
                     remove_leftovers(path)
                     _write(teacher, train, path, batch_size)
         except OSError as error:

@@ -34,7 +34,13 @@ from foldgpt.recovery.windows import TrainingWindows
 #: Written last into a checkpoint: without it, the process was killed while it saved.
 COMPLETE = "complete.json"
 #: What torch's writer says where the disk is full; it raises RuntimeError, as much else does.
-_TORCH_CANNOT_WRITE = ("iostream error", "PytorchStreamWriter", "file write failed")
+_TORCH_CANNOT_WRITE = (
+    "iostream error",
+    "PytorchStreamWriter",
+    "file write failed",
+    "inline_container",
+    "unexpected pos",
+)
 
 
 class RecoveryTrainer(Trainer):

@@ -8,11 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from foldgpt.artifacts import read_json, remove, remove_all_leftovers, remove_leftovers, write_json
-from foldgpt.errors import ArtifactError
+from foldgpt.errors import ArtifactError, UsageError
 from foldgpt.progress import note
 from foldgpt.recovery.trainer import COMPLETE
 
 _IDENTITY = "identity.json"
+
+
+def check_apart(out: Path, **folders: str | Path | None) -> None:
+    """Refuse folders that lie where the recovered model is to be: with them in it, it could not be saved.
+
+    Args:
+        out: where it will be.
+        folders: name of an argument → the folder that it gives.
+
+    Raises:
+        UsageError: one lies there.
+    """
+    for name, folder in folders.items():
+        if folder is not None and Path(folder).resolve().is_relative_to(out.resolve()):
+            raise UsageError(
+                f"{name} is {folder}, and {out} is where the recovered model will be: choose another folder"
+            )
 
 
 def prepare(folder: Path, identity: dict[str, Any], *, replace: bool = False) -> None:
