@@ -12,6 +12,8 @@ from foldgpt import planning
 from foldgpt.analysis import sweep
 from foldgpt.artifacts import alone
 from foldgpt.plan import FoldPlan
+from foldgpt.plan_lines import _WITHOUT_TEXT
+from foldgpt.selection import ANALYSIS_FREE, MEASURED
 from foldgpt.selection.gating.score_function import ScoreFunction
 
 
@@ -25,6 +27,33 @@ def test_plan_measures_by_itself_and_knows_its_groups(model: Path, text: Path, t
     first, last = plan.removed
     assert last == first + 1
     assert [group.donor for group in plan.groups] == ["last", "last"]
+
+
+def test_a_plan_that_is_fitted_finds_its_text_from_elsewhere_whatever_chose_it(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(text.parent)
+    asked = ("plan", model, "--text", text.name, *CALIBRATION, "--select", "last", "-q")
+    for name, flags in {
+        "compensated": ("--remove", 2),
+        "fitted": ("--remove", 0, "--share", "adjacent", "--group-size", 2, "--fit"),
+        "neither": ("--remove", 1, "--compensate", "none"),
+    }.items():
+        made = foldgpt(*asked, *flags, "--out", tmp_path / f"{name}.json")
+        assert made.exit_code == 0, made.output
+    assert "calibration" not in FoldPlan.load(tmp_path / "neither.json").origin
+    monkeypatch.chdir(elsewhere)
+    for name in ("compensated", "fitted"):
+        plan = FoldPlan.load(tmp_path / f"{name}.json")
+        assert plan.origin["calibration"]["specs"] == [str(text)]
+        folded = foldgpt("fold", model, "--plan", tmp_path / f"{name}.json", "--out", tmp_path / name, "-q")
+        assert folded.exit_code == 0, folded.output
+    # It was not chosen on that text.
+    shown = foldgpt("show", tmp_path / "compensated.json").stdout
+    assert "chosen by last, seed 0" in shown and "calibrated on" not in shown
+    assert set(_WITHOUT_TEXT) == ANALYSIS_FREE - MEASURED
 
 
 def test_two_processes_do_not_make_one_plan(model: Path, text: Path, tmp_path: Path) -> None:

@@ -11,6 +11,10 @@ from rich.text import Text
 from foldgpt.formats import amount, block_ranges, millions, what_goes
 from foldgpt.plan import CalibrationText, FoldPlan
 
+#: Selectors that look at no text: one that their plan names is for what is fitted. Named here, as to show a plan
+#: nothing is imported that takes seconds.
+_WITHOUT_TEXT = ("last", "random")
+
 
 def plan_lines(plan: FoldPlan) -> Text:
     """What the strip of a plan does not show, a line for each: model, cuts, selector, text, search, what is fitted.
@@ -50,6 +54,8 @@ def _chosen_lines(plan: FoldPlan) -> list[str]:
     others = "".join(f", {name}={value}" for name, value in given.items())
     calibration = origin.get("calibration")
     protocol = calibration.get("protocol") if isinstance(calibration, Mapping) else None
+    if origin["selector"] in _WITHOUT_TEXT:
+        protocol = None
     on = f"; calibrated on {calibration_words(protocol)}" if isinstance(protocol, Mapping) else ""
     return [f"chosen by {origin['selector']}{seed}{others}{on}"]
 

@@ -177,11 +177,22 @@ def make_plan(
     decoder = decoder_of(source.model)
     check_rank(recipe, source.model)
     compensation = _compensation(bench)
+    limit = _limit(recipe, source.model)
+    groups = () if limit is not None else _groups(recipe, decoder, selection)
+    removes_anything = selection.removed or selection.removed_attention or selection.removed_mlp
+    reads_text = (
+        limit is not None
+        or (compensation is not None and removes_anything)
+        or (groups and (recipe.share.fit or recipe.share.donor == "best"))
+    )
     origin: dict[str, Any] = {"seed": recipe.seed}
     if selection.method in MEASURED:
         origin["calibration"] = bench.calibration_identity.model_dump(mode="json")
     elif analysis is not None and analysis.calibration is not None:
         origin["calibration"] = analysis.calibration.model_dump(mode="json")
+    elif reads_text:
+        # Whoever folds by the plan from elsewhere finds the text by it, whatever chose the blocks.
+        origin["calibration"] = bench.calibration_identity.model_dump(mode="json")
     origin |= {
         "selector": selection.method,
         **({"options": dict(recipe.select.options)} if recipe.select.options else {}),
@@ -189,11 +200,8 @@ def make_plan(
         "removal_order": list(selection.order),
         "report": dict(selection.report),
     }
-    limit = _limit(recipe, source.model)
     if limit is not None:
         return _solved(bench, selection, limit, compensation, origin, analysis, checkpoint)
-    groups = _groups(recipe, decoder, selection)
-    removes_anything = selection.removed or selection.removed_attention or selection.removed_mlp
     if recipe.share.method != "none" and not groups:
         why = _no_group(recipe)
         if not removes_anything:
