@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from foldgpt.artifacts import write_json, write_text
 from foldgpt.cli import app
 from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
+from foldgpt.evaluation import Measured
 from foldgpt.hub import check_upload, push
 from foldgpt.plan import Compensation, FoldPlan, SourceModel
 from foldgpt.report import write_model_card
@@ -234,6 +236,34 @@ def test_nothing_is_told_of_where_things_lie(hub: type[StandIn], run: Path, tmp_
     assert json.loads(hub.sent["recovery.json"]) == {"text": {"texts": ["secret.txt"], "context": 8}, "num_steps": 3}
     # On this machine they stay as they are.
     assert json.loads((folder / "plan.json").read_text("utf-8")) == told
+
+
+def test_the_card_tells_texts_of_one_name_apart_without_their_folders(hub: type[StandIn], run: Path) -> None:
+    made, (first, second) = evaluation(), ("/home/client/a/test.txt", "/home/client/b/test.txt")
+    assert made.baseline is not None and made.ratios is not None and made.folded.perplexity is not None
+
+    def measured(model: Measured) -> Measured:
+        assert model.perplexity is not None
+        scores = dataclasses.replace(model.perplexity, protocol={"texts": ["test.txt"], "context": 512})
+        other = dataclasses.replace(scores, value=2 * scores.value)
+        return dataclasses.replace(model, perplexity=scores, text=first, further_perplexities={second: other})
+
+    reused = {second: ["training"]}
+    write_model_card(
+        run / "folded",
+        evaluation=dataclasses.replace(
+            made,
+            folded=dataclasses.replace(measured(made.folded), reused=reused),
+            baseline=measured(made.baseline),
+            ratios={**made.ratios, f"perplexity.{second}": 1.5},
+        ),
+    )
+    push(run / "folded", "me/small")
+    card = hub.sent["README.md"]
+    assert "client" not in card
+    assert "| perplexity, test.txt (1) | 20 | 25 | 1.25× |" in card
+    assert "| perplexity, test.txt (2) | 40 | 50 | 1.50× |" in card
+    assert "texts test.txt (2)" in card and "test.txt (2) was also used for training" in card
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ import yaml
 import foldgpt
 from foldgpt.artifacts import write_text
 from foldgpt.errors import ArtifactError
-from foldgpt.evaluation import Evaluation
-from foldgpt.formats import block_ranges
+from foldgpt.evaluation import Evaluation, Measured
+from foldgpt.formats import block_ranges, text_name
 from foldgpt.plan import FoldPlan
 from foldgpt.report.fits import was_compensated
 from foldgpt.report.headline import headlines, short_name
@@ -55,6 +57,7 @@ def write_model_card(
     if not (folder / "plan.json").is_file():
         raise ArtifactError(f"{folder} holds no plan.json: it is not a folded checkpoint.")
     plan = FoldPlan.load(folder)
+    evaluation = None if evaluation is None else _without_folders(evaluation)
     compensated, recovery = was_compensated(folder, plan), read_recovery(folder)
     metadata = _metadata(plan, _source_metadata(None if source is None else Path(source)))
     text = (
@@ -81,6 +84,41 @@ def write_model_card(
     path = folder / CARD
     write_text(path, text)
     return path
+
+
+def _without_folders(evaluation: Evaluation) -> Evaluation:
+    """An evaluation for others to read: texts of one name, elsewhere told apart by their folders, are numbered."""
+    texts = {
+        text: None
+        for model in evaluation.models
+        for text in (model.text, *(model.further_perplexities or {}))
+        if text is not None
+    }
+    alike, seen = Counter(map(text_name, texts)), Counter[str]()
+    named: dict[str, str] = {}
+    for text in texts:
+        name = text_name(text)
+        seen[name] += 1
+        named[text] = f"{name} ({seen[name]})" if alike[name] > 1 else name
+
+    def told(model: Measured) -> Measured:
+        further, reused = model.further_perplexities, model.reused
+        return replace(
+            model,
+            text=None if model.text is None else named[model.text],
+            further_perplexities=further and {named[text]: scores for text, scores in further.items()},
+            reused=reused and {named.get(text, text): uses for text, uses in reused.items()},
+        )
+
+    figures = {f"perplexity.{text}": f"perplexity.{name}" for text, name in named.items()}
+    ratios, baseline, before = evaluation.ratios, evaluation.baseline, evaluation.before_recovery
+    return replace(
+        evaluation,
+        folded=told(evaluation.folded),
+        baseline=None if baseline is None else told(baseline),
+        before_recovery=None if before is None else told(before),
+        ratios=ratios and {figures.get(figure, figure): ratio for figure, ratio in ratios.items()},
+    )
 
 
 def _metadata(plan: FoldPlan, source: dict[str, Any]) -> dict[str, Any]:
