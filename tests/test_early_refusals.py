@@ -186,7 +186,13 @@ def test_a_model_that_cannot_be_folded_shows_before_anything_runs(
     )
     folded = pipeline.run(shared, tmp_path / "shared").model
     stages_run.clear()
-    with pytest.raises(PlanError, match="is folded already"):
+    with pytest.raises(PlanError, match=r"is folded already.*or give it weights of its own with foldgpt\.unfold_"):
+        pipeline.run(Recipe.from_dict(tiny_recipe(folded, inputs[1])), tmp_path / "run")
+    # What lacks sublayers stays so when it is unfolded.
+    config = json.loads((folded / "config.json").read_text())
+    config["fold_layout"]["absent"] = [{"position": 1, "sublayer": "attention"}]
+    (folded / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PlanError, match=r"is folded already.*: fold its source, by one plan$"):
         pipeline.run(Recipe.from_dict(tiny_recipe(folded, inputs[1])), tmp_path / "run")
     assert stages_run == []
 

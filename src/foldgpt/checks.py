@@ -79,10 +79,13 @@ def check_plan(bench: Workbench) -> None:
     """
     check_training_tokens(bench)
     bench.check_calibration_tokens()
-    if getattr(bench.text_config, "fold_layout", None) is not None:
+    layout = getattr(bench.text_config, "fold_layout", None)
+    if layout is not None:
+        # What lacks sublayers cannot be unfolded: no code but its own knows blocks without them.
+        or_unfold = "" if layout.get("absent") else ", or give it weights of its own with foldgpt.unfold_ first"
         raise PlanError(
             f"{bench.recipe.model} is folded already, and shares weights or lacks sublayers: fold its source, by "
-            "one plan, or give it weights of its own with foldgpt.unfold_ first"
+            f"one plan{or_unfold}"
         )
     select, share, text = bench.recipe.select, bench.recipe.share, bench.recipe.calibration
     removes = select.removes_anything
