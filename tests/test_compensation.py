@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -394,6 +395,16 @@ def test_numbers_that_make_no_sense_are_refused() -> None:
         Compensator(replay, outliers=1.0)
     with pytest.raises(UsageError, match="1 part or more, not 0"):
         Compensator(replay, parts=0)
+    with pytest.raises(UsageError, match="0 rounds or more, not -1"):
+        Compensator(replay, rounds=-1)
+    wrong: dict[str, Any]
+    for wrong, message in (
+        ({"features": "iner"}, "unknown features 'iner' for a compensation. Did you mean 'inner'?"),
+        ({"where": "behid"}, "unknown where 'behid' for a compensation. Did you mean 'behind'?"),
+        ({"rounds": -2}, "0 rounds or more, not -2"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(message)):
+            compensate(model, [1], token_ids(model), **wrong)
     compensator = Compensator(replay)
     output, mlp, _ = compensator.run(1, replay.split(replay.states[1]))
     with pytest.raises(UsageError, match=r"\[2, 19, 32\]"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from foldgpt.compensation.compensator import Compensator
 from foldgpt.compensation.correction import Correction
 from foldgpt.compensation.walk import Walk
-from foldgpt.errors import UnsupportedModelError
+from foldgpt.errors import UnsupportedModelError, UsageError, did_you_mean
 from foldgpt.families import decoder_of
 from foldgpt.formats import dtype_name
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note
 from foldgpt.replay import Replay
+
+_Features = Literal["inner", "output"]
+_Where = Literal["cuts", "behind"]
 
 
 @torch.no_grad()
@@ -47,8 +50,8 @@ def compensate(
     ridge: float | Literal["auto"] = "auto",
     outliers: float = math.inf,
     rounds: int = 3,
-    features: Literal["inner", "output"] = "inner",
-    where: Literal["cuts", "behind"] = "cuts",
+    features: _Features = "inner",
+    where: _Where = "cuts",
     replay: Replay | None = None,
 ) -> dict[int, Correction]:
     """Fit the corrections that make up for removed blocks and sublayers; the model itself is not changed.
@@ -77,10 +80,13 @@ def compensate(
         Source index of the carrying block → its correction; for `merge_`.
 
     Raises:
-        UsageError: the windows do not fit the model.
+        UsageError: the windows do not fit the model, or a name or a number that makes no sense.
         NotFiniteError: its states are not finite.
         UnsupportedModelError: the model's family cannot be compensated.
     """
+    for name, value, choices in (("features", features, get_args(_Features)), ("where", where, get_args(_Where))):
+        if value not in choices:
+            raise UsageError(f"unknown {name} {value!r} for a compensation.{did_you_mean(str(value), choices)}")
     walk = Walk.of(removal, len(decoder_of(model).blocks) if replay is None else replay.num_blocks, where=where)
     for index in walk.sharing:
         carrier = "attention" if walk.absent.get(index) == "mlp" else "mlp"

@@ -69,6 +69,8 @@ class Compensator:
             raise UsageError(f"the ridge must be at least 0 or 'auto', not {ridge}")
         if not outliers > 1:
             raise UsageError(f"outliers is a multiple of the median norm, so more than 1, not {outliers}")
+        if rounds < 0:
+            raise UsageError(f"there can be 0 rounds or more, not {rounds}")
         if parts < 1:
             raise UsageError(f"the windows can be split into 1 part or more, not {parts}")
         self.replay = replay
