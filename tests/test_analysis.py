@@ -382,6 +382,27 @@ def test_checkpoint_of_another_request_is_not_used(change: str, tmp_path: Any, m
     assert measures(found) == measures(analyze(model, ids, batch_size=1, **request))
 
 
+def test_a_sweep_goes_on_where_the_same_model_is_named_otherwise(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "_CHECKPOINT_SECONDS", 0.0)
+    model = tiny_model("llama")
+    ids, checkpoint = token_ids(model, (4, 16)), tmp_path / "partial.json"
+    handle = _kill_at_micro_batch(model, 3)
+    first = SourceIdentity(spec="m", fingerprint="ab")
+    with pytest.raises(_Killed):
+        analyze(model, ids, batch_size=1, checkpoint=checkpoint, source=first)
+    handle.remove()
+    seen: list[int] = []
+    counting = model.model.register_forward_pre_hook(lambda *_: seen.append(1))
+    other = SourceIdentity(spec="./m", revision="main", fingerprint="ab")
+    model.config._name_or_path = "./m"
+    found = analyze(model, ids, batch_size=1, checkpoint=checkpoint, source=other)
+    counting.remove()
+    assert len(seen) == 2 and found.source == other
+    assert measures(found) == measures(analyze(model, ids, batch_size=1))
+
+
 # ---------------------------------------------------------------- bad input
 
 
