@@ -361,6 +361,20 @@ def test_blocks_that_stop_filling_the_cache_are_told() -> None:
     assert "KV cache" not in protocol_lines(Evaluation(of("folded", 14, 0), None, None)).plain
 
 
+def test_caches_in_different_formats_are_told() -> None:
+    def of(name: str, parameters: int, width: int, cache: int) -> Measured:
+        size = ModelSize(9, parameters, parameters, parameters, width * parameters, cache, 0, None)
+        return measured(name, 9, size=size)
+
+    source = of("source", 100, 4, 400)
+    told = protocol_lines(Evaluation(of("folded", 80, 2, 160), source, {})).plain
+    assert (
+        "KV cache: a value of source takes 4 bytes, one of folded 2; in one format the ratio would be 0.80×."
+    ) in told
+    for one_format in (Evaluation(of("folded", 80, 4, 320), source, {}), Evaluation(source, None, None)):
+        assert "KV cache" not in protocol_lines(one_format).plain
+
+
 def test_a_text_that_the_model_was_made_by_is_no_test() -> None:
     reused = {"demo:wikipedia": ["calibration", "training"]}
     text = protocol_lines(Evaluation(measured("recovered", 24, reused=reused), measured("source", 30), {})).plain

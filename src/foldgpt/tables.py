@@ -139,6 +139,7 @@ def protocol_lines(evaluation: Evaluation, *, own: str | None = None) -> Text:
     parts += _recovery_lines(evaluation)
     parts += reuse_lines(measured.reused or {}, measured.name)
     parts += _storage_lines(models)
+    parts += _cache_lines(models)
     parts += _sliding_lines(models)
     if measured.speed is not None:
         protocol = measured.speed.protocol
@@ -261,6 +262,22 @@ def _storage_lines(models: Sequence[Measured]) -> list[str]:
     return [
         f"Size on disk: {source.name} is stored in {source.stored_in}, {folded.name} in {folded.stored_in}; in one "
         f"format the ratio would be {ratio:.2f}×."
+    ]
+
+
+def _cache_lines(models: Sequence[Measured]) -> list[str]:
+    """That the caches are of different formats, where they are: their ratio is not that of the models.
+
+    A cache is in the format that the model computes in, as its weights are.
+    """
+    source, folded = models[0], models[-1]
+    widths = [round(model.size.unique_bytes / model.size.unique_parameters) for model in (source, folded)]
+    if not all(widths) or widths[0] == widths[1] or not source.size.kv_bytes_per_token:
+        return []
+    ratio = folded.size.kv_bytes_per_token / source.size.kv_bytes_per_token * widths[0] / widths[1]
+    return [
+        f"KV cache: a value of {source.name} takes {widths[0]} bytes, one of {folded.name} {widths[1]}; in one format "
+        f"the ratio would be {ratio:.2f}×."
     ]
 
 
