@@ -13,6 +13,7 @@ from foldgpt.analysis import sweep
 from foldgpt.artifacts import alone
 from foldgpt.plan import FoldPlan
 from foldgpt.plan_lines import _WITHOUT_TEXT
+from foldgpt.report.headline import headlines
 from foldgpt.selection import ANALYSIS_FREE, MEASURED
 from foldgpt.selection.gating.score_function import ScoreFunction
 
@@ -54,6 +55,28 @@ def test_a_plan_that_is_fitted_finds_its_text_from_elsewhere_whatever_chose_it(
     shown = foldgpt("show", tmp_path / "compensated.json").stdout
     assert "chosen by last, seed 0" in shown and "calibrated on" not in shown
     assert set(_WITHOUT_TEXT) == ANALYSIS_FREE - MEASURED
+
+
+@pytest.mark.parametrize("how", [(), ("--share", "adjacent", "--start", "zero")])
+def test_of_a_plan_whose_cut_was_edited_nothing_is_claimed_that_was_measured(
+    how: tuple[str, ...], model: Path, text: Path, tmp_path: Path
+) -> None:
+    out, claims = tmp_path / "plan.json", ("chosen by loo", "nats per token")
+    made = foldgpt(
+        *("plan", model, "--text", text, *CALIBRATION, "--select", "loo", "--remove", 2, *how, "--out", out, "-q")
+    )
+    assert made.exit_code == 0, made.output
+    plan, shown = FoldPlan.load(out), foldgpt("show", out).stdout
+    assert not plan.was_edited and "edited" not in shown and all(claim in shown for claim in claims)
+    assert "chosen by loo" in headlines(plan, None)[-1].details
+    # Of those that go one comes back, whether it was removed or starts at zero.
+    value = plan.to_json_dict()
+    value["removed"], value["groups"] = list(plan.at_start.removed[:1]), []
+    value["kept"] = [block for block in range(plan.source.num_blocks) if block not in value["removed"]]
+    FoldPlan.from_json_dict(value).save(out)
+    edited, shown = FoldPlan.load(out), foldgpt("show", out).stdout
+    assert edited.was_edited and "edited since it was chosen by loo\n" in shown and "nats per token" not in shown
+    assert "edited since it was chosen by loo" in headlines(edited, None)[-1].details
 
 
 def test_two_processes_do_not_make_one_plan(model: Path, text: Path, tmp_path: Path) -> None:

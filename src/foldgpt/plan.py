@@ -425,6 +425,18 @@ class FoldPlan(_Frozen):
         )
 
     @property
+    def removal(self) -> dict[str, list[int]]:
+        """What was chosen for removal, as JSON values; what starts at zero was chosen so."""
+        start = self.at_start
+        return {name: list(getattr(start, name)) for name in ("removed", "removed_attention", "removed_mlp")}
+
+    @property
+    def was_edited(self) -> bool:
+        """Whether something else is removed than was chosen, as far as the origin says what was (`origin.selected`)."""
+        selected = self.origin.get("selected")
+        return selected is not None and selected != self.removal
+
+    @property
     def is_removal_only(self) -> bool:
         """Whether the result is an ordinary model of the source's class: whole blocks removed, nothing else."""
         return not (self.removed_attention or self.removed_mlp or self.groups)

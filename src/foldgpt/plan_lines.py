@@ -47,6 +47,8 @@ def _chosen_lines(plan: FoldPlan) -> list[str]:
     origin = plan.origin
     if "selector" not in origin or _removes_nothing(plan):
         return []
+    if plan.was_edited:
+        return [chosen_words(plan)]
     options = origin.get("options")
     given = dict(options) if isinstance(options, Mapping) else {}
     # The option `seed` of a selector takes the place of the seed of all.
@@ -57,7 +59,17 @@ def _chosen_lines(plan: FoldPlan) -> list[str]:
     if origin["selector"] in _WITHOUT_TEXT:
         protocol = None
     on = f"; calibrated on {calibration_words(protocol)}" if isinstance(protocol, Mapping) else ""
-    return [f"chosen by {origin['selector']}{seed}{others}{on}"]
+    return [f"{chosen_words(plan)}{seed}{others}{on}"]
+
+
+def chosen_words(plan: FoldPlan) -> str:
+    """Who chose what is removed; a plan whose cut was edited is nobody's choice, and what was measured is not of it.
+
+    Args:
+        plan: one that names its selector.
+    """
+    edited = "edited since it was " if plan.was_edited else ""
+    return f"{edited}chosen by {plan.origin['selector']}"
 
 
 def _search_lines(plan: FoldPlan) -> list[str]:
@@ -65,6 +77,7 @@ def _search_lines(plan: FoldPlan) -> list[str]:
     report = plan.origin.get("report")
     if (
         report is None
+        or plan.was_edited
         or _removes_nothing(plan)
         or not _has_numbers(report, "cost", "num_tokens", "forward_equivalents", "seconds")
     ):
@@ -97,6 +110,8 @@ def _removes_nothing(plan: FoldPlan) -> bool:
 
 def _target_lines(plan: FoldPlan) -> list[str]:
     """What decided how many blocks go, where that was a target."""
+    if plan.was_edited:
+        return []
     report = plan.origin.get("report")
     met = report.get("target") if isinstance(report, Mapping) else None
     if not isinstance(met, Mapping) or not _has_numbers(met, "source", "limit", "num_remove"):
@@ -126,7 +141,12 @@ def _has_numbers(values: Any, *names: str) -> bool:
 
 
 def candidates_of(plan: FoldPlan) -> list[Mapping[str, Any]]:
-    """The ways to spend a budget that a plan's origin tells of, best first, as far as they are whole."""
+    """The ways to spend a budget that a plan's origin tells of, best first, as far as they are whole.
+
+    None where the plan's cut was edited: the best one is no longer the plan.
+    """
+    if plan.was_edited:
+        return []
     found: Any = plan.origin.get("candidates")
     numbers = ("num_removed", "num_at_zero", "num_shared", "parameters", "kl")
     entries = found if isinstance(found, list) else []

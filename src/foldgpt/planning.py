@@ -165,6 +165,8 @@ def make_plan(
 ) -> FoldPlan:
     """Decide what is removed and what is shared.
 
+    What is removed is recorded under `origin` too: of a plan that is edited, what was measured is not claimed.
+
     Args:
         bench: the inputs.
         selection: what was chosen for removal.
@@ -201,7 +203,7 @@ def make_plan(
         "report": dict(selection.report),
     }
     if limit is not None:
-        return _solved(bench, selection, limit, compensation, origin, analysis, checkpoint)
+        return _as_chosen(_solved(bench, selection, limit, compensation, origin, analysis, checkpoint))
     if recipe.share.method != "none" and not groups:
         why = _no_group(recipe)
         if not removes_anything:
@@ -209,13 +211,19 @@ def make_plan(
         note(f"nothing is shared: {why}")
     if recipe.share.donor == "best":
         groups = with_best_donors(Replay(source.model, bench.selection_ids()), groups)
-    return FoldPlan.create(
+    plan = FoldPlan.create(
         _source_model(bench),
         **_cut(recipe, selection, groups),
         compensation=compensation if removes_anything else None,
         fitting=bench.fitting if groups and recipe.share.fit else None,
         origin=origin,
     )
+    return _as_chosen(plan)
+
+
+def _as_chosen(plan: FoldPlan) -> FoldPlan:
+    """A plan that says under `origin` what was chosen for removal."""
+    return plan.model_copy(update={"origin": {**plan.origin, "selected": plan.removal}})
 
 
 def check_rank(recipe: Recipe, model: PreTrainedModel) -> None:

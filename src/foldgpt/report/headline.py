@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from foldgpt.evaluation import Evaluation
 from foldgpt.formats import block_ranges, megabytes, millions, percent, significant
 from foldgpt.plan import FoldPlan
+from foldgpt.plan_lines import chosen_words
 
 #: What the members of a group share, in a word.
 _SHARED = {
@@ -118,7 +119,7 @@ def _cut(plan: FoldPlan, compensated: bool) -> Headline:
         owners = block_ranges([group.holder for group in at_zero])
         details.append(f"only positions left, with the weights of {owners}: {block_ranges(started)}")
     if "selector" in plan.origin:
-        details.append(f"chosen by {plan.origin['selector']}")
+        details.append(chosen_words(plan))
     if compensated:
         details.append("kept blocks were fitted to make up for it")
     question = "What was cut?"
