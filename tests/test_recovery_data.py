@@ -195,6 +195,11 @@ def test_no_document_is_held_out_and_trained_on(tmp_path: Path) -> None:
     both = tmp_path / "both.jsonl"
     both.write_text("".join(json.dumps({"text": word, "said": word[::-1]}) + "\n" for word in words))
     pack(str(both), f"{both}#said"), "columns are texts of their own"
+    plain = tmp_path / "plain.txt"
+    plain.write_text(" ".join(words))
+    for spec, column in ((plain, "x"), (both, "messages")):
+        with pytest.raises(UsageError, match="have a text in common"):
+            pack(str(spec), f"{spec}#{column}")
 
 
 @pytest.mark.parametrize("name", ["context", "num_tokens", "num_held_out", "seed"])
@@ -477,3 +482,11 @@ def test_templates_that_know_parts_and_tools_have_them() -> None:
     assert "yes" in said_of([asked, said], with_template(parts))
     called = {"role": "assistant", "content": None, "tool_calls": [{"name": "find"}]}
     assert "[find]" in said_of([asked, called], with_template(parts))
+    adds = (
+        "{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.role == 'tool' %}{{ m.content | tojson }}"
+        "{% elif m.tool_calls %}{% for c in m.tool_calls %}[{{ c.name }}]{% endfor %}{% else %}"
+        "{{ '' + m.content }}{% endif %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    talk = [*turns("ask"), called, {"role": "tool", "content": [22.5]}, {"role": "assistant", "content": "22.5"}]
+    assert said_of(talk, with_template(adds)) == "[find]<eos>22.5<eos>"

@@ -200,12 +200,21 @@ def test_a_student_that_was_half_trained_is_not_trained_on(
     def stop(*_: Any, **__: Any) -> None:
         raise stopped
 
+    def full(*_: Any, **__: Any) -> None:
+        raise ArtifactError("the disk is full")
+
     with monkeypatch.context() as patch, pytest.raises(type(stopped)):
         patch.setattr(RecoveryTrainer, "training_step", stop)
         again("out")
     for settings in ({}, {"learning_rate": 1e-4}):
         with pytest.raises(UsageError, match="changed by a recovery that was broken off: load it again"):
             again("other", **settings)
+    student = tiny_pair()[0]
+    with monkeypatch.context() as patch, pytest.raises(ArtifactError, match="disk"):
+        patch.setattr(RECOVER, "save_folded", full)
+        again("out")
+    with pytest.raises(UsageError, match="load it again"):
+        again("out")
     student = tiny_pair()[0]
     again("out")
     again("more"), "one that came to its end may be trained again"
@@ -219,6 +228,8 @@ def test_what_is_kept_meanwhile_does_not_lie_where_the_model_will(tmp_path: Path
     for name in ("work", "teacher_cache"):
         with pytest.raises(UsageError, match=f"{name} is .*, and .*out is where the recovered model will be"):
             recovered_on(train, out, **{name: out / inside})
+    with pytest.raises(UsageError, match=r"out lies in work, .*, which is removed in the end"):
+        recovered_on(train, out, work=tmp_path)
     assert not list(tmp_path.iterdir())
 
 

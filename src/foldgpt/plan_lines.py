@@ -143,7 +143,7 @@ def _has_numbers(values: Any, *names: str) -> bool:
 def candidates_of(plan: FoldPlan) -> list[Mapping[str, Any]]:
     """The ways to spend a budget that a plan's origin tells of, best first, as far as they are whole.
 
-    None where the plan's cut was edited: the best one is no longer the plan.
+    None where something else is removed than was chosen: the best one is no longer the plan.
     """
     if plan.was_edited:
         return []

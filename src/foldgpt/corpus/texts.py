@@ -213,9 +213,12 @@ def _column_of(spec: str) -> str:
     if spec.startswith(NOT_FILES):
         return _DEFAULT_COLUMN
     try:
-        return _local_files(spec)[2]
+        _, files, column = _local_files(spec)
     except FoldGPTError:
         return _DEFAULT_COLUMN
+    # What has no columns is the same text under any, and chats are read where there is no text.
+    plain = all(file.suffix in (".txt", ".raw") for file in files)
+    return _DEFAULT_COLUMN if plain or column == _CHAT_COLUMN else column
 
 
 def _overlap(spec: str, other: str) -> bool:

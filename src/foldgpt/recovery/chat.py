@@ -54,8 +54,6 @@ def _rendered(chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tu
         if not isinstance(message, Mapping):
             raise ValueError(f"a message is an object with role and content, not {message!r}")
     whole: str = tokenizer.apply_chat_template([dict(message) for message in chat], tokenize=False)
-    for number, message in enumerate(chat, 1):
-        _check_content(message, number, whole)
     replies = []
     for index, message in enumerate(chat):
         if message.get("role") != "assistant":
@@ -65,12 +63,8 @@ def _rendered(chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tu
         earlier = [dict(message) for message in chat[:index]]
         opening: str = tokenizer.apply_chat_template(earlier, tokenize=False, add_generation_prompt=True)
         closed: str = tokenizer.apply_chat_template([*earlier, dict(message)], tokenize=False)
-        if not isinstance(message.get("content"), str) and message.get("tool_calls"):
-            without = {name: value for name, value in message.items() if name != "tool_calls"}
-            if tokenizer.apply_chat_template([*earlier, without], tokenize=False) == closed:
-                raise ValueError(
-                    f"message {index + 1} calls tools, which the template leaves out, and says nothing else"
-                )
+        if not isinstance(message.get("content"), str):
+            _check_reply(message, index + 1, closed, earlier, tokenizer)
         if not (whole.startswith(closed) and closed.startswith(opening)):
             stop = _end_of_earlier_reply(whole, opening, closed, message.get("content"))
             if stop is None:
@@ -84,22 +78,35 @@ def _rendered(chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tu
     return whole, replies
 
 
-def _check_content(message: Message, number: int, whole: str) -> None:
-    """Refuse what a template would write as Python does, or leave out: the student would learn to say that.
+def _check_reply(
+    message: Message, number: int, closed: str, earlier: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a reply that is no text where a template writes it as Python does, or leaves it out.
+
+    The student would learn to say that.
 
     Args:
-        message: the message.
-        number: which one of the chat it is.
-        whole: the chat as it is rendered.
+        message: the reply.
+        number: which message of the chat it is.
+        closed: the chat up to it, as it is rendered.
+        earlier: the messages before it.
+        tokenizer: has the template.
     """
     content = message.get("content")
-    if isinstance(content, str):
-        return
     # Some templates know parts of content, and write their text.
-    if content and str(content) in whole:
+    if content and str(content) in closed:
         raise ValueError(f"the template takes text alone, and the content of message {number} is {content!r}")
-    if not content and message.get("role") == "assistant" and not message.get("tool_calls"):
+    if content:
+        return
+    if not message.get("tool_calls"):
         raise ValueError(f"message {number} is the assistant's and has no content, but {', '.join(message)}")
+    silent = {name: value for name, value in message.items() if name != "tool_calls"} | {"content": ""}
+    try:
+        without = tokenizer.apply_chat_template([*earlier, silent], tokenize=False)
+    except (TemplateError, ValueError, TypeError):  # it takes no reply that says nothing, so it does look at the calls
+        return
+    if without == closed:
+        raise ValueError(f"message {number} calls tools, which the template leaves out, and says nothing else")
 
 
 def _end_of_earlier_reply(whole: str, opening: str, closed: str, content: Any) -> int | None:

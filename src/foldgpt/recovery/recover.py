@@ -148,7 +148,6 @@ def recover(
             cache=teacher_cache,
             save_dtype=save_dtype,
         )
-        delattr(student, _CHANGED)
         result = dataclasses.replace(result, text=dict(text or {}))
         if save_dtype is not None:
             # In all processes: they have one model.
@@ -167,6 +166,8 @@ def recover(
             if not keep_work:
                 remove_work(work)
         _wait()
+        # Not before it is saved: trained on, it would be taken for a student as it was folded.
+        delattr(student, _CHANGED)
         return result
 
 
