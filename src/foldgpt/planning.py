@@ -188,13 +188,12 @@ def make_plan(
         or (groups and (recipe.share.fit or recipe.share.donor == "best"))
     )
     origin: dict[str, Any] = {"seed": recipe.seed}
-    if selection.method in MEASURED:
+    analysed = None if analysis is None else analysis.calibration
+    # Whoever folds by the plan from elsewhere finds the text by it, whatever chose the blocks.
+    if selection.method in MEASURED or (analysed is None and reads_text):
         origin["calibration"] = bench.calibration_identity.model_dump(mode="json")
-    elif analysis is not None and analysis.calibration is not None:
-        origin["calibration"] = analysis.calibration.model_dump(mode="json")
-    elif reads_text:
-        # Whoever folds by the plan from elsewhere finds the text by it, whatever chose the blocks.
-        origin["calibration"] = bench.calibration_identity.model_dump(mode="json")
+    elif analysed is not None:
+        origin["calibration"] = analysed.model_dump(mode="json")
     origin |= {
         "selector": selection.method,
         **({"options": dict(recipe.select.options)} if recipe.select.options else {}),

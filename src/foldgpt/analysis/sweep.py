@@ -275,12 +275,15 @@ def _identity(
     """All that decides what a sweep finds."""
     windows = hashlib.sha256(windows_ids.to("cpu").contiguous().numpy().tobytes())
     windows.update(lengths.numpy().tobytes())
-    # The same model may be named otherwise the next time, by another path or from another folder.
-    known = None if source is None else source.fingerprint or source.model_dump(mode="json")
+    if source is None:
+        # Of an offloaded model values are known only of what is in memory, which may be another part the next time.
+        known: Any = weights_fingerprint(decoder.model)
+    else:
+        # The same model may be named otherwise the next time, by another path or from another folder.
+        known = source.fingerprint or source.model_dump(mode="json")
     return {
         "foldgpt": foldgpt.__version__,
-        # Of an offloaded model values are known only of what is in memory, which may be another part the next time.
-        "source": weights_fingerprint(decoder.model) if known is None else known,
+        "source": known,
         "config": str(decoder.config.to_json_string()),
         "dtype": str(next(decoder.model.parameters()).dtype),
         "windows": windows.hexdigest(),

@@ -217,8 +217,7 @@ def _column_of(spec: str) -> str:
     except FoldGPTError:
         return _DEFAULT_COLUMN
     # What has no columns is the same text under any, and chats are read where there is no text.
-    plain = all(file.suffix in (".txt", ".raw") for file in files)
-    return _DEFAULT_COLUMN if plain or column == _CHAT_COLUMN else column
+    return _DEFAULT_COLUMN if _are_plain(files) or column == _CHAT_COLUMN else column
 
 
 def _overlap(spec: str, other: str) -> bool:
@@ -247,9 +246,11 @@ def _local_text(spec: str) -> Text:
 
     name = path.name if path.is_file() else f"{path.name} ({len(files)} files)"
     name += "" if column == _DEFAULT_COLUMN else f"#{column}"
-    plain = all(file.suffix in (".txt", ".raw") for file in files)
     return Text(
-        name, "" if plain else "\n\n", read, lambda: [name, [[file.name, _file_identity(file)] for file in files]]
+        name,
+        "" if _are_plain(files) else "\n\n",
+        read,
+        lambda: [name, [[file.name, _file_identity(file)] for file in files]],
     )
 
 
@@ -280,21 +281,20 @@ def _files_of(spec: str) -> tuple[Path, list[Path], str]:
         near = did_you_mean(path.name, _readable_files(path.parent)) if path.parent.is_dir() else ""
         raise SourceError(f"no text file matches {pattern}.{near}")
     for file in files:
-        if not _is_utf8(file.name):
+        try:
+            file.name.encode()  # records are JSON, which could not hold it
+        except UnicodeEncodeError as error:
             raise SourceError(
                 f"cannot read {file.name!a} in {file.parent}: its name is not UTF-8. Give it another one."
-            )
+            ) from error
         if file.suffix not in _READERS:
             raise SourceError(f"cannot read {file}: known kinds of text are {', '.join(_READERS)}")
     return path, files, column
 
 
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _are_plain(files: Sequence[Path]) -> bool:
+    """Whether they are text and nothing else: without columns, and one document each."""
+    return all(_READERS[file.suffix] is _read_plain for file in files)
 
 
 def _file_identity(file: Path) -> str:

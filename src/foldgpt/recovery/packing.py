@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -88,17 +89,17 @@ def packed_windows(
         if not isinstance(number, Integral) or isinstance(number, bool):
             raise UsageError(f"{name} must be a whole number, not {number!r}")
     context, num_tokens, num_held_out, seed = map(int, numbers.values())
-    open_texts(specs, own)  # says what is no text
-    specs = [os.fspath(spec) for spec in specs]
-    check_none_twice(specs)
     counts = (num_held_out // context, num_tokens // context)
     if context < 2 or min(counts) < 1:
         raise UsageError(
             f"{num_tokens:,} tokens to train on and {num_held_out:,} held out do not fill a window of {context:,} each"
         )
+    contents = identity_of(specs, own=own)  # refuses what is no list of texts
+    specs = [os.fspath(spec) for spec in specs]
+    check_none_twice(specs)
     protocol = {
-        "texts": list(specs),
-        "contents": identity_of(specs, own=own),
+        "texts": specs,
+        "contents": contents,
         "tokenizer": _identity_of(tokenizer),
         "context": context,
         "windows": list(counts),
@@ -112,8 +113,8 @@ def packed_windows(
     shape = (sum(counts), context)
 
     def is_there() -> bool:
-        num_tokens = shape[0] * context
-        return is_whole(path, 4 * num_tokens) and is_whole(path.with_suffix(_MARKS), 2 * num_tokens)
+        num_ids = math.prod(shape)
+        return is_whole(path, 4 * num_ids) and is_whole(path.with_suffix(_MARKS), 2 * num_ids)
 
     if not is_there():
         try:

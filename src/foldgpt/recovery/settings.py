@@ -17,14 +17,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "train_blocks": ("all", "behind"),
     "train_fully": ("none", "cuts", "all"),
 }
-#: Annotation → what it is called, and whether a value is one. In Python True is a number.
-_KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
-    "bool": ("true or false", lambda value: isinstance(value, bool)),
-    "int": ("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
-    "float": ("a number", lambda value: isinstance(value, Real) and not isinstance(value, bool)),
+#: Annotation → what it is called, whether a value is one, and its plain type. In Python True is a number.
+_KINDS: dict[str, tuple[str, Callable[[object], bool], Callable[[Any], float]]] = {
+    "bool": ("true or false", lambda value: isinstance(value, bool), bool),
+    "int": ("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool), int),
+    "float": ("a number", lambda value: isinstance(value, Real) and not isinstance(value, bool), float),
 }
-#: The plain types of numbers.
-_PLAIN: dict[str, Callable[[Any], float]] = {"int": int, "float": float}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +101,14 @@ class RecoverySettings:
             value = getattr(self, field.name)
             kind = str(field.type).removesuffix(" | None")
             is_left_out = value is None and field.default is None
-            if kind in _KINDS and not is_left_out and not _KINDS[kind][1](value):
-                raise UsageError(f"{field.name} must be {_KINDS[kind][0]}, not {value!r}")
-            if not is_left_out and kind in _PLAIN and type(value) not in (int, float):
-                # numpy's numbers are taken, and cannot be written as JSON.
-                value = _PLAIN[kind](value)
-                object.__setattr__(self, field.name, value)
+            if kind in _KINDS and not is_left_out:
+                words, is_one, plain = _KINDS[kind]
+                if not is_one(value):
+                    raise UsageError(f"{field.name} must be {words}, not {value!r}")
+                if type(value) not in (bool, int, float):
+                    # numpy's numbers are taken, and cannot be written as JSON.
+                    value = plain(value)
+                    object.__setattr__(self, field.name, value)
             if isinstance(value, float) and not math.isfinite(value):
                 raise UsageError(f"{field.name} must be a finite number, not {value}")
         for name in ("kl", "lm", "last_error", "last_cosine", "states", "weight_decay", "rank"):

@@ -120,36 +120,32 @@ def _check(recipe: Recipe, rows: Sequence[Row], config: Any) -> None:
     # The rows of a comparison have a folder in common.
     common = Path(side_by_side.ROWS) if rows else None
     bench = _RealBench(recipe, config, common)
+    model = _on_meta_if_it_goes(recipe, config) if rows or recipe.share.rank else None
     if not rows:
         check_plan(bench)
-        _check_rank(recipe, config)
+        _check_rank(recipe, model)
     # Rows have contexts, tasks and loggers in common.
     check_without_files(bench)
     for row in rows:
         with side_by_side.named(row):
             check_plan(_RealBench(row.recipe, config, common))
-            _check_rank(row.recipe, config)
-    if rows:
-        _check_budgets(recipe, rows, config)
+            _check_rank(row.recipe, model)
+    if rows and model is not None:
+        side_by_side.check_expected_budgets(rows, model, recipe.compare)
 
 
-def _check_rank(recipe: Recipe, config: Any) -> None:
+def _on_meta_if_it_goes(recipe: Recipe, config: Any) -> Any:
+    """The real model without values; None where it cannot be built so, which is said where it is counted."""
+    try:
+        return on_meta(config, recipe)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _check_rank(recipe: Recipe, model: Any) -> None:
     """The toy's matrices are smaller than the real ones, and its rank with them."""
-    if not recipe.share.rank:
-        return
-    try:
-        model = on_meta(config, recipe)
-    except (RuntimeError, TypeError, ValueError):
-        return  # said where it is counted
-    check_rank(recipe, model)
-
-
-def _check_budgets(recipe: Recipe, rows: Sequence[Row], config: Any) -> None:
-    try:
-        model = on_meta(config, recipe)
-    except (RuntimeError, TypeError, ValueError):
-        return  # said where it is counted
-    side_by_side.check_expected_budgets(rows, model, recipe.compare)
+    if model is not None:
+        check_rank(recipe, model)
 
 
 class _RealBench(Workbench):
