@@ -5,7 +5,7 @@
 - torch_attention: the same with torch's fused attention.
 - half: the same as recovery, scored at half of the positions.
 - behind: LoRA in the block before the first cut and behind it (`train_blocks="behind"`).
-- cached: the same with the teacher's states read from a file (`teacher_cache`).
+- cached: the same with what the student is compared with read from a file (`teacher_cache`).
 - all_cached: as recovery, with them.
 - compiled: recovery with `compile=True`: each block of both models compiled; only where asked for by `--side`.
 - plain: transformers' Trainer and peft as one would write it: LoRA everywhere, full logits of both models and
@@ -54,7 +54,8 @@ from foldgpt.recovery import RecoverySettings, TrainingWindows, make_trainable_
 from foldgpt.recovery.common import common_blocks
 from foldgpt.recovery.compiled import compiled_blocks
 from foldgpt.recovery.distillation import IGNORED, Distillation
-from foldgpt.recovery.teacher import Teacher, cache_states
+from foldgpt.recovery.teacher import Teacher
+from foldgpt.recovery.teacher_cache import Kept, cache_states
 from foldgpt.recovery.trainer import RecoveryTrainer
 from foldgpt.sources import DTYPES, load_source
 from provenance import provenance_of
@@ -169,7 +170,9 @@ def prepare(side: str, arguments: argparse.Namespace, folder: Path, until_end: E
         teacher = Teacher(source, common=common)
         windows = TrainingWindows(ids.cpu())
         is_cached = side in ("cached", "all_cached")
-        cache = cache_states(teacher, TrainingWindows(ids), folder, batch_size=len(ids)) if is_cached else None
+        kept = Kept.for_losses(settings, head, teacher.head)
+        train = TrainingWindows(ids)
+        cache = cache_states(teacher, train, folder, batch_size=len(ids), kept=kept) if is_cached else None
         batch["window"] = torch.arange(len(ids))
         if side == "half":
             batch["labels"] = ids.masked_fill(torch.arange(arguments.context, device=ids.device) % 2 == 0, IGNORED)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from foldgpt.objectives import Head
+
 NUM_BLOCKS = 6
 
 _COMMON: dict[str, Any] = {
@@ -111,6 +113,15 @@ def model_of_an_unknown_family(num_blocks: int) -> PreTrainedModel:
         num_attention_heads=4,
     )
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def head_of(weight_VH: torch.Tensor) -> Head:
+    """A head without a model."""
+    linear = torch.nn.Linear(*weight_VH.shape[::-1], bias=False).requires_grad_(False)
+    linear.weight.data = weight_VH
+    head = object.__new__(Head)
+    head._output, head._cap, head.factor, head.vocab_size = linear, None, 1.0, len(weight_VH)
+    return head
 
 
 def token_ids(model: Any, shape: tuple[int, int] = (2, 20), seed: int = 0) -> torch.Tensor:

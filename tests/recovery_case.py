@@ -45,6 +45,7 @@ def tiny_pair(family: str = "llama", shared: bool = True, **changes: Any) -> tup
 def tiny_recovery(folder: Path, **changes: Any) -> RecoveryResult:
     """Recover it into `folder / "recovered"`."""
     student, teacher, plan = tiny_pair(shared=bool(changes.pop("shared", True)))
+    cache = changes.pop("teacher_cache", None)
     given = {"batch_size": 4, "micro_batch_size": 2, "evaluate_every": 3, "rank": 4, "learning_rate": 3e-3, **changes}
     return recover(
         student,
@@ -54,6 +55,7 @@ def tiny_recovery(folder: Path, **changes: Any) -> RecoveryResult:
         TrainingWindows(tiny_windows(8, seed=2)),
         RecoverySettings(**given),
         folder / "recovered",
+        teacher_cache=cache,
     )
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from foldgpt.errors import UnsupportedModelError
 from foldgpt.objectives import Head, SourcePredictions, cross_entropy, divergence, forward_kl
-from models import tiny_model, token_ids
+from models import head_of, tiny_model, token_ids
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def test_the_rounding_of_a_head_in_bf16_is_no_noise_in_a_divergence(monkeypatch:
     # Each row likes one token, as a language model does.
     teacher = (3 * torch.randn(256, 128) + weight[torch.randint(4096, (256,))] / 0.12).bfloat16()
     student = teacher + 0.1 * torch.randn(256, 128).bfloat16()
-    exact, rounded = (_head_of(weight.bfloat16().to(dtype)) for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (head_of(weight.bfloat16().to(dtype)) for dtype in (torch.float32, torch.bfloat16))
     expected = forward_kl(exact, teacher.float(), student.float())
     predictions = SourcePredictions(rounded, teacher)
     assert float(predictions.kl(teacher).abs().max()) < 1e-5, "of the source itself, nothing"
@@ -68,15 +68,6 @@ def test_the_rounding_of_a_head_in_bf16_is_no_noise_in_a_divergence(monkeypatch:
     log_p = exact.logits(teacher.float()).log_softmax(-1)
     mixed = (log_p.exp() * (log_p - exact.logits(student.float()))).sum(-1) + rounded.logits(student).logsumexp(-1)
     assert float((mixed - expected).std()) > 3 * float(noise)
-
-
-def _head_of(weight: torch.Tensor) -> Any:
-    """A head without a model."""
-    linear = torch.nn.Linear(*weight.shape[::-1], bias=False).requires_grad_(False)
-    linear.weight.data = weight
-    head = object.__new__(Head)
-    head._output, head._cap, head.factor, head.vocab_size = linear, None, 1.0, len(weight)
-    return head
 
 
 def test_cross_entropy_equals_the_plain_one() -> None:

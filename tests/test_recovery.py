@@ -21,7 +21,15 @@ from foldgpt.artifacts import read_json
 from foldgpt.errors import UnsupportedModelError, UsageError
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
-from foldgpt.objectives import DivergenceLoss, Head, cosine_distance, cross_entropy, forward_kl, relative_error
+from foldgpt.objectives import (
+    DivergenceLoss,
+    Head,
+    ReducedPredictions,
+    cosine_distance,
+    cross_entropy,
+    forward_kl,
+    relative_error,
+)
 from foldgpt.plan import FoldPlan, Group
 from foldgpt.recovery import (
     DivergenceError,
@@ -40,8 +48,8 @@ from foldgpt.recovery.dropout import without_dropout
 from foldgpt.recovery.inputs import check_inputs
 from foldgpt.recovery.recover import _arguments as arguments_of
 from foldgpt.recovery.recover import _checkpointing_ as checkpointing_
-from foldgpt.recovery.states import Body, States, aligned_blocks
-from foldgpt.recovery.teacher import Teacher
+from foldgpt.recovery.states import Body, aligned_blocks
+from foldgpt.recovery.teacher import Teacher, TeacherStates
 from foldgpt.recovery.trainer import RecoveryTrainer
 from foldgpt.recovery.windows import places_in_documents
 from models import CONFIGS, tiny_model
@@ -438,17 +446,19 @@ def test_what_is_only_measured_by_does_not_stay_on_the_device(tmp_path: Path, mo
     """The teacher's states on the held-out windows lie in the machine's memory between measurements."""
     moved: list[str] = []
 
-    def to(self: States, device: torch.device | str) -> States:
+    def to(self: TeacherStates, device: torch.device | str) -> TeacherStates:
         moved.append(f"to {device}" if isinstance(device, str) else "back")
         return self
 
-    monkeypatch.setattr(States, "to", to)
+    monkeypatch.setattr(TeacherStates, "to", to)
     tiny_recovery(tmp_path)
     # 8 held-out windows, two at a time, and six measurements.
     assert moved[:8] == ["to cpu", "back"] * 4 and moved[8:] == ["back"] * 20
     monkeypatch.undo()
-    states = States(torch.zeros(1), (torch.zeros(2),), torch.zeros(3)).to("meta")
-    assert {states.last_BTH.device.type, states.between[0].device.type, states.entry_BTH.device.type} == {"meta"}  # type: ignore[union-attr]
+    predictions = ReducedPredictions(*torch.zeros(4, 1))
+    states = TeacherStates(torch.zeros(1), (torch.zeros(2),), torch.zeros(3), predictions).to("meta")
+    tensors = [states.last_BTH, *states.between, states.entry_BTH, *vars(states.predictions).values()]
+    assert [tensor.device.type for tensor in tensors] == ["meta"] * 7  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,13 +13,15 @@ from foldgpt.objectives import (
     Divergence,
     DivergenceLoss,
     Head,
+    ReducedPredictions,
+    Teaching,
     cosine_distance,
     divergence,
     forward_kl,
     fused_logit_losses,
     relative_error,
 )
-from models import tiny_model
+from models import head_of, tiny_model
 
 ROWS, VOCABULARY = 7, 128
 
@@ -76,8 +80,7 @@ def test_the_fused_losses_are_those_of_full_logits(family: str, monkeypatch: pyt
         student_head,
         fresh,
         targets,
-        teacher_head=teacher_head,
-        teacher_RH=states[0],
+        teacher=(teacher_head, states[0]),
         divergence=DivergenceLoss("reverse", temperature=2.0),
         divergence_weight=0.5,
         lm_weight=3,
@@ -87,6 +90,78 @@ def test_the_fused_losses_are_those_of_full_logits(family: str, monkeypatch: pyt
     assert float(lm) == pytest.approx(float(expected_lm), rel=1e-5)
     assert float(total) == pytest.approx(float(0.5 * expected_kl + 3 * expected_lm), rel=1e-5)
     torch.testing.assert_close(fresh.grad, 3 * expected_gradient, rtol=1e-4, atol=3e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "granite"])
+@pytest.mark.parametrize("tau", [1.0, 2.5])
+def test_reduced_predictions_teach_what_the_teachers_logits_do(
+    family: str, tau: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A factor and a bias of the head included, more tokens than are kept one by one, and rows in chunks."""
+    monkeypatch.setattr(divergence, "CHUNK_BYTES", 4 * VOCABULARY * 3)
+    model = tiny_model(family).requires_grad_(False)
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCABULARY), requires_grad=False)
+    head, (teacher, student) = Head(model), 3 * torch.randn(2, ROWS, 32)
+    targets = torch.randint(0, VOCABULARY, (ROWS,))
+    reduced = ReducedPredictions.of(head, teacher, tau)
+    found = []
+    for teaching in ((head, teacher), reduced):
+        hidden = student.clone().requires_grad_()
+        kind = DivergenceLoss("forward", tau)
+        total, kl, lm = fused_logit_losses(
+            head, hidden, targets, teacher=teaching, divergence=kind, divergence_weight=0.7, lm_weight=0.5
+        )
+        (2 * total).backward()
+        found.append((total.detach(), kl, lm, hidden.grad))
+    assert float(found[0][1]) > 0.1
+    torch.testing.assert_close(found[1], found[0], rtol=2e-5, atol=2e-5)
+    # Of the teacher itself there is nothing to learn.
+    assert float(reduced.kl_with_gradient(head.logits(teacher), teacher, tau)[0].abs().max()) < 1e-4
+
+
+def test_in_bf16_reduced_predictions_teach_as_well_as_logits_do() -> None:
+    """The vector is rounded as well, as in a file."""
+    torch.manual_seed(0)
+    weight = (0.12 * torch.randn(4096, 128)).bfloat16()
+    # Each row likes one token, as a language model does.
+    teacher = (3 * torch.randn(256, 128) + weight[torch.randint(4096, (256,))].float() / 0.12).bfloat16()
+    student = teacher + 0.5 * torch.randn(256, 128).bfloat16()
+    rounded, exact = head_of(weight), head_of(weight.float())
+
+    def gradient(head: Head, states: Tensor, teaching: Teaching) -> Tensor:
+        hidden = states.clone().requires_grad_()
+        targets = torch.zeros(len(states), dtype=torch.int64)
+        fused_logit_losses(head, hidden, targets, teacher=teaching, divergence=DivergenceLoss())[0].backward()
+        assert hidden.grad is not None
+        return hidden.grad.float()
+
+    expected = gradient(exact, student.float(), (exact, teacher.float()))
+    reduced = ReducedPredictions.of(rounded, teacher)
+    reduced.mean_RH = reduced.mean_RH.bfloat16()
+    errors = [
+        float((gradient(rounded, student, teaching) - expected).norm() / expected.norm())
+        for teaching in ((rounded, teacher), reduced)
+    ]
+    assert errors[1] < 1.1 * errors[0] < 0.1
+
+
+def test_other_divergences_cannot_be_told_from_reduced_predictions() -> None:
+    head, states = Head(tiny_model("llama")), torch.randn(ROWS, 32)
+    reduced, targets = ReducedPredictions.of(head, states), torch.zeros(ROWS, dtype=torch.int64)
+    for kind in ("reverse", "skewed"):
+        with pytest.raises(ValueError, match=f"the {kind} divergence cannot be told"):
+            fused_logit_losses(head, states, targets, teacher=reduced, divergence=DivergenceLoss(kind))
+
+
+def test_heads_are_told_apart() -> None:
+    llama, other = Head(tiny_model("llama")), Head(tiny_model("llama", seed=1))
+    assert llama.is_linear_as(Head(tiny_model("llama"))) and not llama.is_linear_as(other)
+    assert not llama.is_linear_as(Head(tiny_model("llama").bfloat16()))
+    biased: Any = tiny_model("llama")
+    biased.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
+    assert not llama.is_linear_as(Head(biased)) and Head(biased).is_linear_as(Head(biased))
+    capped = Head(tiny_model("gemma2"))
+    assert not capped.is_linear_as(capped)
 
 
 def test_no_table_of_all_rows_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,8 +184,7 @@ def test_no_table_of_all_rows_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
         head,
         states,
         torch.zeros(ROWS, dtype=torch.int64),
-        teacher_head=teacher_head,
-        teacher_RH=others,
+        teacher=(teacher_head, others),
         divergence=DivergenceLoss("forward", 1.0, 0.1),
     )[0].backward()
     assert max(teachers) == 2 and sum(teachers) == ROWS

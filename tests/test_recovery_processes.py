@@ -90,6 +90,20 @@ def test_sharded_checkpoints_are_gone_on_from_and_the_best_is_kept(tmp_path: Pat
     assert two["after"] == pytest.approx(one.after, rel=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_processes_learn_from_a_file_what_they_do_from_the_teacher(tmp_path: Path, precision: str) -> None:
+    """FSDP's mixed precision rounds what a forward pass is given, if it finds it."""
+    one = tiny_recovery(tmp_path / "one", shared=False)
+    changes = {"shared": False, "teacher_cache": str(tmp_path / "cache")}
+    given = {"ACCELERATE_MIXED_PRECISION": precision, "ACCELERATE_USE_CPU": "true"}
+    found = [run(tmp_path / "two", changes, *TWO, **given), sharded(tmp_path / "shards", changes, **given)]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    for result in found:
+        expected = pytest.approx(step_losses(one.history), rel=1e-5 if precision == "no" else 0.02)
+        assert step_losses(result["history"]) == expected
+        assert result["after"]["loss"] < result["before"]["loss"]
+
+
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_mixed_precision_of_a_launcher(tmp_path: Path, is_sharded: bool) -> None:
     """Losses are near those of fp32, and not the same: it is on."""

@@ -10,28 +10,100 @@ import pytest
 import torch
 
 from foldgpt.folding import source_model_of
+from foldgpt.objectives import Head
 from foldgpt.plan import FoldPlan
 from foldgpt.recovery import (
     RecoverySettings,
     TrainingWindows,
 )
-from foldgpt.recovery.states import States
-from foldgpt.recovery.teacher import Teacher, cache_states
+from foldgpt.recovery.teacher import Teacher, TeacherStates
+from foldgpt.recovery.teacher_cache import Kept, cache_states
 from foldgpt.recovery.windows import places_in_documents
 from models import tiny_model
 from recovery_case import recovered_by, recovered_on, step_losses, tiny_windows
 
 
-def test_the_teacher_may_be_read_from_a_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+def test_the_teacher_may_be_read_from_a_file(tmp_path: Path, divergence: str) -> None:
+    """Its predictions where the loss can be told from them, its last hidden states otherwise."""
     results = []
     for name in ("fresh", "first", "second"):
         cache = None if name == "fresh" else tmp_path / "cache"
         windows = TrainingWindows(tiny_windows(8, seed=1))
-        results.append(recovered_on(windows, tmp_path / name, {"states": 1.0}, teacher_cache=cache))
+        settings = {"states": 1.0, "divergence": divergence}
+        results.append(recovered_on(windows, tmp_path / name, settings, teacher_cache=cache))
     fresh, first, second = (list(step_losses(result.history).values()) for result in results)
     assert first == second
-    assert first == fresh
+    assert first == (fresh if divergence == "reverse" else pytest.approx(fresh, rel=1e-5))
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "states", "temperature"),
+    [
+        ("llama", {}, 0, 1.0),
+        ("llama", {"temperature": 2.0, "lm": 0.5}, 0, 2.0),
+        ("llama", {"last_cosine": 1.0}, 1, 1.0),
+        ("llama", {"divergence": "skewed"}, 1, None),
+        ("llama", {"kl": 0.0, "last_error": 1.0}, 1, None),
+        ("gemma2", {}, 1, None),
+    ],
+)
+def test_the_cache_holds_what_the_losses_need(
+    tmp_path: Path, family: str, changes: dict[str, Any], states: int, temperature: float | None
+) -> None:
+    """And the student learns from it as it would from the teacher beside it; soft-capped logits are no product."""
+    losses = []
+    for name in ("fresh", "cached"):
+        teacher = tiny_model(family)
+        plan = FoldPlan.create(source_model_of(teacher), removed=[4])
+        settings = RecoverySettings(**{"batch_size": 4, "rank": 2, **changes})
+        cache = None if name == "fresh" else tmp_path / "cache"
+        result = recovered_by(teacher, plan, tmp_path / name, settings, windows=(8, 4), teacher_cache=cache)
+        losses.append(list(step_losses(result.history).values()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    (file,) = (tmp_path / "cache").iterdir()
+    # Of each of 8 · 16 tokens 32 channels, of predictions 32 likeliest tokens, their probabilities and an entropy too.
+    predictions = 0 if temperature is None else 32 + 2 * 32 + 1
+    assert file.stat().st_size == 8 * 16 * 4 * (32 * states + predictions)
+
+
+def test_predictions_for_one_temperature_are_not_taken_for_another(tmp_path: Path) -> None:
+    teacher, ids = Teacher(tiny_model("llama")), tiny_windows(2, seed=1)
+    found = []
+    for kept in (Kept(last=False, temperature=1.0), Kept(last=False, temperature=2.0), Kept(temperature=1.0), Kept()):
+        table = cache_states(teacher, TrainingWindows(ids), tmp_path, batch_size=2, kept=kept)
+        found.append(table.states(torch.arange(2), torch.device("cpu"), torch.float32))
+    assert len(list(tmp_path.iterdir())) == 4
+    one, two, both, last = (states.predictions for states in found)
+    assert one is not None and two is not None and both is not None and last is None
+    for name, value in vars(one).items():
+        torch.testing.assert_close(vars(both)[name], value)
+    assert float(two.own_R.mean()) != pytest.approx(float(one.own_R.mean()), rel=1e-2)
+    assert [states.last_BTH is not None for states in found] == [False, False, True, True]
+
+
+def test_a_teacher_in_a_file_makes_no_logits_in_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is what its predictions are kept for; it makes those of the held-out windows alone."""
+    rows: list[int] = []
+    logits = Head.logits
+
+    def counted(self: Head, hidden_RH: torch.Tensor) -> torch.Tensor:
+        rows.append(len(hidden_RH))
+        return logits(self, hidden_RH)
+
+    settings = RecoverySettings(batch_size=4, rank=2)
+    teacher = tiny_model("llama")
+    plan = FoldPlan.create(source_model_of(teacher), removed=[4])
+    counts = []
+    for name in ("fresh", "first", "second"):
+        cache = None if name == "fresh" else tmp_path / "cache"
+        with monkeypatch.context() as patch:
+            patch.setattr(Head, "logits", counted)
+            recovered_by(teacher, plan, tmp_path / name, settings, windows=(8, 4), teacher_cache=cache)
+        counts.append(sum(rows))
+        rows.clear()
+    assert counts[0] - counts[2] == 8 * 15 and counts[1] - counts[2] == 8 * 16
 
 
 def test_the_teacher_keeps_documents_apart_by_their_places() -> None:
@@ -46,11 +118,11 @@ def test_the_teacher_keeps_documents_apart_by_their_places() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cache_holds_the_stream_in_front_of_the_cut(tmp_path: Path, dtype: torch.dtype) -> None:
     """In the model's own format: from a rounded stream the loss would not be that of the saved model."""
-    losses = []
+    losses, ways = [], {"divergence": "reverse", "batch_size": 4, "rank": 2, "train_blocks": "behind"}
     for name in ("fresh", "cached"):
         teacher = tiny_model("llama").to(dtype)
         plan = FoldPlan.create(source_model_of(teacher), removed=[4])
-        settings = RecoverySettings(batch_size=4, rank=2, train_blocks="behind")
+        settings = RecoverySettings(**ways)
         cache = None if name == "fresh" else tmp_path / "cache"
         result = recovered_by(teacher, plan, tmp_path / name, settings, windows=(8, 4), teacher_cache=cache)
         losses.append(list(step_losses(result.history).values()))
@@ -120,7 +192,7 @@ def test_what_a_kill_leaves_of_the_cache_is_removed(tmp_path: Path, monkeypatch:
     states = Teacher.states
     written: set[Path] = set()
 
-    def watched(self: Teacher, *args: Any) -> States:
+    def watched(self: Teacher, *args: Any) -> TeacherStates:
         written.update(tmp_path.glob(".foldgpt-partial-*"))
         return states(self, *args)
 

@@ -210,6 +210,18 @@ def test_operations_are_two_for_each_weight_and_token_and_double_with_the_way_ba
     assert recovery == pytest.approx(64 * (4 * found.kept_block_parameters + head), rel=0.2)
 
 
+def test_a_teacher_in_a_file_spares_each_step_its_logits() -> None:
+    """For two products with the head once; where the logits are needed, each step makes them."""
+    recipe = Recipe.from_dict({"model": "m", "dtype": "float32", "recover": {"num_tokens": 512, "context": 32}})
+    head = 2 * 128 * 32 * 512
+    for family, divergence, saved in (("llama", "forward", 1), ("llama", "reverse", 0), ("gemma2", "forward", 0)):
+        plan = FoldPlan.create(source_model_of(tiny_model(family), name="m"), removed=[1])
+        config, settings = tiny_config(family), RecoverySettings(divergence=divergence)
+        plain, kept = (expect(config, recipe, plan, settings, teacher_cached=cached).flops for cached in (False, True))
+        assert plain["recovery"] - kept["recovery"] == pytest.approx(saved * head)
+        assert kept["teacher"] - plain["teacher"] == pytest.approx(2 * saved * head)
+
+
 def test_blocks_behind_the_first_cut_are_counted_as_if_all_were_trained() -> None:
     """The cuts of a rehearsal are the tiny model's; what the real one saves by its own is not known beforehand."""
     config, model = tiny_config("llama"), tiny_model("llama")

@@ -14,6 +14,11 @@ from torch import Tensor
 from foldgpt.objectives.divergence import chunk_rows
 from foldgpt.objectives.head import Head
 from foldgpt.objectives.logit_losses import DivergenceLoss, cross_entropy_with_gradient
+from foldgpt.objectives.reduced_predictions import ReducedPredictions
+
+#: A teacher's predictions at some rows: its head and its hidden states after the final norm, [rows, its H]; or what is
+#: left of them for a student with the same head.
+Teaching = tuple[Head, Tensor] | ReducedPredictions
 
 
 def fused_logit_losses(
@@ -21,8 +26,7 @@ def fused_logit_losses(
     student_RH: Tensor,
     targets_R: Tensor,
     *,
-    teacher_head: Head | None = None,
-    teacher_RH: Tensor | None = None,
+    teacher: Teaching | None = None,
     divergence: DivergenceLoss | None = None,
     divergence_weight: float = 1.0,
     lm_weight: float = 0.0,
@@ -35,8 +39,8 @@ def fused_logit_losses(
         student_head: the student's head.
         student_RH: the student's hidden states after the final norm, [rows, H].
         targets_R: the token that follows each row, int64 [rows].
-        teacher_head: the teacher's head.
-        teacher_RH: the teacher's hidden states, [rows, its H].
+        teacher: the teacher's predictions; those that are reduced have to be so at the temperature of the divergence,
+            by a head that is the student's too, and are good for the forward divergence alone.
         divergence: how the two are compared; None leaves the teacher out.
         divergence_weight: its weight.
         lm_weight: weight of the language-modelling loss.
@@ -45,11 +49,11 @@ def fused_logit_losses(
         The weighted sum, differentiable with respect to `student_RH`; and for the record, without gradient, the
         summed divergence (0 without one) and the summed language-modelling loss (0 if its weight is 0).
     """
-    if divergence is not None and (teacher_head is None or teacher_RH is None):
-        raise ValueError("a divergence needs the teacher's head and hidden states")
-    total, kl, lm = _Fused.apply(
-        student_RH, student_head, targets_R, teacher_head, teacher_RH, divergence, divergence_weight, lm_weight
-    )
+    if divergence is not None and teacher is None:
+        raise ValueError("a divergence needs the teacher's predictions")
+    if divergence is not None and divergence.kind != "forward" and isinstance(teacher, ReducedPredictions):
+        raise ValueError(f"the {divergence.kind} divergence cannot be told from reduced predictions")
+    total, kl, lm = _Fused.apply(student_RH, student_head, targets_R, teacher, divergence, divergence_weight, lm_weight)
     return total, kl, lm
 
 
@@ -60,8 +64,7 @@ class _Fused(torch.autograd.Function):
         student_RH: Tensor,
         student_head: Head,
         targets_R: Tensor,
-        teacher_head: Head | None,
-        teacher_RH: Tensor | None,
+        teacher: Teaching | None,
         divergence: DivergenceLoss | None,
         divergence_weight: float,
         lm_weight: float,
@@ -78,8 +81,9 @@ class _Fused(torch.autograd.Function):
                 logits = student_head.logits(hidden)
             with torch.no_grad():
                 gradient: Tensor | None = None
-                if divergence is not None and teacher_head is not None and teacher_RH is not None:
-                    values, gradient = divergence(teacher_head.logits(teacher_RH[rows]), logits.detach())
+                beside: Tensor | None = None
+                if divergence is not None and teacher is not None:
+                    values, gradient, beside = _compared(divergence, teacher, rows, logits.detach(), hidden.detach())
                     kl += values.sum(dtype=torch.float64)
                     gradient = gradient.mul_(divergence_weight) if divergence_weight != 1 else gradient
                 if lm_weight:
@@ -89,6 +93,8 @@ class _Fused(torch.autograd.Function):
                     gradient = lm_gradient if gradient is None else gradient.add_(lm_gradient)
             if gradient_RH is not None and gradient is not None:
                 (gradient_RH[rows],) = torch.autograd.grad(logits, hidden, gradient)
+                if beside is not None:
+                    gradient_RH[rows] += divergence_weight * beside
         ctx.save_for_backward(gradient_RH)
         ctx.mark_non_differentiable(kl, lm)
         return divergence_weight * kl + lm_weight * lm, kl, lm
@@ -96,4 +102,14 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_RH,) = ctx.saved_tensors
-        return (gradient_RH * grad_outputs[0].to(gradient_RH.dtype), *([None] * 7))
+        return (gradient_RH * grad_outputs[0].to(gradient_RH.dtype), *([None] * 6))
+
+
+def _compared(
+    divergence: DivergenceLoss, teacher: Teaching, rows: slice, student_RV: Tensor, student_RH: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Values [rows], and their gradients by way of the logits [rows, V] and, if any, beside the head [rows, H]."""
+    if isinstance(teacher, ReducedPredictions):
+        return teacher[rows].kl_with_gradient(student_RV, student_RH, divergence.temperature)
+    head, teacher_RH = teacher
+    return *divergence(head.logits(teacher_RH[rows]), student_RV), None

@@ -54,6 +54,17 @@ class Head:
         """The head's matrix where logits are linear in the hidden states (up to `factor`); None otherwise."""
         return self._output if isinstance(self._output, nn.Linear) and not self._cap else None
 
+    def is_linear_as(self, other: Head) -> bool:
+        """Whether logits are linear in the hidden states, and the other head's are the same of the same states."""
+        mine, theirs = self.linear, other.linear
+        if mine is None or theirs is None or self.factor != other.factor:
+            return False
+        ours, others = mine.state_dict(), theirs.state_dict()
+        return ours.keys() == others.keys() and all(
+            value.dtype == others[name].dtype and torch.equal(value, others[name].to(value.device))
+            for name, value in ours.items()
+        )
+
     @torch.no_grad()
     def _check(self, model: Any, body_path: str) -> None:
         device = model.get_input_embeddings().weight.device

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from foldgpt.families import brings_own_code, decoder_of
-from foldgpt.objectives import DivergenceLoss, Head, cosine_distance, fused_logit_losses, relative_error
+from foldgpt.objectives import (
+    DivergenceLoss,
+    Head,
+    ReducedPredictions,
+    Teaching,
+    cosine_distance,
+    fused_logit_losses,
+    relative_error,
+)
 from foldgpt.recovery.settings import RecoverySettings
 from foldgpt.recovery.states import Body, States
 
@@ -32,6 +40,9 @@ class Distillation(nn.Module):
         common: how many blocks, from the first on, are the teacher's own and are not trained.
         num_places: of how many places the error of states is the mean; by default those of `behind`. Behind the common
             blocks there is none, and nothing is compared.
+
+    Attributes:
+        head: the student's head.
     """
 
     def __init__(
@@ -47,7 +58,7 @@ class Distillation(nn.Module):
         super().__init__()
         self.student = student
         self._settings = settings
-        self._head = head
+        self.head = head
         self._teacher_head = teacher_head
         self._num_places = len(behind) if num_places is None else num_places
         self._body = Body(student, behind, common)
@@ -74,6 +85,7 @@ class Distillation(nn.Module):
         teacher_last: Tensor | None = None,
         teacher_between: Sequence[Tensor] = (),
         teacher_entry: Tensor | None = None,
+        teacher_predictions: ReducedPredictions | None = None,
     ) -> dict[str, Tensor]:
         """Losses on a batch.
 
@@ -81,9 +93,11 @@ class Distillation(nn.Module):
             input_ids: [B, T].
             labels: [B, T], `input_ids` where a token is to be predicted and `IGNORED` elsewhere.
             positions: places in the documents, or None.
-            teacher_last: the teacher's last hidden states, [B, T, H].
+            teacher_last: the teacher's last hidden states, [B, T, H]; where there are predictions, needed only by the
+                losses that compare them.
             teacher_between: its states that those behind the student's blocks are compared with.
             teacher_entry: its stream behind the common blocks; without it the student runs them itself.
+            teacher_predictions: its predictions at all positions, [B, T], for a student with its head.
 
         Returns:
             "loss", the weighted sum, with a gradient, and each loss by itself without; fp64 sums over positions.
@@ -99,12 +113,17 @@ class Distillation(nn.Module):
         loss = student_RH.new_zeros((), dtype=torch.float64)
         if settings.kl or settings.lm:
             compares = settings.kl > 0
+            if teacher_predictions is not None:
+                teacher: Teaching | None = teacher_predictions[:, :-1][scored]
+            elif teacher_RH is not None and self._teacher_head is not None:
+                teacher = self._teacher_head, teacher_RH
+            else:
+                teacher = None
             total, kl, lm = fused_logit_losses(
-                self._head,
+                self.head,
                 student_RH,
                 targets_R,
-                teacher_head=self._teacher_head,
-                teacher_RH=teacher_RH,
+                teacher=teacher,
                 divergence=DivergenceLoss(settings.divergence, settings.temperature, settings.skew)
                 if compares
                 else None,

@@ -31,7 +31,8 @@ from foldgpt.recovery.dropout import without_dropout
 from foldgpt.recovery.inputs import check_device, check_inputs, check_trainable
 from foldgpt.recovery.loggers import check_loggers, keep_logs_
 from foldgpt.recovery.settings import RecoverySettings
-from foldgpt.recovery.teacher import CachedStates, Teacher, cache_states
+from foldgpt.recovery.teacher import Teacher
+from foldgpt.recovery.teacher_cache import CachedStates, Kept, cache_states
 from foldgpt.recovery.trainable import make_trainable_, merge_trained_, trained_scales
 from foldgpt.recovery.trainer import COMPLETE, RecoveryTrainer
 from foldgpt.recovery.windows import TrainingWindows
@@ -208,7 +209,7 @@ def _trained(
     is_main = args.process_index == 0
     module, taught, num_trained = _made_trainable(student, teacher, plan, settings, pairs, args.device)
     with attention_in_tiles(teacher):
-        states = _cache(taught, train, cache, settings, is_main=is_main)
+        states = _cache(taught, module.head, train, cache, settings, is_main=is_main)
     if settings.gradient_checkpointing:
         _checkpointing_(student, True)
     num_steps = args.max_steps
@@ -394,6 +395,7 @@ def _arguments(
 
 def _cache(
     teacher: Teacher | None,
+    head: Head,
     train: TrainingWindows,
     folder: str | Path | None,
     settings: RecoverySettings,
@@ -410,6 +412,7 @@ def _cache(
             train,
             Path(folder),
             batch_size=settings.micro_batch_size,
+            kept=Kept.for_losses(settings, head, teacher.head),
         )
 
     if is_main:

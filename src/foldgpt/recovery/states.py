@@ -22,17 +22,10 @@ class States:
     Attributes:
         last_BTH: after the final norm: what the head reads.
         between: the residual stream behind the blocks that were asked for, [B, T, H] each.
-        entry_BTH: the stream in front of the first block that teacher and student do not have in common.
     """
 
     last_BTH: Tensor
     between: tuple[Tensor, ...] = ()
-    entry_BTH: Tensor | None = None
-
-    def to(self, device: torch.device | str) -> States:
-        """The same states on a device."""
-        entry = None if self.entry_BTH is None else self.entry_BTH.to(device)
-        return States(self.last_BTH.to(device), tuple(state.to(device) for state in self.between), entry)
 
 
 class Body:

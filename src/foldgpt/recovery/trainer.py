@@ -27,8 +27,8 @@ from foldgpt.recovery.callbacks import MeasureAtEnd, Narrator, TimeBudget
 from foldgpt.recovery.distillation import IGNORED, Distillation
 from foldgpt.recovery.errors import DivergenceError
 from foldgpt.recovery.masters import parameters_called
-from foldgpt.recovery.states import States
-from foldgpt.recovery.teacher import CachedStates, Teacher
+from foldgpt.recovery.teacher import Teacher, TeacherStates
+from foldgpt.recovery.teacher_cache import CachedStates
 from foldgpt.recovery.windows import TrainingWindows
 
 #: Written last into a checkpoint: without it, the process was killed while it saved.
@@ -88,7 +88,7 @@ class RecoveryTrainer(Trainer):
         self._held_out = held_out
         self._teacher = teacher
         self._cache = cache
-        self._kept_states: dict[int, States] = {}
+        self._kept_states: dict[int, TeacherStates] = {}
         self._start: float | None = None
         self._rate, self._at_rate = 1.0, set[int]()
         if self.is_fsdp_enabled:
@@ -138,7 +138,7 @@ class RecoveryTrainer(Trainer):
         loss = sums["loss"] * self.accelerator.num_processes / torch.as_tensor(num_scored).clamp(min=1)
         return (loss, sums) if return_outputs else loss
 
-    def _teacher_states(self, inputs: dict[str, Tensor]) -> States | None:
+    def _teacher_states(self, inputs: dict[str, Tensor]) -> TeacherStates | None:
         if self._teacher is None:
             return None
         if self._cache is not None:
@@ -146,18 +146,15 @@ class RecoveryTrainer(Trainer):
             return self._cache.states(inputs["window"], inputs["input_ids"].device, dtype)
         return self._computed(self._teacher, inputs)
 
-    def _computed(self, teacher: Teacher, inputs: dict[str, Tensor]) -> States:
+    def _computed(self, teacher: Teacher, inputs: dict[str, Tensor]) -> TeacherStates:
         """The teacher's states, in the mixed precision in which the student runs."""
         with self.accelerator.autocast():
             return teacher.states(inputs["input_ids"], inputs.get("positions"))
 
     @staticmethod
-    def _arguments(inputs: dict[str, Tensor], theirs: States | None) -> dict[str, Any]:
+    def _arguments(inputs: dict[str, Tensor], theirs: TeacherStates | None) -> dict[str, Any]:
         arguments: dict[str, Any] = {name: value for name, value in inputs.items() if name != "window"}
-        if theirs is not None:
-            arguments |= {"teacher_last": theirs.last_BTH, "teacher_between": theirs.between}
-            arguments |= {} if theirs.entry_BTH is None else {"teacher_entry": theirs.entry_BTH}
-        return arguments
+        return arguments if theirs is None else arguments | theirs.arguments()
 
     def _load_callback_state(self) -> None:
         """As in transformers; but how long it may take is said by the call that goes on, not by the stopped one.
@@ -233,7 +230,7 @@ class RecoveryTrainer(Trainer):
             table = self.accelerator.reduce(table, "sum")
         return {name: float(value / table[0]) for name, value in zip(sums, table[1:], strict=True)}
 
-    def _teacher_on_held_out(self, start: int, inputs: dict[str, Tensor]) -> States | None:
+    def _teacher_on_held_out(self, start: int, inputs: dict[str, Tensor]) -> TeacherStates | None:
         """The teacher's states on the held-out windows from `start` on; computed once."""
         if self._teacher is None:
             return None

@@ -28,6 +28,7 @@ from foldgpt.plan import FoldPlan
 from foldgpt.planning import num_removed
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings
+from foldgpt.recovery.teacher_cache import Kept
 from foldgpt.recovery.trainable import make_trainable_
 from foldgpt.rehearsal.fits import bytes_of_fits
 from foldgpt.selection import (
@@ -204,9 +205,16 @@ def expect(
         steps = section.num_tokens // (settings.batch_size * section.context)
         rounds = 2 + steps // settings.evaluate_every
         held_out = section.held_out_tokens * (there + 2 * head)
+        # Its predictions are reduced in a file, for two products with the head, and each step is saved its logits.
+        is_reduced = (
+            teacher_cached
+            and teacher > 0
+            and Kept.reduces(settings)
+            and not getattr(config, "final_logit_softcapping", None)
+        )
         if teacher:
-            flops["teacher"] = section.num_tokens * teacher
-        flops["recovery"] = section.num_tokens * (per_token + 3 * head) + rounds * held_out
+            flops["teacher"] = section.num_tokens * (teacher + 2 * head * is_reduced)
+        flops["recovery"] = section.num_tokens * (per_token + (3 - is_reduced) * head) + rounds * held_out
         memory["recovery"] = Memory(
             folded_bytes,
             teacher=weights if settings.needs_teacher else 0,

@@ -67,8 +67,7 @@ def gradient_of_gates(cost: RemovalCost, sample: Sample, gates_N: Tensor) -> tup
                 cost.head,
                 student_RH,
                 sample.targets_R[here],
-                teacher_head=cost.head,
-                teacher_RH=None if sample.source is None else sample.source.hidden_RH[here],
+                teacher=None if sample.source is None else (cost.head, sample.source.hidden_RH[here]),
                 divergence=DivergenceLoss() if by_kl else None,
                 lm_weight=0.0 if by_kl else 1.0,
             )

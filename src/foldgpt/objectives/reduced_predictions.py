@@ -1,0 +1,125 @@
+"""A model's predictions at fixed positions, reduced to what a KL divergence from them needs.
+
+With its probabilities p and the logits z = W h + b of another model with the same head,
+KL = Σ p log p − Σ p z + logsumexp(z), and Σ p z = (Σ p W)·h + Σ p b: it enters through one vector Σ p W of hidden size
+and a few numbers a position, so its own logits are made once and never again. The same holds for the gradient with
+respect to h, which is Σ q W − Σ p W.
+
+A head in bf16 rounds its logits, the likeliest by the most, and a logsumexp is of rounded ones. What Σ p z takes from
+(Σ p W)·h is not rounded, and the difference would be noise that is larger than small divergences. So the likeliest
+tokens are left out of the vector: their logits are read off the table of which the logsumexp is taken, and their part
+of the gradient goes through the other model's head. What is left to the vector is many small terms, whose errors
+cancel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foldgpt.objectives.divergence import chunk_rows
+from foldgpt.objectives.head import Head
+
+#: Tokens of each position whose logits are read off the table.
+LIKELIEST = 32
+
+
+class ReducedPredictions:
+    """What a divergence needs of predictions at some positions, for models that share the head.
+
+    All are at a temperature τ, of softmax(logits / τ). Shape suffixes: R rows (or more axes of positions), H hidden
+    size, K likeliest tokens.
+
+    Not a dataclass, for FSDP's mixed precision would round all that it finds in one.
+
+    Args:
+        tokens_RK: the likeliest tokens, of an integer type.
+        p_RK: their probabilities, fp32.
+        mean_RH: Σ p W over all other tokens, times what the head multiplies its logits by.
+        own_R: −Σ p log p, fp32; as in what it is compared with, the bias of the less likely tokens is left out.
+    """
+
+    def __init__(self, tokens_RK: Tensor, p_RK: Tensor, mean_RH: Tensor, own_R: Tensor) -> None:
+        self.tokens_RK = tokens_RK
+        self.p_RK = p_RK
+        self.mean_RH = mean_RH
+        self.own_R = own_R
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, head: Head, hidden_RH: Tensor, temperature: float = 1.0) -> ReducedPredictions:
+        """Reduce the predictions made from hidden states after the final norm, [rows, H]; `mean_RH` in fp32.
+
+        Args:
+            head: the model's head; its logits are linear in the hidden states.
+            hidden_RH: the hidden states.
+            temperature: τ.
+        """
+        assert head.linear is not None
+        weight_VH = head.linear.weight.float()
+        parts = []
+        for hidden in hidden_RH.split(chunk_rows(head)):
+            logits_RV = head.logits(hidden) / temperature
+            p_RV = logits_RV.softmax(-1)
+            p_RK, tokens_RK = p_RV.topk(min(LIKELIEST, head.vocab_size), -1)
+            mean_RH = (p_RV.scatter_(-1, tokens_RK, 0.0) @ weight_VH) * head.factor
+            cross_R = logits_RV.logsumexp(-1) - (p_RK * logits_RV.gather(-1, tokens_RK)).sum(-1)
+            parts.append(cls(tokens_RK, p_RK, mean_RH, cross_R - _product(mean_RH, hidden) / temperature))
+        return cls.join(parts)
+
+    @classmethod
+    def join(cls, parts: Sequence[ReducedPredictions]) -> ReducedPredictions:
+        """Predictions at the positions of some parts, one after another."""
+        return cls(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
+
+    def __getitem__(self, rows: Any) -> ReducedPredictions:
+        """Those at some of the positions, by whatever indexes a tensor of them."""
+        return ReducedPredictions(*(value[rows] for value in vars(self).values()))
+
+    def to(self, device: torch.device | str) -> ReducedPredictions:
+        """The same on a device."""
+        return ReducedPredictions(*(value.to(device) for value in vars(self).values()))
+
+    def kl(self, student_RV: Tensor, student_RH: Tensor) -> Tensor:
+        """KL from these predictions of a model with the same head, at τ = 1, in nats, fp32 [rows].
+
+        Args:
+            student_RV: its logits, [rows, V].
+            student_RH: its hidden states after the final norm, of which they were made, [rows, H].
+        """
+        cross_R = student_RV.logsumexp(-1) - (self.p_RK * student_RV.gather(-1, self.tokens_RK)).sum(-1)
+        return cross_R - _product(self.mean_RH, student_RH) - self.own_R
+
+    def kl_with_gradient(
+        self, student_RV: Tensor, student_RH: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """KL as `kl` gives it, at the temperature of these predictions and times τ², and its gradient in two parts.
+
+        Args:
+            student_RV: as for `kl`.
+            student_RH: as for `kl`.
+            temperature: τ.
+
+        Returns:
+            Values [rows]; the part of the gradient that goes through the head, with respect to its logits [rows, V];
+            and the part that does not, with respect to the hidden states [rows, H].
+        """
+        tau = temperature
+        tokens_RK = self.tokens_RK.long()
+        log_q = (student_RV / tau if tau != 1 else student_RV).log_softmax(-1)
+        # logsumexp(z) without another table.
+        likeliest_R = tokens_RK[:, :1]
+        total_R = (student_RV.gather(-1, likeliest_R) / tau - log_q.gather(-1, likeliest_R)).squeeze(-1)
+        cross_R = total_R - (self.p_RK * student_RV.gather(-1, tokens_RK)).sum(-1) / tau
+        values = cross_R - _product(self.mean_RH, student_RH) / tau - self.own_R
+        gradient_RV = log_q.exp_().scatter_add_(-1, tokens_RK, -self.p_RK)
+        if tau == 1:
+            return values, gradient_RV, -self.mean_RH
+        return values * tau**2, gradient_RV.mul_(tau), -tau * self.mean_RH
+
+
+def _product(one_RH: Tensor, other_RH: Tensor) -> Tensor:
+    return (one_RH.float() * other_RH.float()).sum(-1)
