@@ -198,7 +198,7 @@ class Recover(_Section):
     minutes: float | None = Field(default=None, gt=0)
     """Stop training after this time."""
     teacher_cache: str | None = None
-    """Folder in which the teacher's states on the training text are kept, for later runs on the same text."""
+    """Folder in which what students are compared with on the training text is kept, for later runs on the same text."""
     report_to: list[str] = []
     """Loggers as transformers names them: tensorboard, wandb, trackio."""
     settings: dict[str, Any] = {}

@@ -166,7 +166,9 @@ def recover(
     minutes: Annotated[float | None, typer.Option(help="Stop after this time.", show_default=False)] = None,
     teacher_cache: Annotated[
         str | None,
-        typer.Option(help="Folder for the teacher's states, for later runs on the same text.", show_default=False),
+        typer.Option(
+            help="Folder for what students are compared with, for later runs on the same text.", show_default=False
+        ),
     ] = None,
     report_to: Annotated[
         list[str] | None,
