@@ -60,6 +60,11 @@ def chunk_rows(head: Head) -> int:
     return 1 << max(0, (CHUNK_BYTES // (4 * head.vocab_size)).bit_length() - 1)
 
 
+def chunk_tokens(hidden_size: int) -> int:
+    """Tokens whose part of a head's matrix is widened to fp32 at once."""
+    return max(1, CHUNK_BYTES // (4 * hidden_size))
+
+
 def _kl_rows(teacher_RV: Tensor, student_RV: Tensor) -> Tensor:
     # KL = Σ p (z_t − z_s) − lse(z_t) + lse(z_s): one exponential table for each model and no log-softmax tables.
     teacher_lse = teacher_RV.logsumexp(-1)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldgpt.objectives.divergence import chunk_rows
+from foldgpt.objectives.divergence import chunk_rows, chunk_tokens
 from foldgpt.objectives.head import Head
 
 #: Tokens of each position whose logits are read off the table.
@@ -59,13 +59,13 @@ class ReducedPredictions:
             temperature: τ.
         """
         assert head.linear is not None
-        weight_VH = head.linear.weight.float()
+        weight_VH = head.linear.weight
         parts = []
         for hidden in hidden_RH.split(chunk_rows(head)):
             logits_RV = head.logits(hidden) / temperature
             p_RV = logits_RV.softmax(-1)
             p_RK, tokens_RK = p_RV.topk(min(LIKELIEST, head.vocab_size), -1)
-            mean_RH = (p_RV.scatter_(-1, tokens_RK, 0.0) @ weight_VH) * head.factor
+            mean_RH = _wide_product(p_RV.scatter_(-1, tokens_RK, 0.0), weight_VH) * head.factor
             cross_R = logits_RV.logsumexp(-1) - (p_RK * logits_RV.gather(-1, tokens_RK)).sum(-1)
             parts.append(cls(tokens_RK, p_RK, mean_RH, cross_R - _product(mean_RH, hidden) / temperature))
         return cls.join(parts)
@@ -119,6 +119,15 @@ class ReducedPredictions:
         if tau == 1:
             return values, gradient_RV, -self.mean_RH
         return values * tau**2, gradient_RV.mul_(tau), -tau * self.mean_RH
+
+
+def _wide_product(p_RV: Tensor, weight_VH: Tensor) -> Tensor:
+    """p W in fp32, [rows, H], with a head in 16 bits widened a few tokens at a time."""
+    size = len(weight_VH) if weight_VH.dtype == torch.float32 else chunk_tokens(weight_VH.shape[-1])
+    product_RH = p_RV.new_zeros(len(p_RV), weight_VH.shape[-1])
+    for p, weight in zip(p_RV.split(size, dim=-1), weight_VH.split(size), strict=True):
+        product_RH.addmm_(p, weight.float())
+    return product_RH
 
 
 def _product(one_RH: Tensor, other_RH: Tensor) -> Tensor:
