@@ -46,6 +46,8 @@ def test_the_teacher_may_be_read_from_a_file(tmp_path: Path, divergence: str) ->
         ("llama", {"last_cosine": 1.0}, 1, 1.0),
         ("llama", {"divergence": "skewed"}, 1, None),
         ("llama", {"kl": 0.0, "last_error": 1.0}, 1, None),
+        ("llama", {"kl": 0.0, "lm": 1.0, "states": 1.0}, 1, None),
+        ("llama", {"kl": 0.0, "lm": 1.0, "states": 1.0, "train_blocks": "behind"}, 2, None),
         ("gemma2", {}, 1, None),
     ],
 )

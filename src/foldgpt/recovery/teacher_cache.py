@@ -50,7 +50,7 @@ class Kept:
         """
         reduces = cls.reduces(settings) and student_head.is_linear_as(teacher_head)
         compares = bool(settings.last_error or settings.last_cosine or (settings.kl and not reduces))
-        return cls(compares or not reduces, settings.temperature if reduces else None)
+        return cls(compares, settings.temperature if reduces else None)
 
     @staticmethod
     def reduces(settings: RecoverySettings) -> bool:
