@@ -6,7 +6,7 @@
 - half: the same as recovery, scored at half of the positions.
 - behind: LoRA in the block before the first cut and behind it (`train_blocks="behind"`).
 - cached: the same with what the student is compared with read from a file (`teacher_cache`).
-- all_cached: as recovery, with them.
+- all_cached: as recovery, with such a file.
 - compiled: recovery with `compile=True`: each block of both models compiled; only where asked for by `--side`.
 - plain: transformers' Trainer and peft as one would write it: LoRA everywhere, full logits of both models and
   `F.kl_div`.

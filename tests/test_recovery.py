@@ -457,7 +457,7 @@ def test_what_is_only_measured_by_does_not_stay_on_the_device(tmp_path: Path, mo
     monkeypatch.undo()
     predictions = ReducedPredictions(*torch.zeros(4, 1))
     states = TeacherStates(torch.zeros(1), (torch.zeros(2),), torch.zeros(3), predictions).to("meta")
-    tensors = [states.last_BTH, *states.between, states.entry_BTH, *vars(states.predictions).values()]
+    tensors = [states.last_BTH, *states.between, states.entry_BTH, *states.predictions.tensors]
     assert [tensor.device.type for tensor in tensors] == ["meta"] * 7  # type: ignore[union-attr]
 
 

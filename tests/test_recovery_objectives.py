@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.utils import _apply_to_tensors
 from torch.nn.functional import cross_entropy, kl_div, mse_loss
 
 from foldgpt.objectives import (
@@ -116,7 +118,7 @@ def test_reduced_predictions_teach_what_the_teachers_logits_do(
     assert float(found[0][1]) > 0.1
     torch.testing.assert_close(found[1], found[0], rtol=2e-5, atol=2e-5)
     # Of the teacher itself there is nothing to learn.
-    assert float(reduced.kl_with_gradient(head.logits(teacher), teacher, tau)[0].abs().max()) < 1e-4
+    assert float(reduced.kl_with_gradient(head.logits(teacher), teacher)[0].abs().max()) < 1e-4
 
 
 def test_in_bf16_reduced_predictions_teach_as_well_as_logits_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,13 +139,17 @@ def test_in_bf16_reduced_predictions_teach_as_well_as_logits_do(monkeypatch: pyt
         return hidden.grad.float()
 
     expected = gradient(exact, student.float(), (exact, teacher.float()))
-    reduced = ReducedPredictions.of(rounded, teacher)
-    reduced.mean_RH = reduced.mean_RH.bfloat16()
+    reduced = ReducedPredictions.of(rounded, teacher, dtype=torch.bfloat16)
     errors = [
         float((gradient(rounded, student, teaching) - expected).norm() / expected.norm())
         for teaching in ((rounded, teacher), reduced)
     ]
     assert errors[1] < 1.1 * errors[0] < 0.1
+    # The same of values; and of the teacher itself there is nothing to learn.
+    assert float(reduced.kl(rounded.logits(teacher), teacher).abs().max()) < 1e-5
+    exact_R = forward_kl(exact, teacher.float(), student.float())
+    of_logits = (forward_kl(rounded, teacher, student) - exact_R).std()
+    assert float((reduced.kl(rounded.logits(student), student) - exact_R).std()) < 1.2 * float(of_logits)
 
 
 def test_other_divergences_cannot_be_told_from_reduced_predictions() -> None:
@@ -152,6 +158,21 @@ def test_other_divergences_cannot_be_told_from_reduced_predictions() -> None:
     for kind in ("reverse", "skewed"):
         with pytest.raises(ValueError, match=f"the {kind} divergence cannot be told"):
             fused_logit_losses(head, states, targets, teacher=reduced, divergence=DivergenceLoss(kind))
+    with pytest.raises(ValueError, match=r"reduced at temperature 1\.0, not 2\.0"):
+        fused_logit_losses(head, states, targets, teacher=reduced, divergence=DivergenceLoss(temperature=2.0))
+
+
+def test_mixed_precision_of_fsdp_does_not_round_reduced_predictions() -> None:
+    """It goes through what the forward pass is given, dataclasses included."""
+    reduced = ReducedPredictions.of(Head(tiny_model("llama")), torch.randn(ROWS, 32))
+
+    @dataclasses.dataclass
+    class Found:
+        p_RK: Tensor
+
+    given = [reduced, Found(reduced.p_RK)]
+    kept, rounded = _apply_to_tensors(lambda tensor: tensor.bfloat16(), given)
+    assert kept.p_RK.dtype == torch.float32 and rounded.p_RK.dtype == torch.bfloat16
 
 
 def test_heads_are_told_apart() -> None:

@@ -92,7 +92,6 @@ def test_sharded_checkpoints_are_gone_on_from_and_the_best_is_kept(tmp_path: Pat
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_processes_learn_from_a_file_what_they_do_from_the_teacher(tmp_path: Path, precision: str) -> None:
-    """FSDP's mixed precision rounds what a forward pass is given, if it finds it."""
     one = tiny_recovery(tmp_path / "one", shared=False)
     changes = {"shared": False, "teacher_cache": str(tmp_path / "cache")}
     given = {"ACCELERATE_MIXED_PRECISION": precision, "ACCELERATE_USE_CPU": "true"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from foldgpt.folding import source_model_of
-from foldgpt.objectives import Head
+from foldgpt.objectives import Head, ReducedPredictions
 from foldgpt.plan import FoldPlan
 from foldgpt.recovery import (
     RecoverySettings,
@@ -42,7 +42,7 @@ def test_the_teacher_may_be_read_from_a_file(tmp_path: Path, divergence: str) ->
     ("family", "changes", "states", "temperature"),
     [
         ("llama", {}, 0, 1.0),
-        ("llama", {"temperature": 2.0, "lm": 0.5}, 0, 2.0),
+        ("llama", {"temperature": 2, "lm": 0.5}, 0, 2.0),
         ("llama", {"last_cosine": 1.0}, 1, 1.0),
         ("llama", {"divergence": "skewed"}, 1, None),
         ("llama", {"kl": 0.0, "last_error": 1.0}, 1, None),
@@ -79,8 +79,8 @@ def test_predictions_for_one_temperature_are_not_taken_for_another(tmp_path: Pat
     assert len(list(tmp_path.iterdir())) == 4
     one, two, both, last = (states.predictions for states in found)
     assert one is not None and two is not None and both is not None and last is None
-    for name, value in vars(one).items():
-        torch.testing.assert_close(vars(both)[name], value)
+    torch.testing.assert_close(both.tensors, one.tensors)
+    assert (one.temperature, two.temperature) == (1, 2)
     assert float(two.own_R.mean()) != pytest.approx(float(one.own_R.mean()), rel=1e-2)
     assert [states.last_BTH is not None for states in found] == [False, False, True, True]
 
@@ -144,17 +144,24 @@ def test_the_cache_is_of_one_teacher_and_one_text(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_the_cache_is_of_one_way_to_keep_documents_apart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [Kept(), Kept(last=True, temperature=1.0)])
+def test_the_cache_is_of_one_way_to_keep_documents_apart(tmp_path: Path, kept: Kept) -> None:
     teacher, ids = Teacher(tiny_model("llama")), tiny_windows(4, seed=1)
     marks = [torch.zeros_like(ids, dtype=torch.bool) for _ in range(2)]
     marks[0][:, 5], marks[1][:, 9] = True, True
     for begins in (None, *marks, marks[0]):
         # What is scored is nothing to the teacher.
         windows = TrainingWindows(ids, marks[1] if begins is None else None, begins)
-        table = cache_states(teacher, windows, tmp_path, batch_size=2)
+        table = cache_states(teacher, windows, tmp_path, batch_size=2, kept=kept)
         places = None if begins is None else places_in_documents(begins)
-        rows = table.states(torch.arange(4), torch.device("cpu"), torch.float32).last_BTH
-        torch.testing.assert_close(rows, teacher.states(ids, places).last_BTH)
+        found = table.states(torch.arange(4), torch.device("cpu"), torch.float32)
+        last_BTH = teacher.states(ids, places).last_BTH
+        torch.testing.assert_close(found.last_BTH, last_BTH)
+        assert (found.predictions is None) == (kept.temperature is None) and last_BTH is not None
+        if found.predictions is not None:
+            expected = ReducedPredictions.of(teacher.head, last_BTH.flatten(0, 1))
+            torch.testing.assert_close(found.predictions.mean_RH.flatten(0, 1), expected.mean_RH)
+            torch.testing.assert_close(found.predictions.own_R.flatten(), expected.own_R)
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -179,13 +186,14 @@ def _umask() -> int:
     return now
 
 
-def test_a_cache_that_was_cut_short_is_made_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [Kept(), Kept(last=False, temperature=1.0)])
+def test_a_cache_that_was_cut_short_is_made_again(tmp_path: Path, kept: Kept) -> None:
     windows, teacher = TrainingWindows(tiny_windows(4, seed=1)), Teacher(tiny_model("llama"))
-    cache_states(teacher, windows, tmp_path, batch_size=2)
+    cache_states(teacher, windows, tmp_path, batch_size=2, kept=kept)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     path.write_bytes(whole[:100])
-    cache_states(teacher, windows, tmp_path, batch_size=2)
+    cache_states(teacher, windows, tmp_path, batch_size=2, kept=kept)
     assert path.read_bytes() == whole
 
 

@@ -265,7 +265,7 @@ def _recovery_inputs(folder: RunFolder, bench: Workbench) -> dict[str, Any]:
         "folded": folder.key_of("fold"),
         "tokenizer": bench.companions,
         "texts": bench.recovery_texts,
-        # What is kept beside and who is told changes nothing in the result.
+        # Who is told changes nothing in the result, and what is kept beside nothing but its rounding.
         "recover": recipe.recover.model_dump(mode="json", exclude={"teacher_cache", "report_to"}),
         "seed": recipe.seed,
         "save_dtype": recipe.save_dtype,

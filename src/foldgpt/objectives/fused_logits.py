@@ -51,8 +51,13 @@ def fused_logit_losses(
     """
     if divergence is not None and teacher is None:
         raise ValueError("a divergence needs the teacher's predictions")
-    if divergence is not None and divergence.kind != "forward" and isinstance(teacher, ReducedPredictions):
-        raise ValueError(f"the {divergence.kind} divergence cannot be told from reduced predictions")
+    if divergence is not None and isinstance(teacher, ReducedPredictions):
+        if divergence.kind != "forward":
+            raise ValueError(f"the {divergence.kind} divergence cannot be told from reduced predictions")
+        if divergence.temperature != teacher.temperature:
+            raise ValueError(
+                f"the predictions were reduced at temperature {teacher.temperature}, not {divergence.temperature}"
+            )
     total, kl, lm = _Fused.apply(student_RH, student_head, targets_R, teacher, divergence, divergence_weight, lm_weight)
     return total, kl, lm
 
@@ -110,6 +115,6 @@ def _compared(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Values [rows], and their gradients by way of the logits [rows, V] and, if any, beside the head [rows, H]."""
     if isinstance(teacher, ReducedPredictions):
-        return teacher[rows].kl_with_gradient(student_RV, student_RH, divergence.temperature)
+        return teacher[rows].kl_with_gradient(student_RV, student_RH)
     head, teacher_RH = teacher
     return *divergence(head.logits(teacher_RH[rows]), student_RV), None

@@ -14,7 +14,6 @@ cancel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ LIKELIEST = 32
 class ReducedPredictions:
     """What a divergence needs of predictions at some positions, for models that share the head.
 
-    All are at a temperature τ, of softmax(logits / τ). Shape suffixes: R rows (or more axes of positions), H hidden
+    Shape suffixes: R rows (or more axes of positions), H hidden
     size, K likeliest tokens.
 
     Not a dataclass, for FSDP's mixed precision would round all that it finds in one.
@@ -40,51 +39,64 @@ class ReducedPredictions:
         p_RK: their probabilities, fp32.
         mean_RH: Σ p W over all other tokens, times what the head multiplies its logits by.
         own_R: −Σ p log p, fp32; as in what it is compared with, the bias of the less likely tokens is left out.
+        temperature: τ of softmax(logits / τ), which p is.
     """
 
-    def __init__(self, tokens_RK: Tensor, p_RK: Tensor, mean_RH: Tensor, own_R: Tensor) -> None:
+    def __init__(
+        self, tokens_RK: Tensor, p_RK: Tensor, mean_RH: Tensor, own_R: Tensor, temperature: float = 1.0
+    ) -> None:
         self.tokens_RK = tokens_RK
         self.p_RK = p_RK
         self.mean_RH = mean_RH
         self.own_R = own_R
+        self.temperature = temperature
 
     @classmethod
     @torch.no_grad()
-    def of(cls, head: Head, hidden_RH: Tensor, temperature: float = 1.0) -> ReducedPredictions:
-        """Reduce the predictions made from hidden states after the final norm, [rows, H]; `mean_RH` in fp32.
+    def of(
+        cls, head: Head, hidden_RH: Tensor, temperature: float = 1.0, dtype: torch.dtype = torch.float32
+    ) -> ReducedPredictions:
+        """Reduce the predictions made from hidden states after the final norm, [rows, H].
 
         Args:
             head: the model's head; its logits are linear in the hidden states.
             hidden_RH: the hidden states.
             temperature: τ.
+            dtype: of the vector. −Σ p log p is taken with it as it is then, so that nothing is left of its rounding
+                where a student predicts the same.
         """
         assert head.linear is not None
         weight_VH = head.linear.weight
         parts = []
         for hidden in hidden_RH.split(chunk_rows(head)):
-            logits_RV = head.logits(hidden) / temperature
+            logits_RV = head.logits(hidden)
+            if temperature != 1:
+                logits_RV = logits_RV / temperature
             p_RV = logits_RV.softmax(-1)
             p_RK, tokens_RK = p_RV.topk(min(LIKELIEST, head.vocab_size), -1)
-            mean_RH = _wide_product(p_RV.scatter_(-1, tokens_RK, 0.0), weight_VH) * head.factor
+            mean_RH = (_wide_product(p_RV.scatter_(-1, tokens_RK, 0.0), weight_VH) * head.factor).to(dtype)
             cross_R = logits_RV.logsumexp(-1) - (p_RK * logits_RV.gather(-1, tokens_RK)).sum(-1)
-            parts.append(cls(tokens_RK, p_RK, mean_RH, cross_R - _product(mean_RH, hidden) / temperature))
-        return cls.join(parts)
+            parts.append((tokens_RK, p_RK, mean_RH, cross_R - _product(mean_RH, hidden) / temperature))
+        tokens_RK, p_RK, mean_RH, own_R = map(torch.cat, zip(*parts, strict=True))
+        return cls(tokens_RK, p_RK, mean_RH, own_R, temperature)
 
-    @classmethod
-    def join(cls, parts: Sequence[ReducedPredictions]) -> ReducedPredictions:
-        """Predictions at the positions of some parts, one after another."""
-        return cls(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All of it, in the order of the arguments."""
+        return self.tokens_RK, self.p_RK, self.mean_RH, self.own_R
 
     def __getitem__(self, rows: Any) -> ReducedPredictions:
         """Those at some of the positions, by whatever indexes a tensor of them."""
-        return ReducedPredictions(*(value[rows] for value in vars(self).values()))
+        tokens, p, mean, own = (value[rows] for value in self.tensors)
+        return ReducedPredictions(tokens, p, mean, own, self.temperature)
 
     def to(self, device: torch.device | str) -> ReducedPredictions:
         """The same on a device."""
-        return ReducedPredictions(*(value.to(device) for value in vars(self).values()))
+        tokens, p, mean, own = (value.to(device) for value in self.tensors)
+        return ReducedPredictions(tokens, p, mean, own, self.temperature)
 
     def kl(self, student_RV: Tensor, student_RH: Tensor) -> Tensor:
-        """KL from these predictions of a model with the same head, at τ = 1, in nats, fp32 [rows].
+        """KL from these predictions, at τ = 1, of a model with the same head, in nats, fp32 [rows].
 
         Args:
             student_RV: its logits, [rows, V].
@@ -93,21 +105,18 @@ class ReducedPredictions:
         cross_R = student_RV.logsumexp(-1) - (self.p_RK * student_RV.gather(-1, self.tokens_RK)).sum(-1)
         return cross_R - _product(self.mean_RH, student_RH) - self.own_R
 
-    def kl_with_gradient(
-        self, student_RV: Tensor, student_RH: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """KL as `kl` gives it, at the temperature of these predictions and times τ², and its gradient in two parts.
+    def kl_with_gradient(self, student_RV: Tensor, student_RH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """KL at the temperature of these predictions, times τ², and its gradient in two parts.
 
         Args:
             student_RV: as for `kl`.
             student_RH: as for `kl`.
-            temperature: τ.
 
         Returns:
             Values [rows]; the part of the gradient that goes through the head, with respect to its logits [rows, V];
             and the part that does not, with respect to the hidden states [rows, H].
         """
-        tau = temperature
+        tau = self.temperature
         tokens_RK = self.tokens_RK.long()
         log_q = (student_RV / tau if tau != 1 else student_RV).log_softmax(-1)
         # logsumexp(z) without another table.

@@ -82,7 +82,8 @@ def recover(
         tokenizer: saved with it.
         notes: further JSON files to put beside it, by name.
         work: folder of the checkpoints while it runs, new or empty; by default beside `out`. It is removed at the end.
-        teacher_cache: keep the teacher's states on the training windows in this folder, for this and later runs.
+        teacher_cache: keep what the student is compared with on the training windows in this folder, for this and
+            later runs.
         report_to: loggers as transformers names them: "tensorboard", "wandb", "trackio". TensorBoard's files are kept
             beside `out`, in a folder of its name with `.logs` behind it.
         replace: replace an existing `out`, if it holds a folded model.
@@ -200,7 +201,7 @@ def _trained(
         pairs: positions and source indices whose states are compared.
         work: folder of the checkpoints, prepared.
         logs: where TensorBoard's files are kept.
-        cache: folder for the teacher's states.
+        cache: folder for what the student is compared with.
         save_dtype: number format that the student's weights are rounded to at the end; None for its own.
 
     Returns:
@@ -333,7 +334,7 @@ def _identity(
     held_out: TrainingWindows,
     settings: RecoverySettings,
 ) -> dict[str, Any]:
-    """All that decides the result."""
+    """All that decides the result, but for rounding."""
     return {
         "student": weights_fingerprint(student),
         "teacher": None if teacher is None else weights_fingerprint(teacher),
@@ -402,7 +403,7 @@ def _cache(
     *,
     is_main: bool,
 ) -> CachedStates | None:
-    """The file of the teacher's states, made by the first process if it is not there."""
+    """The file of what the student is compared with, made by the first process if it is not there."""
     if teacher is None or folder is None:
         return None
 

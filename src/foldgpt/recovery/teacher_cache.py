@@ -22,6 +22,8 @@ from foldgpt.recovery.windows import TrainingWindows, places_in_documents
 #: Bytes of a number → integers of as many, as which the same bits are kept: numpy has no bf16.
 _BITS = {2: (np.int16, torch.int16), 4: (np.int32, torch.int32), 8: (np.int64, torch.int64)}
 _IN_TEACHERS_FORMAT = ("states", "mean")
+#: Of what the numbers in a file mean; part of its name.
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Kept:
         """
         reduces = cls.reduces(settings) and student_head.is_linear_as(teacher_head)
         compares = bool(settings.last_error or settings.last_cosine or (settings.kl and not reduces))
-        return cls(compares, settings.temperature if reduces else None)
+        return cls(compares, float(settings.temperature) if reduces else None)
 
     @staticmethod
     def reduces(settings: RecoverySettings) -> bool:
@@ -59,9 +61,10 @@ class Kept:
 
 
 class CachedStates:
-    """The teacher's states on all training windows, in its own format in one memory-mapped file.
+    """What students are compared with on all training windows, in one memory-mapped file.
 
-    Several recoveries from one teacher on the same windows then share one pass.
+    States and vectors are in the teacher's number format. Several recoveries from one teacher on the same windows then
+    share one pass.
 
     Args:
         path: the file, as `cache_states` made it.
@@ -69,7 +72,8 @@ class CachedStates:
         num_windows: how many there are.
         dtype: the teacher's.
         kept: what is in it.
-        has_entry: whether the first stream of a window is the one behind the common blocks.
+        has_entry: whether the first stream of a window, behind its last hidden states if they are kept, is the one
+            behind the common blocks.
     """
 
     def __init__(
@@ -92,7 +96,8 @@ class CachedStates:
         entry = streams.pop(0) if self._has_entry else None
         predictions = None
         if self._kept.temperature is not None:
-            predictions = ReducedPredictions(*(part(name) for name in ("tokens", "p", "mean", "own")))
+            tokens, p, mean, own = (part(name) for name in ("tokens", "p", "mean", "own"))
+            predictions = ReducedPredictions(tokens, p, mean, own, self._kept.temperature)
         return TeacherStates(last, tuple(streams), entry, predictions)
 
 
@@ -116,7 +121,7 @@ def cache_states(
     record = _record(teacher, train.ids_WT.shape[1], kept, dtype)
     # Which tokens are scored is nothing to the teacher.
     seen = {name: value for name, value in train.identity().items() if name != "scored"}
-    layout = [str(dtype), has_entry, kept.last, kept.temperature, str(record)]
+    layout = [_FORMAT, str(dtype), has_entry, kept.last, kept.temperature, str(record)]
     path = folder / f"{hash_of([weights_fingerprint(teacher.model), seen, list(teacher.behind), *layout])[:32]}.states"
     num_bytes = len(train) * record.itemsize
     if not is_whole(path, num_bytes):
@@ -167,7 +172,8 @@ def _write(teacher: Teacher, train: TrainingWindows, path: Path, record: np.dtyp
             if streams:
                 table["states"] = as_kept(torch.stack(streams, dim=1))
             if kept.temperature is not None:
-                predictions = ReducedPredictions.of(teacher.head, found.last_BTH.flatten(0, 1), kept.temperature)
+                last_RH = found.last_BTH.flatten(0, 1)
+                predictions = ReducedPredictions.of(teacher.head, last_RH, kept.temperature, parameter.dtype)
                 shape = ids_BT.shape
                 table["mean"] = as_kept(predictions.mean_RH.unflatten(0, shape))
                 table["tokens"] = predictions.tokens_RK.unflatten(0, shape).cpu().numpy()

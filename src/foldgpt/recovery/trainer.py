@@ -52,7 +52,7 @@ class RecoveryTrainer(Trainer):
         train: training windows.
         held_out: windows that are never trained on.
         teacher: the source; None where nothing is compared with it.
-        cache: the teacher's states on the training windows, if they were computed before.
+        cache: what the student is compared with on the training windows, if it was computed before.
         minutes: how long the training may take; None for as long as it does.
         callbacks: further callbacks.
     """
