@@ -171,8 +171,7 @@ def prepare(side: str, arguments: argparse.Namespace, folder: Path, until_end: E
         windows = TrainingWindows(ids.cpu())
         is_cached = side in ("cached", "all_cached")
         kept = Kept.for_losses(settings, head, teacher.head)
-        train = TrainingWindows(ids)
-        cache = cache_states(teacher, train, folder, batch_size=len(ids), kept=kept) if is_cached else None
+        cache = cache_states(teacher, windows, folder, batch_size=len(ids), kept=kept) if is_cached else None
         batch["window"] = torch.arange(len(ids))
         if side == "half":
             batch["labels"] = ids.masked_fill(torch.arange(arguments.context, device=ids.device) % 2 == 0, IGNORED)

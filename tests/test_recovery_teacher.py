@@ -75,7 +75,7 @@ def test_predictions_for_one_temperature_are_not_taken_for_another(tmp_path: Pat
     found = []
     for kept in (Kept(last=False, temperature=1.0), Kept(last=False, temperature=2.0), Kept(temperature=1.0), Kept()):
         table = cache_states(teacher, TrainingWindows(ids), tmp_path, batch_size=2, kept=kept)
-        found.append(table.states(torch.arange(2), torch.device("cpu"), torch.float32))
+        found.append(table.states(torch.arange(2), torch.device("cpu")))
     assert len(list(tmp_path.iterdir())) == 4
     one, two, both, last = (states.predictions for states in found)
     assert one is not None and two is not None and both is not None and last is None
@@ -139,7 +139,7 @@ def test_the_cache_is_of_one_teacher_and_one_text(tmp_path: Path) -> None:
     for model, windows in ((models[0], ids), (models[1], ids), (models[0], tiny_windows(4, seed=2)), (models[0], ids)):
         teacher = Teacher(model)
         table = cache_states(teacher, TrainingWindows(windows), tmp_path, batch_size=2)
-        rows = table.states(torch.tensor([3, 1]), torch.device("cpu"), torch.float32).last_BTH
+        rows = table.states(torch.tensor([3, 1]), torch.device("cpu")).last_BTH
         torch.testing.assert_close(rows, teacher.states(windows[[3, 1]]).last_BTH)
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -154,7 +154,7 @@ def test_the_cache_is_of_one_way_to_keep_documents_apart(tmp_path: Path, kept: K
         windows = TrainingWindows(ids, marks[1] if begins is None else None, begins)
         table = cache_states(teacher, windows, tmp_path, batch_size=2, kept=kept)
         places = None if begins is None else places_in_documents(begins)
-        found = table.states(torch.arange(4), torch.device("cpu"), torch.float32)
+        found = table.states(torch.arange(4), torch.device("cpu"))
         last_BTH = teacher.states(ids, places).last_BTH
         torch.testing.assert_close(found.last_BTH, last_BTH)
         assert (found.predictions is None) == (kept.temperature is None) and last_BTH is not None
@@ -172,7 +172,7 @@ def test_the_cache_is_of_one_config(tmp_path: Path) -> None:
     for changes in ({}, {"sliding_window": 4}):
         teacher = Teacher(tiny_model("mistral", **changes))
         table = cache_states(teacher, TrainingWindows(ids), tmp_path, batch_size=2)
-        rows = table.states(torch.arange(4), torch.device("cpu"), torch.float32).last_BTH
+        rows = table.states(torch.arange(4), torch.device("cpu")).last_BTH
         torch.testing.assert_close(rows, teacher.states(ids).last_BTH)
         found.append(rows)
     assert not torch.allclose(*found, atol=0.1)

@@ -29,8 +29,7 @@ LIKELIEST = 32
 class ReducedPredictions:
     """What a divergence needs of predictions at some positions, for models that share the head.
 
-    Shape suffixes: R rows (or more axes of positions), H hidden
-    size, K likeliest tokens.
+    Shape suffixes: R rows (or more axes of positions), H hidden size, K likeliest tokens.
 
     Not a dataclass, for FSDP's mixed precision would round all that it finds in one.
 
@@ -75,7 +74,7 @@ class ReducedPredictions:
             p_RV = logits_RV.softmax(-1)
             p_RK, tokens_RK = p_RV.topk(min(LIKELIEST, head.vocab_size), -1)
             mean_RH = (_wide_product(p_RV.scatter_(-1, tokens_RK, 0.0), weight_VH) * head.factor).to(dtype)
-            cross_R = logits_RV.logsumexp(-1) - (p_RK * logits_RV.gather(-1, tokens_RK)).sum(-1)
+            cross_R = _cross(logits_RV, tokens_RK, p_RK)
             parts.append((tokens_RK, p_RK, mean_RH, cross_R - _product(mean_RH, hidden) / temperature))
         tokens_RK, p_RK, mean_RH, own_R = map(torch.cat, zip(*parts, strict=True))
         return cls(tokens_RK, p_RK, mean_RH, own_R, temperature)
@@ -102,7 +101,7 @@ class ReducedPredictions:
             student_RV: its logits, [rows, V].
             student_RH: its hidden states after the final norm, of which they were made, [rows, H].
         """
-        cross_R = student_RV.logsumexp(-1) - (self.p_RK * student_RV.gather(-1, self.tokens_RK)).sum(-1)
+        cross_R = _cross(student_RV, self.tokens_RK, self.p_RK)
         return cross_R - _product(self.mean_RH, student_RH) - self.own_R
 
     def kl_with_gradient(self, student_RV: Tensor, student_RH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,6 +127,11 @@ class ReducedPredictions:
         if tau == 1:
             return values, gradient_RV, -self.mean_RH
         return values * tau**2, gradient_RV.mul_(tau), -tau * self.mean_RH
+
+
+def _cross(logits_RV: Tensor, tokens_RK: Tensor, p_RK: Tensor) -> Tensor:
+    """logsumexp(z) − Σ p z over some tokens [R], both of the same table of logits."""
+    return logits_RV.logsumexp(-1) - (p_RK * logits_RV.gather(-1, tokens_RK)).sum(-1)
 
 
 def _wide_product(p_RV: Tensor, weight_VH: Tensor) -> Tensor:

@@ -21,7 +21,9 @@ from foldgpt.recovery.windows import TrainingWindows, places_in_documents
 
 #: Bytes of a number → integers of as many, as which the same bits are kept: numpy has no bf16.
 _BITS = {2: (np.int16, torch.int16), 4: (np.int32, torch.int32), 8: (np.int64, torch.int64)}
+#: What of a window is in that format, and what there is of its predictions, in their order.
 _IN_TEACHERS_FORMAT = ("states", "mean")
+_PREDICTIONS = ("tokens", "p", "mean", "own")
 #: Of what the numbers in a file mean; part of its name.
 _FORMAT = 1
 
@@ -82,21 +84,21 @@ class CachedStates:
         self._dtype, self._kept, self._has_entry = dtype, kept, has_entry
         self._table = np.memmap(path, dtype=record, mode="r", shape=(num_windows,))
 
-    def states(self, windows: Tensor, device: torch.device, dtype: torch.dtype) -> TeacherStates:
+    def states(self, windows: Tensor, device: torch.device) -> TeacherStates:
         """What is kept of some windows, by number, in the teacher's format."""
         rows = self._table[windows.cpu().numpy()]
 
         def part(name: str) -> Tensor:
             # The parts of a record lie at any place in it, and torch wants whole steps.
             values = torch.from_numpy(np.ascontiguousarray(rows[name]))
-            return values.view(self._dtype).to(device, dtype) if name in _IN_TEACHERS_FORMAT else values.to(device)
+            return (values.view(self._dtype) if name in _IN_TEACHERS_FORMAT else values).to(device)
 
         streams = list(part("states").unbind(1)) if "states" in (rows.dtype.names or ()) else []
         last = streams.pop(0) if self._kept.last else None
         entry = streams.pop(0) if self._has_entry else None
         predictions = None
         if self._kept.temperature is not None:
-            tokens, p, mean, own = (part(name) for name in ("tokens", "p", "mean", "own"))
+            tokens, p, mean, own = map(part, _PREDICTIONS)
             predictions = ReducedPredictions(tokens, p, mean, own, self._kept.temperature)
         return TeacherStates(last, tuple(streams), entry, predictions)
 
@@ -174,10 +176,8 @@ def _write(teacher: Teacher, train: TrainingWindows, path: Path, record: np.dtyp
             if kept.temperature is not None:
                 last_RH = found.last_BTH.flatten(0, 1)
                 predictions = ReducedPredictions.of(teacher.head, last_RH, kept.temperature, parameter.dtype)
-                shape = ids_BT.shape
-                table["mean"] = as_kept(predictions.mean_RH.unflatten(0, shape))
-                table["tokens"] = predictions.tokens_RK.unflatten(0, shape).cpu().numpy()
-                table["p"] = predictions.p_RK.unflatten(0, shape).cpu().numpy()
-                table["own"] = predictions.own_R.unflatten(0, shape).cpu().numpy()
+                for name, rows_of in zip(_PREDICTIONS, predictions.tensors, strict=True):
+                    values = rows_of.unflatten(0, ids_BT.shape)
+                    table[name] = as_kept(values) if name in _IN_TEACHERS_FORMAT else values.cpu().numpy()
             file.write(table.tobytes())
             progress.advance(len(table))

@@ -142,8 +142,7 @@ class RecoveryTrainer(Trainer):
         if self._teacher is None:
             return None
         if self._cache is not None:
-            dtype = next(self._teacher.model.parameters()).dtype
-            return self._cache.states(inputs["window"], inputs["input_ids"].device, dtype)
+            return self._cache.states(inputs["window"], inputs["input_ids"].device)
         return self._computed(self._teacher, inputs)
 
     def _computed(self, teacher: Teacher, inputs: dict[str, Tensor]) -> TeacherStates:

@@ -206,12 +206,7 @@ def expect(
         rounds = 2 + steps // settings.evaluate_every
         held_out = section.held_out_tokens * (there + 2 * head)
         # Its predictions are reduced in a file, for two products with the head, and each step is saved its logits.
-        is_reduced = (
-            teacher_cached
-            and teacher > 0
-            and Kept.reduces(settings)
-            and not getattr(config, "final_logit_softcapping", None)
-        )
+        is_reduced = teacher_cached and Kept.reduces(settings) and not getattr(config, "final_logit_softcapping", None)
         if teacher:
             flops["teacher"] = section.num_tokens * (teacher + 2 * head * is_reduced)
         flops["recovery"] = section.num_tokens * (per_token + (3 - is_reduced) * head) + rounds * held_out
