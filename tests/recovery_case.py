@@ -1,19 +1,16 @@
-"""A tiny recovery, in its process or in one of its own: `python recovery_case.py FOLDER [SECTION OVERRIDES]`."""
+"""A tiny recovery, in its process or in one of its own, or several."""
 
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import foldgpt
+import forked
 from foldgpt.artifacts import read_json
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan, Group
@@ -64,35 +61,21 @@ def step_losses(history: list[dict[str, float]]) -> dict[int, float]:
     return {int(row["step"]): row["loss"] for row in history if "loss" in row}
 
 
-def command(folder: Path, changes: dict[str, Any], *launcher: str, script: str = __file__) -> list[str]:
-    return [sys.executable, *launcher, script, str(folder), json.dumps(changes)]
-
-
-def environment() -> dict[str, str]:
-    """What a child gets: the tests' own modules, and foldgpt from where it is here, if another is installed or not."""
-    paths = (Path(foldgpt.__file__).parents[1], Path(__file__).parent)
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
-        "HF_HUB_OFFLINE": "1",
-    }
+def recover_by(folder: Path, changes: dict[str, Any]) -> None:
+    """A tiny recovery, for a process of its own."""
+    tiny_recovery(folder, **changes)
 
 
 def run(
-    folder: Path, changes: dict[str, Any], *launcher: str, script: str = __file__, **variables: str
+    folder: Path,
+    changes: dict[str, Any],
+    num_processes: int = 1,
+    work: Callable[[Path, dict[str, Any]], None] = recover_by,
+    **variables: str,
 ) -> dict[str, Any]:
     """A tiny recovery in a process of its own, or several; its result."""
-    done = subprocess.run(
-        command(folder, changes, *launcher, script=script),
-        env=environment() | variables,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder / SAID).write_text(done.stderr, encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    forked.together(folder / SAID, num_processes, work, folder, changes, **variables)
     found: dict[str, Any] = read_json(folder / "recovered" / "recovery.json")
     return found
 
@@ -112,8 +95,3 @@ def recovered_on(train: TrainingWindows, out: Path, settings: dict[str, Any] | N
     student, teacher, plan = tiny_pair()
     given = RecoverySettings(**{"batch_size": 4, "rank": 2, **(settings or {})})
     return recover(student, teacher, plan, train, TrainingWindows(tiny_windows(4, seed=2)), given, out, **options)
-
-
-if __name__ == "__main__":
-    result = tiny_recovery(Path(sys.argv[1]), **json.loads(sys.argv[2] if len(sys.argv) > 2 else "{}"))
-    sys.stdout.write(json.dumps(result.to_json_dict()))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 from foldgpt import planning, steps
 from foldgpt.plan import FoldPlan
 from foldgpt.recipe import Recipe
@@ -64,17 +62,17 @@ def killed(recipe: Recipe, out: Path, script: str) -> None:
 
     Args:
         recipe: the recipe.
-        out: its folder, made beside the recipe and the script.
+        out: its folder, made beside the recipe.
         script: Python that replaces something by `kill` and runs `recipe` into `out`.
     """
     recipe.save(out.parent / "recipe.yaml")
-    (out.parent / "killed.py").write_text(
+    code = (
         "import os, signal, sys\nfrom foldgpt.recipe import Recipe\n"
         "kill = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"recipe, out = Recipe.load(sys.argv[1]), sys.argv[2]\n{script}\n"
     )
-    command = [sys.executable, str(out.parent / "killed.py"), str(out.parent / "recipe.yaml"), str(out)]
-    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    given = (str(out.parent / "recipe.yaml"), str(out))
+    forked.assert_killed(forked.start(out.parent / "said.txt", forked.run_script, code, *given))
 
 
 def planned(bench: Workbench) -> FoldPlan:

@@ -1,4 +1,4 @@
-"""A tiny recovery under FSDP in processes of their own: `torchrun sharded_case.py FOLDER SETTINGS`.
+"""A tiny recovery under FSDP, for processes of their own.
 
 torch shards on CPUs as it does on GPUs. accelerate turns FSDP on for GPUs alone, so here it is told that it is on. What
 a launcher would say stands in VARIABLES. With DIE_AT in the environment the processes end behind the checkpoint of that
@@ -7,14 +7,14 @@ step, as if they had been killed.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+
+from recovery_case import tiny_recovery
 
 #: What `accelerate launch` sets for the recipe in docs/recovery.md.
 VARIABLES = {
@@ -58,10 +58,9 @@ def die_at(step: int) -> None:
     RecoveryTrainer._save_checkpoint = save_and_die  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
-    from recovery_case import tiny_recovery
-
+def recover_sharded(folder: Path, changes: dict[str, Any]) -> None:
+    """Recover it, by settings that differ from those of a tiny recovery."""
     shard_on_cpus()
     if "DIE_AT" in os.environ:
         die_at(int(os.environ["DIE_AT"]))
-    tiny_recovery(Path(sys.argv[1]), **{"shared": False, **json.loads(sys.argv[2])})
+    tiny_recovery(folder, **{"shared": False, **changes})

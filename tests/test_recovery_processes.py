@@ -12,27 +12,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import sharded_case
 from cli_case import foldgpt
 from foldgpt.errors import UsageError
 from foldgpt.plan import FoldPlan, SourceModel
 from foldgpt.recovery.trainer import RecoveryTrainer
 from recovery_case import SAID, run, step_losses, tiny_recovery
 from run_inputs import tiny_source, tiny_text
+from sharded_case import VARIABLES, recover_sharded
 
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 #: All that makes a forward pass differ from the plainest.
 SETTINGS = {"train_fully": "cuts", "gradient_checkpointing": True, "lm": 0.5}
 
 
 def sharded(folder: Path, changes: dict[str, Any], **variables: str) -> dict[str, Any]:
     """A tiny recovery of a student that two processes have shards of; its result."""
-    return run(folder, changes, *TWO, script=sharded_case.__file__, **(sharded_case.VARIABLES | variables))
+    return run(folder, changes, 2, recover_sharded, **(VARIABLES | variables))
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     one = tiny_recovery(tmp_path / "one")
-    two = run(tmp_path / "two", {}, *TWO)
+    two = run(tmp_path / "two", {}, 2)
     assert step_losses(one.history).keys() == step_losses(two["history"]).keys()
     for step, loss in step_losses(one.history).items():
         assert step_losses(two["history"])[step] == pytest.approx(loss, rel=1e-5)
@@ -50,7 +49,7 @@ def test_two_processes_of_the_command_line_give_the_losses_of_one(tmp_path: Path
         *("--set", "batch_size=4", "--set", "rank=2", "--out"),
     ]
     one = foldgpt(*arguments, tmp_path / "one")
-    launch = (sys.executable, *TWO, "-m", "foldgpt.cli")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "foldgpt.cli"]
     two = subprocess.run([*launch, *map(str, arguments), str(tmp_path / "two")], capture_output=True, text=True)
     assert one.exit_code == 0 and two.returncode == 0, two.stderr
     # One result, not two.
@@ -95,7 +94,7 @@ def test_processes_learn_from_a_file_what_they_do_from_the_teacher(tmp_path: Pat
     one = tiny_recovery(tmp_path / "one", shared=False)
     changes = {"shared": False, "teacher_cache": str(tmp_path / "cache")}
     given = {"ACCELERATE_MIXED_PRECISION": precision, "ACCELERATE_USE_CPU": "true"}
-    found = [run(tmp_path / "two", changes, *TWO, **given), sharded(tmp_path / "shards", changes, **given)]
+    found = [run(tmp_path / "two", changes, 2, **given), sharded(tmp_path / "shards", changes, **given)]
     assert len(list((tmp_path / "cache").iterdir())) == 1
     for result in found:
         expected = pytest.approx(step_losses(one.history), rel=1e-5 if precision == "no" else 0.02)

@@ -6,8 +6,6 @@ import importlib
 import itertools
 import json
 import shutil
-import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -19,11 +17,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+import forked
 from foldgpt.artifacts import alone
 from foldgpt.errors import ArtifactError, UsageError
 from foldgpt.recovery import RecoverySettings, TrainingWindows, recover, remove_work, work_beside
 from foldgpt.recovery.trainer import RecoveryTrainer
-from recovery_case import command, environment, recovered_on, run, step_losses, tiny_pair, tiny_recovery, tiny_windows
+from recovery_case import recover_by, recovered_on, run, step_losses, tiny_pair, tiny_recovery, tiny_windows
 
 #: The module, whose name in the package is that of its function.
 RECOVER = importlib.import_module("foldgpt.recovery.recover")
@@ -44,15 +43,13 @@ def test_killed_at_any_moment_it_ends_in_the_same_result(tmp_path: Path, one_thr
     whole = tiny_recovery(tmp_path / "whole", **changes)
     folder = tmp_path / "killed"
     work = folder / ".recovered.recovery"
-    process = subprocess.Popen(
-        command(folder, changes), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = forked.start(tmp_path / "said.txt", recover_by, folder, changes)
     deadline = time.monotonic() + 120
     while not (work / "checkpoint-8" / "complete.json").is_file():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (folder / "recovered").exists()
     (work / "checkpoint-999").mkdir()  # as if it had been killed while it saved
     resumed = run(folder, changes)

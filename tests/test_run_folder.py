@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+import forked
 from foldgpt import artifacts, checks, pipeline, planning, side_by_side
 from foldgpt.analysis import sweep
 from foldgpt.artifacts import write_json, write_text
@@ -354,13 +353,13 @@ def test_two_processes_do_not_share_a_folder(recipe: Recipe, tmp_path: Path) -> 
         "import sys; from foldgpt.recipe import Recipe; from foldgpt.run_folder import open_run\n"
         "from foldgpt.errors import ArtifactError\n"
         "try:\n    open_run(sys.argv[1], Recipe.load(sys.argv[2])).__enter__()\n"
-        "except ArtifactError as error:\n    print(error)"
+        "except ArtifactError as error:\n    sys.stderr.write(str(error))"
     )
     recipe.save(tmp_path / "recipe.yaml")
     with open_run(tmp_path / "run", recipe):
-        command = [sys.executable, "-c", code, str(tmp_path / "run"), str(tmp_path / "recipe.yaml")]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "another process is working in" in printed
+        given = (code, str(tmp_path / "run"), str(tmp_path / "recipe.yaml"))
+        forked.together(tmp_path / "said.txt", 1, forked.run_script, *given)
+    assert "another process is working in" in (tmp_path / "said.txt").read_text(encoding="utf-8")
     other = recipe.changed(select={"remove": 1})
     with open_run(tmp_path / "run", recipe):
         with pytest.raises(ArtifactError, match="another process"), open_run(tmp_path / "run", other, overwrite=True):
