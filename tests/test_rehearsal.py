@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -206,8 +207,16 @@ def test_operations_are_two_for_each_weight_and_token_and_double_with_the_way_ba
     trained = {**base, "recover": {"num_tokens": 64, "context": 8, "held_out_tokens": 2}}
     settings = RecoverySettings(rank=1, kl=0, lm=1, norms=False, batch_size=1)
     recovery = expect(config, Recipe.from_dict(trained), plan, settings).flops["recovery"]
-    head = 3 * 2 * 64 * 256
-    assert recovery == pytest.approx(64 * (4 * found.kept_block_parameters + head), rel=0.2)
+    head = 2 * 64 * 256
+    assert recovery == pytest.approx(64 * (4 * found.kept_block_parameters + 2 * head), rel=0.2)
+    # Of the teacher a divergence wants its logits too, and losses of states want nobody's.
+    with_teacher, of_states = (
+        expect(config, Recipe.from_dict(trained), plan, dataclasses.replace(settings, **losses)).flops["recovery"]
+        for losses in ({"kl": 1}, {"lm": 0, "last_error": 1})
+    )
+    measured = 2 * (2 + 64 // 8 // settings.evaluate_every)
+    assert with_teacher - recovery == pytest.approx((64 + measured) * head)
+    assert recovery - of_states == pytest.approx((2 * 64 + measured) * head)
 
 
 def test_a_teacher_in_a_file_spares_each_step_its_logits() -> None:

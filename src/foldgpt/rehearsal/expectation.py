@@ -201,15 +201,18 @@ def expect(
             kept = rows * section.context * _hidden_size(student) * dtype.itemsize * num_blocks + kept / num_blocks
             per_token += there
         teacher = _forward_flops(source, section.context) if settings.needs_teacher else 0.0
-        # Logits of both models, and the gradient of the student's with respect to its last states.
         steps = section.num_tokens // (settings.batch_size * section.context)
         rounds = 2 + steps // settings.evaluate_every
-        held_out = section.held_out_tokens * (there + 2 * head)
+        # The student's logits, where a loss looks at them, and the teacher's, where it is compared with them.
+        own_logits, teacher_logits = int(settings.kl > 0 or settings.lm > 0), int(settings.kl > 0)
+        held_out = section.held_out_tokens * (there + (own_logits + teacher_logits) * head)
         # Its predictions are reduced in a file, for two products with the head, and each step is saved its logits.
         is_reduced = teacher_cached and Kept.reduces(settings) and not getattr(config, "final_logit_softcapping", None)
         if teacher:
             flops["teacher"] = section.num_tokens * (teacher + 2 * head * is_reduced)
-        flops["recovery"] = section.num_tokens * (per_token + (3 - is_reduced) * head) + rounds * held_out
+        # And the gradient of the student's with respect to its last states.
+        products = 2 * own_logits + teacher_logits - is_reduced
+        flops["recovery"] = section.num_tokens * (per_token + products * head) + rounds * held_out
         memory["recovery"] = Memory(
             folded_bytes,
             teacher=weights if settings.needs_teacher else 0,
