@@ -298,6 +298,29 @@ def test_a_plan_that_was_edited_is_kept_beside_the_one_that_is_made_again(
     assert capsys.readouterr().err.count("is not the one that this run wrote") == 2
 
 
+def test_a_card_that_was_edited_stays_and_is_kept_where_it_is_made_again(
+    recipe: Recipe, tmp_path: Path, stages_run: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The docs tell people to add to it before they publish the model."""
+    run = tmp_path / "run"
+    pipeline.run(recipe, run)
+    card = run / "folded" / "README.md"
+    for edited, changes in ("mine", {"evaluate": {"max_windows": 1}}), ("mine too", {"select": {"remove": 3}}):
+        card.write_text(edited, encoding="utf-8")
+        stages_run.clear()
+        recipe, before = recipe.changed(**changes), recipe
+        pipeline.run(before, run)
+        assert card.read_text(encoding="utf-8") == edited and not stages_run
+        pipeline.run(recipe, run, overwrite=True)
+        assert card.read_text(encoding="utf-8").startswith("---") and "report" in stages_run
+    kept = [run / name for name in ("README.md.edited", "README.md.edited-2")]
+    assert [path.read_text(encoding="utf-8") for path in kept] == ["mine", "mine too"]
+    assert capsys.readouterr().err.count("yours is kept as README.md.edited") == 2
+    card.unlink()
+    pipeline.run(recipe, run)
+    assert card.is_file()
+
+
 def test_a_damaged_artefact_is_made_again(recipe: Recipe, tmp_path: Path, stages_run: list[str]) -> None:
     pipeline.run(recipe, tmp_path / "run")
     (tmp_path / "run" / "folded" / "model.safetensors").write_bytes(b"half a file")

@@ -13,6 +13,7 @@ from foldgpt.artifacts import hash_of, remove, take_over
 from foldgpt.errors import ArtifactError
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
+from foldgpt.report import CARD
 from foldgpt.run_folder.layout import ANALYSIS_CHECKPOINT, COMPARED, LEDGER, LOCK, PLAN, RECIPE, ROWS
 from foldgpt.run_folder.ledger import WRITTEN_LATER, contents_of, identity_of_inputs, read_stages, write_stages
 
@@ -27,6 +28,9 @@ _DEPENDENTS = {
     "source": ("evaluation",),
     "evaluation": ("report",),
 }
+
+#: What people edit → what is said of one that is made again.
+_EDITED = {PLAN: " (to fold by it: foldgpt fold MODEL --plan FILE)", CARD: ""}
 
 T = TypeVar("T")
 
@@ -132,25 +136,36 @@ class RunFolder:
         return read()
 
     def _keep_edited(self, name: str) -> None:
-        """A plan invites to be edited; in a run it is made again, and what somebody wrote there is not thrown away."""
-        plan, known = self.path / PLAN, self._stages.get(name, {})
-        if PLAN not in known.get("places", ()) or not plan.is_file():
-            return
-        if known["outputs"] == contents_of(self.path, [PLAN]):
-            return
-        names = (f"{PLAN}.edited{'' if number == 1 else f'-{number}'}" for number in itertools.count(1))
-        kept = next(place for place in map(plan.with_name, names) if not place.exists())
-        plan.replace(kept)
-        note(
-            f"{plan} is not the one that this run wrote: it is made again, and yours is kept as {kept.name} "
-            "(to fold by it: foldgpt fold MODEL --plan FILE)"
-        )
+        """Plans and cards invite to be edited; where they are made again, what somebody wrote is not thrown away."""
+        known = self._stages.get(name, {})
+        for place in known.get("places", ()):
+            path = self.path / place
+            if path.name not in _EDITED or not path.is_file():
+                continue
+            if known["outputs"].get(place) == contents_of(self.path, [place])[place]:
+                continue
+            names = (f"{path.name}.edited{'' if number == 1 else f'-{number}'}" for number in itertools.count(1))
+            # Beside the run's own files: the folder of a model goes with what was made there.
+            kept = next(free for free in map(self.path.joinpath, names) if not free.exists())
+            path.replace(kept)
+            note(
+                f"{path} is not the one that this run wrote: it is made again, and yours is kept as {kept.name}"
+                f"{_EDITED[path.name]}"
+            )
 
     def stands(self, name: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> bool:
         """Whether a stage's outputs are there, made from these inputs."""
         known = self._stages.get(name, {})
-        made_from_these = known.get("inputs") == identity_of_inputs(inputs)
-        return made_from_these and known.get("outputs") == contents_of(self.path, outputs)
+        if known.get("inputs") != identity_of_inputs(inputs):
+            return False
+        found = contents_of(self.path, outputs)
+        # A card that somebody wrote in is still that of the model beside it.
+        found |= {
+            place: known["outputs"].get(place)
+            for place, content in found.items()
+            if content and Path(place).name == CARD
+        }
+        return bool(known["outputs"] == found)
 
     def drop(self, name: str) -> None:
         """Remove what a stage made, if it did, and what was made of it: it belongs to inputs of before."""
