@@ -17,6 +17,7 @@ from foldgpt.corpus import OwnText, Windows, absolute, calibration_windows, eval
 from foldgpt.errors import FoldGPTError, UsageError, did_you_mean
 from foldgpt.evaluation import Suite, load_suite
 from foldgpt.evaluation.tasks import check_task_names
+from foldgpt.families import num_positions
 from foldgpt.formats import dtype_name
 from foldgpt.plan import Compensation, Fitting
 from foldgpt.progress import note
@@ -113,7 +114,7 @@ class Workbench:
         Raises:
             UsageError: they are.
         """
-        positions = self._positions
+        positions = num_positions(self.config)
         if positions is not None and context > positions:
             raise UsageError(f"{words}, and {self.recipe.model} has {positions} positions")
 
@@ -121,11 +122,6 @@ class Workbench:
     def recovery_texts(self) -> str:
         """Identity of the texts that recovery trains on."""
         return identity_of(self.recipe.training_texts, own=self.own_text)
-
-    @property
-    def _positions(self) -> int | None:
-        """How many positions the model has; None where its config does not say."""
-        return getattr(self.text_config, "max_position_embeddings", None)
 
     @cached_property
     def config(self) -> Any:

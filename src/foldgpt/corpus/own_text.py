@@ -22,6 +22,7 @@ from foldgpt.artifacts import hash_of, write_text
 from foldgpt.attention import attention_in_tiles
 from foldgpt.cache import cache_folder
 from foldgpt.errors import SourceError, UsageError, did_you_mean
+from foldgpt.families import num_positions
 from foldgpt.progress import bar, quiet_libraries
 
 SELF = "self:"
@@ -146,7 +147,7 @@ class OwnText:
         if start is None:
             raise SourceError("the tokenizer has neither BOS nor EOS, so the model's own text has no beginning")
         model = self._model()
-        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        positions = num_positions(model.config)
         if positions is not None and sampling.length > positions:
             raise UsageError(
                 f"{SELF} is to write documents of {sampling.length} tokens, but the model has {positions} positions; "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from foldgpt.families import decode, input_device
+from foldgpt.families import decode, input_device, num_positions
 from foldgpt.progress import bar
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ def generations(
 
 def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_T: torch.Tensor) -> list[int]:
     # Not `generate`: a checkpoint's own generation config may sample or penalise, and then two models do not compare.
-    config = model.config.get_text_config(decoder=True)
-    room = (getattr(config, "max_position_embeddings", None) or sys.maxsize) - len(prompt_T)
+    room = (num_positions(model.config) or sys.maxsize) - len(prompt_T)
     new: list[int] = []
     device = input_device(model)
     ids_BT, cache = prompt_T[None].to(device), None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from foldgpt.errors import UsageError
-from foldgpt.families import decode
+from foldgpt.families import decode, num_positions
 from foldgpt.formats import dtype_name
 from foldgpt.progress import bar
 
@@ -127,7 +127,7 @@ def tokens_that_fit(models: Mapping[str, PreTrainedModel], prompt_tokens: int, d
         UsageError: a model has no positions for a prompt of one token and one decode step.
     """
     for name, model in models.items():
-        positions = getattr(_text_config(model), "max_position_embeddings", None)
+        positions = num_positions(model.config)
         if positions is None:
             continue
         if positions < 2:

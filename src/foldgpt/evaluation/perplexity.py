@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foldgpt.errors import UsageError
 from foldgpt.evaluation.errors import MeasurementError
-from foldgpt.families import input_device
+from foldgpt.families import input_device, num_positions
 from foldgpt.formats import dtype_name
 from foldgpt.progress import bar
 
@@ -126,7 +126,7 @@ def exp_of_mean(mean_nll: float, unit: str) -> float:
 def _check_fits(ids: Tensor, config: Any) -> None:
     """Refuse windows that would make an embedding raise an index error, or mean nothing."""
     context = ids.shape[1]
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = num_positions(config)
     if positions is not None and context > positions:
         raise UsageError(f"the windows hold {context} tokens, but the model has {positions} positions.")
     if ids.numel() and int(ids.max()) >= config.vocab_size:

@@ -5,6 +5,7 @@ from foldgpt.families.code import brings_own_code
 from foldgpt.families.config_fields import check_config, check_kept, read_blocks, remap_config_
 from foldgpt.families.decoder import Decoder, decoder_of
 from foldgpt.families.decoding import decode, input_device
+from foldgpt.families.positions import num_positions
 from foldgpt.families.table import FAMILIES, OUTPUT_MATRICES, SPECIAL_FIRST_BLOCK, Family, Sublayers, family_of
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "family_of",
     "first_of_each_kind",
     "input_device",
+    "num_positions",
     "read_blocks",
     "remap_config_",
 ]

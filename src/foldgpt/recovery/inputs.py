@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from foldgpt.errors import UnsupportedModelError, UsageError
-from foldgpt.families import decoder_of
+from foldgpt.families import decoder_of, num_positions
 from foldgpt.families.plain import is_plain
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note
@@ -72,7 +72,7 @@ def check_inputs(
         if least < 0 or largest >= vocabulary:
             wrong = least if least < 0 else largest
             raise UsageError(f"the {name} windows hold the id {wrong:,}; the model's vocabulary has {vocabulary:,}")
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = num_positions(config)
     context = max(train.ids_WT.shape[1], held_out.ids_WT.shape[1])
     if longest is not None and context > longest:
         raise UsageError(f"the windows have {context:,} tokens, and the model has {longest:,} positions")
