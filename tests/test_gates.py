@@ -18,6 +18,7 @@ from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan
 from foldgpt.replay import Replay
 from foldgpt.selection import RemovalCost, Request, Units, checkpoint, select
+from foldgpt.selection.cost import Sample
 from foldgpt.selection.gated_pass import gradient_equivalents
 from foldgpt.selection.gating import hard_concrete, score_function, smoothed
 from foldgpt.selection.gating.gates import gates_options, greedy_equivalents
@@ -65,6 +66,34 @@ def test_the_search_costs_no_more_than_greedy() -> None:
     request = _request(3)
     greedy, gates = (select(method, request).report for method in ("greedy", "gates"))
     assert gates["forward_equivalents"] <= greedy["forward_equivalents"]
+
+
+def test_scores_and_learning_keep_to_their_shares_of_what_may_be_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores see fewer windows, and gates that have not settled stop, so that refinement has its share."""
+    model = tiny_model("llama", num_hidden_layers=NUM_BLOCKS)
+    spent: list[float] = []
+    allowed: list[float] = []
+    step = ScoreFunction.step
+
+    def scored(cost: RemovalCost, sample: Sample, **arguments: Any) -> list[float]:
+        allowed.append(greedy_equivalents(cost))
+        before = cost.forward_equivalents
+        found = leave_one_out(cost, sample, **arguments)
+        assert 0 < cost.forward_equivalents - before <= 0.3 * allowed[0]
+        return found
+
+    def stepped(self: ScoreFunction) -> float:
+        spent.append(self._cost.forward_equivalents)
+        return step(self)
+
+    monkeypatch.setattr("foldgpt.selection.gating.gates.leave_one_out", scored)
+    monkeypatch.setattr(ScoreFunction, "step", stepped)
+    monkeypatch.setattr(ScoreFunction, "has_settled", lambda self: False)
+    ids = token_ids(model, (64, 32))
+    options = {"effort": 1.0, "refine": False, "steps": 10_000}
+    report = select("gates", Request(NUM_BLOCKS, 1, model=model, ids_WT=ids, options=options)).report
+    assert len(spent) == report["steps"] > 2
+    assert 0.5 * allowed[0] < spent[-1] <= 0.54 * allowed[0]
 
 
 def test_the_report_is_json_and_traces_every_gate() -> None:

@@ -416,6 +416,21 @@ def test_nothing_is_left_for_finals_of_fewer_than_two(long_request: Request) -> 
     assert all(reserve <= allowance / 4 for allowance, reserve in enumerate(reserves))
 
 
+def test_what_was_refined_on_a_part_of_the_windows_is_judged_on_all_of_them_and_paid_for(
+    long_request: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foldgpt.selection.gating.gates._REFINEMENT_TOKENS", 64)
+    model = long_request.model
+    ids = token_ids(model, (64, 32))
+    request = replace(long_request, ids_WT=ids, further_ids_WT=None, options={"effort": 0.3})
+    report = select("gates", request).report
+    cost = request.need_cost("test")
+    assert report["refined"]
+    for row in report["refined"]:
+        assert row["cost"] == pytest.approx(cost.cost(frozenset(row["removed"])), rel=1e-3)
+    assert report["forward_equivalents"] <= 0.3 * greedy_equivalents(cost)
+
+
 def test_as_many_sets_as_finals_take_are_measured_on_all_windows(
     long_request: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:

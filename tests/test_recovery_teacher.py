@@ -138,7 +138,7 @@ def test_the_cache_is_of_one_teacher_and_one_text(tmp_path: Path) -> None:
     models = [tiny_model("llama", seed=seed) for seed in (0, 1)]
     for model, windows in ((models[0], ids), (models[1], ids), (models[0], tiny_windows(4, seed=2)), (models[0], ids)):
         teacher = Teacher(model)
-        table = cache_states(teacher, TrainingWindows(windows), tmp_path, batch_size=2)
+        table = cache_states(teacher, TrainingWindows(windows), tmp_path, batch_size=2, kept=Kept())
         rows = table.states(torch.tensor([3, 1]), torch.device("cpu")).last_BTH
         torch.testing.assert_close(rows, teacher.states(windows[[3, 1]]).last_BTH)
     assert len(list(tmp_path.iterdir())) == 3
@@ -171,7 +171,7 @@ def test_the_cache_is_of_one_config(tmp_path: Path) -> None:
     found = []
     for changes in ({}, {"sliding_window": 4}):
         teacher = Teacher(tiny_model("mistral", **changes))
-        table = cache_states(teacher, TrainingWindows(ids), tmp_path, batch_size=2)
+        table = cache_states(teacher, TrainingWindows(ids), tmp_path, batch_size=2, kept=Kept())
         rows = table.states(torch.arange(4), torch.device("cpu")).last_BTH
         torch.testing.assert_close(rows, teacher.states(ids).last_BTH)
         found.append(rows)
@@ -208,10 +208,10 @@ def test_what_a_kill_leaves_of_the_cache_is_removed(tmp_path: Path, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr(Teacher, "states", watched)
-        cache_states(teacher, TrainingWindows(ids), tmp_path, batch_size=2)
+        cache_states(teacher, TrainingWindows(ids), tmp_path, batch_size=2, kept=Kept())
     (whole,), (partial,) = tmp_path.iterdir(), written
     whole.rename(partial)
     other = tmp_path / ".foldgpt-partial-another.states-abcd1234"
     other.touch()
-    cache_states(teacher, TrainingWindows(ids), tmp_path, batch_size=2)
+    cache_states(teacher, TrainingWindows(ids), tmp_path, batch_size=2, kept=Kept())
     assert set(tmp_path.iterdir()) == {whole, other}

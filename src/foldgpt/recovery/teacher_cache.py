@@ -104,7 +104,7 @@ class CachedStates:
 
 
 def cache_states(
-    teacher: Teacher, train: TrainingWindows, folder: Path, *, batch_size: int, kept: Kept | None = None
+    teacher: Teacher, train: TrainingWindows, folder: Path, *, batch_size: int, kept: Kept
 ) -> CachedStates:
     """Open the file of a teacher's states on these windows; make it first if it is not there.
 
@@ -113,12 +113,11 @@ def cache_states(
         train: all training windows.
         folder: where such files are kept; the name says for which teacher, windows and states it is.
         batch_size: windows in one forward pass.
-        kept: what is kept beside the streams that it is asked for; by default the last hidden states.
+        kept: what is kept beside the streams that it is asked for.
 
     Raises:
         ArtifactError: the file cannot be written.
     """
-    kept = kept or Kept()
     dtype, has_entry = next(teacher.model.parameters()).dtype, teacher.common > 0
     record = _record(teacher, train.ids_WT.shape[1], kept, dtype)
     # Which tokens are scored is nothing to the teacher.
