@@ -290,6 +290,19 @@ def test_offloaded_model_equals_the_model_in_memory(family: str, where: str, tmp
     assert measures(analyze(model, ids, batch_size=2)) == expected
 
 
+def test_streams_and_what_comes_between_may_be_in_different_formats() -> None:
+    """As where a model keeps its residual stream in float32 and its sublayers in 16 bits."""
+    model, exact = tiny_model("llama"), tiny_model("llama")
+    ids = token_ids(model, (4, 16))
+    for block in model.model.layers:
+        norm, weight = block.post_attention_layernorm, block.post_attention_layernorm.weight
+        block.post_attention_layernorm.register_forward_pre_hook(lambda _, args: (args[0].bfloat16(),))
+        norm.register_forward_hook(lambda _, args, output: output.float())
+        assert weight.dtype == torch.float32
+    found, expected = (analyze(each, ids).bi for each in (model, exact))
+    assert found == pytest.approx(expected, rel=0.05)
+
+
 def test_model_is_left_as_it_was() -> None:
     model = tiny_model("llama")
     model.train()

@@ -78,9 +78,8 @@ def test_gradients_flow_through_a_block() -> None:
     assert gate.grad is not None and gate.grad.abs() > 0
 
 
-@pytest.mark.parametrize("boundaries", [None, [0], [0, 3]])
-def test_blocks_that_read_more_of_the_text_than_the_stream_are_refused(boundaries: Any) -> None:
-    """Their arguments differ from micro-batch to micro-batch, and a replay would use those of another one."""
+def that_reads_ids() -> Any:
+    """A model whose blocks are given the token ids beside the stream."""
     model = tiny_model("llama")
     body = model.model
     forward = body.forward
@@ -99,10 +98,26 @@ def test_blocks_that_read_more_of_the_text_than_the_stream_are_refused(boundarie
                 hook.remove()
 
     body.forward = with_ids
+    return model
+
+
+@pytest.mark.parametrize("boundaries", [None, [0], [0, 3]])
+def test_blocks_that_read_more_of_the_text_than_the_stream_are_refused(boundaries: Any) -> None:
+    """Their arguments differ from micro-batch to micro-batch, and a replay would use those of another one."""
+    model = that_reads_ids()
     # Of one micro-batch, of two of unlike sizes, and of two alike.
     for windows in (2, 3, 4):
         with pytest.raises(UnsupportedModelError, match="more of the text than the hidden states"):
             Replay(model, token_ids(model, (windows, 8)), batch_size=2, boundaries=boundaries)
+
+
+@pytest.mark.parametrize("text", [[5, 5, 5, 5], [3, 7, 7, 3], [9]])
+def test_a_text_that_is_the_same_backwards_does_not_hide_them(text: list[int]) -> None:
+    model = that_reads_ids()
+    for _ in range(2):
+        with pytest.raises(UnsupportedModelError, match="more of the text than the hidden states"):
+            Replay(model, torch.tensor([text]))
+    assert "more of the text than the hidden states" in str(why_not(model))
 
 
 def test_a_tail_that_takes_more_than_the_stream_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from foldgpt.errors import ArtifactError, PlanError, UsageError
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan, Group
-from foldgpt.selection import SELECTORS, Request, Selection, check_request, number_to_remove, select
+from foldgpt.selection import SELECTORS, Request, Selection, Units, check_request, number_to_remove, select
 from foldgpt.sharing import adjacent_groups, zero_started_groups
 from models import NUM_BLOCKS, tiny_hybrid, tiny_model
 
@@ -132,6 +133,20 @@ def test_random_draws_every_block_equally_often() -> None:
             counts[block] += 1
     # 180 each, with a standard deviation of 11; five of those is never exceeded by chance.
     assert all(125 < count < 235 for count in counts), counts
+
+
+def test_random_draws_uniformly_among_what_may_go_where_blocks_read_from_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Block 3 reads from block 1, which may go once 3 is gone, and then as likely as any other."""
+    units = replace(Units.blocks(5, 2), read_blocks=((3, 1),))
+    monkeypatch.setattr(Units, "blocks", lambda *_: units)
+    orders = [select("random", Request(num_blocks=5, num_remove=2, seed=seed)).order for seed in range(6000)]
+    assert {order[0] for order in orders} == {0, 2, 3, 4}
+    second = Counter(order[1] for order in orders if order[0] == 3)
+    # A quarter of about 1,500 each, with a standard deviation of 17.
+    assert second.keys() == {0, 1, 2, 4} and all(330 < count < 460 for count in second.values()), second
+    assert Counter(order[1] for order in orders if order[0] != 3).keys() == {0, 2, 3, 4}
 
 
 # ------------------------------------------------------------------------- models in which few blocks attend

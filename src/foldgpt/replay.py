@@ -225,7 +225,7 @@ class Replay:
         if self.model not in _SEEN_ON_TWO_TEXTS:
             if len(self._arguments) == len(list(self.batches())):
                 # No two micro-batches of one size were compared.
-                self._check_other_text(self.ids_WT[: self.batch_size].flip(-1))
+                self._check_other_text(self.ids_WT[: self.batch_size])
             _SEEN_ON_TWO_TEXTS.add(self.model)
         # Let go one by one: all parts beside all that is made of them would take twice the memory.
         return {boundary: torch.cat(states.pop(boundary)) for boundary in sorted(states)}
@@ -247,8 +247,14 @@ class Replay:
             raise self._cannot_replay()
 
     def _check_other_text(self, ids_BT: Tensor) -> None:
-        """Refuse blocks that are called with anything else when the text is another one."""
+        """Refuse blocks that are called with anything else when the text is another one than this.
+
+        It is read backwards; a text that stays the same is one of other tokens.
+        """
         known = iter(self._arguments[len(ids_BT)])
+        backwards_BT = ids_BT.flip(-1)
+        is_same = torch.equal(backwards_BT, ids_BT)
+        other_BT = (ids_BT + 1) % self.decoder.config.vocab_size if is_same else backwards_BT
         blocks = self.decoder.blocks
 
         def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -259,7 +265,7 @@ class Replay:
 
         handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
         try:
-            self._body(input_ids=ids_BT.to(self._device), use_cache=False)
+            self._body(input_ids=other_BT.to(self._device), use_cache=False)
         except _Stop:
             pass
         finally:

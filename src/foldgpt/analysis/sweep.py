@@ -178,7 +178,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 class _Recorder:
-    """Stored states of one micro-batch, [tokens, slots, hidden] in the model's own dtype.
+    """Stored states of one micro-batch, [tokens, slots, hidden] in the dtype of what enters the first block.
 
     Copied when they pass, because some families update their tensors in place later; one buffer is used
     again for every micro-batch.
@@ -191,9 +191,11 @@ class _Recorder:
     def put(self, slot: int, state: Tensor) -> None:
         """Store one state, [batch, context, hidden] or [batch · context, hidden]."""
         state = state.reshape(-1, state.shape[-1])
-        shape = (len(state), self._num_slots, state.shape[-1])
-        if self._buffer is None or len(self._buffer) < len(state) or self._buffer.dtype != state.dtype:
+        # With the first slot alone: a buffer that was made anew behind it would have lost what is in the others.
+        if slot == 0 and (self._buffer is None or len(self._buffer) < len(state) or self._buffer.dtype != state.dtype):
+            shape = (len(state), self._num_slots, state.shape[-1])
             self._buffer = torch.empty(shape, dtype=state.dtype, device=state.device)
+        assert self._buffer is not None
         self._buffer[: len(state), slot].copy_(state)
 
     def states(self, num_tokens: int) -> Tensor:

@@ -167,12 +167,12 @@ class RemovalCost:
         windows = slice(batches[0].start, batches[-1].stop)
         ids_WT = self.replay.ids_WT[windows]
         # The last position of a window has no next token to score; KL leaves it out as well.
-        num_windows, num_tokens = ids_WT.shape[0], max(1, ids_WT.shape[1] - 1)
+        num_windows, num_tokens = ids_WT.shape[0], ids_WT.shape[1] - 1
         wanted = num_positions(num_windows * num_tokens, self._position_share, self._most_positions)
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + windows.start) % 2**63)
         chosen = torch.randperm(num_windows * num_tokens, generator=generator)[:wanted].sort().values
         rows_R = chosen // num_tokens * ids_WT.shape[1] + chosen % num_tokens
-        targets_R = ids_WT.flatten()[(rows_R + 1).clamp_max(ids_WT.numel() - 1)]
+        targets_R = ids_WT.flatten()[rows_R + 1]
         source = None
         if self.objective == "kl":
             source = SourcePredictions(self.head, self._predictions([self.replay.end_WTH[windows]], rows_R))

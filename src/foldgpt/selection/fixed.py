@@ -32,15 +32,18 @@ def random(request: Request) -> Selection:
         PlanError: the model cannot be folded at all.
     """
     seed = random_options(request)["seed"]
-    drawn = [int(index) for index in numpy.random.default_rng(seed).permutation(request.num_blocks)]
+    generator = numpy.random.default_rng(seed)
+    left = generator.permutation(request.num_blocks).tolist()
     decoder = None if request.model is None else decoder_of(request.model)
     units = Units.blocks(request.num_blocks, request.num_remove, decoder)
-    # What may not go at its turn may not go later either, so passing it over leaves the other draws uniform.
     gone: list[int] = []
-    for block in drawn:
-        if units.is_allowed([*gone, block]):
-            gone.append(block)
-    order = (*gone, *(block for block in drawn if block not in gone))
+    while (block := next((block for block in left if units.is_allowed([*gone, block])), None)) is not None:
+        gone.append(block)
+        left.remove(block)
+        if units.read_blocks:
+            # What was passed over may go once a block that reads from it is gone, and would else be the next for sure.
+            left = generator.permutation(left).tolist()
+    order = (*gone, *left)
     return Selection("random", None, order, request.foldable(order[: request.num_remove]))
 
 

@@ -115,8 +115,8 @@ class Request:
         else:
             units = Units.blocks(self.num_blocks, self.num_remove, decoder)
         windows, tokens = self.ids_WT.shape if self.ids_WT.ndim == 2 else (1, 1)
-        if self.compensate and self.ids_WT.ndim == 2 and tokens < 2:
-            raise UsageError(f"compensation is fitted on windows of 2 tokens or more, and these have {tokens}")
+        if self.ids_WT.ndim == 2 and tokens < 2:
+            raise UsageError(f"a search compares predictions on windows of 2 tokens or more, and these have {tokens}")
         return RemovalCost(
             Replay(self.model, self.ids_WT, batch_size=windows_at_once(windows, tokens)),
             units=units,

@@ -50,7 +50,7 @@ def _times_as_many_positions(request: Request) -> float:
         return 1.0
     windows, context = request.ids_WT.shape
     # The last position of a window has no next token.
-    tokens = max(1, context - 1)
+    tokens = context - 1
     size = windows_at_once(windows, context)
     batches = (min(size, windows - start) for start in range(0, windows, size))
     return sum(num_positions(batch * tokens) for batch in batches) / num_positions(windows * tokens)
