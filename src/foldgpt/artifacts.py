@@ -83,7 +83,7 @@ def without_infinity(value: Any) -> Any:
 
 
 def with_infinity(values: Sequence[float | None]) -> list[float]:
-    """Costs as they were before `finite`, which leaves None where something cannot be had at any cost."""
+    """Costs as they were before `without_infinity`, which leaves None where something cannot be had at any cost."""
     return [math.inf if value is None else value for value in values]
 
 

@@ -24,6 +24,18 @@ def ids_fingerprint(ids_WT: Tensor) -> str:
 
 
 @torch.no_grad()
+def have_same_tensors(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules have the same parameters and saved buffers, in the same formats, wherever they lie."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(
+        value.shape == theirs[name].shape
+        and value.dtype == theirs[name].dtype
+        and torch.equal(value, theirs[name].to(value.device))
+        for name, value in mine.items()
+    )
+
+
+@torch.no_grad()
 def weights_fingerprint(model: nn.Module) -> str:
     """SHA-256 (hex) of a model: its config, and the name, shape, format and all values of each weight and buffer.
 

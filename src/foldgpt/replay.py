@@ -83,7 +83,7 @@ class Replay:
         self.batch_size = max(1, 2048 // ids_WT.shape[1]) if batch_size is None else batch_size
         self.num_block_calls = 0.0
         self._boundaries = {0, *(range(self.num_blocks + 1) if boundaries is None else boundaries)}
-        self._body = model.get_submodule(self.decoder.blocks_path.rpartition(".")[0])
+        self._body = self.decoder.body
         self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._tail: list[nn.Module] = []
         self.states: dict[int, Tensor] = self._record()

@@ -92,7 +92,7 @@ def analyze(
         recorder = stack.enter_context(_recording(decoder))
         running = stack.enter_context(bar("Analysing", total=num_windows))
         running.advance(windows_done)
-        body = model.get_submodule(decoder.blocks_path.rpartition(".")[0])
+        body = decoder.body
         device = input_device(model)
         while windows_done < num_windows:
             batch = slice(windows_done, min(windows_done + batch_size, num_windows))

@@ -132,9 +132,27 @@ def plan(
             max_memory_gb=max_memory_gb,
             trust_remote_code=trust_remote_code,
             calibration=calibration,
-            select=select_of(select, remove, remove_ratio, target, search_tokens, objective, sublayers, option),
+            select=select_of(
+                method=select,
+                remove=remove,
+                remove_ratio=remove_ratio,
+                target=target,
+                search_tokens=search_tokens,
+                objective=objective,
+                sublayers=sublayers,
+                options=option,
+            ),
             compensate={"method": compensate},
-            share=share_of(share, size, group_size, donor, fit, rank, scales, start),
+            share=share_of(
+                method=share,
+                size=size,
+                group_size=group_size,
+                donor=donor,
+                fit=fit,
+                rank=rank,
+                scales=scales,
+                start=start,
+            ),
         )
         method = recipe.select.method
         measured = None

@@ -57,6 +57,7 @@ def like_analysis(analysis: Analysis, given: dict[str, Any], seed: int | None) -
 
 
 def select_of(
+    *,
     method: str | None,
     remove: int | None,
     remove_ratio: float | None,
@@ -80,6 +81,7 @@ def select_of(
 
 
 def share_of(
+    *,
     method: str | None,
     size: str | None,
     group_size: int | None,

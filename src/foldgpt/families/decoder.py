@@ -50,10 +50,14 @@ class Decoder:
         assert self.sublayers is not None
         return not self.sublayers.mixers or hasattr(self.blocks[index], self.sublayers.attention[-1])
 
+    @property
+    def body(self) -> nn.Module:
+        """What holds the blocks: the model without its head, from token ids to the last hidden states."""
+        return self.model.get_submodule(self.blocks_path.rpartition(".")[0])
+
     def set_blocks(self, blocks: nn.ModuleList) -> None:
         """Put another list of blocks in place of the present one."""
-        parent, _, name = self.blocks_path.rpartition(".")
-        setattr(self.model.get_submodule(parent), name, blocks)
+        setattr(self.body, self.blocks_path.rpartition(".")[2], blocks)
 
 
 def decoder_of(model: nn.Module) -> Decoder:

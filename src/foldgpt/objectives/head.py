@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from foldgpt.errors import FoldGPTError, UnsupportedModelError
 from foldgpt.families import decoder_of
+from foldgpt.fingerprints import have_same_tensors
 
 
 class Head:
@@ -37,7 +38,7 @@ class Head:
         self._cap: float | None = getattr(config, "final_logit_softcapping", None)
         # Granite divides, Cohere multiplies.
         self.factor: float = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-        self._check(model, decoder.blocks_path.rpartition(".")[0])
+        self._check(model, decoder.body)
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
         """Logits [rows, V] of hidden states [rows, H], in fp32."""
@@ -59,19 +60,15 @@ class Head:
         mine, theirs = self.linear, other.linear
         if mine is None or theirs is None or self.factor != other.factor:
             return False
-        ours, others = mine.state_dict(), theirs.state_dict()
-        return ours.keys() == others.keys() and all(
-            value.dtype == others[name].dtype and torch.equal(value, others[name].to(value.device))
-            for name, value in ours.items()
-        )
+        return have_same_tensors(mine, theirs)
 
     @torch.no_grad()
-    def _check(self, model: Any, body_path: str) -> None:
+    def _check(self, model: Any, body: nn.Module) -> None:
         device = model.get_input_embeddings().weight.device
         ids_BT = torch.arange(1, 9, device=device)[None] % self.vocab_size
         was_training = model.training
         model.eval()
-        hidden_BTH = model.get_submodule(body_path)(input_ids=ids_BT, use_cache=False).last_hidden_state
+        hidden_BTH = body(input_ids=ids_BT, use_cache=False).last_hidden_state
         own_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()
         model.train(was_training)
         if not bool(own_BTV.isfinite().all()):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from foldgpt.families import decoder_of
+from foldgpt.fingerprints import have_same_tensors
 from foldgpt.plan import FoldPlan
 
 
@@ -36,24 +37,16 @@ def common_blocks(student: nn.Module, teacher: nn.Module, plan: FoldPlan) -> int
         teacher: its source.
         plan: the plan it was folded by.
     """
-    if not _same(student.get_input_embeddings(), teacher.get_input_embeddings()):  # type: ignore[operator]
+    if not _is_frozen_copy(student.get_input_embeddings(), teacher.get_input_embeddings()):  # type: ignore[operator]
         return 0
     pairs = zip(decoder_of(student).blocks, decoder_of(teacher).blocks, strict=False)
     count = 0
     for ours, theirs in pairs:
-        if count >= first_changed(plan) or not _same(ours, theirs):
+        if count >= first_changed(plan) or not _is_frozen_copy(ours, theirs):
             break
         count += 1
     return count
 
 
-def _same(ours: nn.Module, theirs: nn.Module) -> bool:
-    """Whether two modules have the same tensors, and the first one's are frozen."""
-    mine, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
-    return mine.keys() == other.keys() and all(
-        not value.requires_grad
-        and value.shape == other[name].shape
-        and value.dtype == other[name].dtype
-        and torch.equal(value, other[name].to(value.device))
-        for name, value in mine.items()
-    )
+def _is_frozen_copy(ours: nn.Module, theirs: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in ours.parameters()) and have_same_tensors(ours, theirs)

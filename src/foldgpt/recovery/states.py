@@ -39,7 +39,7 @@ class Body:
 
     def __init__(self, model: nn.Module, behind: Sequence[int] = (), entry: int = 0) -> None:
         decoder = decoder_of(model)
-        self._body = model.get_submodule(decoder.blocks_path.rpartition(".")[0])
+        self._body = decoder.body
         self._blocks = [decoder.blocks[position] for position in behind]
         self._before = list(decoder.blocks[:entry])
         self._returns_tuple = entry > 0 and self._block_returns_tuple(model)

@@ -66,7 +66,7 @@ def make_trainable_(student: nn.Module, plan: FoldPlan, settings: RecoverySettin
     if not (terms or settings.rank or settings.norms or full):
         raise UsageError("nothing is trained: no position has private terms; set rank or norms")
     if settings.norms:
-        body = student.get_submodule(decoder.blocks_path.rpartition(".")[0])
+        body = decoder.body
         if settings.train_blocks == "behind":
             # In front of the blocks the student does what the teacher does, and is not run.
             apart |= {id(module) for name, module in body.named_modules() if "embed" in name}

@@ -279,7 +279,7 @@ def _inputs(rows: int, context: int) -> dict[str, Any]:
 def _forward_flops(model: Any, context: int) -> float:
     """Operations of a forward pass of the blocks, per token; attention at this length of context included."""
     with FlopCounterMode(display=False) as counter:
-        _body(model)(**_inputs(1, context))
+        decoder_of(model).body(**_inputs(1, context))
     return counter.get_total_flops() / context
 
 
@@ -287,7 +287,7 @@ def _step(student: Any, rows: int, context: int) -> tuple[float, float, float]:
     """Operations per token of a forward pass of the blocks, of that and the way back, and bytes kept between them."""
     student.train()
     with FlopCounterMode(display=False) as counter, _kept_by_autograd(student) as kept:
-        last = _body(student)(**_inputs(rows, context)).last_hidden_state
+        last = decoder_of(student).body(**_inputs(rows, context)).last_hidden_state
         there = counter.get_total_flops()
         last.float().sum().backward()
     tokens = rows * context
@@ -309,11 +309,6 @@ def _kept_by_autograd(model: nn.Module) -> Iterator[dict[int, tuple[Any, int]]]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield kept
-
-
-def _body(model: Any) -> Any:
-    """The model without its head."""
-    return model.get_submodule(decoder_of(model).blocks_path.rpartition(".")[0])
 
 
 def _hidden_size(model: Any) -> int:

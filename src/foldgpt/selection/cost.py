@@ -297,9 +297,9 @@ class RemovalCost:
         return costs_R
 
     @torch.no_grad()
-    def walk(self, removed: Removed, sample: Sample | None = None) -> None:
+    def walk(self, removed: Removed) -> None:
         """Keep the states of a set at every depth, as a start for sets that also remove one deeper unit."""
-        sample = sample or self.everything
+        sample = self.everything
         began = time.perf_counter()
         self._run(removed, sample, keep=True, up_to=self.replay.num_blocks)
         self.seconds += time.perf_counter() - began

@@ -14,7 +14,6 @@ from foldgpt.selection.units import Removed
 def leave_one_out(
     cost: RemovalCost,
     sample: Sample | None = None,
-    description: str = "each alone",
     *,
     known: Sequence[float] = (),
     after_each: Callable[[list[float]], None] = lambda scores: None,
@@ -24,13 +23,12 @@ def leave_one_out(
     Args:
         cost: the measure.
         sample: where to measure; all windows by default.
-        description: for the progress bar.
         known: scores of the first units, measured before the search was stopped.
         after_each: called with the scores so far whenever a unit has been measured.
     """
     units = cost.units
     scores = list(known)
-    with bar(description, len(units)) as progress:
+    with bar("each alone", len(units)) as progress:
         progress.advance(len(scores))
         for unit in range(len(scores), len(units)):
             allowed = units.is_allowed([unit])
