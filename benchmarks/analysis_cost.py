@@ -57,7 +57,7 @@ def main() -> None:
         seed=arguments.seed,
     )
     decoder = decoder_of(source.model)
-    body = source.model.get_submodule(decoder.blocks_path.rpartition(".")[0])
+    body = decoder.body
     batches = windows.ids.to(arguments.device).split(arguments.batch_size)
 
     def plain(module: torch.nn.Module) -> None:
