@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compensation_case import correction
 from foldgpt.compensation import Compensator, Correction, compensate, compensate_, judge, merge_
-from foldgpt.errors import UnsupportedModelError, UsageError
+from foldgpt.errors import PlanError, UnsupportedModelError, UsageError
 from foldgpt.families import decoder_of
 from foldgpt.families.norms import effective_scale, weight_for
 from foldgpt.folding import fold_, save_folded, source_model_of
@@ -384,6 +384,18 @@ def test_a_folded_model_is_refused() -> None:
     fold_(model, plan)
     with pytest.raises(UsageError, match="folded already"):
         merge_(model, {4: correction(block=4)})
+
+
+def test_a_model_that_is_folded_already_is_refused() -> None:
+    model = tiny_model("llama")
+    plan = FoldPlan.create(source_model_of(model), removed=[1, 2])
+    ids = token_ids(model, (4, 16))
+    compensate_(model, plan, ids)
+    fold_(model, plan)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(PlanError, match="the plan is for a model of 6 blocks"):
+        compensate_(model, plan, ids)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_numbers_that_make_no_sense_are_refused() -> None:

@@ -426,6 +426,11 @@ def test_chats_without_replies_leave_nothing_to_learn(tmp_path: Path) -> None:
     [
         ("{{ messages|length }}" + TEMPLATE, turns("ask", "a", "ask"), "here: .* differently when others follow"),
         (TEMPLATE, turns("ask", "a")[1:], "here: the chat cannot be rendered: it begins with the assistant"),
+        (
+            TEMPLATE,
+            [{"from": "human", "value": "ask"}],
+            r"here: .* a message is an object with role and content, not \{'from': 'human'",
+        ),
         (TEMPLATE, ["ask"], "here: .* a message is an object with role and content, not 'ask'"),
         (
             "{% for m in messages %}{{ '<' + m.content }}{% endfor %}",
@@ -457,6 +462,7 @@ def test_chats_without_replies_leave_nothing_to_learn(tmp_path: Path) -> None:
     ids=[
         "looks ahead",
         "assistant first",
+        "other keys",
         "no messages",
         "no text",
         "template refuses",

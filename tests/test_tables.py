@@ -28,6 +28,7 @@ from foldgpt.evaluation.tasks import Accuracy
 from foldgpt.plan import Compensation, Fitting, FoldPlan, Group, SourceModel
 from foldgpt.plan_lines import plan_lines
 from foldgpt.recovery_result import RecoveryResult
+from foldgpt.report.training import training_curves
 from foldgpt.strip import fates_of, group_letter, plan_strip
 from foldgpt.tables import (
     comparison_table,
@@ -448,6 +449,31 @@ def test_a_recovery_says_what_it_was_trained_and_judged_on() -> None:
         in lines
     )
     assert "tokens of a.txt + demo:wikipedia in windows of 512, " in lines
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "KL"),
+        ({"divergence": "forward", "temperature": 1.0, "skew": 0.1}, "KL"),
+        ({"divergence": "forward", "temperature": 3.0}, "KL (temperature 3)"),
+        ({"divergence": "reverse", "temperature": 1.0, "skew": 0.1}, "reverse KL"),
+        (
+            {"divergence": "skewed", "temperature": 2.0, "skew": 0.5},
+            "skewed KL (skew 0.5, temperature 2)",
+        ),
+    ],
+)
+def test_another_divergence_is_not_called_the_kl(settings: dict[str, Any], words: str) -> None:
+    losses = {"before": {"loss": 2.0, "kl": 1.0}, "after": {"loss": 1.5, "kl": 0.7}}
+    result = RecoveryResult(**{**recovery(), **losses, "settings": {"kl": 1.0, "lm": 0.5, **settings}})
+    assert f"; {words} to the source 1.0000 → 0.7000" in recovery_lines(result).plain
+    curves = training_curves(result)
+    assert curves is not None
+    assert [line["name"] for line in curves["lines"]] == [
+        "held-out loss",
+        f"held-out {words}",
+    ]
 
 
 def test_a_plan_says_where_it_comes_from_and_what_its_search_measured() -> None:

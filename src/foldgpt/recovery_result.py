@@ -51,6 +51,15 @@ class RecoveryResult:
     settings: dict[str, Any]
     text: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def divergence(self) -> str:
+        """What the losses call "kl", in words: the KL from the source, unless another divergence was trained by."""
+        kind, temperature = self.settings.get("divergence", "forward"), self.settings.get("temperature", 1)
+        told = [f"skew {self.settings['skew']:g}"] if kind == "skewed" and "skew" in self.settings else []
+        told += [] if temperature == 1 else [f"temperature {temperature:g}"]
+        name = "KL" if kind == "forward" else f"{kind} KL"
+        return f"{name} ({', '.join(told)})" if told else name
+
     def to_json_dict(self) -> dict[str, Any]:
         """The result as plain JSON values."""
         return asdict(self)

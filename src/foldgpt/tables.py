@@ -404,7 +404,7 @@ def recovery_lines(result: RecoveryResult) -> Text:
     held_out = f" on {text['num_held_out']:,} held-out tokens" if known else " on held-out windows"
     losses = {"loss": _loss_in_words(result.settings)}
     if result.before.get("kl") not in (None, result.before["loss"]):
-        losses["kl"] = "KL to the source"
+        losses["kl"] = f"{result.divergence} to the source"
     before, after = result.before, result.after
     changes = "; ".join(f"{words} {before[name]:.4f} → {after[name]:.4f}" for name, words in losses.items())
     return Text(

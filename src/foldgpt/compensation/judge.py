@@ -17,6 +17,7 @@ from foldgpt.compensation.merge import merge_, set_parameters_, values_of_carrie
 from foldgpt.compensation.walk import Walk
 from foldgpt.errors import UsageError
 from foldgpt.families import decoder_of
+from foldgpt.folding import check_foldable
 from foldgpt.objectives import Head, forward_kl
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note
@@ -91,8 +92,10 @@ def compensate_(
 
     Raises:
         UsageError: fewer than two windows, or windows of another model.
+        PlanError: the plan is not this model's, which may have been folded by it already.
         UnsupportedModelError: the model's family cannot be compensated.
     """
+    check_foldable(model, plan)
     if len(ids_WT) < 2:
         raise UsageError(f"compensation needs at least 2 calibration windows, got {len(ids_WT)}; give more tokens")
     num_held = max(1, round(len(ids_WT) * HELD_OUT))

@@ -51,7 +51,8 @@ def chat_tokens(
 def _rendered(chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
     """A chat as text, and from where to where each reply runs in it."""
     for message in chat:
-        if not isinstance(message, Mapping):
+        # A template may take what it does not find for empty.
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"a message is an object with role and content, not {message!r}")
     whole: str = tokenizer.apply_chat_template([dict(message) for message in chat], tokenize=False)
     replies = []

@@ -12,7 +12,7 @@ from foldgpt.recovery_result import RECOVERY, RecoveryResult
 #: A screen has no more columns than this to show steps in.
 _MAX_STEPS = 300
 #: Losses on held-out windows that are worth a line: the one that is minimised, and what it means for predictions.
-_HELD_OUT = {"loss": "held-out loss", "kl": "held-out KL"}
+_HELD_OUT = ("loss", "kl")
 
 
 def read_recovery(folder: Path) -> RecoveryResult | None:
@@ -63,7 +63,7 @@ def training_curves(recovery: RecoveryResult) -> dict[str, Any] | None:
         names = ["kl"]
     lines = [
         {
-            "name": _HELD_OUT[name],
+            "name": "held-out loss" if name == "loss" else f"held-out {recovery.divergence}",
             "values": _rounded([recovery.before[name], *(entry[f"eval_{name}"] for entry in by_step.values())]),
         }
         for name in names
