@@ -18,6 +18,7 @@ from foldgpt.cli import app
 from foldgpt.families import FAMILIES, config_fields
 from foldgpt.families.table import INDEX_IN_CODE, SPECIAL_FIRST_BLOCK
 from foldgpt.folding import DONORS
+from foldgpt.history import history_of
 from foldgpt.plan import Compensation, Fitting, FoldPlan, Group, SourceModel
 from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings
@@ -156,6 +157,10 @@ def test_examples_of_pages_run_on_a_tiny_model(name: str, tmp_path: Path, monkey
     plan = FoldPlan.load("folded")
     assert len(plan.removed) == (3 if name == "index" else 2)
     assert load_source("folded", device="cpu").model.config.num_hidden_layers == len(plan.kept)
+    if name == "selection":
+        record = json.loads(Path("folded/compensation.json").read_text())
+        assert plan.compensation is not None and record["kept"] in (True, False)
+        assert history_of(Path("folded")).calibration == [str(text)] and Path("folded/README.md").is_file()
 
 
 def test_the_table_of_families_is_the_one_in_the_code() -> None:

@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("",),  # the package itself: it imports nothing but `autoload` until a name is asked for
     ("cache", "validation", "sizes", "targets", "wikipedia", "recovery_result", "progress_file"),
     ("plan",),
-    ("strip", "plan_lines"),
+    ("strip", "plan_lines", "history"),
     ("recipe", "architectures"),
     ("families", "attention"),
     ("modeling",),

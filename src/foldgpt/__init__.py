@@ -48,6 +48,7 @@ _HOME = {
     "select": "foldgpt.selection",
     "source_model_of": "foldgpt.folding",
     "unfold_": "foldgpt.folding",
+    "write_model_card": "foldgpt.report",
 }
 
 __all__ = ["__version__", *_HOME]

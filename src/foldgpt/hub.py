@@ -33,6 +33,7 @@ _STALE = (
     "pytorch_model*.bin",
     "pytorch_model.bin.index.json",
     "recovery.json",
+    "history.json",
     "compensation.json",
     "sharing.json",
     "*_foldgpt.py",
@@ -44,7 +45,7 @@ _STALE = (
     "added_tokens.json",
 )
 #: JSON files with records of texts and models by where they lie on this machine, and where in them that is.
-_RECORDS = {"plan.json": (), "recovery.json": (), "config.json": ("fold_plan",)}
+_RECORDS = {"plan.json": (), "recovery.json": (), "history.json": (), "config.json": ("fold_plan",)}
 #: What any new repository may have.
 _OF_ANY_REPOSITORY = (".gitattributes", ".gitignore", "README.md", "LICENSE*", "NOTICE*")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

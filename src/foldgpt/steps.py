@@ -29,6 +29,7 @@ from foldgpt.folding import (
     predicted_parameters,
     save_folded,
 )
+from foldgpt.history import HISTORY, History, history_of
 from foldgpt.plan import CalibrationText, Compensation, FoldPlan
 from foldgpt.progress import note
 from foldgpt.recovery import (
@@ -84,7 +85,8 @@ def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool
             "it removes may not be the ones that this model can do without"
         )
     expected = predicted_parameters(source.model, plan)
-    notes: dict[str, Any] = {}
+    earlier = _history_of(bench.place)
+    notes: dict[str, Any] = {HISTORY: earlier.to_json_dict()} if earlier != History() else {}
     fits: Mapping[int, GroupFit] = {}
     own = OwnText(lambda: source.model, source.tokenizer, bench.fingerprint)
     # What is fitted aims at the source, so that is recorded before compensation changes it.
@@ -221,6 +223,11 @@ def make_recovered(
             f"{recipe.model} does not fit in the memory that is free (or allowed by max_memory_gb) beside {folded}; "
             "recovery needs both. Load them in 16 bits (dtype), or take a larger machine"
         )
+    # What folding said of its fits holds for this model too.
+    notes = {name: read_json(folded / name) for name in (COMPENSATION, SHARING) if (folded / name).is_file()}
+    # The plan goes with it.
+    earlier = _history_of(folded, with_plan=False)
+    notes |= {HISTORY: earlier.to_json_dict()} if earlier != History() else {}
     result = recover(
         student.model,
         teacher,
@@ -230,8 +237,7 @@ def make_recovered(
         bench.recovery_settings,
         out,
         tokenizer=student.tokenizer,
-        # What folding said of its fits holds for this model too.
-        notes={name: read_json(folded / name) for name in (COMPENSATION, SHARING) if (folded / name).is_file()},
+        notes=notes,
         teacher_cache=_teacher_cache(bench),
         report_to=section.report_to,
         replace=replace,
@@ -343,7 +349,7 @@ def make_evaluation(
     if compare:
         check_tested_contexts(Workbench(recipe.model_copy(update={"model": str(place), "revision": None})))
     measured = bench.load(place, str(folded))
-    reused = _reused_texts(section.texts, place)
+    reused = reused_texts(section.texts, _history_of(place).uses)
     if bench.test is not None:
         _check_comparable(bench.tokenizer, measured.tokenizer, bench.recipe.model, str(folded))
     speed = section.speed
@@ -366,23 +372,14 @@ def make_evaluation(
     )
 
 
-def _reused_texts(tested: Sequence[str], place: Path) -> dict[str, list[str]]:
-    """Which of some texts the model in a folder was calibrated or trained on, by its own records."""
-    if not (place / PLAN).is_file():
-        return {}
+def _history_of(place: Path, *, with_plan: bool = True) -> History:
+    """What the model in a folder was made by, as far as its own records can be read."""
     try:
-        plan = FoldPlan.load(place)
-        recovered = RecoveryResult.load(place) if (place / RECOVERY).is_file() else None
+        return history_of(place, with_plan=with_plan)
     except FoldGPTError as error:
-        # Nobody's fault who measures it: the file may be of a later version, or of something else.
+        # Nobody's fault who uses it: a file may be of a later version, or of something else.
         note(f"it is not known which texts the model was made by: {error}")
-        return {}
-    calibrated = [text for fitted in (plan.compensation, plan.fitting) if fitted is not None for text in fitted.texts]
-    calibration = plan.origin.get("calibration")
-    if isinstance(calibration, Mapping):
-        calibrated += calibration.get("specs") or []
-    trained = [] if recovered is None else recovered.text.get("texts", [])
-    return reused_texts(tested, {"calibration": calibrated, "training": trained})
+        return History()
 
 
 def _what_is(place: Path) -> str:

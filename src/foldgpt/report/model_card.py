@@ -15,6 +15,7 @@ from foldgpt.artifacts import write_text
 from foldgpt.errors import ArtifactError
 from foldgpt.evaluation import Evaluation, Measured
 from foldgpt.formats import block_ranges, text_name
+from foldgpt.history import earlier_history
 from foldgpt.plan import FoldPlan
 from foldgpt.report.fits import was_compensated
 from foldgpt.report.headline import headlines, short_name
@@ -71,6 +72,10 @@ def write_model_card(
             base_model=metadata.get("base_model"),
             headlines=headlines(plan, evaluation, compensated=compensated),
             compensated=compensated,
+            earlier=[
+                f"{training.num_tokens:,} tokens of {' + '.join(map(text_name, training.texts)) or 'a text'}"
+                for training in earlier_history(folder).training
+            ],
             training=None if recovery is None else training_in_words(recovery),
             is_removal_only=plan.is_removal_only,
             strip=plan_strip(plan).plain,
