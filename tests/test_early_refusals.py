@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cli_case import foldgpt
 from foldgpt import pipeline, side_by_side, steps
 from foldgpt.checks import check_names
 from foldgpt.errors import FoldGPTError, PlanError, UnsupportedModelError, UsageError
@@ -269,3 +270,15 @@ def test_a_cache_for_a_teacher_that_is_not_asked_is_refused_but_of_rows(recipe: 
     with pytest.raises(UsageError, match=r"recover\.teacher_cache is .* no loss compares with the teacher"):
         check_names(Workbench(asked))
     check_names(Workbench(asked, common=tmp_path))
+
+
+@pytest.mark.parametrize("method", ["gates", "greedy", "bi"])
+def test_a_text_that_is_not_there_is_missed_before_the_model_is_loaded(
+    method: str, model: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    (broken / "model.safetensors").write_bytes(b"nothing that could be loaded")
+    given = ("--select", method, "--remove", 1, "--text", tmp_path / "none.txt", "--out", tmp_path / "plan.json")
+    refused = foldgpt("plan", broken, *given)
+    assert refused.exit_code == 1 and "no text file matches" in refused.stderr

@@ -50,6 +50,9 @@ def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path
             `drop_search`.
     """
     section = bench.recipe.select
+    if section.method in MEASURED:
+        # Before the model is loaded: a text may not be there.
+        _ = bench.calibration
     check_rank(bench.recipe, bench.source.model)
     request = _request(bench, analysis, checkpoint)
     if section.method in MEASURED:
