@@ -18,9 +18,10 @@ demo: $(READY)
 	dtype=$$($(BIN)/python -c '$(FAST_DTYPE)') && \
 	$(BIN)/foldgpt run recipes/demo.yaml --dtype $$dtype --out runs/demo --overwrite
 
-# One worker a core, four at most; a file of tests stays with one worker, which makes its models once.
+# One worker a core, four at most; a file of tests stays with one worker, which makes its models once. In their order:
+# the longest files have few tests, and would come last, when the other workers have nothing left to do.
 test: $(READY) lint
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .
