@@ -308,7 +308,7 @@ class Bench:
 
     def covariance_pass(self) -> dict[str, Any]:
         """What the second moments of all blocks cost, beside forward passes over the same windows."""
-        body = self.model.get_submodule(self.decoder.blocks_path.rpartition(".")[0])
+        body = self.decoder.body
         turns = []
         largest = 0
         for _ in range(3):

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -49,7 +50,10 @@ def start(said: Path, work: Callable[..., object], *arguments: object, **variabl
         for name, value in environment().items():
             patch.setenv(name, value)
         forkserver.ensure_running()
-    process = context.Process(target=_told, args=(said, variables, work, arguments))
+    # The server has the environment in which it was started.
+    told = (said, environment() | variables, work, arguments)
+    # What a test leaves behind ends with the tests.
+    process = context.Process(target=_told, args=told, daemon=True)
     process.start()
     return process
 
@@ -77,9 +81,10 @@ def together(said: Path, num_processes: int, work: Callable[..., object], *argum
     processes = [start(said, work, *arguments, **variables, **rank) for rank in ranks]
     deadline = time.monotonic() + 300
     # Where one has failed the others would wait for it.
-    while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
-        assert time.monotonic() < deadline, said.read_text(encoding="utf-8")
-        processes[0].join(0.05)
+    while (running := [process for process in processes if process.is_alive()]) and time.monotonic() < deadline:
+        if any(process.exitcode for process in processes):
+            break
+        wait([process.sentinel for process in running], 1)
     for process in processes:
         process.kill()
         process.join()
@@ -95,4 +100,6 @@ def run_script(code: str, *arguments: str) -> None:
 def assert_killed(process: BaseProcess) -> None:
     """Wait for one that kills itself."""
     process.join(300)
+    if process.is_alive():
+        process.terminate()
     assert process.exitcode == -signal.SIGKILL

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from cli_case import foldgpt
+from foldgpt.checks import check_inputs
 from foldgpt.errors import ArtifactError
 from foldgpt.history import HISTORY, History, Training, earlier_history, history_of
 from foldgpt.plan import FoldPlan, SourceModel
-from run_inputs import tiny_source, tiny_text
+from foldgpt.recipe import Recipe
+from foldgpt.workbench import Workbench
+from run_inputs import tiny_recipe, tiny_source, tiny_text
 
 
 def _done(*arguments: Any) -> str:
@@ -37,7 +40,7 @@ def _uses(folder: Path, baseline: Path, text: Path) -> list[str]:
     return uses
 
 
-def test_texts_of_earlier_rounds_are_known_and_told(tmp_path: Path) -> None:
+def test_texts_of_earlier_rounds_are_known_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_source(tmp_path / "model")
     chosen_on, first, second, unseen = (tiny_text(tmp_path / f"{name}.txt") for name in ("chosen", "one", "two", "new"))
     calibration = ("--text", chosen_on, "--context", 32, "--tokens", 128, "--select", "bi", "--remove", 1)
@@ -46,13 +49,20 @@ def test_texts_of_earlier_rounds_are_known_and_told(tmp_path: Path) -> None:
     assert not (tmp_path / "folded" / HISTORY).exists()
 
     once = _recovered(tmp_path / "folded", model, first, tmp_path / "once")
-    assert not (once / HISTORY).exists() and "had been trained before" not in (once / "README.md").read_text()
+    assert not (once / HISTORY).exists() and "models before this one" not in (once / "README.md").read_text()
     twice = _recovered(once, model, second, tmp_path / "twice")
     trained = Training([str(first)], 128)
     assert earlier_history(twice) == History(training=[trained])
     assert history_of(twice).uses == {"calibration": [str(chosen_on)], "training": [str(first), str(second)]}
     card = (twice / "README.md").read_text()
-    assert "had been trained before that, on 128 tokens of one.txt." in card and "128 tokens of two.txt" in card
+    assert (
+        "The models before this one were trained on 128 tokens of one.txt." in card and "128 tokens of two.txt" in card
+    )
+
+    recipe = tiny_recipe(twice, chosen_on, evaluate={"texts": [str(first)], "context": 32, "max_windows": 2})
+    capsys.readouterr()
+    check_inputs(Workbench(Recipe.from_dict(recipe)))
+    assert "one.txt is used for training too" in capsys.readouterr().err, "said before a run begins"
 
     plan = tmp_path / "again.json"
     FoldPlan.create(SourceModel(model=str(twice), model_type="llama", num_blocks=5), removed=[2]).save(plan)

@@ -18,6 +18,7 @@ from foldgpt.artifacts import write_json, write_text
 from foldgpt.cli import app
 from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
 from foldgpt.evaluation import Measured
+from foldgpt.history import History, Training
 from foldgpt.hub import check_upload, push
 from foldgpt.plan import Compensation, FoldPlan, SourceModel
 from foldgpt.report import write_model_card
@@ -223,7 +224,10 @@ def test_nothing_is_told_of_where_things_lie(hub: type[StandIn], run: Path, tmp_
     told = json.loads((folder / "plan.json").read_text("utf-8"))
     write_json(folder / "config.json", {"model_type": "foldgpt_llama", "fold_plan": told, "texts": ["a/b"]})
     write_json(folder / "recovery.json", {"text": {"texts": [mine], "context": 8}, "num_steps": 3})
+    history = History(calibration=[mine, "demo:wikipedia"], training=[Training([mine], 64)])
+    write_json(folder / "history.json", history.to_json_dict())
     push(folder, "me/small")
+    assert json.loads(hub.sent["history.json"])["calibration"] == ["secret.txt", "demo:wikipedia"]
     assert "client" not in "".join(hub.sent.values()) and str(tmp_path) not in "".join(hub.sent.values())
     plan = FoldPlan.from_json_dict(json.loads(hub.sent["plan.json"]), "plan.json")
     assert plan.source.model == "model" and plan.compensation is not None

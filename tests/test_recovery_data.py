@@ -431,6 +431,11 @@ def test_chats_without_replies_leave_nothing_to_learn(tmp_path: Path) -> None:
             [{"from": "human", "value": "ask"}],
             r"here: .* a message is an object with role and content, not \{'from': 'human'",
         ),
+        (
+            TEMPLATE,
+            [{"role": "user", "value": "ask"}, *turns("ask", "a")[1:]],
+            r"here: .* a message is an object with role and content, not \{'role': 'user', 'value'",
+        ),
         (TEMPLATE, ["ask"], "here: .* a message is an object with role and content, not 'ask'"),
         (
             "{% for m in messages %}{{ '<' + m.content }}{% endfor %}",
@@ -463,6 +468,7 @@ def test_chats_without_replies_leave_nothing_to_learn(tmp_path: Path) -> None:
         "looks ahead",
         "assistant first",
         "other keys",
+        "no prompt",
         "no messages",
         "no text",
         "template refuses",

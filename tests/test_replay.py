@@ -117,6 +117,8 @@ def test_a_text_that_is_the_same_backwards_does_not_hide_them(text: list[int]) -
     for _ in range(2):
         with pytest.raises(UnsupportedModelError, match="more of the text than the hidden states"):
             Replay(model, torch.tensor([text]))
+        with pytest.raises(UnsupportedModelError, match="more of the text than the hidden states"):
+            Replay(model, torch.tensor([[1, 2, 3, 4]] * 2), batch_size=1)
     assert "more of the text than the hidden states" in str(why_not(model))
 
 

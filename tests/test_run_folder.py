@@ -316,6 +316,10 @@ def test_a_card_that_was_edited_stays_and_is_kept_where_it_is_made_again(
     kept = [run / name for name in ("README.md.edited", "README.md.edited-2")]
     assert [path.read_text(encoding="utf-8") for path in kept] == ["mine", "mine too"]
     assert capsys.readouterr().err.count("yours is kept as README.md.edited") == 2
+    card.write_text("mine again", encoding="utf-8")
+    (run / "folded" / "model.safetensors").write_bytes(b"half a file")
+    pipeline.run(recipe, run)
+    assert (run / "README.md.edited-3").read_text(encoding="utf-8") == "mine again"
     card.unlink()
     pipeline.run(recipe, run)
     assert card.is_file()

@@ -468,6 +468,8 @@ def test_another_divergence_is_not_called_the_kl(settings: dict[str, Any], words
     losses = {"before": {"loss": 2.0, "kl": 1.0}, "after": {"loss": 1.5, "kl": 0.7}}
     result = RecoveryResult(**{**recovery(), **losses, "settings": {"kl": 1.0, "lm": 0.5, **settings}})
     assert f"; {words} to the source 1.0000 → 0.7000" in recovery_lines(result).plain
+    loss = f"loss ({'kl' if words == 'KL' else words} + 0.5 lm) 2.0000"
+    assert loss in recovery_lines(result).plain
     curves = training_curves(result)
     assert curves is not None
     assert [line["name"] for line in curves["lines"]] == [

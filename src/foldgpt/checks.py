@@ -10,6 +10,7 @@ from foldgpt.corpus import reused_texts
 from foldgpt.errors import PlanError, UsageError
 from foldgpt.families import check_config
 from foldgpt.folding import check_same_architecture
+from foldgpt.history import known_history
 from foldgpt.progress import note
 from foldgpt.recovery import check_compiler, check_device, check_loggers
 from foldgpt.selection import Request, check_request, number_to_remove
@@ -230,5 +231,8 @@ def _say_what_is_reused(bench: Workbench) -> None:
     uses = {"calibration": recipe.calibration.texts}
     if recipe.recover.num_tokens:
         uses["training"] = recipe.training_texts
+    # A model that was folded or recovered before was made by texts too.
+    for use, texts in known_history(bench.place).uses.items():
+        uses[use] = [*uses.get(use, []), *texts]
     for text, names in reused_texts(recipe.evaluate.texts, uses).items():
         _say_once(f"{text} is used for {' and '.join(names)} too: the perplexity on it will be no test of the model")

@@ -25,10 +25,12 @@ def ids_fingerprint(ids_WT: Tensor) -> str:
 
 @torch.no_grad()
 def have_same_tensors(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules have the same parameters and saved buffers, in the same formats, wherever they lie."""
+    """Whether two modules have the same parameters and saved buffers, in the same formats, on whatever devices."""
     mine, theirs = one.state_dict(), other.state_dict()
     return mine.keys() == theirs.keys() and all(
-        value.shape == theirs[name].shape
+        not value.is_meta
+        and not theirs[name].is_meta
+        and value.shape == theirs[name].shape
         and value.dtype == theirs[name].dtype
         and torch.equal(value, theirs[name].to(value.device))
         for name, value in mine.items()

@@ -10,8 +10,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from foldgpt.artifacts import read_json
-from foldgpt.errors import ArtifactError
+from foldgpt.errors import ArtifactError, FoldGPTError
 from foldgpt.plan import FoldPlan
+from foldgpt.progress import note
 from foldgpt.recovery_result import RECOVERY, RecoveryResult
 
 #: The file beside a checkpoint that tells of the models before it.
@@ -24,7 +25,7 @@ class Training:
 
     Attributes:
         texts: what it was trained on, as text specs.
-        num_tokens: tokens in its steps.
+        num_tokens: tokens behind the state that was kept.
     """
 
     texts: list[str]
@@ -92,5 +93,17 @@ def history_of(folder: Path, *, with_plan: bool = True) -> History:
     if (folder / RECOVERY).is_file():
         result = RecoveryResult.load(folder)
         if result.best_step:
-            training.append(Training(result.text.get("texts", []), result.num_tokens))
+            training.append(Training(result.text.get("texts", []), result.num_tokens_kept))
     return History(list(dict.fromkeys(calibration)), training)
+
+
+def known_history(folder: Path, *, with_plan: bool = True) -> History:
+    """The same, as far as the records can be read; that one cannot is said.
+
+    It is nobody's fault who uses the model: a file may be of a later version, or of something else.
+    """
+    try:
+        return history_of(folder, with_plan=with_plan)
+    except FoldGPTError as error:
+        note(f"it is not known which texts the model was made by: {error}")
+        return History()

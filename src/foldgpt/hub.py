@@ -214,7 +214,7 @@ def _public(value: Any, place: tuple[str, ...]) -> Any:
 
 
 def _named(key: str, value: Any) -> Any:
-    if key in ("texts", "specs") and isinstance(value, list):
+    if key in ("texts", "specs", "calibration") and isinstance(value, list):
         return [text_name(each) if isinstance(each, str) else each for each in value]
     if key == "model" and isinstance(value, str) and not value.startswith(NOT_FILES):
         # A local folder may look like a name on the hub.

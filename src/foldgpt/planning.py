@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from foldgpt.analysis import Analysis
+from foldgpt.corpus.own_text import SELF
 from foldgpt.errors import PlanError, UsageError
 from foldgpt.families import Decoder, attention_kinds, decoder_of, first_of_each_kind, input_device
 from foldgpt.folding import low_rank_leaves, predicted_parameters, same_kind, source_model_of
@@ -50,8 +51,8 @@ def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path
             `drop_search`.
     """
     section = bench.recipe.select
-    if section.method in MEASURED:
-        # Before the model is loaded: a text may not be there.
+    if section.method in MEASURED and not any(text.startswith(SELF) for text in bench.recipe.calibration.texts):
+        # Before the model is loaded, unless that writes it: a text may not be there.
         _ = bench.calibration
     check_rank(bench.recipe, bench.source.model)
     request = _request(bench, analysis, checkpoint)

@@ -52,6 +52,11 @@ class RecoveryResult:
     text: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def num_tokens_kept(self) -> int:
+        """Tokens behind the state that was saved; those after it made nothing better."""
+        return round(self.num_tokens * self.best_step / self.num_steps) if self.num_steps else 0
+
+    @property
     def divergence(self) -> str:
         """What the losses call "kl", in words: the KL from the source, unless another divergence was trained by."""
         kind, temperature = self.settings.get("divergence", "forward"), self.settings.get("temperature", 1)

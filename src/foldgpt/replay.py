@@ -223,8 +223,9 @@ class Replay:
             if windows.start == 0:
                 self._check(states, output.last_hidden_state)
         if self.model not in _SEEN_ON_TWO_TEXTS:
-            if len(self._arguments) == len(list(self.batches())):
-                # No two micro-batches of one size were compared.
+            first_BT, *other_texts = [self.ids_WT[windows] for windows in self.batches()]
+            if all(ids_BT.shape != first_BT.shape or torch.equal(ids_BT, first_BT) for ids_BT in other_texts):
+                # No two different micro-batches of one size were compared.
                 self._check_other_text(self.ids_WT[: self.batch_size])
             _SEEN_ON_TWO_TEXTS.add(self.model)
         # Let go one by one: all parts beside all that is made of them would take twice the memory.

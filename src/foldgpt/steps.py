@@ -29,7 +29,7 @@ from foldgpt.folding import (
     predicted_parameters,
     save_folded,
 )
-from foldgpt.history import HISTORY, History, history_of
+from foldgpt.history import HISTORY, History, known_history
 from foldgpt.plan import CalibrationText, Compensation, FoldPlan
 from foldgpt.progress import note
 from foldgpt.recovery import (
@@ -85,7 +85,7 @@ def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool
             "it removes may not be the ones that this model can do without"
         )
     expected = predicted_parameters(source.model, plan)
-    earlier = _history_of(bench.place)
+    earlier = known_history(bench.place)
     notes: dict[str, Any] = {HISTORY: earlier.to_json_dict()} if earlier != History() else {}
     fits: Mapping[int, GroupFit] = {}
     own = OwnText(lambda: source.model, source.tokenizer, bench.fingerprint)
@@ -226,7 +226,7 @@ def make_recovered(
     # What folding said of its fits holds for this model too.
     notes = {name: read_json(folded / name) for name in (COMPENSATION, SHARING) if (folded / name).is_file()}
     # The plan goes with it.
-    earlier = _history_of(folded, with_plan=False)
+    earlier = known_history(folded, with_plan=False)
     notes |= {HISTORY: earlier.to_json_dict()} if earlier != History() else {}
     result = recover(
         student.model,
@@ -349,7 +349,7 @@ def make_evaluation(
     if compare:
         check_tested_contexts(Workbench(recipe.model_copy(update={"model": str(place), "revision": None})))
     measured = bench.load(place, str(folded))
-    reused = reused_texts(section.texts, _history_of(place).uses)
+    reused = reused_texts(section.texts, known_history(place).uses)
     if bench.test is not None:
         _check_comparable(bench.tokenizer, measured.tokenizer, bench.recipe.model, str(folded))
     speed = section.speed
@@ -370,16 +370,6 @@ def make_evaluation(
         reused=reused,
         before_recovery=before_recovery,
     )
-
-
-def _history_of(place: Path, *, with_plan: bool = True) -> History:
-    """What the model in a folder was made by, as far as its own records can be read."""
-    try:
-        return history_of(place, with_plan=with_plan)
-    except FoldGPTError as error:
-        # Nobody's fault who uses it: a file may be of a later version, or of something else.
-        note(f"it is not known which texts the model was made by: {error}")
-        return History()
 
 
 def _what_is(place: Path) -> str:

@@ -402,7 +402,7 @@ def recovery_lines(result: RecoveryResult) -> Text:
     known = {"texts", "context", "num_held_out"} <= text.keys()
     of = f" of {' + '.join(map(text_name, text['texts']))} in windows of {text['context']:,}" if known else ""
     held_out = f" on {text['num_held_out']:,} held-out tokens" if known else " on held-out windows"
-    losses = {"loss": _loss_in_words(result.settings)}
+    losses = {"loss": _loss_in_words(result)}
     if result.before.get("kl") not in (None, result.before["loss"]):
         losses["kl"] = f"{result.divergence} to the source"
     before, after = result.before, result.after
@@ -414,9 +414,11 @@ def recovery_lines(result: RecoveryResult) -> Text:
     )
 
 
-def _loss_in_words(settings: Mapping[str, Any]) -> str:
+def _loss_in_words(result: RecoveryResult) -> str:
     """What was minimised, as the sum that it is."""
-    terms = {name: settings.get(name) or 0 for name in ("kl", "lm", "last_error", "last_cosine", "states")}
+    terms = {name: result.settings.get(name) or 0 for name in ("kl", "lm", "last_error", "last_cosine", "states")}
+    kl = "kl" if result.divergence == "KL" else result.divergence
+    terms = {kl if name == "kl" else name: weight for name, weight in terms.items()}
     parts = [name if weight == 1 else f"{weight:g} {name}" for name, weight in terms.items() if weight]
     return f"loss ({' + '.join(parts)})" if parts else "loss"
 

@@ -52,7 +52,9 @@ def _rendered(chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tu
     """A chat as text, and from where to where each reply runs in it."""
     for message in chat:
         # A template may take what it does not find for empty.
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        is_one = isinstance(message, Mapping) and isinstance(message.get("role"), str)
+        # Of replies it is looked at below what they hold.
+        if not is_one or not (message["role"] == "assistant" or "content" in message):
             raise ValueError(f"a message is an object with role and content, not {message!r}")
     whole: str = tokenizer.apply_chat_template([dict(message) for message in chat], tokenize=False)
     replies = []

@@ -34,8 +34,9 @@ def training_in_words(recovery: RecoveryResult) -> str:
     trained = f"After it was folded, {millions(recovery.num_trained)} parameters were trained on {on}, and merged"
     if recovery.best_step == recovery.num_steps:
         return f"{trained}."
-    seen = round(recovery.num_tokens * recovery.best_step / recovery.num_steps)
-    return f"{trained}; the state after {seen:,} of them did best on held-out text, and is this one."
+    return (
+        f"{trained}; the state after {recovery.num_tokens_kept:,} of them did best on held-out text, and is this one."
+    )
 
 
 def training_curves(recovery: RecoveryResult) -> dict[str, Any] | None:

@@ -137,12 +137,17 @@ class RunFolder:
 
     def _keep_edited(self, name: str) -> None:
         """Plans and cards invite to be edited; where they are made again, what somebody wrote is not thrown away."""
-        known = self._stages.get(name, {})
-        for place in known.get("places", ()):
+        own = self._stages.get(name, {}).get("places", ())
+        # A card lies in the folder that another stage makes.
+        places = [
+            (place, stage["outputs"].get(place))
+            for stage in self._stages.values()
+            for place in stage.get("places", ())
+            if any(place == mine or place.startswith(f"{mine}/") for mine in own)
+        ]
+        for place, content in places:
             path = self.path / place
-            if path.name not in _EDITED or not path.is_file():
-                continue
-            if known["outputs"].get(place) == contents_of(self.path, [place])[place]:
+            if path.name not in _EDITED or not path.is_file() or contents_of(self.path, [place])[place] == content:
                 continue
             names = (f"{path.name}.edited{'' if number == 1 else f'-{number}'}" for number in itertools.count(1))
             # Beside the run's own files: the folder of a model goes with what was made there.
