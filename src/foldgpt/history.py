@@ -13,7 +13,7 @@ from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError, FoldGPTError
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import note
-from foldgpt.recovery_result import RECOVERY, RecoveryResult
+from foldgpt.recovery_result import read_recovery
 
 #: The file beside a checkpoint that tells of the models before it.
 HISTORY = "history.json"
@@ -47,6 +47,11 @@ class History:
     def to_json_dict(self) -> dict[str, Any]:
         """The history as plain JSON values."""
         return asdict(self)
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """The file that goes beside a model made of this one, by its name; none where there is nothing to tell."""
+        return {} if self == History() else {HISTORY: self.to_json_dict()}
 
     @property
     def uses(self) -> dict[str, list[str]]:
@@ -90,10 +95,9 @@ def history_of(folder: Path, *, with_plan: bool = True) -> History:
         calibration += [text for fit in (plan.compensation, plan.fitting) if fit is not None for text in fit.texts]
         origin = plan.origin.get("calibration")
         calibration += origin.get("specs") or [] if isinstance(origin, Mapping) else []
-    if (folder / RECOVERY).is_file():
-        result = RecoveryResult.load(folder)
-        if result.best_step:
-            training.append(Training(result.text.get("texts", []), result.num_tokens_kept))
+    result = read_recovery(folder)
+    if result is not None and result.best_step:
+        training.append(Training(result.text.get("texts", []), result.num_tokens_kept))
     return History(list(dict.fromkeys(calibration)), training)
 
 

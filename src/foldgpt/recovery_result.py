@@ -99,3 +99,12 @@ class RecoveryResult:
 
 
 _ADAPTER = TypeAdapter(RecoveryResult)
+
+
+def read_recovery(folder: Path) -> RecoveryResult | None:
+    """What the recovery of a checkpoint did; None if it was not recovered.
+
+    Raises:
+        ArtifactError: the record cannot be read, or is not what a recovery writes.
+    """
+    return RecoveryResult.load(folder) if (folder / RECOVERY).is_file() else None

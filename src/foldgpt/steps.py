@@ -29,7 +29,7 @@ from foldgpt.folding import (
     predicted_parameters,
     save_folded,
 )
-from foldgpt.history import HISTORY, History, known_history
+from foldgpt.history import known_history
 from foldgpt.plan import CalibrationText, Compensation, FoldPlan
 from foldgpt.progress import note
 from foldgpt.recovery import (
@@ -85,8 +85,7 @@ def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool
             "it removes may not be the ones that this model can do without"
         )
     expected = predicted_parameters(source.model, plan)
-    earlier = known_history(bench.place)
-    notes: dict[str, Any] = {HISTORY: earlier.to_json_dict()} if earlier != History() else {}
+    notes = known_history(bench.place).notes
     fits: Mapping[int, GroupFit] = {}
     own = OwnText(lambda: source.model, source.tokenizer, bench.fingerprint)
     # What is fitted aims at the source, so that is recorded before compensation changes it.
@@ -226,8 +225,7 @@ def make_recovered(
     # What folding said of its fits holds for this model too.
     notes = {name: read_json(folded / name) for name in (COMPENSATION, SHARING) if (folded / name).is_file()}
     # The plan goes with it.
-    earlier = known_history(folded, with_plan=False)
-    notes |= {HISTORY: earlier.to_json_dict()} if earlier != History() else {}
+    notes |= known_history(folded, with_plan=False).notes
     result = recover(
         student.model,
         teacher,

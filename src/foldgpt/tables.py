@@ -417,9 +417,9 @@ def recovery_lines(result: RecoveryResult) -> Text:
 def _loss_in_words(result: RecoveryResult) -> str:
     """What was minimised, as the sum that it is."""
     terms = {name: result.settings.get(name) or 0 for name in ("kl", "lm", "last_error", "last_cosine", "states")}
-    kl = "kl" if result.divergence == "KL" else result.divergence
-    terms = {kl if name == "kl" else name: weight for name, weight in terms.items()}
-    parts = [name if weight == 1 else f"{weight:g} {name}" for name, weight in terms.items() if weight]
+    words = {} if result.divergence == "KL" else {"kl": result.divergence}
+    named = [(words.get(name, name), weight) for name, weight in terms.items() if weight]
+    parts = [name if weight == 1 else f"{weight:g} {name}" for name, weight in named]
     return f"loss ({' + '.join(parts)})" if parts else "loss"
 
 

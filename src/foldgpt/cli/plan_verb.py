@@ -49,7 +49,6 @@ from foldgpt.cli.requests import (
     like_analysis,
     recipe_of,
     select_of,
-    share_of,
 )
 from foldgpt.cli.session import AGAIN, output_file, session
 
@@ -143,16 +142,16 @@ def plan(
                 options=option,
             ),
             compensate={"method": compensate},
-            share=share_of(
-                method=share,
-                size=size,
-                group_size=group_size,
-                donor=donor,
-                fit=fit,
-                rank=rank,
-                scales=scales,
-                start=start,
-            ),
+            share={
+                "method": share,
+                "size": size,
+                "group_size": group_size,
+                "donor": donor,
+                "fit": fit,
+                "rank": rank,
+                "scales": scales,
+                "start": start,
+            },
         )
         method = recipe.select.method
         measured = None

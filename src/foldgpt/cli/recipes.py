@@ -58,7 +58,6 @@ from foldgpt.cli.requests import (
     recipe_of,
     recover_of,
     select_of,
-    share_of,
 )
 from foldgpt.cli.session import session
 from foldgpt.cli.showing import show_path
@@ -151,16 +150,16 @@ def run(
                 options=option,
             ),
             "compensate": {"method": compensate},
-            "share": share_of(
-                method=share,
-                size=size,
-                group_size=group_size,
-                donor=donor,
-                fit=fit,
-                rank=rank,
-                scales=scales,
-                start=start,
-            ),
+            "share": {
+                "method": share,
+                "size": size,
+                "group_size": group_size,
+                "donor": donor,
+                "fit": fit,
+                "rank": rank,
+                "scales": scales,
+                "start": start,
+            },
             "recover": recover_of(
                 recover_tokens,
                 recover_text,

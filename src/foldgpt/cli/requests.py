@@ -80,30 +80,6 @@ def select_of(
     }
 
 
-def share_of(
-    *,
-    method: str | None,
-    size: str | None,
-    group_size: int | None,
-    donor: str | None,
-    fit: bool | None,
-    rank: int | None,
-    scales: bool | None,
-    start: str | None,
-) -> dict[str, Any]:
-    """The section `share` of a recipe."""
-    return {
-        "method": method,
-        "size": size,
-        "group_size": group_size,
-        "donor": donor,
-        "fit": fit,
-        "rank": rank,
-        "scales": scales,
-        "start": start,
-    }
-
-
 def check_objective(given: str | None, recipe: Recipe) -> None:
     """Refuse `--objective` where it would have no effect. What a recipe says may be its default.
 

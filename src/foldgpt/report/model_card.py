@@ -17,11 +17,12 @@ from foldgpt.evaluation import Evaluation, Measured
 from foldgpt.formats import block_ranges, text_name
 from foldgpt.history import earlier_history
 from foldgpt.plan import FoldPlan
+from foldgpt.recovery_result import read_recovery
 from foldgpt.report.fits import was_compensated
 from foldgpt.report.headline import headlines, short_name
 from foldgpt.report.rows import rows_of
 from foldgpt.report.templating import templates
-from foldgpt.report.training import read_recovery, training_in_words
+from foldgpt.report.training import training_in_words
 from foldgpt.strip import plan_strip, what_is_shared
 from foldgpt.tables import comparison_table, protocol_lines, task_table
 

@@ -11,9 +11,8 @@ from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError
 from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan
-from foldgpt.recovery_result import RecoveryResult
+from foldgpt.recovery_result import RecoveryResult, read_recovery
 from foldgpt.report.fits import was_compensated
-from foldgpt.report.training import read_recovery
 
 
 @dataclass(frozen=True)

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 from foldgpt.formats import millions, text_name
-from foldgpt.recovery_result import RECOVERY, RecoveryResult
+from foldgpt.recovery_result import RecoveryResult
 
 #: A screen has no more columns than this to show steps in.
 _MAX_STEPS = 300
 #: Losses on held-out windows that are worth a line: the one that is minimised, and what it means for predictions.
 _HELD_OUT = ("loss", "kl")
-
-
-def read_recovery(folder: Path) -> RecoveryResult | None:
-    """What the recovery of a checkpoint did; None if it was not recovered.
-
-    Raises:
-        ArtifactError: the record cannot be read, or is not what a recovery writes.
-    """
-    return RecoveryResult.load(folder) if (folder / RECOVERY).is_file() else None
 
 
 def training_in_words(recovery: RecoveryResult) -> str:
