@@ -48,14 +48,20 @@ from run_inputs import tiny_recipe, tiny_source
             "--analysis with the selector 'gates', which reads none: leave it out, or --select one of angular, bi",
         ),
         (
-            ["plan", "MODEL", "--search-tokens", "64", "--select", "bi", "--remove", "2", "--out", "OUT"],
+            [
+                *("plan", "MODEL", "--search-tokens", "64", "--select", "last", "--remove", "2"),
+                *("--compensate", "none", "--out", "OUT"),
+            ],
             2,
-            "--search-tokens with the selector 'bi', which measures nothing on them",
+            "--search-tokens with the selector 'last', which measures nothing on them",
         ),
         (
-            ["run", "--model", "MODEL", "--search-tokens", "64", "--select", "bi", "--remove", "2", "--out", "OUT"],
+            [
+                *("run", "--model", "MODEL", "--select", "bi", "--remove", "2"),
+                *("--tokens", "256", "--search-tokens", "257", "--out", "OUT"),
+            ],
             2,
-            "--search-tokens with the selector 'bi', which measures nothing on them",
+            "--search-tokens is 257, and the calibration text has 256",
         ),
         (
             ["plan", "MODEL", "--remove", "2", "--tokens", "256", "--search-tokens", "1M", "--out", "OUT"],

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from foldgpt.analysis import analyze
 from foldgpt.errors import UsageError
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan
@@ -57,6 +58,35 @@ def test_every_measured_selector_answers_and_reports(method: str, family: str) -
     after = request.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert all(parameter.requires_grad for parameter in request.model.parameters())
+
+
+@pytest.mark.parametrize("compensate", [False, True])
+@pytest.mark.parametrize("method", sorted(SELECTORS.keys() - MEASURED))
+def test_what_others_chose_is_measured_alike_where_there_are_windows(method: str, compensate: bool) -> None:
+    request = _request(2, compensate=compensate)
+    request = replace(request, analysis=analyze(request.model, request.ids_WT))
+    unmeasured = select(method, replace(request, ids_WT=None))
+    selection = select(method, request)
+    assert unmeasured.report == {} and replace(selection, report={}) == unmeasured
+    measured = select("loo", request).report
+    assert selection.report.keys() == measured.keys()
+    same = ("objective", "compensated", "num_windows", "num_tokens", "num_positions")
+    assert [selection.report[name] for name in same] == [measured[name] for name in same]
+    cost = request.need_cost("test").cost(frozenset(selection.removed))
+    assert selection.report["cost"] == pytest.approx(cost, rel=1e-4) and cost > 0
+    assert 1 < selection.report["forward_equivalents"] <= search_passes(method, request, head=5.0)
+
+
+def test_a_removal_that_cannot_be_measured_is_said_and_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    request = _request(2)
+    with torch.no_grad():  # what follows the blocks overflows
+        request.model.model.norm.weight.fill_(3e38)
+    selection = select("last", request)
+    assert selection.removed == (NUM_BLOCKS - 2, NUM_BLOCKS - 1) and selection.report == {}
+    assert (
+        "what this removal costs was not measured: the model's own predictions are not finite"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("method", sorted(MEASURED))

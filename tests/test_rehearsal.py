@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from foldgpt import pipeline, rehearsal, side_by_side
+from foldgpt.analysis import analyze
 from foldgpt.architectures import known_architectures
 from foldgpt.cli import app
 from foldgpt.comparison.rows import known_rows
@@ -34,8 +35,9 @@ from foldgpt.rehearsal import (
     rehearse,
 )
 from foldgpt.rehearsal.tiny import config_of
-from foldgpt.selection import Request, search_passes, select
-from foldgpt.selection.cost import CACHE_BYTES
+from foldgpt.replay import Replay
+from foldgpt.selection import RemovalCost, Request, search_passes, select
+from foldgpt.selection.cost import CACHE_BYTES, num_positions
 from foldgpt.workbench import Workbench
 from models import tiny_config, tiny_model, token_ids
 from run_inputs import planned, tiny_recipe, tiny_source, tiny_text
@@ -112,7 +114,7 @@ def test_a_comparison_is_rehearsed_row_by_row_with_equal_budgets_on_the_real_mod
     assert abs(sizes["gates + sharing"] / sizes["bi"] - 1) <= recipe.compare.budget_tolerance
     # bi's folded model is trained, not made twice, and the source measured once.
     rows = [row.flops for row in found.rows.values()]
-    in_common = sum(row["analysis"] + row["source's perplexity"] for row in rows[1:])
+    in_common = sum(row["analysis"] + row["source's perplexity"] for row in rows[1:]) + rows[0]["search"]
     assert found.flops == pytest.approx(sum(sum(row.values()) for row in rows) - in_common)
 
 
@@ -123,6 +125,8 @@ def test_the_teacher_s_passes_are_counted_once_in_a_comparison() -> None:
     teachers = [row.flops["teacher"] for row in found.rows.values() if "teacher" in row.flops]
     assert len(teachers) == 2, "plain LoRA has none"
     only_once = sum(row.flops["analysis"] + row.flops["source's perplexity"] for row in list(found.rows.values())[1:])
+    only_once += sum(row.flops["search"] for row in found.rows.values())
+    only_once -= sum(found.rows[name].flops["search"] for name in ("bi", "last"))
     whole = sum(sum(row.flops.values()) for row in found.rows.values())
     assert found.flops == pytest.approx(whole - only_once - teachers[0])
 
@@ -203,7 +207,9 @@ def test_operations_are_two_for_each_weight_and_token_and_double_with_the_way_ba
     base["calibration"] = {"num_tokens": 1000, "context": 8}
     found = expect(config, Recipe.from_dict(base), plan, RecoverySettings())
     assert found.flops["analysis"] == pytest.approx(2 * found.block_parameters * 1000, rel=0.02)
-    assert set(found.flops) == {"analysis"}
+    # What bi removes is measured: the recording, half of the blocks, and the head at every other position thrice.
+    assert found.flops["search"] == pytest.approx(1.5 * found.flops["analysis"] + 3 * 500 * 2 * 64 * 256, rel=0.01)
+    assert set(found.flops) == {"analysis", "search"}
     trained = {**base, "recover": {"num_tokens": 64, "context": 8, "held_out_tokens": 2}}
     settings = RecoverySettings(rank=1, kl=0, lm=1, norms=False, batch_size=1)
     recovery = expect(config, Recipe.from_dict(trained), plan, settings).flops["recovery"]
@@ -273,7 +279,13 @@ def test_searches_take_about_as_many_passes_as_expected(tmp_path: Path) -> None:
     greedy = search_passes("greedy", Request(12, 4))
     assert search_passes("gates", Request(12, 4)) == pytest.approx(0.45 * greedy)
     assert search_passes("gates", Request(12, 4, compensate=True)) == greedy
-    assert search_passes("bi", Request(12, 4)) == 0
+    # What measures no set on its way has the one that it chose measured.
+    request = dataclasses.replace(request, sublayers=False, analysis=analyze(model, ids))
+    for method in ("bi", "angular", "last", "random"):
+        took = select(method, request).report["forward_equivalents"]
+        head = RemovalCost(Replay(model, ids)).head_cost * num_positions(ids.numel()) / ids.numel()
+        assert 0.65 <= search_passes(method, request, head=head) / took <= 1.5, method
+    assert search_passes("bi", Request(12, 0)) == 0
 
 
 def test_a_search_is_counted_on_the_windows_that_it_has(tmp_path: Path) -> None:

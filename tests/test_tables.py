@@ -504,8 +504,8 @@ def test_a_plan_says_where_it_comes_from_and_what_its_search_measured() -> None:
     assert lines() == [
         "m at v2 (llama): removed 4 and 5",
         "chosen by gates, seed 3; calibrated on a.txt + demo:wikipedia, 64 windows of 1,024 tokens",
-        "KL to the source 0.5061 nats per token on 8,192 calibration tokens, compensated by the quick fit of the "
-        "search; 51.8 forward passes over them, 161 s",
+        "KL to the source 0.5061 nats per token on 8,192 calibration tokens, compensated by the quick fit of "
+        "searches; 51.8 forward passes over them, 161 s",
         "on 8,192 further tokens, compensated as folding does it: 0.4251, the next best of 2 sets 0.4800",
         "compensation: linear, fitted when folding on /data/a.txt, 32,768 tokens in windows of 512",
     ]

@@ -22,7 +22,7 @@ def plan_lines(plan: FoldPlan) -> Text:
     What a plan does not say, such as one that was written by hand, is left out. Costs are as their search measures
     them: see docs/selection.md.
     """
-    lines = [_cut_line(plan), *_target_lines(plan), *_chosen_lines(plan), *_search_lines(plan)]
+    lines = [_cut_line(plan), *_target_lines(plan), *_chosen_lines(plan), *_cost_lines(plan)]
     if plan.compensation is not None:
         lines.append(
             f"compensation: {plan.compensation.method}, fitted when folding on {_fitted_on(plan.compensation)}"
@@ -72,8 +72,8 @@ def chosen_words(plan: FoldPlan) -> str:
     return f"{edited}chosen by {plan.origin['selector']}"
 
 
-def _search_lines(plan: FoldPlan) -> list[str]:
-    """How far from its source the model was that a search settled on, and what the search took."""
+def _cost_lines(plan: FoldPlan) -> list[str]:
+    """How far from its source the model is without what a selector chose, and what it took to know."""
     report = plan.origin.get("report")
     if (
         report is None
@@ -84,9 +84,9 @@ def _search_lines(plan: FoldPlan) -> list[str]:
         return []
     what = "KL to the source" if report.get("objective") == "kl" else "language-modelling loss"
     if plan.groups or candidates_of(plan):
-        what = f"search for what to remove, by itself: {what}"
+        what = f"removal by itself: {what}"
     compensated = bool(report.get("compensated"))
-    fit = ", compensated by the quick fit of the search" if compensated else ""
+    fit = ", compensated by the quick fit of searches" if compensated else ""
     lines = [
         f"{what} {report['cost']:.4f} nats per token on {report['num_tokens']:,} calibration tokens{fit}; "
         f"{report['forward_equivalents']:.1f} forward passes over them, {report['seconds']:,.0f} s"

@@ -56,7 +56,8 @@ def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path
         _ = bench.calibration
     check_rank(bench.recipe, bench.source.model)
     request = _request(bench, analysis, checkpoint)
-    if section.method in MEASURED:
+    # What others chose is measured where the text is read anyway, and the model need not be brought from disk for it.
+    if section.method in MEASURED or (bench.has_read_calibration and not bench.source.offloaded):
         request = replace(request, ids_WT=bench.selection_ids(), further_ids_WT=bench.further_selection_ids())
     if section.target is None:
         return select(section.method, request)

@@ -199,6 +199,11 @@ class Workbench:
         self.check_context(f"calibration.context is {section.context}", section.context)
         return windows
 
+    @property
+    def has_read_calibration(self) -> bool:
+        """Whether these windows are there already."""
+        return "calibration" in vars(self)
+
     def check_calibration_tokens(self) -> None:
         """Look whether there are tokens enough for one window of each calibration text.
 

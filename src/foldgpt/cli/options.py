@@ -89,7 +89,7 @@ SelectorOption = Annotated[
 SearchTokens = Annotated[
     int | None,
     typer.Option(
-        "--search-tokens", help="Calibration tokens that searches measure on.", parser=count, show_default="4096"
+        "--search-tokens", help="Calibration tokens that removals are measured on.", parser=count, show_default="4096"
     ),
 ]
 Compensate = Annotated[

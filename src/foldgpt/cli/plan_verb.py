@@ -164,13 +164,14 @@ def plan(
             measured = steps.read_analysis(analysis)
             recipe = recipe.changed(**like_analysis(measured, calibration, seed))
         bench = Workbench(recipe)
-        check_search_tokens(search_tokens, recipe)
+        analyses = analysis is None and method not in ANALYSIS_FREE
+        check_search_tokens(search_tokens, recipe, analyses=analyses)
         check_objective(objective, recipe)
         check_plan(bench)
         sweep, search, sharing = _progress_beside(out, recipe)
         if analysis is not None and measured is not None:
             steps.check_analysis(measured, bench, analysis)
-        elif method not in ANALYSIS_FREE:
+        elif analyses:
             measured = steps.make_analysis(bench, sweep)
         selection = planning.make_selection(bench, measured, search)
         made = planning.make_plan(bench, selection, measured, sharing)

@@ -170,7 +170,7 @@ def run(
             "evaluate": {"texts": perplexity},
         }
         whole = recipe_of(**changes) if base is None else base.changed(**changes)
-        check_search_tokens(search_tokens, whole)
+        check_search_tokens(search_tokens, whole, analyses=True)
         check_objective(objective, whole)
         check_recovers({"text": recover_text, "minutes": recover_minutes, "set": recover_set}, whole)
 

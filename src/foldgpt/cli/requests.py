@@ -135,12 +135,13 @@ def check_recovers(given: Mapping[str, object], recipe: Recipe) -> None:
         raise UsageError(f"{' and '.join(idle)}, and nothing is trained: say on how many tokens (--recover-tokens)")
 
 
-def check_search_tokens(given: int | None, recipe: Recipe) -> None:
+def check_search_tokens(given: int | None, recipe: Recipe, *, analyses: bool) -> None:
     """Refuse `--search-tokens` where it would have no effect. What a recipe says may be its default.
 
     Args:
         given: the flag; None if it is left out.
         recipe: the recipe, the flag in it.
+        analyses: whether redundancy is measured on the calibration text.
 
     Raises:
         UsageError: nothing is measured on them, or there are not so many.
@@ -151,8 +152,9 @@ def check_search_tokens(given: int | None, recipe: Recipe) -> None:
     if given is None:
         return
     method, there = recipe.select.method, recipe.calibration.num_tokens
-    # The best donors are measured on these tokens too, whichever blocks are removed.
-    if method not in MEASURED and recipe.share.donor != "best":
+    # The best donors are measured on these tokens too, and what any selector chose is where the text is read anyway.
+    reads = analyses or method in MEASURED or recipe.share.donor == "best" or recipe.compensate.method != "none"
+    if not reads:
         raise UsageError(
             f"--search-tokens with the selector {method!r}, which measures nothing on them: leave it out, or "
             f"--select one of {', '.join(sorted(MEASURED))}"

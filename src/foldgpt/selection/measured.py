@@ -1,13 +1,15 @@
-"""What all measured selectors share: measuring each unit alone, and reporting."""
+"""What is measured of what a selector removes, and how it is reported; and each unit alone, where searches begin."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from foldgpt.progress import bar
+from foldgpt.errors import FoldGPTError
+from foldgpt.progress import bar, note
 from foldgpt.selection.cost import RemovalCost, Sample
-from foldgpt.selection.selection import Selection
+from foldgpt.selection.selection import Request, Selection
 from foldgpt.selection.units import Removed
 
 
@@ -76,14 +78,51 @@ def selection_of(
         removed=whole,
         removed_attention=attention,
         removed_mlp=mlp,
-        report={
-            "objective": cost.objective,
-            "compensated": cost.compensate,
-            "num_windows": cost.replay.num_windows,
-            "num_tokens": cost.replay.ids_WT.numel(),
-            "num_positions": len(cost.everything.rows_R),
-            "seconds": round(cost.seconds, 3),
-            "forward_equivalents": round(cost.forward_equivalents, 2),
-            **report,
-        },
+        report=_report_of(cost, report),
     )
+
+
+def _report_of(cost: RemovalCost, further: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured on, and what that took so far."""
+    return {
+        "objective": cost.objective,
+        "compensated": cost.compensate,
+        "num_windows": cost.replay.num_windows,
+        "num_tokens": cost.replay.ids_WT.numel(),
+        "num_positions": len(cost.everything.rows_R),
+        "seconds": round(cost.seconds, 3),
+        "forward_equivalents": round(cost.forward_equivalents, 2),
+        **further,
+    }
+
+
+def with_cost(selection: Selection, request: Request) -> Selection:
+    """What a selector chose that measures no set, with the cost of that set in its report as measured ones have it.
+
+    The time and the passes in the report are those of measuring it. What cannot be measured is said and left out: the
+    choice does not rest on it.
+
+    Args:
+        selection: whole blocks, chosen for this request.
+        request: what was asked, with a model and windows.
+    """
+    if not selection.removed:
+        return selection
+    try:
+        cost = request.need_cost(selection.method)
+        value = cost.cost(frozenset(selection.removed), keep=False)
+    except FoldGPTError as error:
+        note(f"what this removal costs was not measured: {error}")
+        return selection
+    return replace(selection, report={**selection.report, **_report_of(cost, {"cost": value})})
+
+
+def cost_passes(head: float) -> float:
+    """About how many forward passes `with_cost` takes: the recording, the set from its first block on, and the head.
+
+    Half of the blocks lie behind the first one on average. The source's own predictions take two passes of the head.
+
+    Args:
+        head: what the predictions of one set take, in forward passes of the blocks.
+    """
+    return 1.5 + 3 * head

@@ -14,6 +14,7 @@ from foldgpt.selection.fixed import last, random, random_options
 from foldgpt.selection.gating.gates import gates, gates_options, gates_passes
 from foldgpt.selection.greedy import greedy, greedy_passes
 from foldgpt.selection.loo import loo, loo_passes
+from foldgpt.selection.measured import cost_passes, with_cost
 from foldgpt.selection.selection import Request, Selection, Selector
 from foldgpt.selection.taylor import taylor, taylor_passes
 
@@ -113,7 +114,7 @@ def check_request(method: str, request: Request) -> None:
 
 
 def search_passes(method: str, request: Request, *, head: float = 0.0) -> float:
-    """About how many forward passes over its windows a search takes, the recording of the source's states included.
+    """About how many forward passes over its windows `select` takes, the recording of the source's states included.
 
     Args:
         method: a key of `SELECTORS`.
@@ -123,18 +124,20 @@ def search_passes(method: str, request: Request, *, head: float = 0.0) -> float:
         head: what the predictions of one set take, in forward passes of the blocks.
 
     Returns:
-        The number of passes; 0 for a selector that measures nothing.
+        The number of passes; for a selector that searches nothing those that measuring what it chose takes.
 
     Raises:
         UsageError: as `check_request` says.
     """
     check_request(method, request)
     passes = _ROWS[method].passes
-    return 0.0 if passes is None else passes(request, head)
+    if passes is None:
+        return cost_passes(head) if request.num_remove else 0.0
+    return passes(request, head)
 
 
 def select(method: str, request: Request) -> Selection:
-    """Select blocks by a method.
+    """Select blocks by a method. Where a model and windows are given, each reports what its set costs on them.
 
     Args:
         method: a key of `SELECTORS`.
@@ -146,4 +149,7 @@ def select(method: str, request: Request) -> Selection:
         FoldGPTError: a search that cannot give an answer; the message says why.
     """
     check_request(method, request)
-    return _ROWS[method].run(request)
+    selection = _ROWS[method].run(request)
+    if method in MEASURED or request.model is None or request.ids_WT is None:
+        return selection
+    return with_cost(selection, request)
