@@ -44,7 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sharing",),
     ("selection",),
     ("recovery",),
-    ("evaluation",),
+    ("evaluation", "export"),
     ("tables",),
     ("comparison",),
     ("figures", "report"),

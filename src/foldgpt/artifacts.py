@@ -186,6 +186,29 @@ def staged_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
+def workspace_beside(path: str | Path) -> Iterator[Path]:
+    """A folder for what is needed on the way to an output file, on the file system on which that will lie.
+
+    Args:
+        path: the final file.
+
+    Yields:
+        The folder. It is removed in the end; what a kill leaves, the next call removes.
+
+    Raises:
+        ArtifactError: it cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{_STAGING_MARK}{path.name}-") as name:
+            yield Path(name)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+@contextmanager
 def alone(path: str | Path, *, wait: bool = True) -> Iterator[None]:
     """Keep other processes off a file or a folder: what one has so far looks like a killed one's leftovers.
 

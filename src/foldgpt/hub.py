@@ -19,7 +19,7 @@ from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError, FoldGPTError, UsageError, first_line
 from foldgpt.formats import NOT_FILES, text_name
 from foldgpt.progress import note
-from foldgpt.run_folder import FOLDED, LEDGER, RECOVERED, RunFolder
+from foldgpt.run_folder import final_model
 
 #: What makes a folder a checkpoint that others can use.
 _NEEDED = ("config.json", "plan.json", "README.md")
@@ -243,16 +243,8 @@ def check_card(path: Path) -> None:
 
 
 def _checkpoint_in(folder: Path) -> Path:
-    run = RunFolder(folder)
-    if (folder / LEDGER).is_file() and not run.is_finished:
-        raise ArtifactError(
-            f"the run in {folder} is not finished, so its final model may be missing: let it go on "
-            f"(`{run.to_go_on}`), or give the folder of a model in it"
-        )
-    for final in (folder / RECOVERED, folder / FOLDED, folder):
-        if (final / "config.json").is_file():
-            missing = [name for name in _NEEDED if not (final / name).is_file()]
-            if missing:
-                raise ArtifactError(f"{final} lacks {', '.join(missing)}: it is not a folded checkpoint with its card")
-            return final
-    raise ArtifactError(f"{folder} is neither a folded checkpoint nor the folder of a run that has one")
+    final = final_model(folder)
+    missing = [name for name in _NEEDED if not (final / name).is_file()]
+    if missing:
+        raise ArtifactError(f"{final} lacks {', '.join(missing)}: it is not a folded checkpoint with its card")
+    return final

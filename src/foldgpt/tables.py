@@ -16,6 +16,7 @@ from foldgpt.targets import target
 if TYPE_CHECKING:
     from foldgpt.analysis import Analysis
     from foldgpt.evaluation import Evaluation, Measured, Perplexity
+    from foldgpt.export import ExportedGGUF
     from foldgpt.folding import Verification
     from foldgpt.plan import FoldPlan
     from foldgpt.recovery import RecoveryResult
@@ -455,3 +456,18 @@ def verification_lines(verification: Verification) -> Text:
         f"logits after reloading: {reload}\n"
         f"decoding with a KV cache against without: relative error {verification.cache_error:.1e}"
     )
+
+
+def exported_lines(exported: ExportedGGUF) -> Text:
+    """What was written for llama.cpp, and how near its predictions are to the model's."""
+    lines = [megabytes(exported.num_bytes)]
+    if exported.pattern is not None:
+        sliding = "".join("s" if each else "F" for each in exported.pattern)
+        lines.append(f"attention of each block, full (F) or sliding (s), added to the file: {sliding}")
+    if exported.divergence is None:
+        lines.append("not verified")
+    else:
+        lines.append(f"KL divergence of llama.cpp's predictions: {exported.divergence:.1e} nats per token")
+        if not exported.same_tokens:
+            lines.append("llama.cpp splits text into other tokens than the model's own tokenizer")
+    return Text("\n".join(lines))

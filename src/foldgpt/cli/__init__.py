@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from foldgpt import __version__
+from foldgpt.cli.export_verb import export
 from foldgpt.cli.plan_verb import plan
 from foldgpt.cli.recipes import compare, run, schema
 from foldgpt.cli.results import push, report, show
@@ -29,6 +30,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "compare": compare,
     "show": show,
     "report": report,
+    "export": export,
     "push": push,
     "schema": schema,
 }

@@ -1,6 +1,6 @@
 """The folder of a run or a comparison: what it holds, what that was made from, and who may work in it."""
 
-from foldgpt.run_folder.folder import RunFolder, command_to_go_on
+from foldgpt.run_folder.folder import RunFolder, command_to_go_on, final_model
 from foldgpt.run_folder.layout import (
     AGREEMENT,
     ANALYSIS,
@@ -43,5 +43,6 @@ __all__ = [
     "RunFolder",
     "check_is_no_runs",
     "command_to_go_on",
+    "final_model",
     "open_run",
 ]

@@ -14,7 +14,17 @@ from foldgpt.errors import ArtifactError
 from foldgpt.progress import note
 from foldgpt.recipe import Recipe
 from foldgpt.report import CARD
-from foldgpt.run_folder.layout import ANALYSIS_CHECKPOINT, COMPARED, LEDGER, LOCK, PLAN, RECIPE, ROWS
+from foldgpt.run_folder.layout import (
+    ANALYSIS_CHECKPOINT,
+    COMPARED,
+    FOLDED,
+    LEDGER,
+    LOCK,
+    PLAN,
+    RECIPE,
+    RECOVERED,
+    ROWS,
+)
 from foldgpt.run_folder.ledger import WRITTEN_LATER, contents_of, identity_of_inputs, read_stages, write_stages
 
 #: Stage → those that are made of its outputs; what is left of them is out of date once it made others.
@@ -233,3 +243,21 @@ class RunFolder:
     def key_of(self, name: str) -> str:
         """Identity of what a stage made, to be an input of a later one."""
         return hash_of(self._stages[name]["outputs"])
+
+
+def final_model(folder: Path) -> Path:
+    """The folder of the model that is meant: the last one of a run, or that of a model by itself.
+
+    Raises:
+        ArtifactError: the run is not finished, or there is no model.
+    """
+    run = RunFolder(folder)
+    if (folder / LEDGER).is_file() and not run.is_finished:
+        raise ArtifactError(
+            f"the run in {folder} is not finished, so its final model may be missing: let it go on "
+            f"(`{run.to_go_on}`), or give the folder of a model in it"
+        )
+    for final in (folder / RECOVERED, folder / FOLDED, folder):
+        if (final / "config.json").is_file():
+            return final
+    raise ArtifactError(f"{folder} is neither a folded checkpoint nor the folder of a run that has one")
