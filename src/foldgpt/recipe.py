@@ -85,7 +85,7 @@ class Select(_Section):
     sublayers: bool = False
     """Remove attention and MLP apart, as many parameters as that many blocks have."""
     num_tokens: Tokens = Field(default=4096, ge=2)
-    """Calibration tokens that searches measure on, of those in the calibration section; gates judge on others of them
+    """Calibration tokens that removals are measured on, of those in the calibration section; gates judge on others of them
     what comes out level."""
     options: dict[str, Any] = {}
     """What one selector alone understands; see docs/selection.md."""
