@@ -398,6 +398,19 @@ def test_a_model_that_is_folded_already_is_refused() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_model_that_was_compensated_is_not_compensated_again_before_it_is_folded() -> None:
+    model = tiny_model("llama")
+    plan, ids = FoldPlan.create(source_model_of(model), removed=[3]), _ids(model, 64)
+    assert compensate_(model, plan, ids).kept
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UsageError, match="compensated already: fold it, or load the source again"):
+        compensate_(model, plan, ids)
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+    fold_(model, plan)
+    # What is folded is a source of its own.
+    compensate_(model, FoldPlan.create(source_model_of(model), removed=[1]), ids)
+
+
 def test_numbers_that_make_no_sense_are_refused() -> None:
     model = tiny_model("llama")
     replay = Replay(model, token_ids(model))

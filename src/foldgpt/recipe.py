@@ -85,8 +85,8 @@ class Select(_Section):
     sublayers: bool = False
     """Remove attention and MLP apart, as many parameters as that many blocks have."""
     num_tokens: Tokens = Field(default=4096, ge=2)
-    """Calibration tokens that removals are measured on, of those in the calibration section; gates judge on others of them
-    what comes out level."""
+    """Calibration tokens that removals are measured on, of those in the calibration section; gates judge on others of
+    them what comes out level."""
     options: dict[str, Any] = {}
     """What one selector alone understands; see docs/selection.md."""
 

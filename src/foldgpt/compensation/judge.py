@@ -27,6 +27,8 @@ from foldgpt.replay import Replay
 COMPENSATION = "compensation.json"
 #: The share of the windows, from the end, on which compensation is judged and nothing is fitted.
 HELD_OUT = 0.125
+#: Set on a model that was compensated and is not folded yet, to the number of its blocks.
+_COMPENSATED = "_foldgpt_compensated_blocks"
 
 
 @dataclass(frozen=True)
@@ -91,19 +93,25 @@ def compensate_(
         rounds: see `Compensator`.
 
     Raises:
-        UsageError: fewer than two windows, or windows of another model.
+        UsageError: fewer than two windows, windows of another model, or a model that was compensated before.
         PlanError: the plan is not this model's, which may have been folded by it already.
         UnsupportedModelError: the model's family cannot be compensated.
     """
     check_foldable(model, plan)
+    num_blocks = len(decoder_of(model).blocks)
+    # It would be fitted on what is no source any more.
+    if getattr(model, _COMPENSATED, None) == num_blocks:
+        raise UsageError("this model was compensated already: fold it, or load the source again")
     if len(ids_WT) < 2:
         raise UsageError(f"compensation needs at least 2 calibration windows, got {len(ids_WT)}; give more tokens")
     num_held = max(1, round(len(ids_WT) * HELD_OUT))
     # Of everything else the recordings would take more memory than the model.
-    num_blocks = len(decoder_of(model).blocks)
     fitted = Replay(model, ids_WT[:-num_held], boundaries=Walk.of(plan, num_blocks).boundaries)
     held = Replay(model, ids_WT[-num_held:], boundaries=[0, num_blocks])
-    return compensate_and_judge_(model, plan, fitted, held, features=features, ridge=ridge, rounds=rounds)[0]
+    done = compensate_and_judge_(model, plan, fitted, held, features=features, ridge=ridge, rounds=rounds)[0]
+    if done.kept and done.corrections:
+        setattr(model, _COMPENSATED, num_blocks)
+    return done
 
 
 @torch.no_grad()
