@@ -24,7 +24,7 @@ from foldgpt.errors import UsageError, VerificationError, did_you_mean
 from foldgpt.export.dense import export_dense, folded_plan
 from foldgpt.export.llama_cpp import LEAST_LOGIT, LlamaCpp
 from foldgpt.families import num_positions
-from foldgpt.progress import note
+from foldgpt.progress import note, quiet_libraries
 from foldgpt.sources import load_source
 
 #: Number formats that llama.cpp's converter writes; "auto" is that of the checkpoint.
@@ -151,13 +151,14 @@ def _verified(tools: LlamaCpp, file: Path, checkpoint: Path, work: Path, outtype
     text = work / "text.txt"
     text.write_text("\n".join(_text_of(name) for name in _MODULES), encoding="utf-8")
     tokens_T, theirs_RV = tools.predictions(file, text, context, work)
-    own_ids = source.tokenizer(text.read_text(encoding="utf-8"))["input_ids"][:context]
+    with quiet_libraries():  # it warns of a text longer than the model's positions
+        own_ids = source.tokenizer(text.read_text(encoding="utf-8"))["input_ids"][:context]
     same_tokens = own_ids == tokens_T.tolist()
     metadata = GGUFReader(file).fields
-    adds_bos = metadata.get("tokenizer.ggml.add_bos_token")
-    if adds_bos is not None and adds_bos.contents():
+    adds_bos, bos = (metadata.get(f"tokenizer.ggml.{name}") for name in ("add_bos_token", "bos_token_id"))
+    if adds_bos is not None and adds_bos.contents() and bos is not None:
         # Each window begins with it, in place of what stood there.
-        tokens_T[0] = int(metadata["tokenizer.ggml.bos_token_id"].contents())
+        tokens_T[0] = int(bos.contents())
     with torch.no_grad():
         ids_1T = tokens_T[None].to(source.model.device)
         logits_RV = source.model(ids_1T).logits[0, context // 2 : -1].float().cpu()
