@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
+from torch import Tensor
 
 from foldgpt.artifacts import check_free_file, read_json, workspace_beside
 from foldgpt.errors import UsageError, VerificationError, did_you_mean
@@ -35,6 +36,8 @@ OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 _TOLERANCE, _TOLERANCE_8_BITS = 0.02, 0.05
 #: Tokens in the window that is compared, at most: sliding windows of small models are shorter.
 _CONTEXT = 1024
+#: Positions that are compared at once.
+_ROWS = 32
 #: Kinds of attention that a GGUF file marks as sliding.
 _SLIDING = ("sliding_attention", "chunked_attention")
 #: Text that is there wherever foldgpt is; which one it is does not matter.
@@ -162,13 +165,7 @@ def _verified(tools: LlamaCpp, file: Path, checkpoint: Path, work: Path, outtype
     with torch.no_grad():
         ids_1T = tokens_T[None].to(source.model.device)
         logits_RV = source.model(ids_1T).logits[0, context // 2 : -1].float().cpu()
-    # A converter may leave out rows of the head that stand for no token.
-    num_tokens = min(logits_RV.shape[1], theirs_RV.shape[1])
-    own_RV, theirs_RV = (each_RV[:, :num_tokens].double() for each_RV in (logits_RV, theirs_RV))
-    # The file holds nothing that is less likely than this; of large vocabularies that is as much as rounding.
-    own_RV = own_RV.maximum(own_RV.amax(-1, keepdim=True) - LEAST_LOGIT)
-    own_RV, theirs_RV = own_RV.log_softmax(-1), theirs_RV.log_softmax(-1)
-    divergence = float((own_RV.exp() * (own_RV - theirs_RV)).sum(-1).mean())
+    divergence = _divergence(logits_RV, theirs_RV)
     tolerance = _TOLERANCE_8_BITS if outtype == "q8_0" else _TOLERANCE
     if not divergence <= tolerance:
         raise VerificationError(
@@ -177,6 +174,23 @@ def _verified(tools: LlamaCpp, file: Path, checkpoint: Path, work: Path, outtype
             "was written."
         )
     return divergence, same_tokens
+
+
+def _divergence(logits_RV: Tensor, theirs_RV: Tensor) -> float:
+    """Mean KL divergence of predictions that were stored by llama.cpp from a model's own, in nats per token.
+
+    Args:
+        logits_RV: of the model, fp32 [R, V].
+        theirs_RV: log-probabilities, fp32 [R, V]. A converter may leave out rows of the head that stand for no token.
+    """
+    num_tokens, total = min(logits_RV.shape[1], theirs_RV.shape[1]), 0.0
+    # Of a large vocabulary all rows at once in fp64 take gigabytes.
+    for own_RV, stored_RV in zip(logits_RV.split(_ROWS), theirs_RV.split(_ROWS), strict=True):
+        own_RV, stored_RV = own_RV[:, :num_tokens].double(), stored_RV[:, :num_tokens].double()
+        # Nothing less likely than this is stored; of large vocabularies that is as much as rounding.
+        own_RV = own_RV.maximum(own_RV.amax(-1, keepdim=True) - LEAST_LOGIT).log_softmax(-1)
+        total += float((own_RV.exp() * (own_RV - stored_RV.log_softmax(-1))).sum())
+    return total / len(logits_RV)
 
 
 def _text_of(module: str) -> str:
