@@ -16,6 +16,7 @@ from gguf import GGUFReader, GGUFWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from foldgpt.artifacts import alone
 from foldgpt.cli import app
 from foldgpt.errors import ArtifactError, FoldGPTError, UnsupportedModelError, UsageError, VerificationError
 from foldgpt.export import export_dense, export_gguf, gguf, llama_cpp
@@ -241,6 +242,37 @@ def test_what_is_shared_is_copied_before_it_is_converted(
     assert seen == ["llama"]
 
 
+def test_the_model_that_is_read_and_the_files_of_a_run_are_not_written_over(
+    tools: _LlamaCpp, shared: Path, tmp_path: Path
+) -> None:
+    weights = (shared / "model.safetensors").read_bytes()
+    with pytest.raises(ArtifactError, match="lies inside the model"):
+        export_gguf(shared, shared / "model.safetensors", tools.folder, replace=True)
+    assert (shared / "model.safetensors").read_bytes() == weights
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("run.json", "plan.json"):
+        (run / name).write_text("{}")
+    asked = ("--to", "gguf", "--out", run / "plan.json", "--llama-cpp", tools.folder, "--overwrite")
+    assert _export(shared, *asked).exit_code != 0 and (run / "plan.json").read_text() == "{}"
+
+
+def test_two_processes_do_not_write_one_file(tools: _LlamaCpp, shared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.gguf"
+    with alone(out), pytest.raises(ArtifactError):
+        export_gguf(shared, out, tools.folder)
+    assert export_gguf(shared, out, tools.folder).num_bytes == out.stat().st_size
+
+
+def test_a_model_that_does_not_fit_in_memory_is_compared_as_well(
+    tools: _LlamaCpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _folded(tmp_path / "folded", removed=[1])
+    load = gguf.load_source
+    monkeypatch.setattr(gguf, "load_source", lambda *a, **k: load(*a, **k, max_memory_gb=0.00005))
+    assert export_gguf(folder, tmp_path / "model.gguf", tools.folder).divergence < 1e-5
+
+
 def test_what_is_missing_is_said_before_anything_is_converted(tools: _LlamaCpp, shared: Path, tmp_path: Path) -> None:
     def refused(match: str, kind: type[Exception] = UsageError, **changes: Any) -> None:
         asked: dict[str, Any] = {"folder": shared, "out": tmp_path / "model.gguf", "llama_cpp": tools.folder}
@@ -265,6 +297,8 @@ def test_a_program_that_fails_is_told_by_its_last_line(tmp_path: Path) -> None:
         _program(tmp_path / "bad.py", "print('so far so good')\nraise ValueError('not this one')")()
     with pytest.raises(FoldGPTError, match=r"^it refuses: exit code 3$"):
         _program(tmp_path / "silent.py", "raise SystemExit(3)")()
+    with pytest.raises(FoldGPTError, match=r"^it refuses: it was killed by signal 9, as where memory runs out$"):
+        _program(tmp_path / "killed.py", "import os\nprint('all fine', flush=True)\nos.kill(os.getpid(), 9)")()
     with pytest.raises(FoldGPTError, match=r"it refuses: .*none cannot be run"):
         llama_cpp._run([str(tmp_path / "none")], "it refuses")
 

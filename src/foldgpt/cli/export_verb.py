@@ -52,6 +52,7 @@ def export(
         from foldgpt.run_folder import check_is_no_runs, final_model
         from foldgpt.tables import exported_lines, verification_lines
 
+        check_is_no_runs(out)
         if to not in _FORMS:
             raise UsageError(f"unknown form {to!r} (--to).{did_you_mean(to, _FORMS)}")
         model = final_model(folder)
@@ -60,7 +61,6 @@ def export(
             idle = [flag for flag, value in for_gguf.items() if value]
             if idle:
                 raise UsageError(f"{' and '.join(idle)} with --to dense, which needs none: leave them out")
-            check_is_no_runs(out)
             verification = export_dense(model, out, replace=overwrite)
             write_model_card(out, source=model)
             result, lines = asdict(verification), verification_lines(verification)

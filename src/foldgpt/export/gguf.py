@@ -20,11 +20,11 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 from torch import Tensor
 
-from foldgpt.artifacts import check_free_file, read_json, workspace_beside
-from foldgpt.errors import UsageError, VerificationError, did_you_mean
+from foldgpt.artifacts import alone, check_free_file, read_json, workspace_beside
+from foldgpt.errors import ArtifactError, UsageError, VerificationError, did_you_mean
 from foldgpt.export.dense import export_dense, folded_plan
 from foldgpt.export.llama_cpp import LEAST_LOGIT, LlamaCpp
-from foldgpt.families import num_positions
+from foldgpt.families import input_device, num_positions
 from foldgpt.progress import note, quiet_libraries
 from foldgpt.sources import load_source
 
@@ -84,13 +84,15 @@ def export_gguf(
         UsageError: no folded model, no llama.cpp, a program of it that was not built, or an unknown `outtype`.
         UnsupportedModelError: blocks lack an attention or an MLP.
         FoldGPTError: llama.cpp refuses the model, or it does not fit in memory.
-        ArtifactError: `out` is taken, or cannot be written.
+        ArtifactError: `out` is taken, lies in `folder`, cannot be written, or another process is about to write it.
         VerificationError: llama.cpp computes something else; no file is left.
     """
     folder, out = Path(folder), Path(out)
     if outtype not in OUTTYPES:
         raise UsageError(f"unknown outtype {outtype!r}.{did_you_mean(outtype, OUTTYPES)}")
     check_free_file(out, replace=replace)
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(f"{out} lies inside the model {folder}, which is read. Choose another place.")
     folded_plan(folder)
     tools = LlamaCpp.at(llama_cpp)
     if verify and tools.perplexity is None:
@@ -99,7 +101,9 @@ def export_gguf(
             "it: build it (cmake -B build && cmake --build build --target llama-perplexity), or do without "
             "(--unverified, verify=False)"
         )
-    with workspace_beside(out) as work:
+    with alone(out, wait=False), workspace_beside(out) as work:
+        # Another process may have ended between the two.
+        check_free_file(out, replace=replace)
         checkpoint = folder
         if "fold_layout" in read_json(folder / "config.json", "config"):
             note("copying what is shared")
@@ -163,7 +167,7 @@ def _verified(tools: LlamaCpp, file: Path, checkpoint: Path, work: Path, outtype
         # Each window begins with it, in place of what stood there.
         tokens_T[0] = int(bos.contents())
     with torch.no_grad():
-        ids_1T = tokens_T[None].to(source.model.device)
+        ids_1T = tokens_T[None].to(input_device(source.model))
         logits_RV = source.model(ids_1T).logits[0, context // 2 : -1].float().cpu()
     divergence = _divergence(logits_RV, theirs_RV)
     tolerance = _TOLERANCE_8_BITS if outtype == "q8_0" else _TOLERANCE

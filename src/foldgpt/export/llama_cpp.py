@@ -45,7 +45,7 @@ class LlamaCpp:
         Raises:
             UsageError: there is no converter in it.
         """
-        folder = Path(folder)
+        folder = Path(folder).resolve()
         converter = folder / _CONVERTER
         if not converter.is_file():
             raise UsageError(f"there is no {_CONVERTER} in {folder}: give the folder of a checkout of {_HOW}")
@@ -102,6 +102,8 @@ def _run(command: Sequence[str], what: str) -> None:
     except OSError as error:
         raise FoldGPTError(f"{what}: {command[0]} cannot be run ({error.strerror or error})") from error
     if done.returncode:
+        if done.returncode < 0:
+            raise FoldGPTError(f"{what}: it was killed by signal {-done.returncode}, as where memory runs out")
         lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         raise FoldGPTError(f"{what}: {lines[-1] if lines else f'exit code {done.returncode}'}")
 
