@@ -268,9 +268,12 @@ def test_a_model_that_does_not_fit_in_memory_is_compared_as_well(
     tools: _LlamaCpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = _folded(tmp_path / "folded", removed=[1])
-    load = gguf.load_source
-    monkeypatch.setattr(gguf, "load_source", lambda *a, **k: load(*a, **k, max_memory_gb=0.00005))
+    load, loaded = gguf.load_source, []
+    monkeypatch.setattr(
+        gguf, "load_source", lambda *a, **k: loaded.append(load(*a, **k, max_memory_gb=1e-6)) or loaded[0]
+    )
     assert export_gguf(folder, tmp_path / "model.gguf", tools.folder).divergence < 1e-5
+    assert loaded[0].offloaded and loaded[0].model.get_input_embeddings().weight.is_meta
 
 
 def test_what_is_missing_is_said_before_anything_is_converted(tools: _LlamaCpp, shared: Path, tmp_path: Path) -> None:
