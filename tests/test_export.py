@@ -20,6 +20,7 @@ from foldgpt.artifacts import alone
 from foldgpt.cli import app
 from foldgpt.errors import ArtifactError, FoldGPTError, UnsupportedModelError, UsageError, VerificationError
 from foldgpt.export import export_dense, export_gguf, gguf, llama_cpp
+from foldgpt.export.llama_cpp import LlamaCpp
 from foldgpt.folding import fold_, save_folded, source_model_of
 from foldgpt.plan import FoldPlan, Group
 from foldgpt.report import write_model_card
@@ -186,6 +187,64 @@ def test_what_slides_is_written_into_the_file_where_removal_broke_the_pattern(
     assert reader.fields["test.checkpoint"].contents() == str(folder), "all else is as it was"
     assert reader.tensors[0].data.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folded", "llama.cpp", "model.gguf"]
+
+
+@pytest.mark.parametrize("removed", [(2, 5), (0, 1, 3, 4)], ids=["all slide", "none slides"])
+def test_a_pattern_of_one_kind_is_told_as_well(tools: _LlamaCpp, tmp_path: Path, removed: tuple[int, ...]) -> None:
+    folder = _folded(tmp_path / "folded", "gemma3", removed=removed)
+    found = export_gguf(folder, tmp_path / "model.gguf", tools.folder)
+    assert set(found.pattern) == {removed == (2, 5)} and found.divergence < 1e-5
+
+
+def test_a_file_that_is_no_gguf_is_said(tools: _LlamaCpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _folded(tmp_path / "folded", "gemma3", removed=[1])
+    monkeypatch.setattr(tools, "_convert", lambda checkpoint, out: out.write_bytes(b"no such thing" * 99))
+    with pytest.raises(FoldGPTError, match="wrote a file that cannot be read: GGUF magic"):
+        export_gguf(folder, tmp_path / "model.gguf", tools.folder)
+
+
+def test_what_a_config_says_of_its_text_is_read_and_chunks_slide(tools: _LlamaCpp, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    tools._convert(_folded(tmp_path / "folded", removed=[1]), file)
+    kinds = ["chunked_attention", "full_attention"]
+    assert gguf._with_pattern(file, {"text_config": {"layer_types": kinds}}) == (True, False)
+    assert gguf._with_pattern(file, {"text_config": {"layer_types": kinds}}) is None, "it is there now"
+    assert gguf._with_pattern(file, {"layer_types": kinds[1:]}) is None
+
+
+def test_the_floor_of_what_is_stored_is_no_difference_and_rows_may_be_missing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 12 * torch.randn(70, 400, generator=generator)
+    stored = logits.maximum(logits.amax(-1, keepdim=True) - 16).log_softmax(-1)
+    assert gguf._divergence(logits, stored) < 1e-9
+    # Of the model's own predictions, in that order, row by row.
+    other = torch.randn(70, 400, generator=generator).log_softmax(-1)
+    own = torch.randn(70, 400, generator=generator).log_softmax(-1)
+    expected = torch.nn.functional.kl_div(other, own, log_target=True, reduction="batchmean")
+    reverse = torch.nn.functional.kl_div(own, other, log_target=True, reduction="batchmean")
+    assert (
+        gguf._divergence(own, other)
+        == pytest.approx(float(expected), rel=1e-4)
+        != pytest.approx(float(reverse), rel=1e-3)
+    )
+    assert gguf._divergence(torch.cat([own, own], 1), own) < 1e-9
+
+
+def test_another_tokenizer_is_said(tools: _LlamaCpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _folded(tmp_path / "folded", removed=[1])
+    assert export_gguf(folder, tmp_path / "a.gguf", tools.folder).same_tokens
+    split = LlamaCpp.predictions
+
+    def otherwise(*arguments: Any) -> Any:
+        tokens_T, _ = split(*arguments)
+        ids_1T = tokens_T.roll(1)[None]
+        with torch.no_grad():
+            logits_RV = AutoModelForCausalLM.from_pretrained(folder)(ids_1T).logits[0, ids_1T.shape[1] // 2 : -1]
+        return ids_1T[0], logits_RV.log_softmax(-1)
+
+    monkeypatch.setattr(LlamaCpp, "predictions", otherwise)
+    written = _export(folder, "--to", "gguf", "--out", tmp_path / "b.gguf", "--llama-cpp", tools.folder)
+    assert written.exit_code == 0 and "llama.cpp splits text into other tokens" in written.stdout
 
 
 def test_a_converter_that_says_it_is_left_alone_and_where_all_blocks_attend_alike_nothing_is_said(

@@ -173,12 +173,12 @@ def _asked(bench: Workbench) -> dict[str, Any]:
     if section.target is None:
         number = number_to_remove(num_blocks, remove=section.remove, ratio=section.remove_ratio)
         asked |= {"remove": number, "remove_ratio": None}
-    measures = section.method in MEASURED or asked["remove"] != 0 or bench.recipe.share.size is not None
-    return asked | {"num_tokens": _search_tokens(bench) if measures else None}
+    # What others chose stands whatever it was measured on, which its report says.
+    return asked | {"num_tokens": _search_tokens(bench) if section.method in MEASURED else None}
 
 
 def _search_tokens(bench: Workbench) -> int:
-    """Tokens that sets are measured on; what is calibrated on has no more of them."""
+    """Tokens that are searched on; what is calibrated on has no more of them."""
     return min(bench.recipe.select.num_tokens, bench.recipe.calibration.num_tokens)
 
 

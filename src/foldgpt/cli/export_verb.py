@@ -31,7 +31,7 @@ def export(
     ] = None,
     outtype: Annotated[
         str | None,
-        typer.Option(help="For gguf: f32, f16, bf16 or q8_0.", show_default="the format of the model"),
+        typer.Option(help="For gguf: f32, f16, bf16 or q8_0.", show_default="16 bits, as its converter chooses"),
     ] = None,
     unverified: Annotated[
         bool, typer.Option("--unverified", help="For gguf: do not compare what llama.cpp predicts with the model.")

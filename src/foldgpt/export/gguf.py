@@ -21,14 +21,14 @@ from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metada
 from torch import Tensor
 
 from foldgpt.artifacts import alone, check_free_file, read_json, workspace_beside
-from foldgpt.errors import ArtifactError, UsageError, VerificationError, did_you_mean
+from foldgpt.errors import ArtifactError, FoldGPTError, UsageError, VerificationError, did_you_mean
 from foldgpt.export.dense import export_dense, folded_plan
 from foldgpt.export.llama_cpp import LEAST_LOGIT, LlamaCpp
 from foldgpt.families import input_device, num_positions
 from foldgpt.progress import note, quiet_libraries
 from foldgpt.sources import load_source
 
-#: Number formats that llama.cpp's converter writes; "auto" is that of the checkpoint.
+#: Number formats that llama.cpp's converter writes; "auto" are the 16 bits that it finds nearest to the checkpoint.
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 #: KL divergence of llama.cpp's predictions from the model's, in nats per token, that is taken for rounding. Seen were
 #: 1e-4 in bf16 (6e-3 of a model that sharing had all but destroyed) and 5e-3 in q8_0; and 0.3 of Gemma 3 without four
@@ -132,12 +132,16 @@ def _with_pattern(file: Path, config: dict[str, Any]) -> tuple[bool, ...] | None
     Returns:
         One flag a position, if they were added.
     """
-    kinds = (config.get("text_config") or config).get("layer_types") or ()
-    pattern = tuple(kind in _SLIDING for kind in kinds)
-    if len(set(pattern)) < 2:
+    text_config = config.get("text_config") or config
+    pattern = tuple(kind in _SLIDING for kind in text_config.get("layer_types") or ())
+    # Of one kind alone it is told as well: removal may have left no others, and the program would count all the same.
+    if not pattern or not (any(pattern) or text_config.get("sliding_window")):
         return None
-    reader = GGUFReader(file)
-    architecture = reader.fields["general.architecture"].contents()
+    try:
+        reader = GGUFReader(file)
+        architecture = reader.fields["general.architecture"].contents()
+    except (ValueError, KeyError) as error:
+        raise FoldGPTError(f"llama.cpp's converter wrote a file that cannot be read: {error}") from error
     key = f"{architecture}.attention.sliding_window_pattern"
     field = reader.fields.get(key)
     if field is not None and field.contents() == list(pattern):
