@@ -57,6 +57,14 @@ from run_inputs import tiny_recipe, tiny_source
         ),
         (
             [
+                *("plan", "MODEL", "--select", "last", "--remove", "0", "--share", "adjacent"),
+                *("--search-tokens", "64", "--out", "OUT"),
+            ],
+            2,
+            "--search-tokens with the selector 'last', which measures nothing on them",
+        ),
+        (
+            [
                 *("run", "--model", "MODEL", "--select", "bi", "--remove", "2"),
                 *("--tokens", "256", "--search-tokens", "257", "--out", "OUT"),
             ],

@@ -89,6 +89,21 @@ def test_a_removal_that_cannot_be_measured_is_said_and_stands(capsys: pytest.Cap
     )
 
 
+@pytest.mark.parametrize("error", [MemoryError("x"), RuntimeError("can't allocate memory: you tried to allocate")])
+def test_full_memory_costs_the_measure_and_not_the_choice(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: Any, **named: Any) -> float:
+        raise error
+
+    monkeypatch.setattr(RemovalCost, "cost", full)
+    assert select("last", _request(2)).report == {}
+    assert "what this removal costs was not measured" in capsys.readouterr().err
+    error = RuntimeError("a mistake")
+    with pytest.raises(RuntimeError, match="a mistake"):
+        select("last", _request(2))
+
+
 @pytest.mark.parametrize("method", sorted(MEASURED))
 def test_nothing_to_remove_is_an_answer(method: str) -> None:
     assert select(method, _request(0)).removed == ()

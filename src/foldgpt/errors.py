@@ -8,11 +8,15 @@ shown only for faults of our own.
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+
+#: What PyTorch says where the memory of the machine, or of a device, is full.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 
 
 class FoldGPTError(Exception):
@@ -74,3 +78,12 @@ def did_you_mean(value: str, choices: Iterable[str]) -> str:
     if near:
         return f" Did you mean {near[0]!r}?"
     return f" Valid choices: {', '.join(choices)}." if choices else ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the machine, or of a device, was full."""
+    # Looked up: importing torch would take seconds, and who has not imported it did not run out of memory in it.
+    of_torch = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+    if isinstance(error, (MemoryError, of_torch)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)

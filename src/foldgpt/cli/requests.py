@@ -153,8 +153,9 @@ def check_search_tokens(given: int | None, recipe: Recipe, *, analyses: bool) ->
         return
     method, there = recipe.select.method, recipe.calibration.num_tokens
     # The best donors are measured on these tokens too, and what any selector chose is where the text is read anyway.
-    reads = analyses or method in MEASURED or recipe.share.donor == "best" or recipe.compensate.method != "none"
-    if not reads:
+    removes = recipe.select.remove or recipe.select.remove_ratio or recipe.select.target or recipe.share.size
+    reads = removes and (analyses or recipe.compensate.method != "none")
+    if not (reads or method in MEASURED or recipe.share.donor == "best"):
         raise UsageError(
             f"--search-tokens with the selector {method!r}, which measures nothing on them: leave it out, or "
             f"--select one of {', '.join(sorted(MEASURED))}"

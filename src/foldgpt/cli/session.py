@@ -16,8 +16,6 @@ from foldgpt.cli.flags import in_flags
 
 #: What is said after an interruption: of what goes on, and of what begins anew.
 AGAIN, ANEW = "The same command goes on from the last checkpoint, if there is one.", "Nothing half-written is left."
-#: What PyTorch says where the memory of the machine, or of a device, is full.
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 
 
 @contextmanager
@@ -33,7 +31,7 @@ def session(
         again: what to do after an interruption, as a sentence.
     """
     from foldgpt.allocator import keep_freed_memory
-    from foldgpt.errors import FoldGPTError
+    from foldgpt.errors import FoldGPTError, is_out_of_memory
     from foldgpt.progress import silently
 
     # A command's buffers are allocated and freed all the time; returning them to the system costs more than the work.
@@ -59,7 +57,7 @@ def session(
         typer.echo(" ".join(filter(None, ["stopped.", again])), err=True)
         raise typer.Exit(130) from None
     except Exception as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         asked = re.search(r"allocate (\d[\d.]* \w+)", str(error))
         amount = f" ({asked[1]} more were asked for)" if asked else ""
@@ -113,14 +111,6 @@ def _results_once() -> Iterator[None]:
         return
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         yield
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # Looked up: importing torch would take seconds, and who has not imported it did not run out of memory in it.
-    of_torch = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
-    if isinstance(error, (MemoryError, of_torch)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def _in_words(error: OSError) -> str:

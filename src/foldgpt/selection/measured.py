@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from foldgpt.errors import FoldGPTError
+from foldgpt.errors import FoldGPTError, first_line, is_out_of_memory
 from foldgpt.progress import bar, note
 from foldgpt.selection.cost import RemovalCost, Sample
 from foldgpt.selection.selection import Request, Selection
@@ -111,8 +111,10 @@ def with_cost(selection: Selection, request: Request) -> Selection:
     try:
         cost = request.need_cost(selection.method)
         value = cost.cost(frozenset(selection.removed), keep=False)
-    except FoldGPTError as error:
-        note(f"what this removal costs was not measured: {error}")
+    except (FoldGPTError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, FoldGPTError) and not is_out_of_memory(error):
+            raise
+        note(f"what this removal costs was not measured: {first_line(error)}")
         return selection
     return replace(selection, report={**selection.report, **_report_of(cost, {"cost": value})})
 
