@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from foldgpt.artifacts import alone
 from foldgpt.cli import app
 from foldgpt.errors import ArtifactError, FoldGPTError, UnsupportedModelError, UsageError, VerificationError
-from foldgpt.export import export_dense, export_gguf, gguf, llama_cpp
+from foldgpt.export import dense, export_dense, export_gguf, gguf, llama_cpp
 from foldgpt.export.llama_cpp import LlamaCpp
 from foldgpt.folding import fold_, save_folded, source_model_of
 from foldgpt.plan import FoldPlan, Group
@@ -75,6 +75,13 @@ def test_where_nothing_is_shared_a_dense_checkpoint_is_the_same_again(tmp_path: 
     export_dense(folder, tmp_path / "again")
     first, second = ((each / "model.safetensors").read_bytes() for each in (folder, tmp_path / "again"))
     assert first == second
+
+
+def test_a_dense_checkpoint_has_the_tokenizer_s_sentencepiece_model_too(shared: Path, tmp_path: Path) -> None:
+    # Some converters read nothing else; what it holds is not looked into where there is a tokenizer.json.
+    (shared / "tokenizer.model").write_bytes(b"pieces")
+    export_dense(shared, tmp_path / "dense")
+    assert (tmp_path / "dense" / "tokenizer.model").read_bytes() == b"pieces"
 
 
 def test_a_model_that_lacks_sublayers_has_no_dense_form(tmp_path: Path) -> None:
@@ -230,6 +237,19 @@ def test_the_floor_of_what_is_stored_is_no_difference_and_rows_may_be_missing() 
     assert gguf._divergence(torch.cat([own, own], 1), own) < 1e-9
 
 
+@pytest.mark.parametrize("positions", [24, 4096])
+def test_the_window_that_is_compared_is_no_longer_than_the_model_s(
+    tools: _LlamaCpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, positions: int
+) -> None:
+    folder, lengths = _folded(tmp_path / "folded", removed=[1]), []
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}))
+    predict = tools._predict
+    monkeypatch.setattr(tools, "_predict", lambda *asked: (lengths.append(asked[2]), predict(*asked)))
+    export_gguf(folder, tmp_path / "model.gguf", tools.folder)
+    assert lengths == [min(positions, 1024)]
+
+
 def test_another_tokenizer_is_said(tools: _LlamaCpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = _folded(tmp_path / "folded", removed=[1])
     assert export_gguf(folder, tmp_path / "a.gguf", tools.folder).same_tokens
@@ -267,6 +287,9 @@ def test_a_program_that_computes_something_else_leaves_no_file(
     with pytest.raises(VerificationError, match=r"computes something else than the model: a KL divergence of \d"):
         export_gguf(folder, out, tools.folder)
     assert not out.exists()
+    with pytest.raises(VerificationError):
+        export_gguf(folder, tmp_path / "new" / "folder" / "model.gguf", tools.folder)
+    assert not (tmp_path / "new").exists()
     # Unless it is not asked to.
     assert export_gguf(folder, out, tools.folder, verify=False).divergence is None
     monkeypatch.undo()
@@ -329,7 +352,7 @@ def test_a_model_that_does_not_fit_in_memory_is_compared_as_well(
     folder = _folded(tmp_path / "folded", removed=[1])
     load, loaded = gguf.load_source, []
     monkeypatch.setattr(
-        gguf, "load_source", lambda *a, **k: loaded.append(load(*a, **k, max_memory_gb=1e-6)) or loaded[0]
+        gguf, "load_source", lambda *a, **k: loaded.append(load(*a, **{**k, "max_memory_gb": 1e-6})) or loaded[0]
     )
     assert export_gguf(folder, tmp_path / "model.gguf", tools.folder).divergence < 1e-5
     assert loaded[0].offloaded and loaded[0].model.get_input_embeddings().weight.is_meta
@@ -401,6 +424,22 @@ def test_the_verb_writes_either_form(tools: _LlamaCpp, shared: Path, tmp_path: P
     assert "already exists" in _export(*asked).output
     values = json.loads(_export(*asked, "--overwrite", "--unverified", "--json", "-q").stdout)
     assert values["divergence"] is None and values["pattern"] == [True, False, True, True, False]
+
+
+def test_the_verb_loads_as_it_is_told(
+    tools: _LlamaCpp, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    for module in (gguf, dense):
+        load = module.load_source
+        monkeypatch.setattr(module, "load_source", lambda *a, load=load, **k: asked.append(k) or load(*a, **k))
+    told = ("--device", "cpu", "--max-memory-gb", 2, "--trust-remote-code", "-q")
+    _export(shared, "--to", "gguf", "--out", tmp_path / "m.gguf", "--llama-cpp", tools.folder, *told)
+    _export(shared, "--to", "dense", "--out", tmp_path / "dense", *told)
+    loading = {"device": "cpu", "max_memory_gb": 2, "trust_remote_code": True}
+    assert asked == [loading, {"dtype": "float32", **loading}, loading]
+    refused = _export(shared, "--to", "dense", "--out", tmp_path / "other", "--max-memory-gb", 1e-6)
+    assert refused.exit_code != 0 and "does not fit in the memory that its weights may take" in refused.output
 
 
 @pytest.mark.parametrize(

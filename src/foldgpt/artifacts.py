@@ -209,6 +209,18 @@ def workspace_beside(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
+def no_empty_folders_above(path: str | Path) -> Iterator[None]:
+    """Remove in the end the folders above an output that were made meanwhile and hold nothing: it was not written."""
+    missing = [folder for folder in Path(path).parents if not folder.exists()]
+    try:
+        yield
+    finally:
+        for folder in missing:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
+
+
+@contextmanager
 def alone(path: str | Path, *, wait: bool = True) -> Iterator[None]:
     """Keep other processes off a file or a folder: what one has so far looks like a killed one's leftovers.
 

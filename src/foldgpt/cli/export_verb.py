@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from foldgpt.cli.options import AsJson, Quiet
+from foldgpt.cli.options import AsJson, Device, MaxMemory, Quiet, TrustRemoteCode
 from foldgpt.cli.printing import print_json, print_paths, print_shown
 from foldgpt.cli.session import ANEW, session
 
@@ -36,6 +36,9 @@ def export(
     unverified: Annotated[
         bool, typer.Option("--unverified", help="For gguf: do not compare what llama.cpp predicts with the model.")
     ] = False,
+    device: Device = None,
+    max_memory_gb: MaxMemory = None,
+    trust_remote_code: TrustRemoteCode = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the folded model, or the file, that is there.")
     ] = False,
@@ -56,19 +59,30 @@ def export(
         if to not in _FORMS:
             raise UsageError(f"unknown form {to!r} (--to).{did_you_mean(to, _FORMS)}")
         model = final_model(folder)
+        loading: dict[str, Any] = {
+            "device": device or "auto",
+            "max_memory_gb": max_memory_gb,
+            "trust_remote_code": bool(trust_remote_code),
+        }
         if to == "dense":
             for_gguf = {"--llama-cpp": llama_cpp, "--outtype": outtype, "--unverified": unverified}
             idle = [flag for flag, value in for_gguf.items() if value]
             if idle:
                 raise UsageError(f"{' and '.join(idle)} with --to dense, which needs none: leave them out")
-            verification = export_dense(model, out, replace=overwrite)
+            verification = export_dense(model, out, **loading, replace=overwrite)
             write_model_card(out, source=model)
             result, lines = asdict(verification), verification_lines(verification)
         else:
             if llama_cpp is None:
                 raise UsageError("llama.cpp's own converter makes the file: give a checkout of it (--llama-cpp)")
             exported = export_gguf(
-                model, out, llama_cpp, outtype=outtype or "auto", verify=not unverified, replace=overwrite
+                model,
+                out,
+                llama_cpp,
+                outtype=outtype or "auto",
+                verify=not unverified,
+                **loading,
+                replace=overwrite,
             )
             result, lines = asdict(exported), exported_lines(exported)
         if as_json:

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 
 import typer
@@ -76,7 +76,7 @@ def output_file(path: Path | None, *, overwrite: bool) -> Iterator[None]:
     Raises:
         ArtifactError: it is taken, a run's, cannot be written, or another process is about to write it.
     """
-    from foldgpt.artifacts import alone, check_free_file
+    from foldgpt.artifacts import alone, check_free_file, no_empty_folders_above
     from foldgpt.progress import is_first_process
     from foldgpt.run_folder import check_is_no_runs
 
@@ -85,17 +85,11 @@ def output_file(path: Path | None, *, overwrite: bool) -> Iterator[None]:
         return
     check_is_no_runs(path)
     check_free_file(path, replace=overwrite)
-    missing = [folder for folder in path.parents if not folder.exists()]
-    try:
-        # Of several processes that share the work the first one writes, and so is the one that holds it.
-        with alone(path, wait=False) if is_first_process() else nullcontext():
-            # Again: another process may have ended between the two.
-            check_free_file(path, replace=overwrite)
-            yield
-    finally:
-        for folder in missing:
-            with suppress(OSError):  # it holds something
-                folder.rmdir()
+    # Of several processes that share the work the first one writes, and so is the one that holds it.
+    with no_empty_folders_above(path), alone(path, wait=False) if is_first_process() else nullcontext():
+        # Again: another process may have ended between the two.
+        check_free_file(path, replace=overwrite)
+        yield
 
 
 @contextmanager

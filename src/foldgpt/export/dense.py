@@ -15,7 +15,15 @@ from foldgpt.recovery_result import RECOVERY
 from foldgpt.sources import load_source
 
 
-def export_dense(folder: str | Path, out: str | Path, *, replace: bool = False) -> Verification:
+def export_dense(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    max_memory_gb: float | None = None,
+    trust_remote_code: bool = False,
+    replace: bool = False,
+) -> Verification:
     """Save a folded model so that it loads everywhere, without foldgpt and without code of its own.
 
     What is shared is copied to each position that borrows it, private terms are merged in, so the file is larger and
@@ -25,6 +33,9 @@ def export_dense(folder: str | Path, out: str | Path, *, replace: bool = False) 
     Args:
         folder: a folded or a recovered model.
         out: where to save it.
+        device: where the two are compared; see `load_source`, as for the next two.
+        max_memory_gb: memory that the weights may take.
+        trust_remote_code: run modelling code that comes with the model.
         replace: replace the folded model that is there.
 
     Raises:
@@ -43,9 +54,11 @@ def export_dense(folder: str | Path, out: str | Path, *, replace: bool = False) 
             f"blocks of {folder} lack an attention or an MLP, and no ordinary class leaves one out: it loads with "
             "foldgpt, or with trust_remote_code=True"
         )
-    source = load_source(folder)
+    source = load_source(folder, device=device, max_memory_gb=max_memory_gb, trust_remote_code=trust_remote_code)
     if source.offloaded:
-        raise FoldGPTError(f"{folder} does not fit in the memory that is free; it has to, to be saved in another form")
+        raise FoldGPTError(
+            f"{folder} does not fit in the memory that its weights may take; it has to, to be saved in another form"
+        )
     model: Any = source.model
     if getattr(model.config, "fold_layout", None):
         unfold_(model)

@@ -20,7 +20,7 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 from torch import Tensor
 
-from foldgpt.artifacts import alone, check_free_file, read_json, workspace_beside
+from foldgpt.artifacts import alone, check_free_file, no_empty_folders_above, read_json, workspace_beside
 from foldgpt.errors import ArtifactError, FoldGPTError, UsageError, VerificationError, did_you_mean
 from foldgpt.export.dense import export_dense, folded_plan
 from foldgpt.export.llama_cpp import LEAST_LOGIT, LlamaCpp
@@ -68,6 +68,9 @@ def export_gguf(
     *,
     outtype: str = "auto",
     verify: bool = True,
+    device: str = "auto",
+    max_memory_gb: float | None = None,
+    trust_remote_code: bool = False,
     replace: bool = False,
 ) -> ExportedGGUF:
     """Make a GGUF file of a folded model.
@@ -78,6 +81,9 @@ def export_gguf(
         llama_cpp: a checkout of llama.cpp, with `llama-perplexity` built in it or on the PATH.
         outtype: one of `OUTTYPES`.
         verify: compare the predictions that llama.cpp makes with the model's own; False does without.
+        device: where the model's own predictions are made; see `load_source`, as for the next two.
+        max_memory_gb: memory that the weights may take.
+        trust_remote_code: run modelling code that comes with the model.
         replace: replace an existing file.
 
     Raises:
@@ -88,6 +94,7 @@ def export_gguf(
         VerificationError: llama.cpp computes something else; no file is left.
     """
     folder, out = Path(folder), Path(out)
+    loading: dict[str, Any] = {"device": device, "max_memory_gb": max_memory_gb, "trust_remote_code": trust_remote_code}
     if outtype not in OUTTYPES:
         raise UsageError(f"unknown outtype {outtype!r}.{did_you_mean(outtype, OUTTYPES)}")
     check_free_file(out, replace=replace)
@@ -101,14 +108,14 @@ def export_gguf(
             "it: build it (cmake -B build && cmake --build build --target llama-perplexity), or do without "
             "(--unverified, verify=False)"
         )
-    with alone(out, wait=False), workspace_beside(out) as work:
+    with no_empty_folders_above(out), alone(out, wait=False), workspace_beside(out) as work:
         # Another process may have ended between the two.
         check_free_file(out, replace=replace)
         checkpoint = folder
         if "fold_layout" in read_json(folder / "config.json", "config"):
             note("copying what is shared")
             checkpoint = work / "dense"
-            export_dense(folder, checkpoint)
+            export_dense(folder, checkpoint, **loading)
         note("converting")
         file = work / "model.gguf"
         tools.convert(checkpoint, file, outtype)
@@ -116,7 +123,7 @@ def export_gguf(
         divergence = same_tokens = None
         if verify:
             note("verifying what llama.cpp predicts")
-            divergence, same_tokens = _verified(tools, file, checkpoint, work, outtype)
+            divergence, same_tokens = _verified(tools, file, checkpoint, work, outtype, loading)
         num_bytes = file.stat().st_size
         file.replace(out)
     return ExportedGGUF(num_bytes, pattern, divergence, same_tokens)
@@ -155,9 +162,11 @@ def _with_pattern(file: Path, config: dict[str, Any]) -> tuple[bool, ...] | None
     return pattern
 
 
-def _verified(tools: LlamaCpp, file: Path, checkpoint: Path, work: Path, outtype: str) -> tuple[float, bool]:
+def _verified(
+    tools: LlamaCpp, file: Path, checkpoint: Path, work: Path, outtype: str, loading: dict[str, Any]
+) -> tuple[float, bool]:
     """Compare llama.cpp's predictions with the model's, on llama.cpp's own tokens."""
-    source = load_source(checkpoint, dtype="float32")
+    source = load_source(checkpoint, dtype="float32", **loading)
     context = min(_CONTEXT, num_positions(source.model.config) or _CONTEXT)
     text = work / "text.txt"
     text.write_text("\n".join(_text_of(name) for name in _MODULES), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from foldgpt.progress import quiet_libraries
 
 #: Files by which the folder of a folded model is known.
 _ALWAYS_THERE = ("config.json", "plan.json")
+_SENTENCEPIECE = "tokenizer.model"
 
 
 def check_place(folder: str | Path, *, replace: bool = False, read: Iterable[str | Path] = ()) -> None:
@@ -93,6 +95,15 @@ def check_folded_by(model: nn.Module, plan: FoldPlan) -> None:
         )
 
 
+def _keep_sentencepiece(tokenizer: Any, folder: Path) -> None:
+    """Copy the tokenizer's SentencePiece model, which other programs read and transformers often does not save."""
+    if not tokenizer.name_or_path:  # it was not read from a folder
+        return
+    place, kept = (Path(where) / _SENTENCEPIECE for where in (tokenizer.name_or_path, folder))
+    if place.is_file() and not kept.exists():
+        shutil.copyfile(place, kept)
+
+
 def save_folded(
     model: nn.Module,
     plan: FoldPlan,
@@ -136,6 +147,7 @@ def save_folded(
                 model.save_pretrained(staging, max_shard_size=max_shard_size)  # type: ignore[operator]
                 if tokenizer is not None:
                     tokenizer.save_pretrained(staging)
+                    _keep_sentencepiece(tokenizer, staging)
         except SafetensorError as error:
             raise ArtifactError(f"cannot write {folder}: {error}. Nothing was left behind.") from error
         except ValueError as error:  # a generation config that was changed into one that is not valid
