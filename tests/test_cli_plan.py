@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -223,6 +224,34 @@ def test_selectors_that_look_at_nothing_measure_nothing(model: Path, tmp_path: P
     )
     assert made.exit_code == 0, made.output
     assert FoldPlan.load(tmp_path / "p").removed == (4, 5)
+
+
+def test_a_target_of_parameters_reads_no_text(model: Path, tmp_path: Path) -> None:
+    made = foldgpt(
+        *("plan", model, "--text", "no-such.txt", "--select", "last", "--target", "parameters=80%"),
+        *("--compensate", "none", "--out", tmp_path / "p", "-q"),
+    )
+    assert made.exit_code == 0, made.output
+    assert FoldPlan.load(tmp_path / "p").removed
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [("--target", "flops=80%"), ("--remove", 2, "--share", "adjacent", "--donor", "best")],
+    ids=["flops", "donors"],
+)
+def test_where_text_is_read_in_any_case_what_selectors_chose_that_look_at_none_is_measured(
+    model: Path, text: Path, tmp_path: Path, reads: tuple[Any, ...]
+) -> None:
+    asked = ("plan", model, "--text", text, *CALIBRATION, "--select", "last", "--compensate", "none", *reads)
+    made = foldgpt(*asked, "--out", tmp_path / "plan.json")
+    assert made.exit_code == 0, made.output
+    plan = FoldPlan.load(tmp_path / "plan.json")
+    assert plan.origin["report"]["cost"] > 0
+    # It is said on which text.
+    assert plan.origin["calibration"]["specs"] == [str(text)]
+    words = " ".join(made.output.split())
+    assert "; measured on " in words and "8 windows of 32 tokens" in words
 
 
 def test_search_tokens_are_also_for_the_best_donors(model: Path, text: Path, tmp_path: Path) -> None:

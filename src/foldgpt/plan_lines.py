@@ -1,4 +1,4 @@
-"""A plan in words: what is cut, who chose it and on which text, and what the search measured."""
+"""A plan in words: what is cut, who chose it and on which text, what that costs, and what is fitted."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rich.text import Text
 from foldgpt.formats import amount, block_ranges, millions, what_goes
 from foldgpt.plan import CalibrationText, FoldPlan
 
-#: Selectors that look at no text: one that their plan names is for what is fitted. Named here, as to show a plan
-#: nothing is imported that takes seconds.
+#: Selectors that look at no text: one that their plan names is for what is measured or fitted. Named here, as to show
+#: a plan nothing is imported that takes seconds.
 _WITHOUT_TEXT = ("last", "random")
 
 
@@ -56,9 +56,11 @@ def _chosen_lines(plan: FoldPlan) -> list[str]:
     others = "".join(f", {name}={value}" for name, value in given.items())
     calibration = origin.get("calibration")
     protocol = calibration.get("protocol") if isinstance(calibration, Mapping) else None
+    what = "calibrated on"
     if origin["selector"] in _WITHOUT_TEXT:
-        protocol = None
-    on = f"; calibrated on {calibration_words(protocol)}" if isinstance(protocol, Mapping) else ""
+        what = "measured on"
+        protocol = protocol if _cost_lines(plan) else None
+    on = f"; {what} {calibration_words(protocol)}" if isinstance(protocol, Mapping) else ""
     return [f"{chosen_words(plan)}{seed}{others}{on}"]
 
 

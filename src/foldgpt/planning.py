@@ -57,13 +57,24 @@ def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path
     check_rank(bench.recipe, bench.source.model)
     request = _request(bench, analysis, checkpoint)
     # What others chose is measured where the text is read anyway, and the model need not be brought from disk for it.
-    if section.method in MEASURED or (bench.has_read_calibration and not bench.source.offloaded):
+    reads_text = bench.has_read_calibration or _will_read_text(bench.recipe)
+    if section.method in MEASURED or (reads_text and not bench.source.offloaded):
         request = replace(request, ids_WT=bench.selection_ids(), further_ids_WT=bench.further_selection_ids())
     if section.target is None:
         return select(section.method, request)
     met = _meet(bench, section.target, checkpoint)
     selection = select(section.method, replace(request, num_remove=met["num_remove"]))
     return replace(selection, report={**selection.report, "target": met})
+
+
+def _will_read_text(recipe: Recipe) -> bool:
+    """Whether what comes after the choice reads calibration text, or what comes before it."""
+    share = recipe.share
+    return (
+        share.size is not None
+        or (share.method != "none" and (share.fit or share.donor == "best"))
+        or (recipe.select.target is not None and target(recipe.select.target).what != "parameters")
+    )
 
 
 def _request(bench: Workbench, analysis: Analysis | None, checkpoint: Path | None) -> Request:
@@ -112,7 +123,10 @@ def _meet(bench: Workbench, written: str, checkpoint: Path | None) -> dict[str, 
     kept = ProgressFile(place, _TARGET_FORMAT, identity, seconds_between=0)
     met = kept.load()
     if not met:
-        share = share_for(wanted, source.model, bench.calibration.ids[:1].to(input_device(source.model)))
+        if wanted.what == "parameters":
+            share = parameters_of(source.model)
+        else:
+            share = share_for(wanted, source.model, bench.calibration.ids[:1].to(input_device(source.model)))
         limit = wanted.limit(share.total)
         number = number_for_wish(share, wanted, written)
         met = {"target": written, "what": share.what, "source": share.total, "limit": limit, "num_remove": number}
@@ -195,7 +209,7 @@ def make_plan(
     origin: dict[str, Any] = {"seed": recipe.seed}
     analysed = None if analysis is None else analysis.calibration
     # Whoever folds by the plan from elsewhere finds the text by it, whatever chose the blocks.
-    if selection.method in MEASURED or (analysed is None and reads_text):
+    if selection.method in MEASURED or (analysed is None and (reads_text or "cost" in selection.report)):
         origin["calibration"] = bench.calibration_identity.model_dump(mode="json")
     elif analysed is not None:
         origin["calibration"] = analysed.model_dump(mode="json")

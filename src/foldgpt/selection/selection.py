@@ -35,7 +35,8 @@ class Request:
         seed: for selectors that draw, and for the positions at which costs are measured.
         model: the source model, in memory, for selectors that measure. The others do not look at its weights: they
             read off its config which sets can be folded, and without a model take it that all can.
-        ids_WT: calibration windows, int64 [W, T], for selectors that measure.
+        ids_WT: calibration windows, int64 [W, T], for selectors that measure; what the others chose is measured on
+            them afterwards, if they are given.
         further_ids_WT: more of them, [W, T] with the same T, for what `gates` could not tell apart: it is judged there
             in the end, after fits on some of them where removed blocks are compensated.
         objective: what is measured: "kl" to the source or "lm", the language-modelling loss.
