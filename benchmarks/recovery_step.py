@@ -8,6 +8,7 @@
 - cached: the same with what the student is compared with read from a file (`teacher_cache`).
 - all_cached: as recovery, with such a file.
 - compiled: recovery with `compile=True`: each block of both models compiled; only where asked for by `--side`.
+- compiled_cached: the same with such a file; only where asked for, too.
 - plain: transformers' Trainer and peft as one would write it: LoRA everywhere, full logits of both models and
   `F.kl_div`.
 - forward: one pass of the source to its logits on the same tokens, without gradients.
@@ -60,7 +61,18 @@ from foldgpt.recovery.trainer import RecoveryTrainer
 from foldgpt.sources import DTYPES, load_source
 from provenance import provenance_of
 
-SIDES = ("recovery", "compiled", "torch_attention", "half", "behind", "cached", "all_cached", "plain", "forward")
+SIDES = (
+    "recovery",
+    "compiled",
+    "torch_attention",
+    "half",
+    "behind",
+    "cached",
+    "all_cached",
+    "compiled_cached",
+    "plain",
+    "forward",
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -79,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    asked = arguments.side or [side for side in SIDES if side != "compiled"]
+    asked = arguments.side or [side for side in SIDES if not side.startswith("compiled")]
     arguments.side = [side for side in SIDES[:-2] if side in asked]
     return arguments
 
@@ -169,13 +181,13 @@ def prepare(side: str, arguments: argparse.Namespace, folder: Path, until_end: E
         common = common_blocks(student, source, plan)
         teacher = Teacher(source, common=common)
         windows = TrainingWindows(ids.cpu())
-        is_cached = side in ("cached", "all_cached")
+        is_cached = side.endswith("cached")
         kept = Kept.for_losses(settings, head, teacher.head)
         cache = cache_states(teacher, windows, folder, batch_size=len(ids), kept=kept) if is_cached else None
         batch["window"] = torch.arange(len(ids))
         if side == "half":
             batch["labels"] = ids.masked_fill(torch.arange(arguments.context, device=ids.device) % 2 == 0, IGNORED)
-        if side == "compiled":
+        if side.startswith("compiled"):
             until_end.enter_context(compiled_blocks(student, source))
         trainer: Trainer = RecoveryTrainer(
             Distillation(student, settings, head, teacher.head, common=common),
