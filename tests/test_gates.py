@@ -96,6 +96,45 @@ def test_scores_and_learning_keep_to_their_shares_of_what_may_be_spent(monkeypat
     assert 0.5 * allowed[0] < spent[-1] <= 0.54 * allowed[0]
 
 
+def test_where_sets_are_compensated_learning_leaves_more_to_what_comes_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Finals behind the fit of folding may take a quarter of the allowance, and refinement has to have some as well."""
+    allowed, spent, step = [], [], ScoreFunction.step
+    equivalents = greedy_equivalents
+    monkeypatch.setattr(
+        "foldgpt.selection.gating.gates.greedy_equivalents",
+        lambda cost: allowed.append(equivalents(cost)) or allowed[-1],
+    )
+    monkeypatch.setattr(ScoreFunction, "step", lambda self: spent.append(self._cost.forward_equivalents) or step(self))
+    monkeypatch.setattr(ScoreFunction, "has_settled", lambda self: False)
+    request = _request(2, compensate=True, options={"steps": 10_000})
+    select("gates", request)
+    assert len(spent) > 2 and 0.35 * allowed[0] < spent[-1] <= 0.4 * allowed[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [({}, 2), ({"compensate": True}, 4), ({"compensate": True, "options": {"estimator": "smoothed"}}, 2)],
+    ids=["plain", "compensated", "by gradients"],
+)
+def test_compensated_sets_are_learned_from_on_windows_enough_for_a_fit(
+    changes: dict[str, Any], windows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a window or two each is fitted on as many, and those that need a good fit look bad. Gradients see no fit."""
+    seen: list[int] = []
+    for estimator in (ScoreFunction, SmoothedL0):
+        begin = estimator.__init__
+
+        def noted(self: Any, cost: Any, samples: Any, *args: Any, begin: Any = begin, **more: Any) -> None:
+            seen.extend(sample.windows.stop - sample.windows.start for sample in samples)
+            begin(self, cost, samples, *args, **more)
+
+        monkeypatch.setattr(estimator, "__init__", noted)
+    select("gates", _request(2, **changes))
+    assert sum(seen) == 16 and set(seen) == {windows}
+
+
 def test_the_report_is_json_and_traces_every_gate() -> None:
     report = select("gates", _request(3)).report
     json.dumps(report, allow_nan=False)

@@ -57,6 +57,19 @@ def test_the_surrogate_is_sure_of_what_was_measured_and_of_what_is_like_it() -> 
     assert float(surrogate.uncertainty([measured], 1)[0]) > 0.1
 
 
+@pytest.mark.parametrize("per_block", [1, 2])
+def test_what_neighbours_are_worth_at_one_depth_is_expected_at_another(per_block: int) -> None:
+    surrogate = Surrogate([0.3] * 24 * per_block, per_block=per_block)
+    blocks = [(0, 1, 2), (1, 2, 3), (0, 2, 4), (1, 3, 5), (0, 1, 3), (1, 3, 4)]
+    # Of each kind of unit alike; half as many cuts cost half.
+    together = [frozenset(per_block * block for block in found) for found in blocks]
+    cuts = [1, 1, 3, 3, 2, 2]
+    surrogate.fit([Measurement(found, 0, math.log(n), 0.01) for found, n in zip(together, cuts, strict=True)])
+    far = [frozenset(per_block * block for block in found) for found in ((19, 20, 21), (19, 20, 22), (18, 20, 22))]
+    expected = surrogate.predict(far, 0).tolist()
+    assert expected == sorted(expected) and expected[2] - expected[0] > 0.5
+
+
 def test_the_surrogate_is_as_wrong_as_it_says() -> None:
     generator = torch.Generator().manual_seed(0)
     scores = (0.2 + torch.rand(12, generator=generator)).tolist()

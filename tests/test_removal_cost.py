@@ -119,7 +119,7 @@ def test_the_seed_alone_decides_the_positions() -> None:
 @pytest.mark.parametrize("family", FAMILIES_WITH_SUBLAYERS)
 def test_a_compensated_set_costs_what_it_costs_merged_and_folded(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole blocks, and blocks that lose one sublayer; fitted and measured on the same tokens, so as to compare."""
-    monkeypatch.setattr(cost_module, "_PARTS", 1)
+    monkeypatch.setattr(cost_module, "PARTS", 1)
     model = tiny_model(family)
     ids = token_ids(model, (6, 20))
     replay = Replay(model, ids, batch_size=2)

@@ -41,7 +41,7 @@ CACHE_BYTES = 1536 * 2**20
 
 #: What compensates is fitted on the windows that are measured on, each part on the others. Fitted and measured on the
 #: same tokens, sets with many cuts would win by fitting them, and lose on all other text.
-_PARTS = 4
+PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class RemovalCost:
         self._source_costs: dict[tuple[int, int], float] = {}
         self._cache: OrderedDict[StateKey, list[Tensor]] = OrderedDict()
         self._cache_room = cache_bytes
-        self._compensator = Compensator(replay, parts=_PARTS) if compensate else None
+        self._compensator = Compensator(replay, parts=PARTS) if compensate else None
 
     # ------------------------------------------------------------------------------------------- samples
 

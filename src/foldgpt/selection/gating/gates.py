@@ -19,7 +19,7 @@ from foldgpt.artifacts import with_infinity, without_infinity
 from foldgpt.errors import UsageError, did_you_mean
 from foldgpt.progress import bar
 from foldgpt.selection.checkpoint import Checkpoint
-from foldgpt.selection.cost import RemovalCost, Sample
+from foldgpt.selection.cost import PARTS, RemovalCost, Sample
 from foldgpt.selection.gated_pass import gradient_equivalents
 from foldgpt.selection.gating.estimator import Estimator
 from foldgpt.selection.gating.finals import Final, Round
@@ -49,10 +49,13 @@ _ESTIMATORS = ("score", "concrete", "smoothed")
 #: An allowance that nothing spends; far above it, arithmetic with it overflows.
 _MOST_EFFORT = 1_000_000
 
-#: Shares of the allowance after which leave-one-out scores and the learning of gates must be done.
-_SCORES_UNTIL, _LEARNING_UNTIL = 0.225, 0.54
+#: Shares of the allowance after which leave-one-out scores and the learning of gates must be done. Where sets are
+#: compensated, finals take more of what comes after it, and refinement has to have some as well.
+_SCORES_UNTIL, _LEARNING_UNTIL, _LEARNING_UNTIL_COMPENSATED = 0.225, 0.54, 0.4
 #: Share of the allowance that a glance at all runs of neighbouring blocks may take.
 _GLANCE = 0.08
+#: The sample number of what was seen at that glance, where the gates are learned on more than a micro-batch.
+_GLANCED = -2
 #: Refinement measures on a quarter of the windows, or on those that hold this many tokens if that is more.
 _REFINEMENT_TOKENS = 8192
 #: So many sets that refinement likes best, and as many as finals take, are measured on all windows.
@@ -189,15 +192,14 @@ class _Search:
 
     def _learn(self, scores: Sequence[float]) -> Estimator:
         """Gates, learned until they are settled or their share of the allowance is spent."""
-        samples = [self._cost.sample(k, k + 1) for k in range(self._cost.num_batches)]
-        estimator = self._estimator(scores, samples)
+        estimator = self._estimator(scores, self._learning_samples)
         if "estimator" in self._progress:
             estimator.restore(self._progress["estimator"])
         trace = self._progress["trace"]
         with bar("learning gates", self._options["steps"]) as progress:
             progress.advance(len(trace))
             while len(trace) < self._options["steps"] and not estimator.has_settled():
-                if self._spent() > _LEARNING_UNTIL * self._allowance:
+                if self._spent() > self._learning_until:
                     break
                 value = estimator.step()
                 keep = [round(p, 4) for p in estimator.keep_probabilities().tolist()]
@@ -212,7 +214,7 @@ class _Search:
             return ScoreFunction(self._cost, samples, scores, seed=self._seed)
         if "num_steps" not in self._progress:
             step = sum(gradient_equivalents(self._cost, sample) for sample in samples) / len(samples)
-            affordable = int((_LEARNING_UNTIL * self._allowance - self._spent()) / step)
+            affordable = int((self._learning_until - self._spent()) / step)
             # Kept: schedules run over all steps, those before an interruption included.
             self._progress["num_steps"] = max(1, min(self._options["steps"], affordable))
         num_steps: int = self._progress["num_steps"]
@@ -282,7 +284,8 @@ class _Search:
         for run in runs[len(known) :]:
             known.append(log_of(self._cost.cost(run, first)))
             self._save(now=len(known) == len(runs))
-        return [Measurement(run, 0, log_cost, NOISE) for run, log_cost in zip(runs, known, strict=True)]
+        number = 0 if first is self._learning_samples[0] else _GLANCED
+        return [Measurement(run, number, log_cost, NOISE) for run, log_cost in zip(runs, known, strict=True)]
 
     def _measured(
         self, number: int, refinement: Refinement, measure: Callable[[], None], keep: Callable[..., None]
@@ -322,6 +325,24 @@ class _Search:
         return self._further.finals(known, left, past, keep, earlier=earlier, incumbents=incumbents)
 
     # ------------------------------------------------------------------------------------------- bookkeeping
+
+    @property
+    def _learning_until(self) -> float:
+        """What may be spent when the gates have been learned."""
+        share = _LEARNING_UNTIL_COMPENSATED if self._request.compensate else _LEARNING_UNTIL
+        return share * self._allowance
+
+    @property
+    def _learning_samples(self) -> list[Sample]:
+        """What gates are learned on, in turn: a micro-batch, or as many as a compensation needs to tell sets apart.
+
+        Fitted on a window or less, it is another one than all that comes after it sees, and favours other sets.
+        """
+        batches = self._cost.num_batches
+        size = 1
+        if self._request.compensate and self._options["estimator"] == "score":
+            size = min(batches, math.ceil(PARTS * batches / self._cost.replay.num_windows))
+        return [self._cost.sample(start, start + size) for start in range(0, batches - size + 1, size)]
 
     @property
     def _refinement_sample(self) -> Sample:

@@ -26,8 +26,8 @@ from foldgpt.selection.gating.surrogate import Measurement, Surrogate
 from foldgpt.selection.measured import capped
 from foldgpt.selection.units import Removed, Units
 
-#: Standard deviation of the log cost on one micro-batch.
-NOISE = 0.05
+#: Standard deviation of the log cost on one micro-batch, beside what it differs by for all sets alike.
+NOISE = 0.1
 #: Sets measured in one step.
 _SAMPLES = 8
 #: Sets drawn for the surrogate's part of the gradient and for the probabilities.

@@ -2,7 +2,9 @@
 
 Perturbation theory says what to fit: for small changes the KL of a set is a sum over its units and over its pairs.
 The pairs are what leave-one-out scores and BI leave out. With a few hundred measured sets there are fewer equations
-than pairs, so this is a Gaussian process: units nearby in depth are alike, and so are their interactions.
+than pairs, so this is a Gaussian process: units nearby in depth are alike, and so are their interactions. How much of
+a set lies next to each other is a feature of its own, for what that is worth (a cut more or less) is much the same at
+all depths.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ class Surrogate:
         depth = torch.arange(len(scores_U), dtype=torch.float64) // per_block
         same_kind = torch.arange(len(scores_U)) % per_block
         near = torch.exp(-(depth[:, None] - depth[None]).abs() / _REACH)
+        self._per_block = per_block
         self._near_UU = near * (same_kind[:, None] == same_kind[None]) + 0.5 * near * (
             same_kind[:, None] != same_kind[None]
         )
@@ -99,6 +102,7 @@ class Surrogate:
         size = self._size if len(self._known) else max(1.0, float(features.sum(-1).mean()))
         alike_S = ((features @ self._near_UU) * features).sum(-1) / size
         variance_S = _UNITS**2 * alike_S + _PAIRS**2 * alike_S.square() + _OFFSET**2
+        variance_S += (_NEIGHBOURS * self._neighbours(features) / size).square()
         if len(self._known):
             known_MS = self._related(features, sample).T
             variance_S -= torch.linalg.solve_triangular(self._factor, known_MS, upper=False).square().sum(0)
@@ -114,9 +118,14 @@ class Surrogate:
         return (features @ self._scores_U).clamp_min(1e-12).log()
 
     def _kernel(self, one: Tensor, other: Tensor) -> Tensor:
-        """Covariance of two lists of sets: units (linear) and pairs (quadratic), for sets of one size of order 1."""
+        """Covariance of two lists of sets: units and neighbours (linear) and pairs (quadratic), of order 1."""
         alike = one @ self._near_UU @ other.T / self._size
-        return _UNITS**2 * alike + _PAIRS**2 * alike.square()
+        neighbours = torch.outer(self._neighbours(one), self._neighbours(other)) / self._size**2
+        return _UNITS**2 * alike + _PAIRS**2 * alike.square() + _NEIGHBOURS**2 * neighbours
+
+    def _neighbours(self, features: Tensor) -> Tensor:
+        """How many units of each set have the next one of their kind in it as well."""
+        return (features[:, : -self._per_block] * features[:, self._per_block :]).sum(-1)
 
     def _related(self, features: Tensor, sample: int | None) -> Tensor:
         """Covariance [S, M] of sets, on a sample, with what was measured."""
@@ -129,5 +138,6 @@ class Surrogate:
 
 #: Blocks this far apart are alike to 1/e.
 _REACH = 1.0
-#: Standard deviations, in nats of log cost: of what units add, of what their pairs add, of a sample's offset.
-_UNITS, _PAIRS, _OFFSET = 0.5, 0.5, 0.3
+#: Standard deviations, in nats of log cost: of what units add, of what their pairs add, of what it adds that all of a
+#: set are neighbours, and of a sample's offset.
+_UNITS, _PAIRS, _NEIGHBOURS, _OFFSET = 0.5, 0.5, 1.0, 0.3
