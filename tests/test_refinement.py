@@ -133,6 +133,7 @@ def _refinement(
     surrogate: Surrogate | None = None,
     known: dict[frozenset[int], float] | None = None,
     waited: int = 0,
+    measured: dict[frozenset[int], float] | None = None,
     measurements: Sequence[Measurement] = (),
 ) -> Refinement:
     """A refinement to which a function stands for the model."""
@@ -143,9 +144,24 @@ def _refinement(
         surrogate=surrogate or Surrogate(scores, per_block=1),
         measurements=measurements,
         known=known or {},
+        measured=measured or {},
         waited=waited,
         after_round=lambda: None,
     )
+
+
+def test_what_learning_measured_on_the_same_windows_is_not_measured_again() -> None:
+    units, asked = Units.blocks(6, 2), []
+
+    def cost(removed: frozenset[int], sample: object = None) -> float:
+        asked.append(removed)
+        return sum(0.1 + 0.01 * block for block in removed)
+
+    own, drawn = frozenset({4, 5}), frozenset({0, 1})
+    refinement = _refinement(units, cost, [0.1] * 6, measured={drawn: 0.21})
+    refinement.search([drawn], own, lambda: len(asked) > 5)
+    assert refinement.known[drawn] == 0.21 and refinement.known[own] > 0.21 and own in asked
+    assert drawn not in asked and len(asked) == len(set(asked)) == len(refinement.known) - 1
 
 
 def test_a_resumed_refinement_waits_for_a_better_set_no_longer_than_one_that_was_not_stopped() -> None:

@@ -9,6 +9,7 @@ otherwise.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from foldgpt.selection.gating.finals import Final, Round
 from foldgpt.selection.gating.further_text import FurtherText
 from foldgpt.selection.gating.hard_concrete import HardConcrete
 from foldgpt.selection.gating.refine import Refinement
-from foldgpt.selection.gating.score_function import NOISE, ScoreFunction
+from foldgpt.selection.gating.score_function import NOISE, SAMPLES, ScoreFunction
 from foldgpt.selection.gating.smoothed import SmoothedL0
 from foldgpt.selection.gating.surrogate import Measurement, Surrogate, log_of
 from foldgpt.selection.greedy import greedy_passes, removal_passes
@@ -54,8 +55,6 @@ _MOST_EFFORT = 1_000_000
 _SCORES_UNTIL, _LEARNING_UNTIL, _LEARNING_UNTIL_COMPENSATED = 0.225, 0.54, 0.4
 #: Share of the allowance that a glance at all runs of neighbouring blocks may take.
 _GLANCE = 0.08
-#: The sample number of what was seen at that glance, where the gates are learned on more than a micro-batch.
-_GLANCED = -2
 #: Refinement measures on a quarter of the windows, or on those that hold this many tokens if that is more.
 _REFINEMENT_TOKENS = 8192
 #: So many sets that refinement likes best, and as many as finals take, are measured on all windows.
@@ -199,7 +198,8 @@ class _Search:
         with bar("learning gates", self._options["steps"]) as progress:
             progress.advance(len(trace))
             while len(trace) < self._options["steps"] and not estimator.has_settled():
-                if self._spent() > self._learning_until:
+                further = self._price_of_step(estimator) if trace else 0.0
+                if self._spent() + further > self._learning_until:
                     break
                 value = estimator.step()
                 keep = [round(p, 4) for p in estimator.keep_probabilities().tolist()]
@@ -235,6 +235,8 @@ class _Search:
             self._progress["waited"] = refinement.waited
             self._save(now=now)
 
+        # Of a few windows all are one sample.
+        learned_there = self._learning_samples[0] is self._refinement_sample
         refinement = Refinement(
             self._cost,
             self._refinement_sample,
@@ -242,6 +244,7 @@ class _Search:
             surrogate=Surrogate(scores, units.per_block),
             measurements=[*drawn, *at_a_glance],
             known={frozenset(found): value for found, value in self._progress["known"]},
+            measured={m.removed: math.exp(m.log_cost) for m in drawn} if learned_there else {},
             waited=self._progress["waited"],
             after_round=keep,
         )
@@ -272,20 +275,19 @@ class _Search:
         return known, finalists
 
     def _at_a_glance(self, spans_of_blocks: Collection[Removed]) -> list[Measurement]:
-        """All runs of neighbouring blocks on the first micro-batch, if that costs next to nothing.
+        """All runs of neighbouring blocks on the first of the learning's samples, if that costs next to nothing.
 
         The regression has seen scattered blocks, and cannot tell which runs are the likeliest.
         """
         runs = sorted(spans_of_blocks, key=sorted)
-        first = self._cost.sample(0, 1)
+        first = self._learning_samples[0]
         if self._cost.predicted_equivalents(len(runs), first) > _GLANCE * self._allowance:
             return []
         known: list[float] = self._progress["runs"]
         for run in runs[len(known) :]:
             known.append(log_of(self._cost.cost(run, first)))
             self._save(now=len(known) == len(runs))
-        number = 0 if first is self._learning_samples[0] else _GLANCED
-        return [Measurement(run, number, log_cost, NOISE) for run, log_cost in zip(runs, known, strict=True)]
+        return [Measurement(run, 0, log_cost, NOISE) for run, log_cost in zip(runs, known, strict=True)]
 
     def _measured(
         self, number: int, refinement: Refinement, measure: Callable[[], None], keep: Callable[..., None]
@@ -329,7 +331,8 @@ class _Search:
     @property
     def _learning_until(self) -> float:
         """What may be spent when the gates have been learned."""
-        share = _LEARNING_UNTIL_COMPENSATED if self._request.compensate else _LEARNING_UNTIL
+        has_finals = self._request.compensate and self._options["refine"]
+        share = _LEARNING_UNTIL_COMPENSATED if has_finals else _LEARNING_UNTIL
         return share * self._allowance
 
     @property
@@ -338,16 +341,24 @@ class _Search:
 
         Fitted on a window or less, it is another one than all that comes after it sees, and favours other sets.
         """
-        batches = self._cost.num_batches
-        size = 1
+        batches, number = self._cost.num_batches, self._cost.num_batches
         if self._request.compensate and self._options["estimator"] == "score":
-            size = min(batches, math.ceil(PARTS * batches / self._cost.replay.num_windows))
-        return [self._cost.sample(start, start + size) for start in range(0, batches - size + 1, size)]
+            number = max(1, batches // math.ceil(PARTS / self._cost.replay.batch_size))
+        edges = [k * batches // number for k in range(number + 1)]
+        return [self._cost.sample(start, stop) for start, stop in itertools.pairwise(edges)]
+
+    def _price_of_step(self, estimator: Estimator) -> float:
+        """What one more step of learning takes at most; nothing where the number of steps is planned."""
+        if not isinstance(estimator, ScoreFunction):
+            return 0.0
+        return max(self._cost.predicted_equivalents(SAMPLES, sample) for sample in self._learning_samples)
 
     @property
     def _refinement_sample(self) -> Sample:
         batches = self._cost.num_batches
         share = max(0.25, _REFINEMENT_TOKENS / self._cost.replay.ids_WT.numel())
+        if self._request.compensate:
+            share = max(share, PARTS / self._cost.replay.num_windows)
         return self._cost.sample(0, min(batches, math.ceil(batches * share)))
 
     @property

@@ -45,6 +45,7 @@ class Refinement:
         surrogate: ranks what was not measured; fitted to all measurements after each round.
         measurements: of the gates' training, with other samples.
         known: set → cost on `sample`, of a search that is resumed.
+        measured: set → cost on `sample`, of sets that need not be measured again.
         waited: rounds without a better set, of a search that is resumed.
         after_round: called after each round.
 
@@ -62,11 +63,13 @@ class Refinement:
         surrogate: Surrogate,
         measurements: Sequence[Measurement],
         known: Mapping[Removed, float],
+        measured: Mapping[Removed, float],
         waited: int,
         after_round: Callable[[], None],
     ) -> None:
         self.known = dict(known)
         self.waited = waited
+        self._measured = measured
         self._cost = cost
         self._sample = sample
         self._keep_probabilities_U = keep_probabilities_U
@@ -161,10 +164,11 @@ class Refinement:
         before = min(self.known.values(), default=math.inf)
         others = [removed for removed in chosen if removed not in first]
         for removed in [*first, *_in_rounds(others)]:
-            cut_short = removed not in first and is_spent()
+            cut_short = removed not in first and removed not in self._measured and is_spent()
             if cut_short:
                 break
-            self.known[removed] = self._cost.cost(removed, self._sample)
+            is_new = removed not in self._measured
+            self.known[removed] = self._cost.cost(removed, self._sample) if is_new else self._measured[removed]
             self._measurements += _as_measurements({removed: self.known[removed]})
         self.waited = 0 if min(self.known.values(), default=math.inf) < before else self.waited + 1
         self._surrogate.fit(self._measurements)

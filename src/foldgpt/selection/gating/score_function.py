@@ -29,7 +29,7 @@ from foldgpt.selection.units import Removed, Units
 #: Standard deviation of the log cost on one micro-batch, beside what it differs by for all sets alike.
 NOISE = 0.1
 #: Sets measured in one step.
-_SAMPLES = 8
+SAMPLES = 8
 #: Sets drawn for the surrogate's part of the gradient and for the probabilities.
 _FREE_SAMPLES = 512
 
@@ -77,7 +77,7 @@ class ScoreFunction:
         """Measure a few sampled sets and move the gates along the gradient of the expected log cost."""
         sample_index = self._steps % len(self._samples)
         free = draw(self._logits_U, self._cost.units, _FREE_SAMPLES, self._generator)
-        drawn = draw(self._logits_U, self._cost.units, _SAMPLES, self._generator)
+        drawn = draw(self._logits_U, self._cost.units, SAMPLES, self._generator)
         sets = [found.removed for found in drawn]
         # Sets that begin alike, one after another: they share states.
         costs = {s: self._cost.cost(s, self._samples[sample_index]) for s in sorted(set(sets), key=sorted)}
