@@ -35,6 +35,18 @@ def write_folder(path: Path, text: str, **options: Any) -> None:
         assert not final.exists() or final.read_text() != text, "not there before it is whole"
 
 
+def test_folders_above_one_that_was_not_written_are_not_left(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError), staged_folder(tmp_path / "there" / "new" / "folder"):
+        raise ValueError("not this one")
+    assert names(tmp_path) == ["there"] and names(tmp_path / "there") == []
+    # Nor is what others put there meanwhile removed.
+    with pytest.raises(ValueError), staged_folder(tmp_path / "there" / "new" / "folder"):
+        write_text(tmp_path / "there" / "new" / "file", "mine")
+        raise ValueError("not this one")
+    assert names(tmp_path / "there" / "new") == ["file"]
+
+
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "a" / "folder"
     write_folder(path, "new")

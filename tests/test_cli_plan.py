@@ -12,8 +12,7 @@ from cli_case import CALIBRATION, foldgpt
 from foldgpt import planning
 from foldgpt.analysis import sweep
 from foldgpt.artifacts import alone
-from foldgpt.plan import FoldPlan
-from foldgpt.plan_lines import _WITHOUT_TEXT
+from foldgpt.plan import WITHOUT_TEXT, FoldPlan
 from foldgpt.report.headline import headlines
 from foldgpt.selection import ANALYSIS_FREE, MEASURED
 from foldgpt.selection.gating.score_function import ScoreFunction
@@ -55,7 +54,7 @@ def test_a_plan_that_is_fitted_finds_its_text_from_elsewhere_whatever_chose_it(
     # It was not chosen on that text.
     shown = foldgpt("show", tmp_path / "compensated.json").stdout
     assert "chosen by last, seed 0" in shown and "calibrated on" not in shown
-    assert set(_WITHOUT_TEXT) == ANALYSIS_FREE - MEASURED
+    assert set(WITHOUT_TEXT) == ANALYSIS_FREE - MEASURED
 
 
 @pytest.mark.parametrize("how", [(), ("--share", "adjacent", "--start", "zero")])
@@ -244,6 +243,7 @@ def test_where_text_is_read_in_any_case_what_selectors_chose_that_look_at_none_i
     model: Path, text: Path, tmp_path: Path, reads: tuple[Any, ...]
 ) -> None:
     asked = ("plan", model, "--text", text, *CALIBRATION, "--select", "last", "--compensate", "none", *reads)
+    asked = (*asked, "--search-tokens", 128)
     made = foldgpt(*asked, "--out", tmp_path / "plan.json")
     assert made.exit_code == 0, made.output
     plan = FoldPlan.load(tmp_path / "plan.json")
@@ -251,7 +251,7 @@ def test_where_text_is_read_in_any_case_what_selectors_chose_that_look_at_none_i
     # It is said on which text.
     assert plan.origin["calibration"]["specs"] == [str(text)]
     words = " ".join(made.output.split())
-    assert "; measured on " in words and "8 windows of 32 tokens" in words
+    assert "; measured on " in words and "8 windows of 32 tokens" in words and "on 128 calibration tokens" in words
 
 
 def test_search_tokens_are_also_for_the_best_donors(model: Path, text: Path, tmp_path: Path) -> None:

@@ -82,6 +82,16 @@ def test_a_dense_checkpoint_has_the_tokenizer_s_sentencepiece_model_too(shared: 
     (shared / "tokenizer.model").write_bytes(b"pieces")
     export_dense(shared, tmp_path / "dense")
     assert (tmp_path / "dense" / "tokenizer.model").read_bytes() == b"pieces"
+    # One that only lies in the same folder, as beside a GGUF file, is another's.
+    tokenizer = tiny_tokenizer(128)
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "tokenizer.model").write_bytes(b"others")
+    tokenizer.name_or_path = str(tmp_path / "downloads")
+    model = tiny_model("llama", vocab_size=128)
+    plan = FoldPlan.create(source_model_of(model, name="tiny"), removed=[1])
+    fold_(model, plan)
+    save_folded(model, plan, tmp_path / "folded", tokenizer=tokenizer)
+    assert not (tmp_path / "folded" / "tokenizer.model").exists()
 
 
 def test_a_model_that_lacks_sublayers_has_no_dense_form(tmp_path: Path) -> None:

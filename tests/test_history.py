@@ -75,6 +75,18 @@ def test_texts_of_earlier_rounds_are_known_and_told(tmp_path: Path, capsys: pyte
         assert _uses(folder, model, unseen) == []
 
 
+@pytest.mark.parametrize(("selector", "uses"), [("last", []), ("bi", ["calibration"])])
+def test_a_text_on_which_a_choice_was_only_measured_is_none_the_model_was_made_by(
+    selector: str, uses: list[str], tmp_path: Path
+) -> None:
+    model, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
+    asked = ("--text", text, "--context", 32, "--tokens", 128, "--select", selector, "--target", "flops=80%")
+    _done("plan", model, *asked, "--compensate", "none", "--out", tmp_path / "plan.json", "-q")
+    assert FoldPlan.load(tmp_path / "plan.json").origin["calibration"]["specs"] == [str(text)]
+    _done("fold", model, "--plan", tmp_path / "plan.json", "--out", tmp_path / "folded", "-q")
+    assert _uses(tmp_path / "folded", model, text) == uses
+
+
 @pytest.mark.parametrize("written", ["3", '{"training": [{"texts": "b"}]}'])
 def test_a_record_that_is_none_is_refused_and_measuring_goes_on(written: str, tmp_path: Path) -> None:
     model = tiny_source(tmp_path / "model")

@@ -167,22 +167,23 @@ def staged_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     path = Path(path)
     check_free_folder(path, replace=replace)
     path = path.resolve() if path.is_symlink() else path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
-        staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_STAGING_MARK}{path.name}-"))
-        umask = os.umask(0)
-        os.umask(umask)
-        staging.chmod(0o777 & ~umask)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    try:
-        yield staging
-        _move_into_place(staging, path)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with no_empty_folders_above(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path)
+            staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_STAGING_MARK}{path.name}-"))
+            umask = os.umask(0)
+            os.umask(umask)
+            staging.chmod(0o777 & ~umask)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        try:
+            yield staging
+            _move_into_place(staging, path)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager

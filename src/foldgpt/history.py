@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from foldgpt.artifacts import read_json
 from foldgpt.errors import ArtifactError, FoldGPTError
-from foldgpt.plan import FoldPlan
+from foldgpt.plan import WITHOUT_TEXT, FoldPlan
 from foldgpt.progress import note
 from foldgpt.recovery_result import read_recovery
 
@@ -94,7 +94,9 @@ def history_of(folder: Path, *, with_plan: bool = True) -> History:
         plan = FoldPlan.load(folder)
         calibration += [text for fit in (plan.compensation, plan.fitting) if fit is not None for text in fit.texts]
         origin = plan.origin.get("calibration")
-        calibration += origin.get("specs") or [] if isinstance(origin, Mapping) else []
+        # What was only measured on a text was not made by it.
+        decided = plan.origin.get("selector") not in WITHOUT_TEXT or plan.groups or "candidates" in plan.origin
+        calibration += origin.get("specs") or [] if decided and isinstance(origin, Mapping) else []
     result = read_recovery(folder)
     if result is not None and result.best_step:
         training.append(Training(result.text.get("texts", []), result.num_tokens_kept))

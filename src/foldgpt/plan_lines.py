@@ -9,11 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foldgpt.formats import amount, block_ranges, millions, what_goes
-from foldgpt.plan import CalibrationText, FoldPlan
-
-#: Selectors that look at no text: one that their plan names is for what is measured or fitted. Named here, as to show
-#: a plan nothing is imported that takes seconds.
-_WITHOUT_TEXT = ("last", "random")
+from foldgpt.plan import WITHOUT_TEXT, CalibrationText, FoldPlan
 
 
 def plan_lines(plan: FoldPlan) -> Text:
@@ -57,7 +53,7 @@ def _chosen_lines(plan: FoldPlan) -> list[str]:
     calibration = origin.get("calibration")
     protocol = calibration.get("protocol") if isinstance(calibration, Mapping) else None
     what = "calibrated on"
-    if origin["selector"] in _WITHOUT_TEXT:
+    if origin["selector"] in WITHOUT_TEXT:
         what = "measured on"
         protocol = protocol if _cost_lines(plan) else None
     on = f"; {what} {calibration_words(protocol)}" if isinstance(protocol, Mapping) else ""

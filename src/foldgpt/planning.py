@@ -57,7 +57,7 @@ def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path
     check_rank(bench.recipe, bench.source.model)
     request = _request(bench, analysis, checkpoint)
     # What others chose is measured where the text is read anyway, and the model need not be brought from disk for it.
-    reads_text = bench.has_read_calibration or _will_read_text(bench.recipe)
+    reads_text = bench.has_read_calibration or will_read_text(bench.recipe)
     if section.method in MEASURED or (reads_text and not bench.source.offloaded):
         request = replace(request, ids_WT=bench.selection_ids(), further_ids_WT=bench.further_selection_ids())
     if section.target is None:
@@ -67,8 +67,8 @@ def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path
     return replace(selection, report={**selection.report, "target": met})
 
 
-def _will_read_text(recipe: Recipe) -> bool:
-    """Whether what comes after the choice reads calibration text, or what comes before it."""
+def will_read_text(recipe: Recipe) -> bool:
+    """Whether calibration text is read for the target, the size or what is shared, whatever chooses the blocks."""
     share = recipe.share
     return (
         share.size is not None

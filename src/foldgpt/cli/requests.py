@@ -147,6 +147,7 @@ def check_search_tokens(given: int | None, recipe: Recipe, *, analyses: bool) ->
         UsageError: nothing is measured on them, or there are not so many.
     """
     from foldgpt.errors import UsageError
+    from foldgpt.planning import will_read_text
     from foldgpt.selection import MEASURED
 
     if given is None:
@@ -154,7 +155,7 @@ def check_search_tokens(given: int | None, recipe: Recipe, *, analyses: bool) ->
     method, there = recipe.select.method, recipe.calibration.num_tokens
     # The best donors are measured on these tokens too, and what any selector chose is where the text is read anyway.
     removes = recipe.select.remove or recipe.select.remove_ratio or recipe.select.target or recipe.share.size
-    reads = removes and (analyses or recipe.compensate.method != "none")
+    reads = removes and (analyses or recipe.compensate.method != "none" or will_read_text(recipe))
     if not (reads or method in MEASURED or recipe.share.donor == "best"):
         raise UsageError(
             f"--search-tokens with the selector {method!r}, which measures nothing on them: leave it out, or "

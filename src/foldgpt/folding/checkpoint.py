@@ -97,11 +97,11 @@ def check_folded_by(model: nn.Module, plan: FoldPlan) -> None:
 
 def _keep_sentencepiece(tokenizer: Any, folder: Path) -> None:
     """Copy the tokenizer's SentencePiece model, which other programs read and transformers often does not save."""
-    if not tokenizer.name_or_path:  # it was not read from a folder
-        return
-    place, kept = (Path(where) / _SENTENCEPIECE for where in (tokenizer.name_or_path, folder))
-    if place.is_file() and not kept.exists():
-        shutil.copyfile(place, kept)
+    place, kept = Path(tokenizer.name_or_path or "."), folder / _SENTENCEPIECE
+    # Beside a GGUF file, which has its tokenizer in it, may lie another one's.
+    is_its_own = (place / "tokenizer_config.json").is_file() and bool(tokenizer.name_or_path)
+    if is_its_own and (place / _SENTENCEPIECE).is_file() and not kept.exists():
+        shutil.copyfile(place / _SENTENCEPIECE, kept)
 
 
 def save_folded(

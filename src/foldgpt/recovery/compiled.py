@@ -34,7 +34,7 @@ def check_compiler(device: torch.device) -> None:
 def compiled_blocks(*models: nn.Module | None) -> Iterator[None]:
     """Run the blocks of these models compiled, each by itself; afterwards they are ordinary modules again.
 
-    What is compiled serves all blocks that are alike. It takes seconds on a GPU and minutes on a CPU.
+    What is compiled serves all blocks that are alike. It takes seconds on a GPU, and up to minutes on a CPU.
     """
     blocks = [block for model in models if model is not None for block in decoder_of(model).blocks]
     try:
