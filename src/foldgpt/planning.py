@@ -123,10 +123,7 @@ def _meet(bench: Workbench, written: str, checkpoint: Path | None) -> dict[str, 
     kept = ProgressFile(place, _TARGET_FORMAT, identity, seconds_between=0)
     met = kept.load()
     if not met:
-        if wanted.what == "parameters":
-            share = parameters_of(source.model)
-        else:
-            share = share_for(wanted, source.model, bench.calibration.ids[:1].to(input_device(source.model)))
+        share = share_for(wanted, source.model, lambda: bench.calibration.ids[:1].to(input_device(source.model)))
         limit = wanted.limit(share.total)
         number = number_for_wish(share, wanted, written)
         met = {"target": written, "what": share.what, "source": share.total, "limit": limit, "num_remove": number}

@@ -97,11 +97,12 @@ def check_folded_by(model: nn.Module, plan: FoldPlan) -> None:
 
 def _keep_sentencepiece(tokenizer: Any, folder: Path) -> None:
     """Copy the tokenizer's SentencePiece model, which other programs read and transformers often does not save."""
-    place, kept = Path(tokenizer.name_or_path or "."), folder / _SENTENCEPIECE
-    # Beside a GGUF file, which has its tokenizer in it, may lie another one's.
-    is_its_own = (place / "tokenizer_config.json").is_file() and bool(tokenizer.name_or_path)
-    if is_its_own and (place / _SENTENCEPIECE).is_file() and not kept.exists():
-        shutil.copyfile(place / _SENTENCEPIECE, kept)
+    if not tokenizer.name_or_path or (folder / _SENTENCEPIECE).exists():
+        return
+    place = Path(tokenizer.name_or_path)
+    # Without a tokenizer's own files beside it, as in the folder of a GGUF file, it may be another one's.
+    if all((place / name).is_file() for name in ("tokenizer_config.json", _SENTENCEPIECE)):
+        shutil.copyfile(place / _SENTENCEPIECE, folder / _SENTENCEPIECE)
 
 
 def save_folded(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,16 +89,17 @@ def number_for_wish(share: Share, wanted: Target, written: str) -> int:
     return number
 
 
-def share_for(target: Target, model: nn.Module, ids_BT: Tensor) -> Share:
+def share_for(target: Target, model: nn.Module, window: Callable[[], Tensor]) -> Share:
     """What a model and its blocks take of that which a target limits.
 
     Args:
         target: the target.
         model: a causal language model.
-        ids_BT: one calibration window, int64 [1, T]; a token of it is what is decoded.
+        window: gives one calibration window, int64 [1, T], where one is needed; a token of it is what is decoded.
     """
     if target.what == "parameters":
         return parameters_of(model)
+    ids_BT = window()
     if target.what == "flops":
         return flops_of(model, ids_BT)
     return seconds_of(model, ids_BT[:, :1] if target.what == "decode" else ids_BT)

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from foldgpt.artifacts import with_infinity, without_infinity
@@ -195,11 +195,11 @@ class _Search:
         if "estimator" in self._progress:
             estimator.restore(self._progress["estimator"])
         trace = self._progress["trace"]
+        one_more = self._price_of_step(estimator)
         with bar("learning gates", self._options["steps"]) as progress:
             progress.advance(len(trace))
             while len(trace) < self._options["steps"] and not estimator.has_settled():
-                further = self._price_of_step(estimator) if trace else 0.0
-                if self._spent() + further > self._learning_until:
+                if self._spent() + (one_more if trace else 0.0) > self._learning_until:
                     break
                 value = estimator.step()
                 keep = [round(p, 4) for p in estimator.keep_probabilities().tolist()]
@@ -335,13 +335,13 @@ class _Search:
         share = _LEARNING_UNTIL_COMPENSATED if has_finals else _LEARNING_UNTIL
         return share * self._allowance
 
-    @property
+    @cached_property
     def _learning_samples(self) -> list[Sample]:
         """What gates are learned on, in turn: a micro-batch, or as many as a compensation needs to tell sets apart.
 
         Fitted on a window or less, it is another one than all that comes after it sees, and favours other sets.
         """
-        batches, number = self._cost.num_batches, self._cost.num_batches
+        batches = number = self._cost.num_batches
         if self._request.compensate and self._options["estimator"] == "score":
             number = max(1, batches // math.ceil(PARTS / self._cost.replay.batch_size))
         edges = [k * batches // number for k in range(number + 1)]

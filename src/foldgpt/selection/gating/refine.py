@@ -164,11 +164,11 @@ class Refinement:
         before = min(self.known.values(), default=math.inf)
         others = [removed for removed in chosen if removed not in first]
         for removed in [*first, *_in_rounds(others)]:
-            cut_short = removed not in first and removed not in self._measured and is_spent()
+            value = self._measured.get(removed)
+            cut_short = value is None and removed not in first and is_spent()
             if cut_short:
                 break
-            is_new = removed not in self._measured
-            self.known[removed] = self._cost.cost(removed, self._sample) if is_new else self._measured[removed]
+            self.known[removed] = self._cost.cost(removed, self._sample) if value is None else value
             self._measurements += _as_measurements({removed: self.known[removed]})
         self.waited = 0 if min(self.known.values(), default=math.inf) < before else self.waited + 1
         self._surrogate.fit(self._measurements)
