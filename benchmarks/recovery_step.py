@@ -7,8 +7,10 @@
 - behind: LoRA in the block before the first cut and behind it (`train_blocks="behind"`).
 - cached: the same with what the student is compared with read from a file (`teacher_cache`).
 - all_cached: as recovery, with such a file.
-- compiled: recovery with `compile=True`: each block of both models compiled; only where asked for by `--side`.
-- compiled_cached: the same with such a file; only where asked for, too.
+- compiled: recovery with `compile=True`: each block of both models compiled, and the losses between the products of
+  the heads; only where asked for by `--side`, like the next two.
+- compiled_cached: the same with such a file.
+- compiled_behind: as behind, compiled.
 - plain: transformers' Trainer and peft as one would write it: LoRA everywhere, full logits of both models and
   `F.kl_div`.
 - forward: one pass of the source to its logits on the same tokens, without gradients.
@@ -33,7 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +47,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 from command import command_line
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import write_json, write_text
-from foldgpt.attention import attention_in_tiles
+from foldgpt.attention import fast_attention
 from foldgpt.environment import describe_environment
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.objectives import Head
@@ -70,6 +72,7 @@ SIDES = (
     "cached",
     "all_cached",
     "compiled_cached",
+    "compiled_behind",
     "plain",
     "forward",
 )
@@ -172,10 +175,12 @@ def prepare(side: str, arguments: argparse.Namespace, folder: Path, until_end: E
     )
     batch = {"input_ids": ids, "labels": ids}
     if side != "plain":
-        attention = nullcontext() if side == "torch_attention" else attention_in_tiles(student, source)
-        until_end.enter_context(attention)  # each side has models of its own
-        train_blocks: Literal["all", "behind"] = "behind" if side in ("behind", "cached") else "all"
-        settings = RecoverySettings(rank=arguments.rank, norms=False, train_blocks=train_blocks)
+        is_compiled = side.startswith("compiled")
+        if side != "torch_attention":
+            # Each side has models of its own.
+            until_end.enter_context(fast_attention(student, source, compiled=is_compiled))
+        train_blocks: Literal["all", "behind"] = "behind" if side in ("behind", "cached", "compiled_behind") else "all"
+        settings = RecoverySettings(rank=arguments.rank, norms=False, train_blocks=train_blocks, compile=is_compiled)
         head = Head(student)
         make_trainable_(student, plan, settings)
         common = common_blocks(student, source, plan)
@@ -187,7 +192,7 @@ def prepare(side: str, arguments: argparse.Namespace, folder: Path, until_end: E
         batch["window"] = torch.arange(len(ids))
         if side == "half":
             batch["labels"] = ids.masked_fill(torch.arange(arguments.context, device=ids.device) % 2 == 0, IGNORED)
-        if side.startswith("compiled"):
+        if is_compiled:
             until_end.enter_context(compiled_blocks(student, source))
         trainer: Trainer = RecoveryTrainer(
             Distillation(student, settings, head, teacher.head, common=common),

@@ -17,6 +17,7 @@ from foldgpt.objectives import (
     Head,
     ReducedPredictions,
     Teaching,
+    compare_products,
     cosine_distance,
     divergence,
     forward_kl,
@@ -62,8 +63,13 @@ def test_certain_models_that_disagree_give_finite_gradients(kind: Divergence) ->
     assert bool(values.isfinite().all()) and bool(gradients.isfinite().all())
 
 
+#: As it is, and as a compiler sees it.
+COMPARED = {"plainly": compare_products, "traced": torch.compile(compare_products, backend="aot_eager")}
+
+
+@pytest.mark.parametrize("how", list(COMPARED))
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
-def test_the_fused_losses_are_those_of_full_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fused_losses_are_those_of_full_logits(family: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Soft-capping and factors of the head included, with chunks that do not divide the rows."""
     monkeypatch.setattr(divergence, "CHUNK_BYTES", 4 * VOCABULARY * 3)
     teacher, student = tiny_model(family, seed=0).double(), tiny_model(family, seed=1).double()
@@ -86,6 +92,7 @@ def test_the_fused_losses_are_those_of_full_logits(family: str, monkeypatch: pyt
         divergence=DivergenceLoss("reverse", temperature=2.0),
         divergence_weight=0.5,
         lm_weight=3,
+        compare=COMPARED[how],
     )
     (3 * total).backward()  # as a division by the number of scored positions does
     assert float(kl) == pytest.approx(float(expected_kl), rel=1e-5)
@@ -94,10 +101,11 @@ def test_the_fused_losses_are_those_of_full_logits(family: str, monkeypatch: pyt
     torch.testing.assert_close(fresh.grad, 3 * expected_gradient, rtol=1e-4, atol=3e-5)
 
 
+@pytest.mark.parametrize("how", list(COMPARED))
 @pytest.mark.parametrize("family", ["llama", "gpt2", "granite"])
 @pytest.mark.parametrize("tau", [1.0, 2.5])
 def test_reduced_predictions_teach_what_the_teachers_logits_do(
-    family: str, tau: float, monkeypatch: pytest.MonkeyPatch
+    family: str, tau: float, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A factor and a bias of the head included, more tokens than are kept one by one, and rows in chunks."""
     monkeypatch.setattr(divergence, "CHUNK_BYTES", 4 * VOCABULARY * 3)
@@ -111,7 +119,14 @@ def test_reduced_predictions_teach_what_the_teachers_logits_do(
         hidden = student.clone().requires_grad_()
         kind = DivergenceLoss("forward", tau)
         total, kl, lm = fused_logit_losses(
-            head, hidden, targets, teacher=teaching, divergence=kind, divergence_weight=0.7, lm_weight=0.5
+            head,
+            hidden,
+            targets,
+            teacher=teaching,
+            divergence=kind,
+            divergence_weight=0.7,
+            lm_weight=0.5,
+            compare=COMPARED[how],
         )
         (2 * total).backward()
         found.append((total.detach(), kl, lm, hidden.grad))
@@ -191,16 +206,16 @@ def test_no_table_of_all_rows_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     head = Head(model)
     sizes = []
-    logits = head.logits
+    product = head.product
     monkeypatch.setattr(divergence, "CHUNK_BYTES", 4 * VOCABULARY * 2)
-    monkeypatch.setattr(head, "logits", lambda hidden: sizes.append(len(hidden)) or logits(hidden))
+    monkeypatch.setattr(head, "product", lambda hidden: sizes.append(len(hidden)) or product(hidden))
     states = torch.randn(ROWS, 32, requires_grad=True)
     fused_logit_losses(head, states, torch.zeros(ROWS, dtype=torch.int64), lm_weight=1.0)[0].backward()
     assert max(sizes) == 2 and sum(sizes) == ROWS
     # Both heads, where two models are compared.
     teacher_head = Head(tiny_model("llama", seed=1))
-    teachers, theirs = [], teacher_head.logits
-    monkeypatch.setattr(teacher_head, "logits", lambda hidden: teachers.append(len(hidden)) or theirs(hidden))
+    teachers, theirs = [], teacher_head.product
+    monkeypatch.setattr(teacher_head, "product", lambda hidden: teachers.append(len(hidden)) or theirs(hidden))
     others = torch.randn(ROWS, 32)
     fused_logit_losses(
         head,

@@ -19,7 +19,7 @@ from filelock import FileLock
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from foldgpt.artifacts import hash_of, write_text
-from foldgpt.attention import attention_in_tiles
+from foldgpt.attention import fast_attention
 from foldgpt.cache import cache_folder
 from foldgpt.errors import SourceError, UsageError, did_you_mean
 from foldgpt.families import num_positions
@@ -172,7 +172,7 @@ class OwnText:
             bar(f"the model writes documents {shard * _BATCH + 1}-{(shard + 1) * _BATCH}", sampling.length) as progress,
             torch.random.fork_rng(devices),
             quiet_libraries(),
-            attention_in_tiles(model),
+            fast_attention(model),
             _without_own_wishes(model),
         ):
             torch.manual_seed(int(hash_of([sampling.seed, shard])[:12], 16))

@@ -1,7 +1,7 @@
 """How far a folded model's predictions are from its source's, computed without a full table of logits."""
 
 from foldgpt.objectives.divergence import cross_entropy, forward_kl
-from foldgpt.objectives.fused_logits import Teaching, fused_logit_losses
+from foldgpt.objectives.fused_logits import Teaching, compare_products, fused_logit_losses
 from foldgpt.objectives.head import Head
 from foldgpt.objectives.hidden_losses import cosine_distance, relative_error
 from foldgpt.objectives.logit_losses import Divergence, DivergenceLoss
@@ -15,6 +15,7 @@ __all__ = [
     "ReducedPredictions",
     "SourcePredictions",
     "Teaching",
+    "compare_products",
     "cosine_distance",
     "cross_entropy",
     "forward_kl",

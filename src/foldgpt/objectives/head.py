@@ -42,13 +42,30 @@ class Head:
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
         """Logits [rows, V] of hidden states [rows, H], in fp32."""
+        return self.finished(self.product(hidden_RH))
+
+    def product(self, hidden_RH: Tensor) -> Tensor:
+        """The head's matrix times hidden states [rows, H]: [rows, V], in the format of the matrix."""
         # The two differ where FSDP casts what it gathers or is given.
-        logits_RV: Tensor = self._output(hidden_RH.to(self._output.weight.dtype)).float()
+        product_RV: Tensor = self._output(hidden_RH.to(self._output.weight.dtype))
+        return product_RV
+
+    def finished(self, product_RV: Tensor) -> Tensor:
+        """Logits [rows, V] of products, in fp32."""
+        logits_RV = product_RV.float()
         if self.factor != 1:
             logits_RV = logits_RV * self.factor
         if self._cap:
             logits_RV = torch.tanh(logits_RV / self._cap) * self._cap
         return logits_RV
+
+    def back_to_products(self, gradient_RV: Tensor, logits_RV: Tensor) -> Tensor:
+        """The gradient with respect to products of one with respect to logits; all of them [rows, V], in fp32."""
+        if self._cap:
+            gradient_RV = gradient_RV * (1 - (logits_RV / self._cap).square())
+        if self.factor != 1:
+            gradient_RV = gradient_RV * self.factor
+        return gradient_RV
 
     @property
     def linear(self) -> nn.Linear | None:

@@ -1,9 +1,10 @@
-"""Blocks compiled by `torch.compile` while a student is trained."""
+"""What is compiled by `torch.compile` while a student is trained: the blocks, and the losses between the products."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +14,9 @@ from foldgpt.families import decoder_of
 
 _BACKEND = "inductor"
 _VARIANTS = 64
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def check_compiler(device: torch.device) -> None:
@@ -28,6 +32,11 @@ def check_compiler(device: torch.device) -> None:
         raise UsageError(
             f"torch.compile does not work on {device} here; train without compile. {first_line(error)}"
         ) from error
+
+
+def compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function, compiled when it is called for the first time and for each new kind of arguments."""
+    return torch.compile(function, backend=_BACKEND)
 
 
 @contextmanager

@@ -14,10 +14,12 @@ from foldgpt.objectives import (
     Head,
     ReducedPredictions,
     Teaching,
+    compare_products,
     cosine_distance,
     fused_logit_losses,
     relative_error,
 )
+from foldgpt.recovery.compiled import compiled
 from foldgpt.recovery.settings import RecoverySettings
 from foldgpt.recovery.states import Body, States
 
@@ -62,6 +64,7 @@ class Distillation(nn.Module):
         self._teacher_head = teacher_head
         self._num_places = len(behind) if num_places is None else num_places
         self._body = Body(student, behind, common)
+        self._compare = compiled(compare_products) if settings.compile else compare_products
         # By these FSDP knows the blocks.
         self._no_split_modules = sorted({type(block).__name__ for block in decoder_of(student).blocks})
 
@@ -129,6 +132,7 @@ class Distillation(nn.Module):
                 else None,
                 divergence_weight=settings.kl,
                 lm_weight=settings.lm,
+                compare=self._compare,
             )
             loss = loss + total
             parts |= {"kl": kl} if compares else {}

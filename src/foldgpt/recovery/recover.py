@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 
 from foldgpt.artifacts import alone, hash_of
-from foldgpt.attention import attention_in_tiles
+from foldgpt.attention import fast_attention
 from foldgpt.errors import ArtifactError, UsageError
 from foldgpt.fingerprints import weights_fingerprint
 from foldgpt.folding import cast_, check_folded_by, check_place, round_, save_folded
@@ -209,7 +209,7 @@ def _trained(
     """
     is_main = args.process_index == 0
     module, taught, num_trained = _made_trainable(student, teacher, plan, settings, pairs, args.device)
-    with attention_in_tiles(teacher):
+    with fast_attention(teacher):
         states = _cache(taught, module.head, train, cache, settings, is_main=is_main)
     if settings.gradient_checkpointing:
         _checkpointing_(student, True)
@@ -217,7 +217,7 @@ def _trained(
     resumed = latest_checkpoint(work)
     train = _to_the_end(resumed, train, settings, args)
     compiled = compiled_blocks(student, teacher) if settings.compile else nullcontext()
-    with quiet_libraries(), attention_in_tiles(student, teacher), compiled:
+    with quiet_libraries(), fast_attention(student, teacher, compiled=settings.compile), compiled:
         trainer = RecoveryTrainer(
             module,
             args,

@@ -81,8 +81,8 @@ class RecoverySettings:
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, a third more time."""
     compile: bool = False
-    """Compile each block by `torch.compile`: a quarter less time for a step on a GPU, a sixth on a CPU with AMX; on
-    another CPU compiling takes minutes, and saves less than a tenth."""
+    """Compile blocks and losses by `torch.compile`: a quarter less time for a step on a GPU, three tenths on a CPU with
+    AMX; on another CPU compiling takes minutes, and saves less than a tenth."""
     minutes: float | None = None
     """Stop after this time, also when it was spent before and after an interruption."""
     evaluate_every: int = 100

@@ -10,50 +10,16 @@ step needs no tiles: two products are enough, and there the kernel is slowest of
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-_NAME = "foldgpt_tiles"
+from foldgpt.attention.calls import is_plain
+
 #: Queries in a tile: few enough to leave out most of what is masked, enough for an efficient product.
 _TILE = 64
-
-
-@contextmanager
-def attention_in_tiles(*models: nn.Module | None) -> Iterator[None]:
-    """Let models use this attention meanwhile, where it is the faster one; a model that asked for another keeps it.
-
-    It stands in for torch's fused kernel on CPUs that compute in bf16 without AMX (AMD Zen 4 and 5). Calls that it is
-    not made for (a mask, dropout, several queries behind a cache, other formats than bf16, other devices) go to that
-    kernel as before.
-    """
-    changed: list[Any] = []
-    if _is_faster_here():
-        changed = [model for model in models if model is not None and _uses_sdpa(model)]
-    for model in changed:
-        model.set_attn_implementation(_NAME)
-    try:
-        yield
-    finally:
-        for model in changed:
-            model.set_attn_implementation("sdpa")
-
-
-def _is_faster_here() -> bool:
-    """Whether this is a CPU of the kind on which it was measured to be; newer versions of torch can tell."""
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    return bool(has_bf16()) and not has_amx()
-
-
-def _uses_sdpa(model: Any) -> bool:
-    parts = [module.config for module in model.modules() if hasattr(module, "set_attn_implementation")]
-    return all(config._attn_implementation == "sdpa" for config in parts)
 
 
 def tiled_attention(
@@ -83,17 +49,8 @@ def tiled_attention(
     Returns:
         [B, T, heads, E], and None in place of the probabilities.
     """
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_one = query.shape[2] == 1
-    fits = (
-        query.device.type == "cpu"
-        and query.dtype == key.dtype == value.dtype == torch.bfloat16
-        and attention_mask is None
-        and not dropout
-        and (is_one or (causal and query.shape[2] == key.shape[2]))
-        and not any(more.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
-    )
-    if not fits:
+    if not is_plain(module, query, key, value, attention_mask, dropout, is_causal, more):
         found: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **more
         )
@@ -165,7 +122,3 @@ def _tiles(query: Tensor, key: Tensor, scaling: float) -> Iterator[tuple[slice, 
         score = ((query_XMD.float() * scaling) @ key_XDT[:, :, : rows.stop]).view(shared, -1, length, rows.stop)
         score[..., start:].masked_fill_(future[:length, :length], float("-inf"))
         yield rows, score.softmax(-1), query_XMD
-
-
-AttentionInterface.register(_NAME, tiled_attention)
-AttentionMaskInterface.register(_NAME, sdpa_mask)
