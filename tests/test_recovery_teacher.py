@@ -88,11 +88,11 @@ def test_predictions_for_one_temperature_are_not_taken_for_another(tmp_path: Pat
 def test_a_teacher_in_a_file_makes_no_logits_in_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That is what its predictions are kept for; it makes those of the held-out windows alone."""
     rows: list[int] = []
-    logits = Head.logits
+    product = Head.product
 
     def counted(self: Head, hidden_RH: torch.Tensor) -> torch.Tensor:
         rows.append(len(hidden_RH))
-        return logits(self, hidden_RH)
+        return product(self, hidden_RH)
 
     settings = RecoverySettings(batch_size=4, rank=2)
     teacher = tiny_model("llama")
@@ -101,7 +101,7 @@ def test_a_teacher_in_a_file_makes_no_logits_in_a_step(tmp_path: Path, monkeypat
     for name in ("fresh", "first", "second"):
         cache = None if name == "fresh" else tmp_path / "cache"
         with monkeypatch.context() as patch:
-            patch.setattr(Head, "logits", counted)
+            patch.setattr(Head, "product", counted)
             recovered_by(teacher, plan, tmp_path / name, settings, windows=(8, 4), teacher_cache=cache)
         counts.append(sum(rows))
         rows.clear()
