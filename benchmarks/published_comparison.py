@@ -64,11 +64,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--reference", choices=list(ROWS), default="bi", help="the row that the others are compared with (bi)"
     )
-    recovered = parser.add_mutually_exclusive_group()
-    recovered.add_argument(
+    parser.add_argument(
         "--recovered", action="append", choices=list(ROWS), help="rows to recover as well; may be repeated (all)"
     )
-    recovered.add_argument("--recovered-only", action="store_true", help="no rows without recovery")
+    parser.add_argument(
+        "--recovered-only",
+        nargs="*",
+        metavar="ROW",
+        help=f"rows that are not there without recovery; if none is named, all ({', '.join(ROWS)})",
+    )
     parser.add_argument(
         "--text",
         action="append",
@@ -90,7 +94,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, required=True, help="folder of the comparison and its runs")
     parser.add_argument("--name", default="published", help="stem of the result files")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    unknown = set(arguments.recovered_only or ()) - set(arguments.row or DEFAULT_ROWS)
+    if unknown:
+        parser.error(f"--recovered-only names {', '.join(sorted(unknown))}: no rows of this comparison (--row)")
+    return arguments
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
@@ -133,11 +141,13 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
             },
         }
     )
-    if not arguments.recovered_only:
+    if arguments.recovered_only is None:
         return recipe
     # A row that says how it is recovered is not there without.
     known = known_rows(recipe)
-    rows = {name: {"recover": {"settings": {}}, **(ROWS[name] or known[name])} for name in names}
+    rows = {name: ROWS[name] for name in names}
+    for name in arguments.recovered_only or names:
+        rows[name] = {"recover": {"settings": {}}, **(ROWS[name] or known[name])}
     return recipe.changed(compare={"rows": rows})
 
 
