@@ -13,7 +13,6 @@ import pytest
 from filelock import FileLock
 
 from artifact_case import killed, names, needs_sigkill
-from foldgpt import artifacts
 from foldgpt.artifacts import (
     alone,
     check_free,
@@ -253,14 +252,14 @@ def test_what_is_written_into_a_folder_needs_no_right_beside_it(
 ) -> None:
     """A mounted folder can be filled, but not be replaced as a whole."""
     (tmp_path / "mounted").mkdir()
-    temporary = artifacts.tempfile.TemporaryFile
+    temporary = tempfile.TemporaryFile
 
     def only_inside(*, dir: Path) -> Any:
         if dir == tmp_path:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
         return temporary(dir=dir)
 
-    monkeypatch.setattr(artifacts.tempfile, "TemporaryFile", only_inside)
+    monkeypatch.setattr(tempfile, "TemporaryFile", only_inside)
     check_free(tmp_path / "mounted")
     check_free_file(tmp_path / "mounted" / "file")
     with pytest.raises(ArtifactError, match=r"cannot write .*mounted: Permission denied"):

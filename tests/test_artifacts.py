@@ -7,13 +7,13 @@ import json
 import math
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from artifact_case import killed, names, needs_sigkill
-from foldgpt import artifacts
 from foldgpt.artifacts import (
     check_free,
     hash_of,
@@ -142,8 +142,8 @@ def test_a_place_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: p
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(artifacts.tempfile, "mkstemp", refuse)
-    monkeypatch.setattr(artifacts.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     with pytest.raises(ArtifactError, match=r"cannot write .*file: Permission denied"):
         write_text(tmp_path / "file", "")
     with (
@@ -160,8 +160,9 @@ def test_a_place_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: p
 def test_killed_while_writing_a_file(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "old")
     killed(f"""
+        import os
         from foldgpt import artifacts
-        artifacts.os.fsync = die
+        os.fsync = die
         artifacts.write_text({str(tmp_path / "file")!r}, "new")
     """)
     assert (tmp_path / "file").read_text() == "old"
