@@ -157,7 +157,7 @@ def test_what_cannot_be_folded_is_refused_before_anything_is_fitted(
         steps.make_folded(bench, other, tmp_path / "changed")
     # Shared weights that are to be fitted cannot be made without.
     assert str(changed.value).endswith("Make the plan again.")
-    monkeypatch.setattr(steps, "compensate_", lambda *_, **__: pytest.fail("compensated before it was checked"))
+    monkeypatch.setattr(steps.folding, "compensate_", lambda *_, **__: pytest.fail("compensated before it was checked"))
     with pytest.raises(PlanError, match=r"are to be fitted .* the plan has no 'fitting'"):
         steps.make_folded(bench, plan.model_copy(update={"fitting": None}), tmp_path / "unfitted")
 
