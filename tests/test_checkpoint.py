@@ -1,83 +1,44 @@
-"""What appears under the final name has been loaded, run and compared; what fails leaves nothing."""
+"""What appears under the final name is whole, is what it says, and loads; what fails leaves nothing."""
 
 from __future__ import annotations
 
 import copy
 import errno
-import functools
-import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import gguf
 import numpy
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.models.llama import modeling_llama
 
+from checkpoint_case import LARGE, edit_weights, folded
 from foldgpt.artifacts import read_json
-from foldgpt.errors import ArtifactError, FoldGPTError, PlanError, UnsupportedModelError, VerificationError
+from foldgpt.errors import ArtifactError, FoldGPTError, UnsupportedModelError, VerificationError
 from foldgpt.families import decoder_of
 from foldgpt.folding import (
-    DONORS,
     fold_,
     predicted_parameters,
     save_folded,
     source_model_of,
-    unfold_,
     verify_checkpoint,
 )
 from foldgpt.modeling import configuration_foldgpt, modeling_foldgpt
-from foldgpt.plan import Donor, FoldPlan, Group, SourceModel
+from foldgpt.plan import FoldPlan, Group
 from foldgpt.rehearsal.tiny import config_of, shrunk
 from foldgpt.sources import load_config, load_source
 from models import tiny_model, token_ids
 from tiny import tiny_tokenizer
-
-#: Large enough that the header of a safetensors file does not matter.
-LARGE = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}
-
-
-def folded(family: str = "llama", removed: tuple[int, ...] = (1,), shared: bool = False, **changes: Any) -> Any:
-    """A folded tiny model and its plan."""
-    model = tiny_model(family, **changes)
-    groups = [Group(blocks=(3, 4, 5), donor="mean")] if shared else []
-    plan = FoldPlan.create(source_model_of(model), removed=removed, groups=groups)
-    fold_(model, plan)
-    return model, plan
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> tuple[Any, Path]:
-    """A folded model and the folder of its checkpoint."""
-    model, plan = folded()
-    save_folded(model, plan, tmp_path / "folded")
-    return model, tmp_path / "folded"
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-# ------------------------------------------------------------------------------------- what a save leaves
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -257,9 +218,6 @@ def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["folded"]
 
 
-# ---------------------------------------------------------------------------------- failures leave nothing
-
-
 def test_a_failed_verification_leaves_nothing(tmp_path: Path) -> None:
     model, plan = folded()
     count = sum(p.numel() for p in model.parameters())
@@ -307,296 +265,6 @@ def test_a_really_full_disk_leaves_nothing(small_disk: Path) -> None:
     assert list(small_disk.iterdir()) == []
 
 
-# --------------------------------------------------------------------- each way in which it can be wrong
-
-
-def test_an_untouched_checkpoint_passes(saved: tuple[Any, Path]) -> None:
-    model, folder = saved
-    assert verify_checkpoint(folder, model).logits_identical
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        # A stale num_hidden_layers (field note R2), both ways.
-        (lambda folder: edit_config(folder, num_hidden_layers=6), r"missing keys on loading: model\.layers\.5\."),
-        (lambda folder: edit_config(folder, num_hidden_layers=4), r"unexpected keys on loading: model\.layers\.4\."),
-        (
-            lambda folder: edit_weights(folder, lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight")),
-            r"missing keys on loading: model\.layers\.2\.mlp\.up_proj\.weight",
-        ),
-        (
-            lambda folder: edit_weights(folder, lambda tensors: tensors.update(stray=torch.ones(3))),
-            "unexpected keys on loading: stray",
-        ),
-        (
-            lambda folder: edit_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(5)})),
-            "cannot be loaded",
-        ),
-        (
-            lambda folder: edit_weights(folder, lambda tensors: tensors["model.layers.3.mlp.up_proj.weight"].zero_()),
-            "computes something else than the one in memory",
-        ),
-        (
-            lambda folder: edit_weights(folder, lambda tensors: tensors["model.norm.weight"].fill_(torch.nan)),
-            r"computes something else than the one in memory \(relative error inf",
-        ),
-        (
-            lambda folder: edit_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 100.0}),
-            "computes something else than the one in memory",
-        ),
-        (
-            lambda folder: os.truncate(folder / "model.safetensors", 5000),
-            "the saved model cannot be loaded: ",
-        ),
-        (lambda folder: (folder / "config.json").write_text("{"), "the saved model cannot be loaded: "),
-        (lambda folder: (folder / "model.safetensors").unlink(), "the saved model cannot be loaded: "),
-        # Weights stored twice, as a file of an older save would be.
-        (
-            lambda folder: save_file({"x": torch.ones(1000)}, folder / "old.safetensors"),
-            r"stores 191,776 bytes for 187,776 bytes of unique parameters",
-        ),
-    ],
-    ids=[
-        "too many blocks in the config",
-        "too few blocks in the config",
-        "a key is missing",
-        "a key too many",
-        "another shape",
-        "another value",
-        "not a number",
-        "another config field",
-        "truncated weights",
-        "corrupt config",
-        "no weights",
-        "weights stored twice",
-    ],
-)
-def test_a_damaged_checkpoint_does_not_pass(
-    saved: tuple[Any, Path], change: Callable[[Path], object], message: str
-) -> None:
-    model, folder = saved
-    change(folder)
-    with pytest.raises(VerificationError, match=message):
-        verify_checkpoint(folder, model)
-    assert not model.training
-
-
-def test_layer_types_of_other_blocks_do_not_pass(tmp_path: Path) -> None:
-    """Field note R3, seen from the checkpoint: no key is wrong, only what the blocks compute."""
-    model, plan = folded("gemma3", removed=(0,))
-    save_folded(model, plan, tmp_path / "folded")
-    types = read_json(tmp_path / "folded" / "config.json")["layer_types"]
-    assert len(set(types)) == 2
-    edit_config(tmp_path / "folded", layer_types=types[::-1])
-    with pytest.raises(VerificationError, match="computes something else"):
-        verify_checkpoint(tmp_path / "folded", model)
-
-
-def test_a_checkpoint_of_another_class_does_not_pass(tmp_path: Path) -> None:
-    model, _ = folded(shared=True)
-    ordinary = copy.deepcopy(model)
-    unfold_(ordinary)
-    ordinary.save_pretrained(tmp_path / "ordinary")
-    with pytest.raises(VerificationError, match="saved a FoldedLlamaForCausalLM, but it loads as LlamaForCausalLM"):
-        verify_checkpoint(tmp_path / "ordinary", model)
-
-
-def test_blocks_that_share_a_cache_slot_do_not_pass(saved: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Field note R1, as a class with a fault of its own would have it: without a cache all is well."""
-    model, folder = saved
-    build = modeling_llama.LlamaAttention.__init__
-
-    def build_with_stale_index(self: Any, config: Any, layer_idx: int) -> None:
-        build(self, config, min(layer_idx, 3))
-
-    monkeypatch.setattr(modeling_llama.LlamaAttention, "__init__", build_with_stale_index)
-    with pytest.raises(VerificationError, match="decoding with a KV cache differs from decoding without"):
-        verify_checkpoint(folder, model)
-
-
-@pytest.mark.parametrize(
-    ("fails", "message"),
-    [
-        (lambda model, arguments: True, "the model in memory cannot be run: no such length"),
-        (
-            lambda model, arguments: model.config.name_or_path != "in memory",
-            "the saved model cannot be run: no such length",
-        ),
-        (
-            lambda model, arguments: arguments.get("use_cache"),
-            "the saved model, decoding with a KV cache, cannot be run: no such length",
-        ),
-    ],
-    ids=["in memory", "saved", "with a cache"],
-)
-def test_a_model_that_cannot_be_run_does_not_pass(
-    saved: tuple[Any, Path], fails: Callable[..., Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, folder = saved
-    model.config.name_or_path = "in memory"
-    run = modeling_llama.LlamaForCausalLM.forward
-
-    @functools.wraps(run)
-    def run_or_fail(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if fails(self, kwargs):
-            raise ValueError("no such length\nand more")
-        return run(self, *args, **kwargs)
-
-    monkeypatch.setattr(modeling_llama.LlamaForCausalLM, "forward", run_or_fail)
-    model.train()
-    with pytest.raises(VerificationError, match=f"^{message}$"):
-        verify_checkpoint(folder, model)
-    assert model.training
-
-
-def test_a_half_precision_checkpoint_is_held_to_its_own_precision(tmp_path: Path) -> None:
-    model, plan = folded(shared=True)
-    model.to(torch.bfloat16)
-    verification = save_folded(model, plan, tmp_path / "folded")
-    assert verification.weight_bytes == 2 * verification.num_parameters
-    # Far less than 16 bits would take for rounding, but not rounding: in fp32 it shows.
-    edit_weights(tmp_path / "folded", lambda tensors: tensors["model.layers.2.mlp.up_proj.weight"].mul_(1.02))
-    with pytest.raises(VerificationError, match="computes something else"):
-        verify_checkpoint(tmp_path / "folded", model)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_buffers_that_a_change_of_format_rounded_are_no_other_model(dtype: torch.dtype, tmp_path: Path) -> None:
-    """S8: `.to(bfloat16)` rounds the rotary frequencies in memory; those of the reloaded model are made anew."""
-    model, plan = folded(shared=False, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    exact = model.model.rotary_emb.inv_freq.clone()
-    model.to(dtype)
-    assert not torch.equal(model.model.rotary_emb.inv_freq.float(), exact)
-    verification = save_folded(model, plan, tmp_path / "folded")
-    assert not verification.logits_identical and verification.reload_error < 1e-4
-
-
-def test_buffers_of_another_config_are_another_model_in_16_bits_too(tmp_path: Path) -> None:
-    model, plan = folded(shared=False)
-    model.to(torch.bfloat16)
-    save_folded(model, plan, tmp_path / "folded")
-    edit_config(tmp_path / "folded", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    with pytest.raises(VerificationError, match="computes something else"):
-        verify_checkpoint(tmp_path / "folded", model)
-
-
-# ------------------------------------------------------------------------------- plans that do not fit
-
-
-def refused(model: Any, plan: FoldPlan, error: type[Exception], message: str) -> None:
-    """The plan is refused, and the model is as it was."""
-    before = copy.deepcopy(model.config.to_dict())
-    blocks = list(decoder_of(model).blocks)
-    weights = {name: p.clone() for name, p in model.named_parameters() if not p.is_meta}
-    model_class = type(model)
-    with pytest.raises(error, match=message):
-        fold_(model, plan)
-    assert type(model) is model_class and model.config.to_dict() == before
-    assert all(one is other for one, other in zip(decoder_of(model).blocks, blocks, strict=True))
-    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters() if not p.is_meta)
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ({"num_blocks": 8}, r"the plan is for a model of 8 blocks \(some/model\); this LlamaForCausalLM has 6"),
-        (
-            {"model_type": "qwen3"},
-            r"the plan is for model type 'qwen3' \(some/model\); this LlamaForCausalLM is 'llama'",
-        ),
-    ],
-)
-def test_a_plan_for_another_model_is_refused(source: dict[str, Any], message: str) -> None:
-    values = {"model": "some/model", "model_type": "llama", "num_blocks": 6, **source}
-    plan = FoldPlan.create(SourceModel(**values), removed=[1])
-    model = tiny_model("llama")
-    refused(model, plan, PlanError, message)
-    with pytest.raises(PlanError, match=message):
-        predicted_parameters(model, plan)
-
-
-def test_each_donor_of_a_plan_can_be_made() -> None:
-    """A name that plans take and folding does not know would end in a KeyError."""
-    given = {"first", "last", "owner", "least_squares"}  # by a member, or by a fit
-    assert set(get_args(Donor)) == given | DONORS.keys()
-
-
-def test_a_group_of_mixed_kinds_changes_nothing() -> None:
-    """Field note S6, after an earlier group that would have been fine."""
-    model = tiny_model("gemma3")
-    groups = [Group(blocks=(0, 1), donor="mean"), Group(blocks=(2, 3))]
-    plan = FoldPlan.create(source_model_of(model), removed=[5], groups=groups)
-    refused(model, plan, PlanError, r"group \[2, 3\] mixes kinds: layer_types is full_attention in block 2")
-
-
-def test_a_folded_model_is_not_folded_again() -> None:
-    model, plan = folded(removed=(), shared=True)
-    with pytest.raises(PlanError, match="folded already; fold its source"):
-        fold_(model, plan)
-    unfold_(model)
-    fold_(model, plan)
-
-
-def test_an_unfolded_model_without_sublayers_says_what_it_is(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    groups = [Group(blocks=(4, 5), ranks=1, private=("norms", "scales"))]
-    plan = FoldPlan.create(source_model_of(model), removed=[1], removed_mlp=[2], groups=groups)
-    fold_(model, plan)
-    again = "sublayers of this model are removed already; fold the source itself"
-    refused(model, plan, PlanError, again)
-    unfold_(model)
-    rest = FoldPlan.create(plan.source, removed=[1], removed_mlp=[2])
-    assert FoldPlan.from_json_dict(model.config.fold_plan) == rest
-    assert not model.config.fold_layout["borrowed"] and not model.config.fold_layout["private"]
-    refused(model, plan, PlanError, again)
-    with pytest.raises(PlanError, match=r"cuts something else\. If it was unfolded, give the plan without groups"):
-        save_folded(model, plan, tmp_path / "unfolded")
-    assert save_folded(model, plan.model_copy(update={"groups": ()}), tmp_path / "unfolded").logits_identical
-
-
-def test_an_ordinary_model_is_not_saved_with_a_plan_that_shares(tmp_path: Path) -> None:
-    """`show` and `recover` read the plan beside it, and would look for groups that are not there."""
-    model, plan = folded(removed=(1,), shared=True)
-    unfold_(model)
-    with pytest.raises(PlanError, match=r"it is of its source's own class.*If it was unfolded, give the plan without"):
-        save_folded(model, plan, tmp_path / "unfolded")
-    assert not list(tmp_path.iterdir())
-    rest = plan.model_copy(update={"groups": ()})
-    assert save_folded(model, rest, tmp_path / "unfolded").logits_identical
-    lacking = FoldPlan.create(plan.source, removed=[1], removed_mlp=[2])
-    with pytest.raises(PlanError, match="it is of its source's own class, and what shares weights or lacks sublayers"):
-        save_folded(model, lacking, tmp_path / "lacking")
-
-
-def test_a_model_that_shares_nothing_cannot_be_unfolded() -> None:
-    model, _ = folded()
-    with pytest.raises(PlanError, match="LlamaForCausalLM shares no weights; there is nothing to unfold"):
-        unfold_(model)
-
-
-def test_sublayers_of_an_unknown_family_are_refused_but_blocks_are_not() -> None:
-    model = tiny_model("llama")
-    model.config.model_type = "novel"
-    source = source_model_of(model)
-    for parts in ({"removed_mlp": [2]}, {"groups": [Group(blocks=(0, 1), sublayers=("mlp",))]}):
-        plan = FoldPlan.create(source, removed=[5], **parts)  # type: ignore[arg-type]
-        refused(model, plan, UnsupportedModelError, "sublayers of model type 'novel' are not known")
-    fold_(model, FoldPlan.create(source, removed=[5]))
-    assert len(decoder_of(model).blocks) == 5
-
-
-def test_offloaded_weights_cannot_be_shared_and_nothing_is_changed(saved: tuple[Any, Path], tmp_path: Path) -> None:
-    _, folder = saved
-    device_map = {"model.layers.3": "disk", "model.layers.4": "disk"}
-    device_map |= {f"model.layers.{index}": "cpu" for index in range(3)}
-    device_map |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offload")
-    groups = [Group(blocks=(0, 2), donor="last"), Group(blocks=(3, 4))]
-    plan = FoldPlan.create(source_model_of(model), removed=[1], groups=groups)
-    refused(model, plan, UnsupportedModelError, r"weights of blocks \[3, 4\] are offloaded")
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_is_offloaded_whole_is_saved_and_verified(tmp_path: Path, dtype: torch.dtype) -> None:
@@ -622,20 +290,6 @@ def test_a_model_that_is_offloaded_whole_is_saved_and_verified(tmp_path: Path, d
             verify_checkpoint(tmp_path / "folded", model)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_model_is_not_saved_with_the_plan_of_another(tmp_path: Path, shared: bool) -> None:
-    model, plan = folded(shared=shared)
-    if shared:
-        other = FoldPlan.create(plan.source, removed=plan.removed, groups=[Group(blocks=(2, 3), donor="mean")])
-        says = r"another plan: the one in its config \(fold_plan\) cuts something else"
-    else:
-        other, says = FoldPlan.create(plan.source, removed=[1, 4]), "the plan keeps 4 blocks, the model has 5"
-    with pytest.raises(PlanError, match=says):
-        save_folded(model, other, tmp_path / "folded")
-    assert list(tmp_path.iterdir()) == []
-    save_folded(model, plan, tmp_path / "folded")
-
-
 def test_a_generation_config_that_transformers_saves_is_no_obstacle_and_another_is_one_error(tmp_path: Path) -> None:
     """What was published with odd values can be saved again; what was changed into them cannot."""
     tiny_model("llama").save_pretrained(tmp_path / "source")
@@ -649,29 +303,6 @@ def test_a_generation_config_that_transformers_saves_is_no_obstacle_and_another_
     with pytest.raises(FoldGPTError, match=r"transformers does not save this model: .*temperature"):
         save_folded(model, plan, tmp_path / "other")
     assert {entry.name for entry in tmp_path.iterdir()} == {"source", "folded"}
-
-
-def test_a_model_that_puts_out_no_numbers_is_said_to(tmp_path: Path) -> None:
-    model, plan = folded()
-    decoder_of(model).blocks[2].mlp.up_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(VerificationError, match="not finite, in memory already"):
-        save_folded(model, plan, tmp_path / "folded")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_wrapped_model_is_refused_as_it_is() -> None:
-    model = tiny_model("llama")
-    plan = FoldPlan.create(source_model_of(model), removed=[1], groups=[Group(blocks=(3, 4))])
-    before = set(model.state_dict())
-    for wrapped in (torch.compile(model), torch.nn.DataParallel(model)):
-        with pytest.raises(UnsupportedModelError, match=r"(OptimizedModule|DataParallel) is no model of transformers"):
-            fold_(wrapped, plan)
-    assert type(model) is transformers.LlamaForCausalLM
-    assert before == set(model.state_dict())
-    assert type(model.config) is transformers.LlamaConfig
-
-
-# ----------------------------------------------------------------------------------------- quantised sources
 
 
 def tiny_gguf(path: Path) -> None:
