@@ -71,7 +71,8 @@ def parse_arguments() -> argparse.Namespace:
         "--recovered-only",
         nargs="*",
         metavar="ROW",
-        help=f"rows that are not there without recovery; if none is named, all ({', '.join(ROWS)})",
+        help="rows that are not there without recovery; if none is named, all. Where --recovered is given, name them "
+        "there too",
     )
     parser.add_argument(
         "--text",

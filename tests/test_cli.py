@@ -54,11 +54,16 @@ def test_the_verbs_one_after_another(model: Path, text: Path, tmp_path: Path) ->
 
     made = foldgpt(
         *("eval", tmp_path / "folded", "--baseline", model, "--perplexity", text, "--context", 32),
-        *("--max-windows", 3, "--no-speed", "--no-memory", "--out", tmp_path / "evaluation.json", "--quiet"),
+        *("--max-windows", 3, "--no-speed", "--no-memory", "--out", tmp_path / "evaluation.json", "--quiet", "--card"),
     )
     assert made.exit_code == 0, made.output
     assert "perplexity" in made.stdout and "windows 3" in made.stdout
-    assert json.loads((tmp_path / "evaluation.json").read_text())["folded"]["size"]["num_blocks"] == 4
+    measured = json.loads((tmp_path / "evaluation.json").read_text())
+    assert measured["folded"]["size"]["num_blocks"] == 4
+    # Which models, where and when.
+    assert [measured[name]["model"] for name in ("baseline", "folded")] == [str(model), str(tmp_path / "folded")]
+    assert measured["environment"]["date"] and measured["baseline"]["name"] == "source"
+    assert f"{measured['folded']['perplexity']['value']:.1f}"[:3] in (tmp_path / "folded" / "README.md").read_text()
     table = foldgpt("show", tmp_path / "evaluation.json").stdout
     assert table and made.stdout.startswith(table)
 
@@ -67,6 +72,19 @@ def test_the_verbs_one_after_another(model: Path, text: Path, tmp_path: Path) ->
     # As `push` needs it.
     hub.check_card(tmp_path / "folded" / "README.md")
     assert "license: mit" in (tmp_path / "folded" / "README.md").read_text()
+
+
+def test_a_baseline_that_is_no_source_is_not_called_one(model: Path, tmp_path: Path) -> None:
+    alone = ("--no-speed", "--no-memory", "-q")
+    for name, remove in (("one", 1), ("two", 2)):
+        plan = tmp_path / f"{name}.json"
+        assert foldgpt("plan", model, *WITHOUT_SEARCH, "--remove", remove, "--out", plan, "-q").exit_code == 0
+        assert foldgpt("fold", model, "--plan", plan, "--out", tmp_path / name, "-q").exit_code == 0
+    made = foldgpt("eval", tmp_path / "two", "--baseline", tmp_path / "one", "--json", *alone)
+    assert made.exit_code == 0, made.output
+    assert [json.loads(made.stdout)[name]["name"] for name in ("baseline", "folded")] == ["baseline", "folded"]
+    made = foldgpt("eval", model, "--card", *alone)
+    assert made.exit_code == 2 and "is no folder of a folded model" in made.stderr
 
 
 def test_recover_trains_a_folded_model(model: Path, text: Path, tmp_path: Path) -> None:
@@ -83,6 +101,8 @@ def test_recover_trains_a_folded_model(model: Path, text: Path, tmp_path: Path) 
     assert "on 64 held-out tokens: loss (kl)" in made.stdout and "ended by tokens" in " ".join(made.stdout.split())
     done = json.loads((tmp_path / "recovered" / "recovery.json").read_text())
     assert done["num_tokens"] == 512 and done["settings"]["minutes"] == 60
+    assert done["teacher"]["model"] == str(model)
+    assert done["teacher"]["fingerprint"] == FoldPlan.load(folded).source.fingerprint
     shown = foldgpt("show", tmp_path / "recovered").stdout
     assert "6 → 5 blocks" in shown and made.stdout.startswith(shown[shown.index("recovery on") :])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folded", "plan.json", "recovered"]
@@ -197,6 +217,12 @@ def test_a_plan_of_other_weights_is_pointed_out(model: Path, tmp_path: Path) -> 
         made = foldgpt("fold", source, "--plan", plan, "--out", tmp_path / f"folded-{source.name}")
         assert made.exit_code == 0, made.output
         assert (f"the plan was made for other weights ({model})" in made.stderr) == expected
+        folded = FoldPlan.load(tmp_path / f"folded-{source.name}")
+        # Whose it is now is told, and what was measured of the other is not.
+        assert folded.source.model == str(source)
+        assert ("made_for" in folded.origin) == expected
+        shown = " ".join(foldgpt("show", tmp_path / f"folded-{source.name}").stdout.split())
+        assert (f"for {model}" in shown) == expected
 
 
 def test_overwrite_replaces_a_folded_model_and_nothing_else(model: Path, text: Path, tmp_path: Path) -> None:

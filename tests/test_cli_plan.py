@@ -12,7 +12,10 @@ from cli_case import CALIBRATION, foldgpt
 from foldgpt import planning
 from foldgpt.analysis import sweep
 from foldgpt.artifacts import alone
+from foldgpt.cli.requests import select_of
+from foldgpt.history import history_of
 from foldgpt.plan import WITHOUT_TEXT, FoldPlan
+from foldgpt.recipe import Recipe
 from foldgpt.report.headline import headlines
 from foldgpt.selection import ANALYSIS_FREE, MEASURED
 from foldgpt.selection.gating.score_function import ScoreFunction
@@ -205,33 +208,19 @@ def test_plan_finds_the_best_for_a_size_and_fold_keeps_to_it(model: Path, text: 
     assert fitted["kl"] == pytest.approx(best["kl"], rel=1e-3)
 
 
-def test_selectors_that_look_at_nothing_measure_nothing(model: Path, tmp_path: Path) -> None:
-    made = foldgpt(
-        "plan",
-        model,
-        "--text",
-        "no-such.txt",
-        "--select",
-        "last",
-        "--remove",
-        2,
-        "--compensate",
-        "none",
-        "--out",
-        tmp_path / "p",
-        "-q",
-    )
+@pytest.mark.parametrize("cut", [("--remove", 2), ("--target", "parameters=80%")])
+def test_selectors_that_look_at_nothing_read_no_text(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: tuple[Any, ...]
+) -> None:
+    """And it is said that flags which speak of one change nothing."""
+    monkeypatch.setattr("foldgpt.workbench.calibration_windows", lambda *_, **__: pytest.fail("read a text"))
+    asked = ("plan", model, "--select", "last", *cut, "--compensate", "none", "--out", tmp_path / "p", "-q")
+    made = foldgpt(*asked)
     assert made.exit_code == 0, made.output
-    assert FoldPlan.load(tmp_path / "p").removed == (4, 5)
-
-
-def test_a_target_of_parameters_reads_no_text(model: Path, tmp_path: Path) -> None:
-    made = foldgpt(
-        *("plan", model, "--text", "no-such.txt", "--select", "last", "--target", "parameters=80%"),
-        *("--compensate", "none", "--out", tmp_path / "p", "-q"),
-    )
-    assert made.exit_code == 0, made.output
-    assert FoldPlan.load(tmp_path / "p").removed
+    assert FoldPlan.load(tmp_path / "p").removed[-1] == 5
+    made = foldgpt(*asked[:-1], "--overwrite", "--text", "no-such.txt", "--tokens", "2k")
+    assert made.exit_code == 0
+    assert "no calibration text is read, so --text and --tokens change nothing" in " ".join(made.stderr.split())
 
 
 @pytest.mark.parametrize(
@@ -282,6 +271,27 @@ def test_a_plan_from_an_analysis_fits_on_the_text_of_the_analysis(model: Path, t
     assert "what is fitted is fitted on 128 tokens of" in " ".join(made.stderr.split())
 
 
+def test_a_plan_tells_the_text_it_is_fitted_on_from_that_of_its_analysis(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    analysis, other = tmp_path / "analysis", tmp_path / "other.txt"
+    other.write_text(text.read_text().upper())
+    assert foldgpt("analyze", model, "--text", text, *CALIBRATION, "--out", analysis, "-q").exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    asked = ("plan", model, "--analysis", analysis, "--select", "bi", "--remove", 2, "--text", "other.txt")
+    made = foldgpt(*asked, "--out", tmp_path / "plan.json")
+    assert made.exit_code == 0, made.output
+    words = " ".join(made.stdout.split())
+    assert "calibrated on text.txt" in words and "calibration tokens of other.txt" in words
+    plan = FoldPlan.load(tmp_path / "plan.json")
+    assert plan.origin["fitted_on"]["specs"] == [str(other)] and plan.origin["calibration"]["specs"] == [str(text)]
+    # From elsewhere it is found, and it is known that it was used.
+    monkeypatch.chdir(model)
+    made = foldgpt("fold", model, "--plan", tmp_path / "plan.json", "--out", tmp_path / "folded", "-q")
+    assert made.exit_code == 0, made.output
+    assert set(history_of(tmp_path / "folded").uses["calibration"]) >= {str(text), str(other)}
+
+
 def test_an_interruption_says_how_it_goes_on(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,6 +324,10 @@ def test_a_search_is_told_what_to_measure_and_how_long(model: Path, text: Path, 
         (("--option", "effort"), "--option takes NAME=VALUE, not 'effort'"),
         (("--objective", "loss"), "--objective: Input should be 'kl' or 'lm' (got 'loss')"),
         (("--select", "bi", "--sublayers"), "bi"),
+        (
+            ("--search-tokens", "16"),
+            "--search-tokens is 16, and a window has 32 (--context): give at least 32",
+        ),
         (("--select", "bi", "--objective", "kl"), "--objective with the selector 'bi', for which there is nothing to"),
         (("--select", "taylor", "--objective", "lm"), "leave it out, or --select one of gates, greedy, loo"),
     ],
@@ -324,6 +338,17 @@ def test_what_a_search_cannot_do_is_refused(
     out = tmp_path / "plan.json"
     made = foldgpt("plan", model, "--text", text, *CALIBRATION, "--remove", 1, "--out", out, *flags)
     assert made.exit_code == 2 and message in made.stderr and not out.exists()
+
+
+def test_an_option_changes_a_single_one_of_a_recipe() -> None:
+    base = Recipe.from_dict({"model": "m", "select": {"remove": 1, "options": {"estimator": "concrete", "steps": 50}}})
+    asked = dict.fromkeys(("remove", "remove_ratio", "target", "search_tokens", "objective", "sublayers"))
+    for method, expected in (
+        (None, {"estimator": "concrete", "steps": 50, "effort": 1}),
+        ("gates", {"estimator": "concrete", "steps": 50, "effort": 1}),
+        ("random", {"effort": 1}),
+    ):
+        assert select_of(method=method, **asked, options=["effort=1"], over=base)["options"] == expected
 
 
 def test_what_a_selector_was_given_is_in_the_plan(model: Path, text: Path, tmp_path: Path) -> None:

@@ -22,7 +22,9 @@ from foldgpt.errors import ArtifactError, FoldGPTError, UnsupportedModelError, U
 from foldgpt.export import dense, export_dense, export_gguf, gguf, llama_cpp
 from foldgpt.export.llama_cpp import LlamaCpp
 from foldgpt.folding import fold_, save_folded, source_model_of
+from foldgpt.history import history_of
 from foldgpt.plan import FoldPlan, Group
+from foldgpt.recovery_result import RecoveryResult
 from foldgpt.report import write_model_card
 from models import tiny_model, token_ids
 from tiny import tiny_tokenizer
@@ -68,6 +70,16 @@ def test_a_dense_checkpoint_is_one_of_the_source_s_own_class_and_predicts_the_sa
     assert plan.removed == (1,) and not plan.groups
     # What was said of what is shared holds no longer, and the rest does.
     assert (out / "compensation.json").is_file() and not (out / "sharing.json").exists()
+
+
+def test_a_dense_checkpoint_was_recovered_once(shared: Path, tmp_path: Path) -> None:
+    """The record of its recovery goes along, so the history must not tell of it as well."""
+    text = {"texts": ["a.txt"], "context": 16, "num_held_out": 32}
+    result = RecoveryResult({"loss": 2.0}, {"loss": 1.0}, 4, 4, 256, "tokens", 10, 1.0, [], {}, text)
+    (shared / "recovery.json").write_text(json.dumps(result.to_json_dict()))
+    export_dense(shared, tmp_path / "dense")
+    assert history_of(tmp_path / "dense") == history_of(shared)
+    assert not (tmp_path / "dense" / "history.json").exists()
 
 
 def test_where_nothing_is_shared_a_dense_checkpoint_is_the_same_again(tmp_path: Path) -> None:

@@ -81,12 +81,21 @@ def test_a_fit_is_claimed_only_where_it_was_merged(tmp_path: Path) -> None:
     ],
 )
 def test_it_says_on_what_weights_were_trained(changes: dict[str, Any], expected: str, tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path / "x", plan())
+    made = plan()
+    made = made.model_copy(update={"source": made.source.model_copy(update={"fingerprint": "abc"})})
+    folder = checkpoint(tmp_path / "x", made)
     assert "trained" not in write_model_card(folder).read_text("utf-8").replace("pretrained", "")
     on = {"text": {"texts": ["demo:wikipedia", "/home/me/mine.txt"], "context": 512, "num_held_out": 64}}
     write_json(folder / "recovery.json", {**recovery(), **on, **changes})
     text = write_model_card(folder).read_text("utf-8")
     assert expected in text and "/home/me" not in text
+    # A teacher that was not the source is named.
+    teachers = {"the source": "abc", "another": "def"}
+    for name, fingerprint in teachers.items():
+        taught = {"teacher": {"model": name, "revision": None, "fingerprint": fingerprint}}
+        write_json(folder / "recovery.json", {**recovery(), **on, **taught, **changes})
+        said = f"by the predictions of {name}" in write_model_card(folder).read_text("utf-8")
+        assert said == (name == "another" and changes.get("best_step") != 0)
     # A record of an earlier version names no text.
     write_json(folder / "recovery.json", {**recovery(), **changes})
     assert "60,000 tokens" in write_model_card(folder).read_text("utf-8")

@@ -354,6 +354,11 @@ def test_recovery_runs_again_when_its_text_or_seed_changed_and_not_for_its_logge
     assert stages_run == ["report"]
     assert str(tmp_path / "states") in (out / "report.html").read_text("utf-8")
     stages_run.clear()
+    # How settings are written, and in how much memory, changes nothing either.
+    again = {"alpha": None, "micro_batch_size": 2, "gradient_checkpointing": True, "lm": 0}
+    pipeline.run(cached.changed(recover={"settings": {**cached.recover.settings, **again}}), out, overwrite=True)
+    assert stages_run == ["report"]
+    stages_run.clear()
     text.write_text(text.read_text().upper())
     pipeline.run(cached, out, overwrite=True)
     assert stages_run[0] == "recovery"
@@ -363,6 +368,14 @@ def test_recovery_runs_again_when_its_text_or_seed_changed_and_not_for_its_logge
     )
     settings = json.loads((later.model / "recovery.json").read_text())["settings"]
     assert (settings["seed"], settings["minutes"]) == (3, 60.0)
+
+
+def test_a_recovery_without_tokens_is_said_to_be_none(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.run(recipe.changed(recover={"minutes": 60.0, "settings": {"rank": 4}}), tmp_path / "run")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "nothing is trained, for recover.num_tokens is 0: recover.minutes, recover.settings change nothing" in said
 
 
 def test_a_run_without_any_text_of_ones_own(

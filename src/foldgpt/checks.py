@@ -18,6 +18,7 @@ from foldgpt.sources import device_of
 
 if TYPE_CHECKING:
     from foldgpt.plan import FoldPlan
+    from foldgpt.recipe import Recipe
     from foldgpt.workbench import Workbench
 
 
@@ -223,6 +224,17 @@ def _make_tests(bench: Workbench) -> None:
 def _say_once(message: str) -> None:
     """Say it once: the rows of a comparison are all measured on the same texts."""
     note(message)
+
+
+def say_what_is_idle(recipe: Recipe) -> None:
+    """Say what a recipe asks of a recovery that it does not have; `--recover-tokens 0` may have taken it out."""
+    if recipe.recover.num_tokens:
+        return
+    section, usual = recipe.recover, type(recipe.recover)()
+    keys = [f"recover.{key}" for key in type(section).model_fields if getattr(section, key) != getattr(usual, key)]
+    keys += ["compare.recovered"] if recipe.compare.recovered else []
+    if keys:
+        note(f"nothing is trained, for recover.num_tokens is 0: {', '.join(keys)} change nothing")
 
 
 def _say_what_is_reused(bench: Workbench) -> None:

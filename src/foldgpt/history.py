@@ -77,12 +77,13 @@ def earlier_history(folder: Path) -> History:
         raise ArtifactError(f"{path} is not the history of a model") from error
 
 
-def history_of(folder: Path, *, with_plan: bool = True) -> History:
+def history_of(folder: Path, *, with_plan: bool = True, with_recovery: bool = True) -> History:
     """What a checkpoint was made by, and the models before it.
 
     Args:
         folder: the checkpoint.
         with_plan: count what its plan was made on, and what was fitted by it.
+        with_recovery: count its own recovery.
 
     Raises:
         ArtifactError: a record in it cannot be read, or is not one.
@@ -97,19 +98,22 @@ def history_of(folder: Path, *, with_plan: bool = True) -> History:
         # What was only measured on a text was not made by it.
         decided = plan.origin.get("selector") not in WITHOUT_TEXT or plan.groups or "candidates" in plan.origin
         calibration += origin.get("specs") or [] if decided and isinstance(origin, Mapping) else []
-    result = read_recovery(folder)
+        fitted = plan.origin.get("fitted_on")
+        is_fitted = plan.compensation is not None or plan.fitting is not None or "candidates" in plan.origin
+        calibration += fitted.get("specs") or [] if is_fitted and isinstance(fitted, Mapping) else []
+    result = read_recovery(folder) if with_recovery else None
     if result is not None and result.best_step:
         training.append(Training(result.text.get("texts", []), result.num_tokens_kept))
     return History(list(dict.fromkeys(calibration)), training)
 
 
-def known_history(folder: Path, *, with_plan: bool = True) -> History:
+def known_history(folder: Path, *, with_plan: bool = True, with_recovery: bool = True) -> History:
     """The same, as far as the records can be read; that one cannot is said.
 
     It is nobody's fault who uses the model: a file may be of a later version, or of something else.
     """
     try:
-        return history_of(folder, with_plan=with_plan)
+        return history_of(folder, with_plan=with_plan, with_recovery=with_recovery)
     except FoldGPTError as error:
         note(f"it is not known which texts the model was made by: {error}")
         return History()

@@ -9,7 +9,7 @@ from typing import Any
 
 from foldgpt.analysis import Analysis
 from foldgpt.artifacts import hash_of, read_json, write_json
-from foldgpt.checks import check_inputs, check_machine, check_plan
+from foldgpt.checks import check_inputs, check_machine, check_plan, say_what_is_idle
 from foldgpt.environment import describe_environment
 from foldgpt.evaluation import Evaluation
 from foldgpt.plan import FoldPlan
@@ -87,6 +87,7 @@ def run(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Result:
         FoldGPTError: one of its kinds, with a message that names what is wrong; finished stages are kept.
     """
     bench = Workbench(recipe)
+    say_what_is_idle(recipe)
     with open_run(out, recipe, overwrite=overwrite) as folder:
         return carry_out(folder, bench)
 
@@ -258,6 +259,10 @@ def is_recovered(folder: RunFolder, bench: Workbench) -> bool:
     )
 
 
+#: Of the section `recover`, what changes nothing or is taken as it is meant.
+_HOW_IT_IS_WRITTEN = {"teacher_cache", "report_to", "texts", "settings", "minutes"}
+
+
 def _recovery_inputs(folder: RunFolder, bench: Workbench) -> dict[str, Any]:
     recipe = bench.recipe
     return {
@@ -265,8 +270,10 @@ def _recovery_inputs(folder: RunFolder, bench: Workbench) -> dict[str, Any]:
         "folded": folder.key_of("fold"),
         "tokenizer": bench.companions,
         "texts": bench.recovery_texts,
-        # Who is told changes nothing in the result, and what is kept beside nothing but its rounding.
-        "recover": recipe.recover.model_dump(mode="json", exclude={"teacher_cache", "report_to"}),
+        # Who is told changes nothing in the result, and what is kept beside nothing but its rounding; no more does it
+        # matter how the settings are written.
+        "recover": recipe.recover.model_dump(mode="json", exclude=_HOW_IT_IS_WRITTEN),
+        "settings": {**bench.recovery_settings.identity(), "minutes": bench.recovery_settings.minutes},
         "seed": recipe.seed,
         "save_dtype": recipe.save_dtype,
         **bench.numerics,

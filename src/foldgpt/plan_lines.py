@@ -67,7 +67,9 @@ def chosen_words(plan: FoldPlan) -> str:
         plan: one that names its selector.
     """
     edited = "edited since it was " if plan.was_edited else ""
-    return f"{edited}chosen by {plan.origin['selector']}"
+    made_for = plan.origin.get("made_for")
+    other = f" for {made_for.get('model')}" if isinstance(made_for, Mapping) else ""
+    return f"{edited}chosen by {plan.origin['selector']}{other}"
 
 
 def _cost_lines(plan: FoldPlan) -> list[str]:
@@ -76,6 +78,7 @@ def _cost_lines(plan: FoldPlan) -> list[str]:
     if (
         report is None
         or plan.was_edited
+        or "made_for" in plan.origin
         or _removes_nothing(plan)
         or not _has_numbers(report, "cost", "num_tokens", "forward_equivalents", "seconds")
     ):
@@ -85,8 +88,11 @@ def _cost_lines(plan: FoldPlan) -> list[str]:
         what = f"removal by itself: {what}"
     compensated = bool(report.get("compensated"))
     fit = ", compensated by the quick fit of searches" if compensated else ""
+    fitted_on = plan.origin.get("fitted_on")
+    protocol = fitted_on.get("protocol") if isinstance(fitted_on, Mapping) else None
+    of = f" of {' + '.join(map(str, protocol.get('texts') or []))}" if isinstance(protocol, Mapping) else ""
     lines = [
-        f"{what} {report['cost']:.4f} nats per token on {report['num_tokens']:,} calibration tokens{fit}; "
+        f"{what} {report['cost']:.4f} nats per token on {report['num_tokens']:,} calibration tokens{of}{fit}; "
         f"{report['forward_equivalents']:.1f} forward passes over them, {report['seconds']:,.0f} s"
     ]
     given = report.get("finals")

@@ -210,6 +210,8 @@ def make_plan(
         origin["calibration"] = bench.calibration_identity.model_dump(mode="json")
     elif analysed is not None:
         origin["calibration"] = analysed.model_dump(mode="json")
+        if (reads_text or "cost" in selection.report) and bench.calibration.fingerprint != analysed.fingerprint:
+            origin["fitted_on"] = bench.calibration_identity.model_dump(mode="json")
     origin |= {
         "selector": selection.method,
         **({"options": dict(recipe.select.options)} if recipe.select.options else {}),

@@ -37,6 +37,8 @@ class RecoveryResult:
         settings: how it was done.
         text: what it was trained and judged on: "texts", files by their whole paths, "context", "num_held_out"
             (tokens), "separate_documents" and "seed". Empty where that is not known, as in records of earlier versions.
+        teacher: what it was compared with: "model", "revision" and "fingerprint". Empty where no loss compares, and
+            where that is not known.
     """
 
     before: Figures
@@ -50,6 +52,7 @@ class RecoveryResult:
     history: list[Figures]
     settings: dict[str, Any]
     text: dict[str, Any] = field(default_factory=dict)
+    teacher: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_tokens_kept(self) -> int:

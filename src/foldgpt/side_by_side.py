@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from foldgpt.artifacts import read_json
-from foldgpt.checks import check_inputs, check_machine, check_plan
+from foldgpt.checks import check_inputs, check_machine, check_plan, say_what_is_idle
 from foldgpt.comparison import Comparison, Finished, Row, Training, agreement_of, rows_of_recipe
 from foldgpt.errors import ArtifactError, FoldGPTError, UsageError
 from foldgpt.evaluation import Evaluation
@@ -58,6 +58,7 @@ def compare(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Comp
     """
     rows = rows_of_recipe(recipe)
     bench = Workbench(recipe, common=Path(out) / _COMMON)
+    say_what_is_idle(recipe)
     for row in rows:
         # Names that only the code can check are checked before anything is loaded.
         with named(row):

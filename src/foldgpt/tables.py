@@ -402,15 +402,16 @@ def recovery_lines(result: RecoveryResult) -> Text:
     text = result.text
     known = {"texts", "context", "num_held_out"} <= text.keys()
     of = f" of {' + '.join(map(text_name, text['texts']))} in windows of {text['context']:,}" if known else ""
+    taught = f", taught by {result.teacher['model']}" if "model" in result.teacher else ""
     held_out = f" on {text['num_held_out']:,} held-out tokens" if known else " on held-out windows"
     losses = {"loss": _loss_in_words(result)}
     if result.before.get("kl") not in (None, result.before["loss"]):
-        losses["kl"] = f"{result.divergence} to the source"
+        losses["kl"] = f"{result.divergence} to the {'teacher' if 'model' in result.teacher else 'source'}"
     before, after = result.before, result.after
     changes = "; ".join(f"{words} {before[name]:.4f} → {after[name]:.4f}" for name, words in losses.items())
     return Text(
         f"recovery{held_out}: {changes} (step {result.best_step} of {result.num_steps})\n"
-        f"{result.num_tokens:,} tokens{of}, {millions(result.num_trained)} trained parameters {outcome}, "
+        f"{result.num_tokens:,} tokens{of}{taught}, {millions(result.num_trained)} trained parameters {outcome}, "
         f"{result.seconds:,.0f} s; ended by {result.ended}"
     )
 

@@ -81,8 +81,8 @@ SelectorOption = Annotated[
     list[str] | None,
     typer.Option(
         "--option",
-        help="NAME=VALUE of the selector, such as effort=0.5, in place of a recipe's; listed in docs/selection.md. May "
-        "be repeated.",
+        help="NAME=VALUE of the selector, such as effort=0.5, in place of a recipe's value (docs/selection.md). May be "
+        "repeated.",
         show_default=False,
     ),
 ]

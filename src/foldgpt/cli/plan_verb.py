@@ -48,6 +48,7 @@ from foldgpt.cli.requests import (
     check_search_tokens,
     like_analysis,
     recipe_of,
+    say_what_is_not_read,
     select_of,
 )
 from foldgpt.cli.session import AGAIN, output_file, session
@@ -166,6 +167,8 @@ def plan(
         bench = Workbench(recipe)
         analyses = analysis is None and method not in ANALYSIS_FREE
         check_search_tokens(search_tokens, recipe, analyses=analyses)
+        about_text = {"--text": text, "--context": context, "--tokens": tokens}
+        say_what_is_not_read(about_text, recipe, analyses=analyses)
         check_objective(objective, recipe)
         check_plan(bench)
         sweep, search, sharing = _progress_beside(out, recipe)

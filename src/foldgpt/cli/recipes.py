@@ -148,6 +148,7 @@ def run(
                 objective=objective,
                 sublayers=sublayers,
                 options=option,
+                over=base,
             ),
             "compensate": {"method": compensate},
             "share": {

@@ -66,8 +66,10 @@ def select_of(
     objective: str | None,
     sublayers: bool | None,
     options: list[str] | None,
+    over: Recipe | None = None,
 ) -> dict[str, Any]:
-    """The section `select` of a recipe."""
+    """The section `select` of a recipe, as flags give it; options stand over those of the recipe for its selector."""
+    there = over.select.options if over is not None and method in (None, over.select.method) else {}
     return {
         "method": method,
         "remove": remove,
@@ -76,7 +78,7 @@ def select_of(
         "num_tokens": search_tokens,
         "objective": objective,
         "sublayers": sublayers,
-        "options": assignments(options, "--option") if options else None,
+        "options": {**there, **assignments(options, "--option")} if options else None,
     }
 
 
@@ -147,22 +149,56 @@ def check_search_tokens(given: int | None, recipe: Recipe, *, analyses: bool) ->
         UsageError: nothing is measured on them, or there are not so many.
     """
     from foldgpt.errors import UsageError
-    from foldgpt.planning import will_read_text
     from foldgpt.selection import MEASURED
 
     if given is None:
         return
-    method, there = recipe.select.method, recipe.calibration.num_tokens
+    method, there, context = recipe.select.method, recipe.calibration.num_tokens, recipe.calibration.context
     # The best donors are measured on these tokens too, and what any selector chose is where the text is read anyway.
-    removes = recipe.select.remove or recipe.select.remove_ratio or recipe.select.target or recipe.share.size
-    reads = removes and (analyses or recipe.compensate.method != "none" or will_read_text(recipe))
-    if not (reads or method in MEASURED or recipe.share.donor == "best"):
+    if not ((_removes(recipe) and _reads(recipe, analyses)) or method in MEASURED or recipe.share.donor == "best"):
         raise UsageError(
             f"--search-tokens with the selector {method!r}, which measures nothing on them: leave it out, or "
             f"--select one of {', '.join(sorted(MEASURED))}"
+        )
+    if given < context:
+        raise UsageError(
+            f"--search-tokens is {given:,}, and a window has {context:,} (calibration.context): give at least "
+            f"{context:,}, or shorter windows (--context)"
         )
     if given > there:
         raise UsageError(
             f"--search-tokens is {given:,}, and the calibration text has {there:,} (calibration.num_tokens): give at "
             f"most {there:,}, or more of them"
         )
+
+
+def say_what_is_not_read(given: Mapping[str, object], recipe: Recipe, *, analyses: bool) -> None:
+    """Say that flags about the calibration text of a plan change nothing where none is read.
+
+    They are not refused: the same flags with another selector are a comparison.
+
+    Args:
+        given: flag → its value; None if it is left out.
+        recipe: the recipe, the flags in it.
+        analyses: whether redundancy is measured on the calibration text.
+    """
+    from foldgpt.progress import note
+    from foldgpt.selection import MEASURED
+
+    idle = [flag for flag, value in given.items() if value]
+    if idle and recipe.select.method not in MEASURED and not _reads(recipe, analyses):
+        note(
+            f"no calibration text is read, so {' and '.join(idle)} change nothing: the selector "
+            f"{recipe.select.method!r} needs none here, and nothing is compensated or fitted"
+        )
+
+
+def _removes(recipe: Recipe) -> bool:
+    return bool(recipe.select.remove or recipe.select.remove_ratio or recipe.select.target or recipe.share.size)
+
+
+def _reads(recipe: Recipe, analyses: bool) -> bool:
+    """Whether text is read for something else than the search of a selector that measures."""
+    from foldgpt.planning import will_read_text
+
+    return analyses or will_read_text(recipe) or (_removes(recipe) and recipe.compensate.method != "none")

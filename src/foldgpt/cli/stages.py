@@ -262,6 +262,9 @@ def evaluate(
     generations: Annotated[
         int, typer.Option(help="Beginnings of the first --perplexity text that each model continues.")
     ] = 0,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write the figures into the model's card (README.md), which is made anew.")
+    ] = False,
     speed: Annotated[bool, typer.Option(help="Measure prefill and decode speed.")] = True,
     memory: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
     revision: Revision = None,
@@ -278,9 +281,13 @@ def evaluate(
     with session(quiet, EVAL, again=ANEW), output_file(out, overwrite=overwrite):
         from foldgpt import steps
         from foldgpt.artifacts import write_json
+        from foldgpt.environment import describe_environment
         from foldgpt.errors import UsageError
+        from foldgpt.report import write_model_card
         from foldgpt.workbench import Workbench
 
+        if card and not (Path(folder) / "plan.json").is_file():
+            raise UsageError(f"--card, and {folder} is no folder of a folded model (it holds no plan.json)")
         about_text = {"context": context, "stride": stride, "max-windows": max_windows, "generations": generations}
         about_tasks = {"data-dir": data_dir, "limit": limit}
         for flags, needed, given in ((about_text, "perplexity", perplexity), (about_tasks, "tasks", tasks)):
@@ -306,14 +313,19 @@ def evaluate(
                 "memory": memory,
             },
         ).changed_to(("evaluate", "max_windows"), max_windows or None)
-        evaluation = steps.make_evaluation(Workbench(recipe), folder, compare=baseline is not None)
+        bench = Workbench(recipe)
+        evaluation = steps.make_evaluation(bench, folder, compare=baseline is not None)
+        written = {**evaluation.to_dict(), "environment": describe_environment()}
         # Written first: a reader that has enough, such as `head`, ends the process. Shown whatever becomes of the file.
         try:
             if out is not None:
-                write_json(out, evaluation.to_dict())
+                write_json(out, written)
+            if card:
+                # Without a baseline it keeps what it says of licence and languages.
+                write_model_card(folder, evaluation=evaluation, source=bench.place)
         finally:
             if as_json:
-                print_json(evaluation.to_dict())
+                print_json(written)
             else:
                 print_evaluation(evaluation)
                 print_generations(evaluation)

@@ -37,12 +37,16 @@ class Subject:
         model: the loaded model.
         folder: where it is saved (a folder, or a GGUF file); None leaves out bytes on disk and peak memory.
         tokenizer: its tokenizer; needed for tasks, last words and generations alone.
+        spec: which model it is, for the record.
+        revision: its revision on the hub, for the record.
     """
 
     name: str
     model: PreTrainedModel
     folder: Path | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    spec: str | None = None
+    revision: str | None = None
 
 
 def evaluate(
@@ -107,6 +111,8 @@ def evaluate(
     measured = [
         Measured(
             name=subject.name,
+            model=subject.spec,
+            revision=subject.revision,
             size=size_of(subject.model),
             bytes_on_disk=None if subject.folder is None else folder_bytes(subject.folder),
             stored_in=None if subject.folder is None else _stored_in(subject.folder),

@@ -51,6 +51,9 @@ class Measured:
         reused: text in full → what the model was made by on it as well ("calibration", "training"): a figure on it is
             no test.
         stored_in: number format of the weight files, such as "bfloat16"; "GGUF" of such a file, whatever is in it.
+        model: which model it is: a folder, a file or a name on the hub. None where that is not known, as in results of
+            earlier versions.
+        revision: its revision on the hub, if one was given.
     """
 
     name: str
@@ -66,6 +69,8 @@ class Measured:
     text: str | None = None
     reused: dict[str, list[str]] | None = None
     stored_in: str | None = None
+    model: str | None = None
+    revision: str | None = None
 
     def perplexities(self) -> dict[str, tuple[str, Perplexity]]:
         """Figure → what the text is called and its perplexity, the first text first.

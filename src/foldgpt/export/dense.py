@@ -64,8 +64,8 @@ def export_dense(
         unfold_(model)
     # Of the fits of what was shared it says nothing: the plan has no groups any more.
     notes = {name: read_json(folder / name) for name in (COMPENSATION, RECOVERY) if (folder / name).is_file()}
-    # The plan goes with it.
-    notes |= known_history(folder, with_plan=False).notes
+    # The plan goes with it, and so does the record of its recovery.
+    notes |= known_history(folder, with_plan=False, with_recovery=False).notes
     return save_folded(
         model,
         plan.model_copy(update={"groups": (), "fitting": None}),

@@ -62,6 +62,7 @@ def recover(
     replace: bool = False,
     keep_work: bool = False,
     text: Mapping[str, Any] | None = None,
+    taught_by: Mapping[str, Any] | None = None,
     save_dtype: torch.dtype | None = None,
 ) -> RecoveryResult:
     """Train a folded model to do again what its source does, and save it, verified.
@@ -90,6 +91,7 @@ def recover(
         keep_work: leave the checkpoints there, for a caller who removes `work` once it has noted that `out` is done.
             Until then the same call has but to save the model again.
         text: what the windows were made of, for the record: see `RecoveryResult.text`.
+        taught_by: which model the teacher is, for the record: see `RecoveryResult.teacher`.
         save_dtype: number format to save in; None for the one that the student has. What is measured at the end is
             rounded to it (not under FSDP, where that is measured before).
 
@@ -150,7 +152,8 @@ def recover(
             cache=teacher_cache,
             save_dtype=save_dtype,
         )
-        result = dataclasses.replace(result, text=dict(text or {}))
+        named = {} if teacher is None else dict(taught_by or {})
+        result = dataclasses.replace(result, text=dict(text or {}), teacher=named)
         if save_dtype is not None:
             # In all processes: they have one model.
             cast_(trained, save_dtype)

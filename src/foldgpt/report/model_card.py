@@ -77,7 +77,7 @@ def write_model_card(
                 f"{training.num_tokens:,} tokens of {' + '.join(map(text_name, training.texts)) or 'a text'}"
                 for training in earlier_history(folder).training
             ],
-            training=None if recovery is None else training_in_words(recovery),
+            training=None if recovery is None else training_in_words(recovery, plan.source),
             is_removal_only=plan.is_removal_only,
             strip=plan_strip(plan).plain,
             comparison=None if evaluation is None else rows_of(comparison_table(evaluation)),

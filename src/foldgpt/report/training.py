@@ -6,7 +6,9 @@ import math
 from typing import Any
 
 from foldgpt.formats import millions, text_name
+from foldgpt.plan import SourceModel
 from foldgpt.recovery_result import RecoveryResult
+from foldgpt.report.headline import short_name
 
 #: A screen has no more columns than this to show steps in.
 _MAX_STEPS = 300
@@ -14,18 +16,34 @@ _MAX_STEPS = 300
 _HELD_OUT = ("loss", "kl")
 
 
-def training_in_words(recovery: RecoveryResult) -> str:
-    """What the recovery did to a checkpoint, in a sentence."""
+def training_in_words(recovery: RecoveryResult, source: SourceModel) -> str:
+    """What the recovery did to a checkpoint, in a sentence.
+
+    Args:
+        recovery: the record of it.
+        source: what the checkpoint was folded from; another teacher is named.
+    """
     texts = recovery.text.get("texts", [])
     names = " + ".join(map(text_name, texts))
     on = f"{recovery.num_tokens:,} tokens{f' of {names}' if names else ''}"
     if not recovery.best_step:
         return f"Training on {on} made nothing better, so the weights are as they were when it was folded."
-    trained = f"After it was folded, {millions(recovery.num_trained)} parameters were trained on {on}, and merged"
+    by = f" by the predictions of {short_name(str(recovery.teacher['model']))}" if _is_other(recovery, source) else ""
+    trained = f"After it was folded, {millions(recovery.num_trained)} parameters were trained on {on}{by}, and merged"
     if recovery.best_step == recovery.num_steps:
         return f"{trained}."
     return (
         f"{trained}; the state after {recovery.num_tokens_kept:,} of them did best on held-out text, and is this one."
+    )
+
+
+def _is_other(recovery: RecoveryResult, source: SourceModel) -> bool:
+    """Whether it is known that the teacher was not the source."""
+    fingerprint = recovery.teacher.get("fingerprint")
+    return (
+        "model" in recovery.teacher
+        and None not in (fingerprint, source.fingerprint)
+        and (fingerprint != source.fingerprint)
     )
 
 

@@ -10,6 +10,7 @@ from foldgpt.corpus import reused_texts
 from foldgpt.errors import UsageError
 from foldgpt.evaluation import Evaluation, Measured, Subject, evaluate
 from foldgpt.history import known_history
+from foldgpt.plan import FoldPlan
 from foldgpt.progress import note
 from foldgpt.recovery_result import RECOVERY
 from foldgpt.run_folder import PLAN
@@ -21,7 +22,7 @@ from foldgpt.workbench import Workbench
 def make_source_evaluation(bench: Workbench) -> Evaluation:
     """Measure the recipe's model by itself, but for its speed: that means something only beside another's."""
     return evaluate(
-        Subject("source", bench.source.model, bench.place, bench.source.tokenizer),
+        _source_of(bench),
         **_tests(bench),
         speed=False,
         memory=bench.recipe.evaluate.memory,
@@ -32,7 +33,8 @@ def make_source_evaluation(bench: Workbench) -> Evaluation:
 def make_evaluation_before_recovery(bench: Workbench, folded: Path) -> Evaluation:
     """Measure what a folded model predicts before it is trained: what the training is worth is seen beside it."""
     model = bench.load(folded, str(folded))
-    return evaluate(Subject("folded", model.model, folded, model.tokenizer), **_tests(bench), speed=False, memory=False)
+    subject = Subject("folded", model.model, folded, model.tokenizer, spec=str(folded))
+    return evaluate(subject, **_tests(bench), speed=False, memory=False)
 
 
 def make_evaluation(
@@ -68,9 +70,10 @@ def make_evaluation(
         speed = False
     baseline = None
     if compare and (source is None or speed):
-        baseline = Subject("source", bench.source.model, bench.place, bench.source.tokenizer)
+        baseline = _source_of(bench, _baseline_name(bench, place) if source is None else source.name)
+    alone = recipe.revision if not compare else None
     return evaluate(
-        Subject(_what_is(place), measured.model, place, measured.tokenizer),
+        Subject(_what_is(place), measured.model, place, measured.tokenizer, spec=str(folded), revision=alone),
         baseline,
         **_tests(bench),
         speed=speed,
@@ -80,6 +83,19 @@ def make_evaluation(
         reused=reused,
         before_recovery=before_recovery,
     )
+
+
+def _source_of(bench: Workbench, name: str = "source") -> Subject:
+    source = bench.source
+    return Subject(name, source.model, bench.place, source.tokenizer, bench.recipe.model, source.revision)
+
+
+def _baseline_name(bench: Workbench, place: Path) -> str:
+    """What tables call the model that another is compared with: its source, unless that is known to be another."""
+    kind = _what_is(bench.place)
+    if kind == "model" or ((place / PLAN).is_file() and FoldPlan.load(place).source.fingerprint == bench.fingerprint):
+        return "source"
+    return "baseline" if kind == _what_is(place) else kind
 
 
 def _tests(bench: Workbench) -> dict[str, Any]:

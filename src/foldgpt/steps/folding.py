@@ -9,7 +9,15 @@ from typing import Any
 from foldgpt.compensation import COMPENSATION, Compensated, compensate_
 from foldgpt.corpus import OwnText, Windows, calibration_windows
 from foldgpt.errors import FoldGPTError, PlanError, SourceError
-from foldgpt.folding import GroupFit, Verification, check_foldable, fold_, predicted_parameters, save_folded
+from foldgpt.folding import (
+    GroupFit,
+    Verification,
+    check_foldable,
+    fold_,
+    predicted_parameters,
+    save_folded,
+    source_model_of,
+)
 from foldgpt.history import known_history
 from foldgpt.plan import CalibrationText, Compensation, FoldPlan
 from foldgpt.progress import note
@@ -26,6 +34,10 @@ def make_folded(bench: Workbench, plan: FoldPlan, folder: Path, *, replace: bool
             f"the plan was made for other weights ({plan.source.model}) than those of {bench.recipe.model}: the blocks "
             "it removes may not be the ones that this model can do without"
         )
+        # What was measured for it is not of this model, and its source is another.
+        name, made_for = bench.recipe.model, plan.source.model_dump(mode="json")
+        own_source = source_model_of(source.model, name, source.revision, source.fingerprint)
+        plan = plan.model_copy(update={"source": own_source, "origin": {**plan.origin, "made_for": made_for}})
     expected = predicted_parameters(source.model, plan)
     notes = known_history(bench.place).notes
     fits: Mapping[int, GroupFit] = {}
@@ -97,7 +109,7 @@ def _windows_of(text: CalibrationText, plan: FoldPlan, tokenizer: Any, own: OwnT
     try:
         windows = read(texts)
     except SourceError as error:
-        calibration = plan.origin.get("calibration")
+        calibration = plan.origin.get("fitted_on", plan.origin.get("calibration"))
         elsewhere = calibration.get("specs") if isinstance(calibration, Mapping) else None
         if not isinstance(elsewhere, list) or list(text.texts) == elsewhere:
             raise

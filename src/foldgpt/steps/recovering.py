@@ -121,6 +121,7 @@ def make_recovered(
             "separate_documents": section.separate_documents,
             "seed": recipe.seed,
         },
+        taught_by={"model": recipe.model, "revision": recipe.revision, "fingerprint": bench.fingerprint},
     )
     if not keep:
         drop_recovery_work(bench, out)
