@@ -25,10 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from block_lists import blocks_of
 from command import command_line
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import read_json, write_json, write_text
+from foldgpt.block_lists import blocks_of
 from foldgpt.corpus import calibration_windows, evaluation_windows
 from foldgpt.environment import describe_environment
 from foldgpt.errors import ArtifactError, UsageError

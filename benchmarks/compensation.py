@@ -21,9 +21,9 @@ from typing import Any
 
 from torch import Tensor
 
-from block_lists import blocks_of
 from command import command_line
 from foldgpt.artifacts import write_json, write_text
+from foldgpt.block_lists import blocks_of
 from foldgpt.compensation import compensate, merge_
 from foldgpt.corpus import OwnText, Windows, calibration_windows, evaluation_windows
 from foldgpt.corpus.own_text import SELF

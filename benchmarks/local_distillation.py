@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
-from block_lists import blocks_of
 from command import command_line, without_folders
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import write_json, write_text
+from foldgpt.block_lists import blocks_of
 from foldgpt.compensation import compensate, merge_
 from foldgpt.corpus import calibration_windows, evaluation_windows
 from foldgpt.counts import count

@@ -20,10 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from block_lists import blocks_of
 from command import command_line, without_folders
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import hash_of, read_json, write_json, write_text
+from foldgpt.block_lists import blocks_of
 from foldgpt.compensation import compensate, merge_
 from foldgpt.corpus import OwnText, calibration_windows, evaluation_windows
 from foldgpt.counts import count

@@ -31,10 +31,10 @@ from typing import Any
 
 import torch
 
-from block_lists import blocks_of
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import hash_of, read_json, write_json, write_text
 from foldgpt.assignments import assignments
+from foldgpt.block_lists import blocks_of
 from foldgpt.compensation import compensate_
 from foldgpt.corpus import OwnText, calibration_windows, evaluation_windows
 from foldgpt.counts import count

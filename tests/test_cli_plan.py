@@ -340,6 +340,16 @@ def test_what_a_search_cannot_do_is_refused(
     assert made.exit_code == 2 and message in made.stderr and not out.exists()
 
 
+def test_a_set_of_ones_own_is_planned_and_measured(model: Path, text: Path, tmp_path: Path) -> None:
+    asked = ("plan", model, "--text", text, *CALIBRATION, "--select", "blocks", "--out", tmp_path / "plan.json")
+    made = foldgpt(*asked, "--option", "blocks=2-3")
+    assert made.exit_code == 0, made.output
+    plan = FoldPlan.load(tmp_path / "plan.json")
+    assert plan.removed == (2, 3) and plan.origin["report"]["cost"] > 0 and "chosen by blocks" in made.stdout
+    wrong = foldgpt(*asked, "--overwrite", "--option", "blocks=2-3", "--remove", 1)
+    assert wrong.exit_code == 2 and "are 2, and 1 are to be removed" in wrong.stderr
+
+
 def test_an_option_changes_a_single_one_of_a_recipe() -> None:
     base = Recipe.from_dict({"model": "m", "select": {"remove": 1, "options": {"estimator": "concrete", "steps": 50}}})
     asked = dict.fromkeys(("remove", "remove_ratio", "target", "search_tokens", "objective", "sublayers"))

@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "assignments",
         "counts",
         "formats",
+        "block_lists",
         "fingerprints",
         "progress",
         "environment",

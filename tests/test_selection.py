@@ -16,6 +16,7 @@ from foldgpt.errors import ArtifactError, PlanError, UsageError
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan, Group
+from foldgpt.recipe import Recipe
 from foldgpt.selection import SELECTORS, Request, Selection, Units, check_request, number_to_remove, select
 from foldgpt.sharing import adjacent_groups, zero_started_groups
 from models import NUM_BLOCKS, tiny_hybrid, tiny_model
@@ -57,11 +58,12 @@ def test_what_a_simple_selector_cannot_do_is_refused(method: str) -> None:
 
 @pytest.mark.parametrize("method", SELECTORS)
 def test_what_no_model_can_change_is_refused_without_one(method: str) -> None:
-    check_request(method, Request(num_blocks=6, num_remove=2))
+    options = {"blocks": "1-2"} if method == "blocks" else {}
+    check_request(method, Request(num_blocks=6, num_remove=2, options=options))
     with pytest.raises(UsageError, match=f"selector '{method}' has no option 'anything'"):
         check_request(method, Request(num_blocks=6, num_remove=2, options={"anything": 1}))
     with pytest.raises(UsageError, match="cannot remove 6 of 6 blocks"):
-        check_request(method, Request(num_blocks=6, num_remove=6))
+        check_request(method, Request(num_blocks=6, num_remove=6, options=options))
 
 
 @pytest.mark.parametrize("seed", [-1, "one", 1.5, True])
@@ -107,6 +109,33 @@ def test_the_longest_run_leaves_one_block() -> None:
 def test_last_removes_the_deepest_blocks() -> None:
     selection = select("last", Request(num_blocks=6, num_remove=2))
     assert (selection.removed, selection.order, selection.scores) == ((4, 5), (5, 4, 3, 2, 1, 0), None)
+
+
+@pytest.mark.parametrize("written", ["4,1-2", [4, "1-2"], "4, 1–2"])
+def test_blocks_that_are_named_go(written: object) -> None:
+    selection = select("blocks", Request(num_blocks=6, num_remove=3, options={"blocks": written}))
+    assert (selection.removed, selection.order) == ((1, 2, 4), (4, 1, 2, 0, 3, 5))
+    # How many they are need not be said.
+    recipe = Recipe.from_dict({"model": "m", "select": {"method": "blocks", "options": {"blocks": written}}})
+    assert recipe.select.remove == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"removes what its option of that name says, such as blocks=13-18"),
+        ({"blocks": "1-6"}, r"there is no block 6; the last one is 5"),
+        ({"blocks": "1,3"}, r"are 2, and 3 are to be removed"),
+        ({"blocks": "1-2,2"}, r"block 2 stands there twice"),
+        ({"blocks": "1-x"}, r"'1-x' is neither a block nor a range of them"),
+        ({"blocks": "3-1"}, r"'3-1' is neither a block nor a range of them"),
+        ({"blocks": True}, r"neither a block nor"),
+        ({"block": "1-3"}, r"no option 'block'\. Did you mean 'blocks'"),
+    ],
+)
+def test_blocks_that_cannot_be_named_so_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        select("blocks", Request(num_blocks=6, num_remove=3, options=options))
 
 
 def test_random_depends_on_the_seed_alone() -> None:

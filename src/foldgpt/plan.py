@@ -33,7 +33,7 @@ FORMAT: Final = "foldgpt.plan"
 VERSION: Final = 2
 #: Selectors that look at no text: one that their plan names is for what is measured, fitted or shared. Named here, as
 #: to show a plan nothing is imported that takes seconds.
-WITHOUT_TEXT: Final = ("last", "random")
+WITHOUT_TEXT: Final = ("last", "random", "blocks")
 #: Earlier versions that are read too. Version 1 had groups without private terms.
 _UPGRADED: Final = (1,)
 

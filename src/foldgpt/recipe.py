@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from foldgpt.artifacts import write_text
+from foldgpt.block_lists import blocks_of
 from foldgpt.counts import count
 from foldgpt.errors import ArtifactError, UsageError
 from foldgpt.plan import SUBLAYERS, Sublayer
@@ -72,7 +73,7 @@ class Select(_Section):
     """Which blocks are removed."""
 
     method: str = "gates"
-    """Selector: gates, greedy, loo, taylor, bi, angular, last or random."""
+    """Selector: gates, greedy, loo, taylor, bi, angular, last, random or blocks (those that `options.blocks` names)."""
     remove: int | None = Field(default=None, ge=0)
     """How many blocks to remove."""
     remove_ratio: float | None = Field(default=None, ge=0, lt=1)
@@ -89,6 +90,18 @@ class Select(_Section):
     them what comes out level."""
     options: dict[str, Any] = {}
     """What one selector alone understands; see docs/selection.md."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_many_as_are_named(cls, value: Any) -> Any:
+        """How many go is known where they are named."""
+        if not isinstance(value, Mapping) or value.get("method") != "blocks":
+            return value
+        options = value.get("options")
+        named = options.get("blocks") if isinstance(options, Mapping) else None
+        if named is None or any(value.get(budget) is not None for budget in BUDGETS):
+            return value
+        return {**value, "remove": len(blocks_of(named, "select.options.blocks"))}
 
     @field_validator("target")
     @classmethod

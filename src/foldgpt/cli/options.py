@@ -44,7 +44,9 @@ Tokens = Annotated[
 ]
 Select = Annotated[
     str | None,
-    typer.Option(help="Selector: gates, greedy, loo, taylor, bi, angular, last or random.", show_default="gates"),
+    typer.Option(
+        help="Selector: gates, greedy, loo, taylor, bi, angular, last, random or blocks.", show_default="gates"
+    ),
 ]
 Remove = Annotated[
     int | None,

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy
 
+from foldgpt.block_lists import blocks_of
 from foldgpt.errors import UsageError
 from foldgpt.families import decoder_of
 from foldgpt.selection.selection import Request, Selection
@@ -45,6 +46,41 @@ def random(request: Request) -> Selection:
             left = generator.permutation(left).tolist()
     order = (*gone, *left)
     return Selection("random", None, order, request.foldable(order[: request.num_remove]))
+
+
+def blocks(request: Request) -> Selection:
+    """Remove the blocks that the option `blocks` names, such as a set that a paper reports.
+
+    Raises:
+        UsageError: as `blocks_options` says.
+        PlanError: the model cannot be folded without them.
+    """
+    named = blocks_options(request)["blocks"]
+    order = (*named, *(block for block in range(request.num_blocks) if block not in named))
+    return Selection("blocks", None, order, request.foldable(named))
+
+
+def blocks_options(request: Request) -> dict[str, Any]:
+    """The blocks that are named, as a list.
+
+    Raises:
+        UsageError: an unknown option, none named or one that there is not, or more or fewer than are to be removed.
+    """
+    written = request.options_over("blocks", {"blocks": None})["blocks"]
+    if written is None:
+        raise UsageError("the selector 'blocks' removes what its option of that name says, such as blocks=13-18")
+    named = blocks_of(written)
+    missing = [block for block in named if not 0 <= block < request.num_blocks]
+    if missing:
+        raise UsageError(
+            f"blocks {written!r}: there is no block {missing[0]}; the last one is {request.num_blocks - 1}"
+        )
+    if len(named) != request.num_remove:
+        raise UsageError(
+            f"blocks {written!r} are {len(named)}, and {request.num_remove} are to be removed: leave that number out, "
+            "or name as many"
+        )
+    return {"blocks": named}
 
 
 def random_options(request: Request) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from foldgpt.errors import UsageError, did_you_mean
 from foldgpt.selection.angular import angular
 from foldgpt.selection.bi import bi
 from foldgpt.selection.cost import Objective
-from foldgpt.selection.fixed import last, random, random_options
+from foldgpt.selection.fixed import blocks, blocks_options, last, random, random_options
 from foldgpt.selection.gating.gates import gates, gates_options, gates_passes
 from foldgpt.selection.greedy import greedy, greedy_passes
 from foldgpt.selection.loo import loo, loo_passes
@@ -55,6 +55,7 @@ _ROWS: dict[str, _Row] = {
     "taylor": _Row(taylor, passes=taylor_passes, objectives=("lm",)),
     "last": _Row(last),
     "random": _Row(random, options=random_options),
+    "blocks": _Row(blocks, options=blocks_options),
 }
 
 SELECTORS: dict[str, Selector] = {name: row.run for name, row in _ROWS.items()}
