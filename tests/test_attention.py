@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from foldgpt.attention import fast_attention, products, tiles
 from foldgpt.attention.products import products_attention
 from foldgpt.attention.tiles import tiled_attention
 from foldgpt.errors import UsageError
 from foldgpt.families import decoder_of
+from foldgpt.folding import fold_, source_model_of
+from foldgpt.plan import FoldPlan, Group
 from foldgpt.recovery import check_compiler
 from models import tiny_model, token_ids
 
@@ -102,14 +104,34 @@ def test_a_compiled_model_learns_as_it_did(family: str, monkeypatch: pytest.Monk
         assert error(ours, exact_grad) < 1.2 * error(kernel, exact_grad) < 0.1
 
 
-def test_long_windows_are_few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of which is compiled by itself."""
-    sizes = []
-    monkeypatch.setattr(products, "pad", lambda part, behind: sizes.append(behind[-1]) or pad(part, behind))
-    for tokens in (150, 1100):
-        query, key, value = (torch.randn(1, 1, tokens, 8).bfloat16().requires_grad_() for _ in range(3))
-        products_attention(nn.Module(), query, key, value, None)[0].sum().backward()
-    assert sizes[::2] == [22, 0] + [1100 - stop for stop in (138, 276, 414, 552, 690, 828, 966, 1100)]
+def test_long_windows_go_to_the_kernel_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of these each tile would be compiled by itself, and hold tables of as many keys."""
+    applied = []
+    apply = products._Products.apply
+    monkeypatch.setattr(products._Products, "apply", lambda *args: applied.append(1) or apply(*args))
+    for tokens, expected in ((1024, [1]), (1025, [1])):
+        query, key, value = torch.randn(3, 1, 1, tokens, 8).bfloat16()
+        products_attention(nn.Module(), query, key, value, None)
+        assert applied == expected
+
+
+def test_an_older_kernel_is_asked_for_no_grouped_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products._Products, "apply", lambda *_: pytest.fail("it takes them for others"))
+    monkeypatch.setattr(products, "_KNOWS_GROUPS", False)
+    module: Any = nn.Module()
+    module.num_key_value_groups = 2
+    query, key, value = (torch.randn(1, heads, 5, 8).bfloat16() for heads in (4, 2, 2))
+    assert products_attention(module, query, key, value, None)[0].shape == (1, 5, 4, 8)
+
+
+def test_a_folded_model_whose_attention_asks_for_torch_s_by_name_keeps_it() -> None:
+    """Falcon's would take another name for none, and a boolean mask for numbers to add."""
+    model: Any = tiny_model("falcon").bfloat16()
+    plan = FoldPlan.create(source_model_of(model), removed=[1], groups=[Group(blocks=(2, 3))])
+    fold_(model, plan)
+    assert type(model).__name__ == "FoldedFalconForCausalLM"
+    with fast_attention(model):
+        assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize(
@@ -186,6 +208,9 @@ def test_other_calls_go_to_the_kernel_of_torch(attention: Any, what: str, monkey
 
 def test_it_is_not_used_where_the_kernel_is_fast_or_another_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = tiny_model("llama")
+    with fast_attention(model):
+        assert model.config._attn_implementation == "sdpa", "of float32"
+    model = model.bfloat16()
     model.set_attn_implementation("eager")
     with fast_attention(model):
         assert model.config._attn_implementation == "eager"

@@ -227,6 +227,14 @@ def test_an_unknown_setting_of_the_recovery_is_refused_before_anything_runs(reci
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("name", "value"), [("norms", 0), ("rank", True), ("minutes", True), ("lm", False)])
+def test_a_switch_is_no_number_and_a_number_no_switch(name: str, value: object) -> None:
+    recipe = Recipe.from_dict({"model": "m", "recover": {"num_tokens": 64, "settings": {name: value}}})
+    wanted = "true or false" if name == "norms" else "neither true nor false"
+    with pytest.raises(UsageError, match=rf"recover\.settings\.{name} must be {wanted}, not {value}"):
+        Workbench(recipe)
+
+
 @pytest.mark.parametrize(
     ("change", "gap"),
     [

@@ -232,3 +232,8 @@ def test_a_single_step_trains(tmp_path: Path) -> None:
     plan = FoldPlan.create(source_model_of(teacher), removed=[2])
     result = recovered_by(teacher, plan, tmp_path / "out", RecoverySettings(), windows=(2, 4))
     assert [entry["learning_rate"] for entry in result.history if "learning_rate" in entry] == [1e-3]
+
+
+def test_what_overflowed_on_the_way_is_no_number_of_the_record() -> None:
+    """JSON has none for it, so the model that was trained could not be saved."""
+    assert RECOVER._finite({"step": 1, "grad_norm": float("inf"), "loss": 2.0}) == {"step": 1, "loss": 2.0}

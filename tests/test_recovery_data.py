@@ -190,6 +190,13 @@ def test_no_document_is_held_out_and_trained_on(tmp_path: Path) -> None:
         pack(other, str(tmp_path / "*.jsonl"))
     with pytest.raises(UsageError, match="demo:wikipedia is given twice"):
         pack("demo:wikipedia", "demo:wikipedia")
+    for one, another in (
+        ("hub:a/b", "hub:a/b?revision=main"),
+        ("hub:a/b?split=train[:50%25]", "hub:a/b"),
+        ("self:", "self:?seed=0"),
+    ):
+        with pytest.raises(UsageError, match="have a text in common: a document"):
+            pack(one, another)
     assert not (tmp_path / "ids").exists()
     pack(text, other)
     both = tmp_path / "both.jsonl"

@@ -227,6 +227,8 @@ def test_what_is_kept_meanwhile_does_not_lie_where_the_model_will(tmp_path: Path
             recovered_on(train, out, **{name: out / inside})
     with pytest.raises(UsageError, match=r"out lies in work, .*, which is removed in the end"):
         recovered_on(train, out, work=tmp_path)
+    with pytest.raises(UsageError, match=r"states lies in work, .*work, which is removed in the end"):
+        recovered_on(train, out, work=tmp_path / "work", teacher_cache=tmp_path / "work" / "states")
     assert not list(tmp_path.iterdir())
 
 

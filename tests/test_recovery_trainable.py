@@ -298,6 +298,7 @@ def test_private_terms_alone_need_some() -> None:
         ({"rank": None}, "rank must be a whole number, not None"),
         ({"patience": 1.5}, "patience must be a whole number, not 1.5"),
         ({"norms": 0}, "norms must be true or false, not 0"),
+        ({"compile": True, "states": 1.0, "states_at": "all"}, "compile with states_at=all: each block would"),
         ({"kl": True}, "kl must be a number, not True"),
         ({"learning_rate": "1e-3"}, "learning_rate must be a number, not '1e-3'"),
         ({"kl": 0.0, "lm": 1.0, "temperature": 2.0}, "temperature is 2.0, but it is of the loss kl"),

@@ -377,10 +377,15 @@ def _recovery_settings(recipe: Recipe) -> RecoverySettings:
         if "minutes" in values:
             raise UsageError("recover: give minutes once, not in settings as well")
         values["minutes"] = recipe.recover.minutes
-    known = {field.name for field in fields(RecoverySettings)}
-    for name in values:
+    known = {field.name: field for field in fields(RecoverySettings)}
+    for name, value in values.items():
         if name not in known:
             raise UsageError(f"recovery has no setting {name!r}.{did_you_mean(name, known)}")
+        # It would be taken for 1 or 0, and they for it.
+        is_switch = known[name].type == "bool"
+        if isinstance(value, bool) != is_switch and not isinstance(value, str):
+            wanted = "true or false" if is_switch else "neither true nor false"
+            raise UsageError(f"recover.settings.{name} must be {wanted}, not {value!r}")
     try:
         return TypeAdapter(RecoverySettings).validate_python(values)
     except ValidationError as error:

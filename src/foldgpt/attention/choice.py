@@ -32,7 +32,7 @@ def fast_attention(*models: nn.Module | None, compiled: bool = False) -> Iterato
     changed: list[Any] = []
     name = _fastest(compiled)
     if name is not None:
-        changed = [model for model in models if model is not None and _uses_sdpa(model)]
+        changed = [model for model in models if model is not None and _is_for(model)]
     for model in changed:
         model.set_attn_implementation(name)
     try:
@@ -49,6 +49,12 @@ def _fastest(compiled: bool) -> str | None:
     if not getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)():
         return _TILES
     return _PRODUCTS if compiled else None
+
+
+def _is_for(model: Any) -> bool:
+    """Whether a model computes in bf16 on the CPU, and by torch's attention."""
+    weight = model.get_input_embeddings().weight
+    return weight.dtype == torch.bfloat16 and weight.device.type in ("cpu", "meta") and _uses_sdpa(model)
 
 
 def _uses_sdpa(model: Any) -> bool:

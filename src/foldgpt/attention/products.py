@@ -12,14 +12,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from foldgpt.attention.calls import is_plain
 
-#: Queries in a tile, and tiles at most: each is compiled by itself.
-_TILE, _MOST_TILES = 128, 8
+#: Queries in a tile.
+_TILE = 128
+#: Longer windows go to torch's kernel: each tile is compiled by itself, holds tables of as many keys, and gains less.
+_MOST_TOKENS = 1024
+#: Before, the kernel took the key heads of grouped queries for as many as there are queries' heads.
+_KNOWS_GROUPS = Version(torch.__version__) >= Version("2.9")
 
 
 def products_attention(
@@ -35,8 +40,9 @@ def products_attention(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, as in `tiled_attention`."""
     if (
-        query.shape[2] == 1
+        not 1 < query.shape[2] <= _MOST_TOKENS
         or query.shape[-1] != value.shape[-1]
+        or not (_KNOWS_GROUPS or query.shape[1] == key.shape[1])
         or not is_plain(module, query, key, value, attention_mask, dropout, is_causal, more)
     ):
         found: tuple[Tensor, None] = sdpa_attention_forward(
@@ -78,11 +84,10 @@ class _Products(torch.autograd.Function):
         query_and = torch.cat([query, *_in_two(-logsumexp.unsqueeze(-1) / scaling)], -1)
         grad_and = torch.cat([grad, *_in_two(-mean)], -1)
         places = torch.arange(tokens, device=query.device)
-        tile = max(_TILE, -(-tokens // _MOST_TILES))
         grad_query = []
         grad_key, grad_value = (torch.zeros(part.shape, device=query.device) for part in (key_XTD, value_XTD))
-        for start in range(0, tokens, tile):
-            stop = min(start + tile, tokens)
+        for start in range(0, tokens, _TILE):
+            stop = min(start + _TILE, tokens)
             many = heads * query.shape[0] // shared * (stop - start)
             query_XMC, grad_XMC = (
                 part[:, :, start:stop].reshape(shared, many, size + 2) for part in (query_and, grad_and)

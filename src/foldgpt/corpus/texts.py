@@ -222,8 +222,11 @@ def _column_of(spec: str) -> str:
 
 def _overlap(spec: str, other: str) -> bool:
     """Whether two text specs are of the same text, or have a file in common."""
-    if spec == other or (spec.startswith("hub:") and other.startswith("hub:") and _rows_of(spec) == _rows_of(other)):
+    if spec == other:
         return True
+    for kind, are_one in (("hub:", _are_of_the_same_rows), (SELF, _are_the_same_samples)):
+        if spec.startswith(kind) and other.startswith(kind):
+            return are_one(spec, other)
     if any(each.startswith(NOT_FILES) for each in (spec, other)):
         return False
     try:
@@ -431,11 +434,24 @@ def _hub_text(spec: str) -> Text:
     return Text(f"hub:{name}?{urlencode(options, safe='/:')}", "\n\n", read, lambda: spec)
 
 
+def _are_of_the_same_rows(spec: str, other: str) -> bool:
+    """Whether two specs mean rows of a hub data set in common; of two different parts of a split it is not known."""
+    (name, options), (other_name, others) = _rows_of(spec), _rows_of(other)
+    if (name, options.get("config")) != (other_name, others.get("config")):
+        return False
+    splits = [each["split"] for each in (options, others)]
+    wholes = [split.partition("[")[0] for split in splits]
+    return wholes[0] == wholes[1] and (splits[0] == splits[1] or any(split in wholes for split in splits))
+
+
 def _rows_of(spec: str) -> tuple[str, dict[str, str]]:
-    """Name and options that say which rows of a hub data set are meant."""
+    """Name and options of a hub data set; all its revisions are taken for one."""
     name, _, query = spec.removeprefix("hub:").partition("?")
-    options = {"split": "train", **dict(parse_qsl(query))}
-    return name, {key: value for key, value in options.items() if key != "column"}
+    return name, {"split": "train", **dict(parse_qsl(query))}
+
+
+def _are_the_same_samples(spec: str, other: str) -> bool:
+    return Sampling.parse(spec) == Sampling.parse(other)
 
 
 def absolute(spec: str) -> str:

@@ -276,6 +276,12 @@ class FoldedMixin:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         apply_layout_(self, config.fold_layout)  # type: ignore[arg-type]
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """As of the source's class: transformers looks for it in the file of the class, which is this one."""
+        source_class: Any = next(base for base in cls.__mro__[1:] if not issubclass(base, FoldedMixin))
+        return bool(source_class._can_set_attn_implementation())
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the code that loads the checkpoint is saved with it."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,9 @@ def compiled_blocks(*models: nn.Module | None) -> Iterator[None]:
             block.compile(backend=_BACKEND)
         # All blocks have their code in common, and of that 8 variants at most are compiled by default: kinds of
         # attention, what is trained in a block, with and without gradients.
-        with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
+        # What DDP would divide a graph by, to send gradients sooner, is no larger than a block; and older versions of
+        # torch refuse to divide one with autograd functions in it.
+        with torch._dynamo.config.patch(recompile_limit=_VARIANTS, optimize_ddp=False):
             yield
     finally:
         for block in blocks:

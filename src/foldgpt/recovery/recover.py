@@ -273,9 +273,14 @@ def _trained(
         num_trained=num_trained,
         seconds=round(trainer.clock.seconds, 1),
         # But for transformers' summary, which is of the steps since the last interruption alone.
-        history=[entry for entry in state.log_history if "train_runtime" not in entry],
+        # Nor what overflowed in 16 bits, whose step was not made.
+        history=[_finite(entry) for entry in state.log_history if "train_runtime" not in entry],
         settings=dataclasses.asdict(settings),
     )
+
+
+def _finite(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if not isinstance(value, float) or math.isfinite(value)}
 
 
 def _made_trainable(

@@ -133,6 +133,11 @@ class RecoverySettings:
             raise UsageError("nothing is asked of the student's output: set kl, lm, last_error or last_cosine")
         if not (self.rank or self.norms or self.private_terms or self.train_fully != "none"):
             raise UsageError("nothing is trained: set rank, norms, private_terms or train_fully")
+        if self.compile and self.states and self.states_at == "all":
+            raise UsageError(
+                "compile with states_at=all: each block would be compiled by itself. Compare states at cuts, or do "
+                "without compile"
+            )
         self._check_idle()
 
     def _check_idle(self) -> None:

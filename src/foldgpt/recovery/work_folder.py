@@ -18,7 +18,7 @@ _IDENTITY = "identity.json"
 def check_apart(out: Path, **folders: str | Path | None) -> None:
     """Refuse folders that lie where the recovered model is to be: with them in it, it could not be saved.
 
-    Nor may it lie in `work`, which is removed in the end.
+    Nor may it or another lie in `work`, which is removed in the end.
 
     Args:
         out: where it will be.
@@ -33,8 +33,11 @@ def check_apart(out: Path, **folders: str | Path | None) -> None:
                 f"{name} is {folder}, and {out} is where the recovered model will be: choose another folder"
             )
     work = folders.get("work")
-    if work is not None and out.resolve().is_relative_to(Path(work).resolve()):
-        raise UsageError(f"{out} lies in work, {work}, which is removed in the end: choose another folder")
+    if work is None:
+        return
+    for folder in (out, *(folder for name, folder in folders.items() if name != "work")):
+        if folder is not None and Path(folder).resolve().is_relative_to(Path(work).resolve()):
+            raise UsageError(f"{folder} lies in work, {work}, which is removed in the end: choose another folder")
 
 
 def prepare(folder: Path, identity: dict[str, Any], *, replace: bool = False) -> None:
