@@ -160,15 +160,15 @@ def check_search_tokens(given: int | None, recipe: Recipe, *, analyses: bool) ->
             f"--search-tokens with the selector {method!r}, which measures nothing on them: leave it out, or "
             f"--select one of {', '.join(sorted(MEASURED))}"
         )
-    if given < context:
-        raise UsageError(
-            f"--search-tokens is {given:,}, and a window has {context:,} (calibration.context): give at least "
-            f"{context:,}, or shorter windows (--context)"
-        )
     if given > there:
         raise UsageError(
             f"--search-tokens is {given:,}, and the calibration text has {there:,} (calibration.num_tokens): give at "
             f"most {there:,}, or more of them"
+        )
+    if given < context:
+        raise UsageError(
+            f"--search-tokens is {given:,}, and a window has {context:,} (calibration.context): give at least "
+            f"{context:,}, or shorter windows (--context)"
         )
 
 

@@ -51,8 +51,8 @@ class Measured:
         reused: text in full → what the model was made by on it as well ("calibration", "training"): a figure on it is
             no test.
         stored_in: number format of the weight files, such as "bfloat16"; "GGUF" of such a file, whatever is in it.
-        model: which model it is: a folder, a file or a name on the hub. None where that is not known, as in results of
-            earlier versions.
+        model: which model it is: a folder, a file or a name on the hub. None of the model of a run, which is the run's
+            own, and in results of earlier versions.
         revision: its revision on the hub, if one was given.
     """
 

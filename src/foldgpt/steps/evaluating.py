@@ -33,7 +33,7 @@ def make_source_evaluation(bench: Workbench) -> Evaluation:
 def make_evaluation_before_recovery(bench: Workbench, folded: Path) -> Evaluation:
     """Measure what a folded model predicts before it is trained: what the training is worth is seen beside it."""
     model = bench.load(folded, str(folded))
-    subject = Subject("folded", model.model, folded, model.tokenizer, spec=str(folded))
+    subject = Subject("folded", model.model, folded, model.tokenizer)
     return evaluate(subject, **_tests(bench), speed=False, memory=False)
 
 
@@ -71,9 +71,10 @@ def make_evaluation(
     baseline = None
     if compare and (source is None or speed):
         baseline = _source_of(bench, _baseline_name(bench, place) if source is None else source.name)
-    alone = recipe.revision if not compare else None
+    # That of a run is the run's, and another run with the same inputs may take over what was measured.
+    spec, revision = (str(folded), None if compare else recipe.revision) if source is None else (None, None)
     return evaluate(
-        Subject(_what_is(place), measured.model, place, measured.tokenizer, spec=str(folded), revision=alone),
+        Subject(_what_is(place), measured.model, place, measured.tokenizer, spec, revision),
         baseline,
         **_tests(bench),
         speed=speed,
