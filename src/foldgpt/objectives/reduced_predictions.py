@@ -73,8 +73,10 @@ class ReducedPredictions:
                 logits_RV = logits_RV / temperature
             p_RV = logits_RV.softmax(-1)
             p_RK, tokens_RK = p_RV.topk(min(LIKELIEST, head.vocab_size), -1)
-            mean_RH = (_wide_product(p_RV.scatter_(-1, tokens_RK, 0.0), weight_VH) * head.factor).to(dtype)
-            cross_R = _cross(logits_RV, tokens_RK, p_RK)
+            mean_RH = _mean(p_RV.scatter_(-1, tokens_RK, 0.0).mul_(head.factor), weight_VH, dtype)
+            # logsumexp(z) without another table.
+            total_R = logits_RV.gather(-1, tokens_RK[:, :1]).squeeze(-1) - p_RK[:, 0].log()
+            cross_R = total_R - (p_RK * logits_RV.gather(-1, tokens_RK)).sum(-1)
             parts.append((tokens_RK, p_RK, mean_RH, cross_R - _product(mean_RH, hidden) / temperature))
         tokens_RK, p_RK, mean_RH, own_R = map(torch.cat, zip(*parts, strict=True))
         return cls(tokens_RK, p_RK, mean_RH, own_R, temperature)
@@ -132,6 +134,14 @@ class ReducedPredictions:
 def _cross(logits_RV: Tensor, tokens_RK: Tensor, p_RK: Tensor) -> Tensor:
     """logsumexp(z) − Σ p z over some tokens [R], both of the same table of logits."""
     return logits_RV.logsumexp(-1) - (p_RK * logits_RV.gather(-1, tokens_RK)).sum(-1)
+
+
+def _mean(p_RV: Tensor, weight_VH: Tensor, dtype: torch.dtype) -> Tensor:
+    """p W in the format that is asked for, [rows, H]."""
+    if dtype == weight_VH.dtype == torch.bfloat16:
+        # The many roundings of p are nothing beside that of the sum, and such products are ten times as fast.
+        return p_RV.bfloat16() @ weight_VH
+    return _wide_product(p_RV, weight_VH).to(dtype)
 
 
 def _wide_product(p_RV: Tensor, weight_VH: Tensor) -> Tensor:
