@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from foldgpt.attention import fast_attention, products, tiles
+from foldgpt.attention import calls, fast_attention, products, tiles
 from foldgpt.attention.products import products_attention
 from foldgpt.attention.tiles import tiled_attention
 from foldgpt.errors import UsageError
@@ -161,7 +161,7 @@ def test_a_model_computes_what_it_did(family: str, monkeypatch: pytest.MonkeyPat
 def test_the_query_of_a_decoding_step_sees_all_keys(
     keys: int, heads: int, key_heads: int, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "sdpa_attention_forward", lambda *_, **__: pytest.fail("this is made for it"))
+    monkeypatch.setattr(calls, "sdpa_attention_forward", lambda *_, **__: pytest.fail("this is made for it"))
     torch.manual_seed(0)
     query = (4 * torch.randn(2, heads, 1, sizes[0])).bfloat16()
     key, value = (4 * torch.randn(2, key_heads, keys, sizes[0])).bfloat16(), torch.randn(2, key_heads, keys, sizes[1])

@@ -94,13 +94,12 @@ def history_of(folder: Path, *, with_plan: bool = True, with_recovery: bool = Tr
     if with_plan and (folder / "plan.json").is_file():
         plan = FoldPlan.load(folder)
         calibration += [text for fit in (plan.compensation, plan.fitting) if fit is not None for text in fit.texts]
-        origin = plan.origin.get("calibration")
         # What was only measured on a text was not made by it.
         decided = plan.origin.get("selector") not in WITHOUT_TEXT or plan.groups or "candidates" in plan.origin
-        calibration += origin.get("specs") or [] if decided and isinstance(origin, Mapping) else []
-        fitted = plan.origin.get("fitted_on")
         is_fitted = plan.compensation is not None or plan.fitting is not None or "candidates" in plan.origin
-        calibration += fitted.get("specs") or [] if is_fitted and isinstance(fitted, Mapping) else []
+        for name, is_used in (("calibration", decided), ("fitted_on", is_fitted)):
+            text = plan.origin.get(name)
+            calibration += text.get("specs") or [] if is_used and isinstance(text, Mapping) else []
     result = read_recovery(folder) if with_recovery else None
     if result is not None and result.best_step:
         training.append(Training(result.text.get("texts", []), result.num_tokens_kept))

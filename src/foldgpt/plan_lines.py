@@ -50,13 +50,12 @@ def _chosen_lines(plan: FoldPlan) -> list[str]:
     # The option `seed` of a selector takes the place of the seed of all.
     seed = f", seed {given.pop('seed', origin['seed'])}" if "seed" in origin else ""
     others = "".join(f", {name}={value}" for name, value in given.items())
-    calibration = origin.get("calibration")
-    protocol = calibration.get("protocol") if isinstance(calibration, Mapping) else None
+    protocol = _protocol_of(plan, "calibration")
     what = "calibrated on"
     if origin["selector"] in WITHOUT_TEXT:
         what = "measured on"
         protocol = protocol if _cost_lines(plan) else None
-    on = f"; {what} {calibration_words(protocol)}" if isinstance(protocol, Mapping) else ""
+    on = f"; {what} {calibration_words(protocol)}" if protocol is not None else ""
     return [f"{chosen_words(plan)}{seed}{others}{on}"]
 
 
@@ -88,9 +87,8 @@ def _cost_lines(plan: FoldPlan) -> list[str]:
         what = f"removal by itself: {what}"
     compensated = bool(report.get("compensated"))
     fit = ", compensated by the quick fit of searches" if compensated else ""
-    fitted_on = plan.origin.get("fitted_on")
-    protocol = fitted_on.get("protocol") if isinstance(fitted_on, Mapping) else None
-    of = f" of {' + '.join(map(str, protocol.get('texts') or []))}" if isinstance(protocol, Mapping) else ""
+    protocol = _protocol_of(plan, "fitted_on")
+    of = f" of {' + '.join(map(str, protocol.get('texts') or []))}" if protocol is not None else ""
     lines = [
         f"{what} {report['cost']:.4f} nats per token on {report['num_tokens']:,} calibration tokens{of}{fit}; "
         f"{report['forward_equivalents']:.1f} forward passes over them, {report['seconds']:,.0f} s"
@@ -104,6 +102,13 @@ def _cost_lines(plan: FoldPlan) -> list[str]:
             f"{len(finals)} sets {finals[1]['cost']:.4f}"
         )
     return lines
+
+
+def _protocol_of(plan: FoldPlan, name: str) -> Mapping[str, Any] | None:
+    """How a text that the origin tells of under a name was read, as far as it says."""
+    text = plan.origin.get(name)
+    protocol = text.get("protocol") if isinstance(text, Mapping) else None
+    return protocol if isinstance(protocol, Mapping) else None
 
 
 def _removes_nothing(plan: FoldPlan) -> bool:

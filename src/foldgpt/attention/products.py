@@ -12,11 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from foldgpt.attention.calls import is_plain
+from foldgpt.attention.calls import in_place_of_torch_s
 
 #: Queries in a tile.
 _TILE = 128
@@ -26,30 +25,20 @@ _MOST_TOKENS = 1024
 _KNOWS_GROUPS = torch.__version__ >= "2.9"  # a version, which compares as one
 
 
-def products_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **more: Any,
-) -> tuple[Tensor, None]:
-    """Attention as transformers calls it, as in `tiled_attention`."""
-    if (
-        not 1 < query.shape[2] <= _MOST_TOKENS
-        or query.shape[-1] != value.shape[-1]
-        or not (_KNOWS_GROUPS or query.shape[1] == key.shape[1])
-        or not is_plain(module, query, key, value, attention_mask, dropout, is_causal, more)
-    ):
-        found: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **more
-        )
-        return found
-    output: Tensor = _Products.apply(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return output.transpose(1, 2).contiguous(), None
+def _serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return (
+        1 < query.shape[2] <= _MOST_TOKENS
+        and query.shape[-1] == value.shape[-1]
+        and (_KNOWS_GROUPS or query.shape[1] == key.shape[1])
+    )
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    output: Tensor = _Products.apply(query, key, value, scaling)
+    return output
+
+
+products_attention = in_place_of_torch_s(_attend, _serves)
 
 
 class _Products(torch.autograd.Function):

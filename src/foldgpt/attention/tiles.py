@@ -13,51 +13,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from torch import Tensor
 
-from foldgpt.attention.calls import is_plain
+from foldgpt.attention.calls import in_place_of_torch_s
 
 #: Queries in a tile: few enough to leave out most of what is masked, enough for an efficient product.
 _TILE = 64
 
 
-def tiled_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **more: Any,
-) -> tuple[Tensor, None]:
-    """Attention as transformers calls it.
+def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    output: Tensor = (_of_one if query.shape[2] == 1 else _Tiles.apply)(query, key, value, scaling)
+    return output
 
-    Args:
-        module: the attention module.
-        query: [B, heads, T, D].
-        key: [B, key heads, T, D]; with one query as many as there are.
-        value: as many, [B, key heads, T, E].
-        attention_mask: None where the only mask is the causal one.
-        dropout: share of probabilities that is dropped.
-        scaling: what scores are multiplied by; 1 / √D by default.
-        is_causal: whether a query sees only keys up to its own place; by default what the module says.
-        more: what other implementations understand.
 
-    Returns:
-        [B, T, heads, E], and None in place of the probabilities.
-    """
-    is_one = query.shape[2] == 1
-    if not is_plain(module, query, key, value, attention_mask, dropout, is_causal, more):
-        found: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **more
-        )
-        return found
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output: Tensor = _of_one(query, key, value, scaling) if is_one else _Tiles.apply(query, key, value, scaling)
-    return output.transpose(1, 2).contiguous(), None
+tiled_attention = in_place_of_torch_s(_attend, lambda *_: True)
 
 
 def _of_one(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -194,7 +194,7 @@ def say_what_is_not_read(given: Mapping[str, object], recipe: Recipe, *, analyse
 
 
 def _removes(recipe: Recipe) -> bool:
-    return bool(recipe.select.remove or recipe.select.remove_ratio or recipe.select.target or recipe.share.size)
+    return recipe.select.removes_anything or recipe.share.size is not None
 
 
 def _reads(recipe: Recipe, analyses: bool) -> bool:

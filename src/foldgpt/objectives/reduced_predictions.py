@@ -73,10 +73,11 @@ class ReducedPredictions:
                 logits_RV = logits_RV / temperature
             p_RV = logits_RV.softmax(-1)
             p_RK, tokens_RK = p_RV.topk(min(LIKELIEST, head.vocab_size), -1)
-            mean_RH = _mean(p_RV.scatter_(-1, tokens_RK, 0.0).mul_(head.factor), weight_VH, dtype)
+            p_RV = p_RV.scatter_(-1, tokens_RK, 0.0)
+            mean_RH = _mean(p_RV if head.factor == 1 else p_RV.mul_(head.factor), weight_VH, dtype)
             # logsumexp(z) without another table.
             total_R = logits_RV.gather(-1, tokens_RK[:, :1]).squeeze(-1) - p_RK[:, 0].log()
-            cross_R = total_R - (p_RK * logits_RV.gather(-1, tokens_RK)).sum(-1)
+            cross_R = _cross(total_R, logits_RV, tokens_RK, p_RK)
             parts.append((tokens_RK, p_RK, mean_RH, cross_R - _product(mean_RH, hidden) / temperature))
         tokens_RK, p_RK, mean_RH, own_R = map(torch.cat, zip(*parts, strict=True))
         return cls(tokens_RK, p_RK, mean_RH, own_R, temperature)
@@ -103,7 +104,7 @@ class ReducedPredictions:
             student_RV: its logits, [rows, V].
             student_RH: its hidden states after the final norm, of which they were made, [rows, H].
         """
-        cross_R = _cross(student_RV, self.tokens_RK, self.p_RK)
+        cross_R = _cross(student_RV.logsumexp(-1), student_RV, self.tokens_RK, self.p_RK)
         return cross_R - _product(self.mean_RH, student_RH) - self.own_R
 
     def kl_with_gradient(self, student_RV: Tensor, student_RH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +124,7 @@ class ReducedPredictions:
         # logsumexp(z) without another table.
         likeliest_R = tokens_RK[:, :1]
         total_R = (student_RV.gather(-1, likeliest_R) / tau - log_q.gather(-1, likeliest_R)).squeeze(-1)
-        cross_R = total_R - (self.p_RK * student_RV.gather(-1, tokens_RK)).sum(-1) / tau
+        cross_R = _cross(total_R, student_RV, tokens_RK, self.p_RK / tau)
         values = cross_R - _product(self.mean_RH, student_RH) / tau - self.own_R
         gradient_RV = log_q.exp_().scatter_add_(-1, tokens_RK, -self.p_RK)
         if tau == 1:
@@ -131,9 +132,9 @@ class ReducedPredictions:
         return values * tau**2, gradient_RV.mul_(tau), -tau * self.mean_RH
 
 
-def _cross(logits_RV: Tensor, tokens_RK: Tensor, p_RK: Tensor) -> Tensor:
+def _cross(total_R: Tensor, logits_RV: Tensor, tokens_RK: Tensor, p_RK: Tensor) -> Tensor:
     """logsumexp(z) − Σ p z over some tokens [R], both of the same table of logits."""
-    return logits_RV.logsumexp(-1) - (p_RK * logits_RV.gather(-1, tokens_RK)).sum(-1)
+    return total_R - (p_RK * logits_RV.gather(-1, tokens_RK)).sum(-1)
 
 
 def _mean(p_RV: Tensor, weight_VH: Tensor, dtype: torch.dtype) -> Tensor:
