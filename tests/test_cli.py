@@ -396,6 +396,36 @@ def test_flags_of_a_run_say_how_it_is_recovered(
     )
 
 
+@pytest.mark.parametrize("verb", ["run", "compare"])
+def test_any_key_of_a_recipe_can_be_set(
+    verb: str, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump(tiny_recipe(model, text, share={"method": "adjacent", "fit": True}))
+    )
+    seen: list[Recipe] = []
+
+    def stop(recipe: Recipe, *_: object, **__: object) -> None:
+        seen.append(recipe)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("foldgpt.pipeline.run" if verb == "run" else "foldgpt.side_by_side.compare", stop)
+    given = (verb, tmp_path / "recipe.yaml", "--out", tmp_path / "out", "-q")
+    values = (
+        "share.fit=false",
+        "evaluate.tasks=[piqa]",
+        "evaluate.data_dir=tasks",
+        "recover.settings.train_fully=none",
+    )
+    stopped = foldgpt(*given, *(part for value in values for part in ("--set", value)))
+    assert stopped.exit_code == 130, stopped.stderr
+    assert not seen[0].share.fit
+    assert (seen[0].evaluate.tasks, seen[0].evaluate.data_dir) == (["piqa"], "tasks")
+    assert seen[0].recover.settings == {"train_fully": "none"}
+    wrong = foldgpt(*given, "--set", "evaluate.task=[piqa]")
+    assert wrong.exit_code == 2 and "error: --set: evaluate.task: unknown key. Did you mean 'tasks'?" in wrong.stderr
+
+
 def test_no_default_is_promised_where_there_is_none() -> None:
     text = " ".join(foldgpt("plan", "--help").stdout.split())
     said = text.partition("--remove <int>")[2].partition("--remove-ratio <float>")[0]

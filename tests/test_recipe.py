@@ -292,3 +292,50 @@ def test_another_model_has_neither_the_revision_nor_the_trust_of_the_first() -> 
     assert (same.revision, same.trust_remote_code) == ("v1", True)
     given = recipe.changed(model="two/b", revision="v2", trust_remote_code=True)
     assert (given.revision, given.trust_remote_code) == ("v2", True)
+
+
+def test_values_are_set_at_their_keys() -> None:
+    recipe = Recipe.from_dict({"model": "m", "select": {"remove_ratio": 0.2}, "recover": {"settings": {"lm": 0.5}}})
+    changed = recipe.changed_at(
+        {
+            "seed": 3,
+            "evaluate.tasks": ["piqa"],
+            "evaluate.data_dir": "tasks",
+            "evaluate.max_windows": None,
+            "recover.settings.rank": 64,
+            "compare.rows.bi": None,
+        }
+    )
+    assert (changed.seed, changed.evaluate.tasks, changed.evaluate.data_dir) == (3, ["piqa"], "tasks")
+    assert changed.evaluate.max_windows is None and recipe.evaluate.max_windows == 40
+    assert changed.recover.settings == {"lm": 0.5, "rank": 64}
+    assert changed.compare.rows == {"bi": None}
+    assert changed.select.remove_ratio == 0.2
+
+
+def test_what_a_set_value_replaces_goes_with_it() -> None:
+    options = {"method": "gates", "remove_ratio": 0.2, "options": {"effort": 0.5}}
+    recipe = Recipe.from_dict({"model": "m", "revision": "r", "select": options})
+    other = recipe.changed_at({"select.method": "random", "select.options.seed": 1, "select.remove": 2})
+    assert (other.select.options, other.select.remove_ratio) == ({"seed": 1}, None)
+    assert other.revision == "r"
+    assert recipe.changed_at({"model": "n"}).revision is None
+    assert recipe.changed_at({"model": "n", "revision": "s"}).revision == "s"
+    assert recipe.changed_at({"select": {"remove": 3}}).select.options == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("evaluate.task", ["piqa"], "evaluate.task: unknown key. Did you mean 'tasks'?"),
+        ("evalute.tasks", ["piqa"], "evalute: unknown key. Did you mean 'evaluate'?"),
+        ("evaluate.tasks", "piqa", "evaluate.tasks: must be a list (got 'piqa')"),
+        ("evaluate.tasks.0", "piqa", "evaluate.tasks: must be a list"),
+        ("seed.first", 1, "seed: "),
+        ("select.remove", 0.5, "select.remove: "),
+        ("evaluate", None, "evaluate: must hold keys and values"),
+    ],
+)
+def test_a_wrong_set_value_is_named_with_its_place(key: str, value: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"--set: {message}")):
+        Recipe.from_dict({"model": "m"}).changed_at({key: value}, "--set")

@@ -422,12 +422,36 @@ class Recipe(_Section):
         """Write the recipe, every default spelled out, as YAML."""
         write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
-    def changed_to(self, place: tuple[str, str], value: Any) -> Recipe:
-        """A copy with one value of one section set, also to None."""
-        section, name = place
-        return type(self).from_dict(
-            {**self.model_dump(mode="json"), section: {**getattr(self, section).model_dump(mode="json"), name: value}}
-        )
+    def changed_at(self, values: Mapping[str, Any], place: str = "recipe") -> Recipe:
+        """A copy with other values at places such as `evaluate.tasks` or `recover.settings.rank`; None is a value too.
+
+        Args:
+            values: keys, from the outermost to the innermost with dots between them, and what they are set to.
+            place: where these stand, for the error message.
+
+        Raises:
+            UsageError: a value is wrong, or there is no such key.
+        """
+        value = self.model_dump(mode="json")
+        if values.get("model") not in (None, self.model):
+            _forget_model_(value)
+        sections: dict[str, dict[str, Any]] = {}
+        others: list[tuple[list[str], Any]] = []
+        for key, given in values.items():
+            path = key.split(".")
+            if len(path) == 2 and isinstance(value.get(path[0]), dict):
+                sections.setdefault(path[0], {})[path[1]] = given
+            else:
+                others.append((path, given))
+        merge_sections_(value, sections)
+        for (*outer, innermost), given in others:
+            inside = value
+            for part in outer:
+                if not isinstance(inside.get(part), dict):
+                    inside[part] = {}
+                inside = inside[part]
+            inside[innermost] = given
+        return type(self).from_dict(value, place)
 
     def changed(self, **sections: Any) -> Recipe:
         """A copy with other values; `None` leaves a value as it is, a dict changes parts of a section.
@@ -437,8 +461,7 @@ class Recipe(_Section):
         """
         value = self.model_dump(mode="json")
         if sections.get("model") not in (None, self.model):
-            # A revision, and trust in code, are given to one model.
-            value.update(revision=None, trust_remote_code=False)
+            _forget_model_(value)
         parts = {}
         for name, change in sections.items():
             if isinstance(change, dict) and isinstance(value.get(name), dict):
@@ -451,6 +474,11 @@ class Recipe(_Section):
 
 #: Selectors that can be asked for either objective.
 TAKE_OBJECTIVE = frozenset(("gates", "greedy", "loo"))
+
+
+def _forget_model_(value: dict[str, Any]) -> None:
+    """Take a revision, and trust in code, out of a recipe in place: they are given to one model."""
+    value.update(revision=None, trust_remote_code=False)
 
 
 def merge_sections_(value: dict[str, Any], changes: Mapping[str, Mapping[str, Any]]) -> None:

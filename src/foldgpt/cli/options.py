@@ -167,6 +167,15 @@ RecoverSettings = Annotated[
         show_default=False,
     ),
 ]
+RecipeValues = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="KEY=VALUE of the recipe, for what has no flag, such as evaluate.speed=false or "
+        "'evaluate.tasks=[piqa, arc_easy]' (docs/recipes.md). May be repeated.",
+        show_default=False,
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
 DType = Annotated[
     str | None,

@@ -25,6 +25,7 @@ from foldgpt.cli.options import (
     Perplexity,
     Quiet,
     Rank,
+    RecipeValues,
     RecoverMinutes,
     RecoverSettings,
     RecoverTexts,
@@ -58,6 +59,7 @@ from foldgpt.cli.requests import (
     recipe_of,
     recover_of,
     select_of,
+    with_values,
 )
 from foldgpt.cli.session import session
 from foldgpt.cli.showing import show_path
@@ -105,6 +107,7 @@ def run(
     recover_minutes: RecoverMinutes = None,
     recover_set: RecoverSettings = None,
     perplexity: Perplexity = None,
+    values: RecipeValues = None,
     dtype: DType = None,
     save_dtype: SaveDType = None,
     device: Device = None,
@@ -170,7 +173,7 @@ def run(
             ),
             "evaluate": {"texts": perplexity},
         }
-        whole = recipe_of(**changes) if base is None else base.changed(**changes)
+        whole = with_values(recipe_of(**changes) if base is None else base.changed(**changes), values)
         check_search_tokens(search_tokens, whole, analyses=True)
         check_objective(objective, whole)
         check_recovers({"text": recover_text, "minutes": recover_minutes, "set": recover_set}, whole)
@@ -201,6 +204,7 @@ def compare(
     remove_ratio: RemoveRatio = None,
     target: Target = None,
     recover_tokens: RecoverTokens = None,
+    values: RecipeValues = None,
     dtype: DType = None,
     save_dtype: SaveDType = None,
     device: Device = None,
@@ -221,7 +225,7 @@ def compare(
         from foldgpt.recipe import Recipe
 
         _check_dry_run(dry_run, tflops, devices)
-        whole = Recipe.load(recipe).changed(
+        changed = Recipe.load(recipe).changed(
             model=model,
             revision=revision,
             dtype=dtype,
@@ -233,6 +237,7 @@ def compare(
             select={"remove": remove, "remove_ratio": remove_ratio, "target": target},
             recover={"num_tokens": recover_tokens},
         )
+        whole = with_values(changed, values)
 
         if dry_run:
             _dry_run(whole, compare=True, tflops=tflops, devices=devices, as_json=as_json)

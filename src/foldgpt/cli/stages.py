@@ -312,7 +312,7 @@ def evaluate(
                 "speed": speed,
                 "memory": memory,
             },
-        ).changed_to(("evaluate", "max_windows"), max_windows or None)
+        ).changed_at({"evaluate.max_windows": max_windows or None})
         bench = Workbench(recipe)
         evaluation = steps.make_evaluation(bench, folder, compare=baseline is not None)
         written = {**evaluation.to_dict(), "environment": describe_environment()}

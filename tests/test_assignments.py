@@ -1,0 +1,48 @@
+"""NAME=VALUE of a command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from foldgpt.assignments import assignments
+from foldgpt.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("32", 32),
+        ("5e-4", 5e-4),
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("None", None),
+        ("none", "none"),
+        ("cuts", "cuts"),
+        ("", ""),
+        ("a=b", "a=b"),
+        ("[piqa, arc_easy]", ["piqa", "arc_easy"]),
+        ("{remove: 3}", {"remove": 3}),
+        ("2M", "2M"),
+    ],
+)
+def test_a_value_is_what_it_looks_like(written: str, value: Any) -> None:
+    found = assignments([f"name={written}"])["name"]
+    assert found == value and type(found) is type(value)
+
+
+def test_of_a_name_that_is_given_twice_the_last_counts() -> None:
+    assert assignments(["rank=1", "lm=0", "rank=2"]) == {"rank": 2, "lm": 0}
+
+
+@pytest.mark.parametrize("written", ["rank", "=3"])
+def test_what_is_no_assignment_is_refused(written: str) -> None:
+    with pytest.raises(UsageError, match="--option takes NAME=VALUE, not"):
+        assignments([written], "--option")
+
+
+def test_a_list_that_does_not_end_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"--set tasks=\[piqa: a list or a mapping is to be written as in YAML"):
+        assignments(["tasks=[piqa"])
