@@ -106,7 +106,7 @@ def test_a_plan_is_not_put_where_it_would_pass_for_that_of_a_model(model: Path, 
 def test_a_rank_that_no_matrix_has_is_refused_before_the_search(
     how: tuple[str, ...], model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "select", lambda *_: pytest.fail("searched"))
+    monkeypatch.setattr(planning.selecting, "select", lambda *_: pytest.fail("searched"))
     made = foldgpt(
         *("plan", model, "--text", text, *CALIBRATION, "--select", "last", "--remove", 1, "--share", *how),
         *("--rank", 1000, "--out", tmp_path / "plan.json"),
@@ -162,7 +162,7 @@ def test_a_plan_that_failed_behind_its_analysis_does_not_sweep_again(
     arguments += ("--compensate", "none", "--out", tmp_path / "plan.json")
     monkeypatch.setattr(sweep, "_CHECKPOINT_SECONDS", 0.0)
     with monkeypatch.context() as patched:
-        patched.setattr(planning, "select", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(planning.selecting, "select", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert foldgpt(*arguments).exit_code == 130
     (left,) = tmp_path.iterdir()
     assert left.match(".plan.json.*.analysis")
@@ -295,7 +295,7 @@ def test_a_plan_tells_the_text_it_is_fitted_on_from_that_of_its_analysis(
 def test_an_interruption_says_how_it_goes_on(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "select", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(planning.selecting, "select", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     arguments = ("--text", text, *CALIBRATION, "--select", "last", "--remove", 1, "-q", "--out", tmp_path / "plan.json")
     stopped = foldgpt("plan", model, *arguments)
     assert stopped.exit_code == 130

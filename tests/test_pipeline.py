@@ -224,7 +224,7 @@ def test_a_block_that_must_attend_stays_removed(
 def test_neighbours_that_lack_the_sublayer_do_not_share_it(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "select", lambda *_: Selection("loo", None, (), (), removed_mlp=(2, 3)))
+    monkeypatch.setattr(planning.selecting, "select", lambda *_: Selection("loo", None, (), (), removed_mlp=(2, 3)))
     select = {"method": "loo", "remove": 1, "sublayers": True}
     bench = Workbench(Recipe.from_dict(tiny_recipe(*inputs, select=select, share={"method": "adjacent"})))
     plan = planned(bench)

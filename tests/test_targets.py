@@ -144,7 +144,7 @@ def test_a_search_that_goes_on_has_the_same_end_whatever_the_clock_says_now(
     monkeypatch.setattr(budget, "seconds_of", lambda *_: Share("seconds", next(times), (0.011,) * 6))
     recipe, checkpoint = recipe_with(inputs, "decode=80ms", method="last"), tmp_path / "search.json"
     with monkeypatch.context() as patched:
-        patched.setattr(planning, "select", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(planning.selecting, "select", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             planning.make_selection(Workbench(recipe), None, checkpoint)
     selection = planning.make_selection(Workbench(recipe), None, checkpoint)

@@ -41,7 +41,7 @@ _ROWS = 32
 #: Kinds of attention that a GGUF file marks as sliding.
 _SLIDING = ("sliding_attention", "chunked_attention")
 #: Text that is there wherever foldgpt is; which one it is does not matter.
-_MODULES = ("foldgpt.artifacts", "foldgpt.plan", "foldgpt.pipeline", "foldgpt.recipe", "foldgpt.planning")
+_MODULES = ("foldgpt.plan", "foldgpt.pipeline", "foldgpt.recipe", "foldgpt.side_by_side", "foldgpt.workbench")
 
 
 @dataclass(frozen=True)
