@@ -6,6 +6,7 @@ READY := $(VENV)/.ready
 
 # Caches of libraries stay inside the environment too; only the demo downloads are kept elsewhere (see README).
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/cache/matplotlib
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/cache/torch_extensions
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:

@@ -14,7 +14,7 @@ import forked
 from foldgpt.artifacts import read_json
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan, Group
-from foldgpt.recovery import RecoveryResult, RecoverySettings, TrainingWindows, recover
+from foldgpt.recovery import RecoveryResult, RecoverySettings, TrainingWindows, compiled, recover
 from models import tiny_model
 
 #: What a process of its own said, beside what it made.
@@ -64,6 +64,12 @@ def step_losses(history: list[dict[str, float]]) -> dict[int, float]:
 def recover_by(folder: Path, changes: dict[str, Any]) -> None:
     """A tiny recovery, for a process of its own."""
     tiny_recovery(folder, **changes)
+
+
+def recover_compiled(folder: Path, changes: dict[str, Any]) -> None:
+    """The same with compiled blocks and losses, by a compiler of graphs that needs none of C++."""
+    compiled._BACKEND = "aot_eager"
+    tiny_recovery(folder, **{"compile": True, **changes})
 
 
 def run(

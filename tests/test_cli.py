@@ -20,7 +20,7 @@ from rich.console import Console
 import foldgpt as package
 import report_inputs
 from cli_case import CALIBRATION, foldgpt
-from foldgpt import hub, progress
+from foldgpt import hub, progress, steps
 from foldgpt.cache import cache_folder
 from foldgpt.errors import ArtifactError
 from foldgpt.plan import FoldPlan, SourceModel
@@ -559,6 +559,21 @@ def test_json_is_alone_on_standard_output(model: Path, text: Path, tmp_path: Pat
     made = foldgpt("analyze", model, "--text", text, *CALIBRATION, "--out", tmp_path, "--json")
     assert len(json.loads(made.stdout)["bi"]) == 6
     assert "loading" in made.stderr
+
+
+def test_what_a_library_prints_is_no_part_of_the_result(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = steps.make_analysis
+
+    def noisy(*arguments: Any) -> Any:
+        print("[WARNING] no accelerator")  # noqa: T201
+        return make(*arguments)
+
+    monkeypatch.setattr(steps, "make_analysis", noisy)
+    made = foldgpt("analyze", model, "--text", text, *CALIBRATION, "--out", tmp_path, "--json")
+    assert made.exit_code == 0 and len(json.loads(made.stdout)["bi"]) == 6
+    assert "[WARNING] no accelerator" in made.stderr
 
 
 def test_schema_describes_every_key(tmp_path: Path) -> None:

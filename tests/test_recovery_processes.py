@@ -16,7 +16,7 @@ from cli_case import foldgpt
 from foldgpt.errors import UsageError
 from foldgpt.plan import FoldPlan, SourceModel
 from foldgpt.recovery.trainer import RecoveryTrainer
-from recovery_case import SAID, run, step_losses, tiny_recovery
+from recovery_case import SAID, recover_compiled, run, step_losses, tiny_recovery
 from run_inputs import tiny_source, tiny_text
 from sharded_case import VARIABLES, recover_sharded
 
@@ -36,6 +36,14 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     for step, loss in step_losses(one.history).items():
         assert step_losses(two["history"])[step] == pytest.approx(loss, rel=1e-5)
     assert two["after"]["loss"] == pytest.approx(one.after["loss"], rel=1e-5)
+
+
+def test_two_processes_that_compile_give_the_losses_of_one(tmp_path: Path) -> None:
+    changes = {"windows": 16, "train_fully": "cuts"}
+    one = run(tmp_path / "one", changes, 1, recover_compiled)
+    two = run(tmp_path / "two", changes, 2, recover_compiled)
+    assert step_losses(two["history"]) == pytest.approx(step_losses(one["history"]), rel=1e-5)
+    assert two["after"]["loss"] == pytest.approx(one["after"]["loss"], rel=1e-5)
 
 
 def test_two_processes_of_the_command_line_give_the_losses_of_one(tmp_path: Path) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
+from foldgpt.cli.standard_output import results, say
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -27,7 +26,7 @@ def _console(width: int | None = None) -> Console:
     """A console that prints names as they are: brackets and colons in them are no markup."""
     from rich.console import Console
 
-    return Console(width=width, markup=False, emoji=False)
+    return Console(width=width, file=results(), markup=False, emoji=False)
 
 
 def _width() -> int:
@@ -141,16 +140,16 @@ def print_comparison(comparison: Comparison, *, as_json: bool) -> None:
         if table.row_count:
             print_shown(table)
     for line in notes_of(comparison):
-        typer.echo(line)
+        say(line)
 
 
 def print_paths(paths: list[Path]) -> None:
     """Print what was written, a line each."""
     for path in paths:
-        typer.echo(str(path))
+        say(str(path))
 
 
 def print_json(value: Any) -> None:
     """Print a value as JSON."""
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
-    sys.stdout.write("\n")
+    json.dump(value, results(), indent=2, ensure_ascii=False)
+    results().write("\n")

@@ -63,6 +63,7 @@ from foldgpt.cli.requests import (
 )
 from foldgpt.cli.session import session
 from foldgpt.cli.showing import show_path
+from foldgpt.cli.standard_output import say
 
 if TYPE_CHECKING:
     from foldgpt.recipe import Recipe
@@ -287,4 +288,4 @@ def _dry_run(recipe: Recipe, *, compare: bool, tflops: float | None, devices: in
         return
     print_shown(expectation_table(found, teraflops=tflops, devices=devices))
     for line in expectation_lines(found, teraflops=tflops, devices=devices):
-        typer.echo(line)
+        say(line)

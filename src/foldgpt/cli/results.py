@@ -11,6 +11,7 @@ from foldgpt.cli.options import AsJson, Quiet
 from foldgpt.cli.printing import print_paths
 from foldgpt.cli.session import session
 from foldgpt.cli.showing import show_path
+from foldgpt.cli.standard_output import say
 
 
 def show(
@@ -77,9 +78,9 @@ def push(
         if dry_run:
             upload = hub.check_upload(folder, repo)
             for name, size in upload.files.items():
-                typer.echo(f"{megabytes(size):>14}  {name}")
-            typer.echo(f"{megabytes(sum(upload.files.values())):>14}  from {upload.folder} to {repo}")
+                say(f"{megabytes(size):>14}  {name}")
+            say(f"{megabytes(sum(upload.files.values())):>14}  from {upload.folder} to {repo}")
             if upload.left:
-                typer.echo(f"left out, not known as a part of a checkpoint: {', '.join(upload.left)}")
+                say(f"left out, not known as a part of a checkpoint: {', '.join(upload.left)}")
             return
-        typer.echo(hub.push(folder, repo, private=private, revision=revision, overwrite=overwrite))
+        say(hub.push(folder, repo, private=private, revision=revision, overwrite=overwrite))

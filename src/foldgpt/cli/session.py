@@ -13,6 +13,7 @@ from pathlib import Path
 import typer
 
 from foldgpt.cli.flags import in_flags
+from foldgpt.cli.standard_output import results_alone
 
 #: What is said after an interruption: of what goes on, and of what begins anew.
 AGAIN, ANEW = "The same command goes on from the last checkpoint, if there is one.", "Nothing half-written is left."
@@ -101,7 +102,8 @@ def _results_once() -> Iterator[None]:
     from foldgpt.progress import is_first_process
 
     if is_first_process():
-        yield
+        with results_alone():
+            yield
         return
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         yield

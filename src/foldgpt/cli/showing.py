@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from foldgpt.cli.printing import (
     print_analysis,
     print_comparison,
@@ -19,6 +17,7 @@ from foldgpt.cli.printing import (
     print_recovery,
     print_target,
 )
+from foldgpt.cli.standard_output import say
 
 if TYPE_CHECKING:
     from foldgpt.analysis import Analysis
@@ -74,7 +73,7 @@ def _say_if_unfinished(folder: Path) -> None:
     run = RunFolder(folder)
     if not run.is_finished:
         made = ", ".join(run.seconds) or "none"
-        typer.echo(f"This run is not finished (stages that are done: {made}). To go on: {run.to_go_on}")
+        say(f"This run is not finished (stages that are done: {made}). To go on: {run.to_go_on}")
 
 
 def _as_json(name: str, value: Any) -> Any:

@@ -231,7 +231,7 @@ def _trained(
             minutes=settings.minutes,
             callbacks=[] if settings.patience is None else [EarlyStoppingCallback(settings.patience)],
         )
-        _check_sharded(trainer, student)
+        _check_launcher(trainer, student)
         keep_logs_(trainer.callback_handler.callbacks, logs)
         if settings.scale_rate != 1:
             trainer.learn_at(settings.scale_rate, trained_scales(student, plan))
@@ -319,11 +319,29 @@ def _to_the_end(
     return train.first(ended_at * settings.batch_size)
 
 
-def _check_sharded(trainer: RecoveryTrainer, student: Any) -> None:
+def _check_launcher(trainer: RecoveryTrainer, student: Any) -> None:
+    """Refuse what a launcher may ask for and would not end in the student that is to be saved.
+
+    Raises:
+        UsageError: says what to ask for instead.
+    """
     if trainer.is_fsdp_enabled and (getattr(student.config, "fold_layout", None) or {}).get("borrowed"):
         raise UsageError(
             "FSDP gathers a block's weights while it runs, and here positions borrow those of other blocks: "
             "train a model with shared weights on one device, or with DDP"
+        )
+    deepspeed = trainer.accelerator.state.deepspeed_plugin
+    if deepspeed is None:
+        return
+    if deepspeed.zero_stage == 3:
+        raise UsageError(
+            "DeepSpeed's ZeRO of stage 3 takes the student apart and does not put it together again: shard it by FSDP, "
+            "or ask for stage 1 or 2 (zero_stage)"
+        )
+    if trainer.accelerator.mixed_precision != "no":
+        raise UsageError(
+            f"DeepSpeed in {trainer.accelerator.mixed_precision} puts what is trained into 16 bits, in which small "
+            "updates are lost: set mixed_precision to no, and load both models in bfloat16"
         )
 
 
