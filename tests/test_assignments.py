@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -43,6 +44,7 @@ def test_what_is_no_assignment_is_refused(written: str) -> None:
         assignments([written], "--option")
 
 
-def test_a_list_that_does_not_end_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"--set tasks=\[piqa: a list or a mapping is to be written as in YAML"):
-        assignments(["tasks=[piqa"])
+@pytest.mark.parametrize("written", ["[piqa", "[piqa] arc_easy", "[2026-13-01]", "{a: b: c}"])
+def test_what_is_no_list_or_mapping_is_refused(written: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"--set tasks={written}: a list or a mapping is to be written")):
+        assignments([f"tasks={written}"])

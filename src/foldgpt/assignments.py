@@ -28,7 +28,7 @@ def assignments(given: Iterable[str], flag: str = "--set") -> dict[str, Any]:
             raise UsageError(f"{flag} takes NAME=VALUE, not {pair!r}")
         try:
             found[name] = _value(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # yaml lets errors of what looks like a date through
             problem = getattr(error, "problem", None) or error
             raise UsageError(f"{flag} {pair}: a list or a mapping is to be written as in YAML, and {problem}") from None
     return found
