@@ -21,7 +21,8 @@ from foldgpt.selection import RemovalCost, Request, Units, checkpoint, select
 from foldgpt.selection.cost import Sample
 from foldgpt.selection.gated_pass import gradient_equivalents
 from foldgpt.selection.gating import hard_concrete, score_function, smoothed
-from foldgpt.selection.gating.gates import gates_options, greedy_equivalents
+from foldgpt.selection.gating.allowance import greedy_equivalents
+from foldgpt.selection.gating.gates import gates_options
 from foldgpt.selection.gating.hard_concrete import HardConcrete
 from foldgpt.selection.gating.score_function import ScoreFunction, draw, log_probability
 from foldgpt.selection.gating.smoothed import SmoothedL0

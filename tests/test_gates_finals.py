@@ -17,9 +17,9 @@ from foldgpt import pipeline
 from foldgpt.recipe import Recipe
 from foldgpt.selection import RemovalCost, Request, select
 from foldgpt.selection.folded_cost import FoldedCost
+from foldgpt.selection.gating.allowance import greedy_equivalents
 from foldgpt.selection.gating.finals import Final, Round
 from foldgpt.selection.gating.further_text import FurtherText, _divided, windows_of_finals
-from foldgpt.selection.gating.gates import greedy_equivalents
 from foldgpt.selection.gating.refine import Refinement
 from foldgpt.selection.units import Removed
 from models import tiny_model, token_ids
@@ -135,7 +135,7 @@ def test_what_is_found_around_the_winner_is_paid_from_the_allowance(
     far_request: Request, monkeypatch: pytest.MonkeyPatch, effort: float, finds: bool
 ) -> None:
     """Refinement sees a part of the windows here, and what it finds is measured on all of them."""
-    monkeypatch.setattr("foldgpt.selection.gating.gates._REFINEMENT_TOKENS", 64)
+    monkeypatch.setattr("foldgpt.selection.gating.stage_samples._REFINEMENT_TOKENS", 64)
     monkeypatch.setattr(FurtherText, "_measure", lambda self, ids_WT: _Liked({0, 4, 5}))
     found: list[int] = []
     around = Refinement.around
@@ -419,7 +419,7 @@ def test_nothing_is_left_for_finals_of_fewer_than_two(long_request: Request) -> 
 def test_what_was_refined_on_a_part_of_the_windows_is_judged_on_all_of_them_and_paid_for(
     long_request: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("foldgpt.selection.gating.gates._REFINEMENT_TOKENS", 64)
+    monkeypatch.setattr("foldgpt.selection.gating.stage_samples._REFINEMENT_TOKENS", 64)
     model = long_request.model
     ids = token_ids(model, (64, 32))
     request = replace(long_request, ids_WT=ids, further_ids_WT=None, options={"effort": 0.3})
@@ -434,6 +434,6 @@ def test_what_was_refined_on_a_part_of_the_windows_is_judged_on_all_of_them_and_
 def test_as_many_sets_as_finals_take_are_measured_on_all_windows(
     long_request: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("foldgpt.selection.gating.gates._REFINEMENT_TOKENS", 256)
+    monkeypatch.setattr("foldgpt.selection.gating.stage_samples._REFINEMENT_TOKENS", 256)
     request = replace(long_request, compensate=True, options={"effort": 5.0})
     assert len(select("gates", request).report["finals"]) == 6

@@ -9,19 +9,19 @@ otherwise.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from foldgpt.artifacts import with_infinity, without_infinity
 from foldgpt.errors import UsageError, did_you_mean
 from foldgpt.progress import bar
 from foldgpt.selection.checkpoint import Checkpoint
-from foldgpt.selection.cost import PARTS, RemovalCost, Sample
+from foldgpt.selection.cost import RemovalCost, Sample
 from foldgpt.selection.gated_pass import gradient_equivalents
+from foldgpt.selection.gating.allowance import Allowance
 from foldgpt.selection.gating.estimator import Estimator
 from foldgpt.selection.gating.finals import Final, Round
 from foldgpt.selection.gating.further_text import FurtherText
@@ -29,8 +29,9 @@ from foldgpt.selection.gating.hard_concrete import HardConcrete
 from foldgpt.selection.gating.refine import Refinement
 from foldgpt.selection.gating.score_function import NOISE, SAMPLES, ScoreFunction
 from foldgpt.selection.gating.smoothed import SmoothedL0
+from foldgpt.selection.gating.stage_samples import StageSamples
 from foldgpt.selection.gating.surrogate import Measurement, Surrogate, log_of
-from foldgpt.selection.greedy import greedy_passes, removal_passes
+from foldgpt.selection.greedy import greedy_passes
 from foldgpt.selection.measured import leave_one_out, ranked, selection_of
 from foldgpt.selection.selection import Request, Selection
 from foldgpt.selection.units import Removed, Units
@@ -55,8 +56,6 @@ _MOST_EFFORT = 1_000_000
 _SCORES_UNTIL, _LEARNING_UNTIL, _LEARNING_UNTIL_COMPENSATED = 0.225, 0.54, 0.4
 #: Share of the allowance that a glance at all runs of neighbouring blocks may take.
 _GLANCE = 0.08
-#: Refinement measures on a quarter of the windows, or on those that hold this many tokens if that is more.
-_REFINEMENT_TOKENS = 8192
 #: So many sets that refinement likes best, and as many as finals take, are measured on all windows.
 _FINALISTS = 3
 
@@ -129,9 +128,8 @@ class _Search:
         fresh: dict[str, Any] = {"samples": [], "set_up_again": 0.0, "waited": 0}
         fresh |= {name: [] for name in ("scores", "trace", "runs", "known", "num_known", "judged", "stages")}
         self._progress: dict[str, Any] = {**fresh, **self._checkpoint.found}
-        self._samples_before = [tuple(sample) for sample in self._progress["samples"]]
-        self._set_up_again_before: float = self._progress["set_up_again"]
-        self._allowance: float = options["effort"] * greedy_equivalents(cost)
+        self._allowance = Allowance(cost, options["effort"], self._progress)
+        self._samples = StageSamples(cost, learns_from_sets=options["estimator"] == "score")
 
     def run(self) -> Selection:
         """All stages."""
@@ -180,7 +178,7 @@ class _Search:
             return known
         everything = self._cost.everything
         whole = self._cost.predicted_equivalents(len(self._cost.units), everything)
-        batches = int(self._cost.num_batches * _SCORES_UNTIL * self._allowance / whole)
+        batches = int(self._cost.num_batches * _SCORES_UNTIL * self._allowance.passes / whole)
         batches = max(1, min(batches, self._cost.num_batches))
 
         def keep(scores: list[float]) -> None:
@@ -191,7 +189,7 @@ class _Search:
 
     def _learn(self, scores: Sequence[float]) -> Estimator:
         """Gates, learned until they are settled or their share of the allowance is spent."""
-        estimator = self._estimator(scores, self._learning_samples)
+        estimator = self._estimator(scores, self._samples.learning)
         if "estimator" in self._progress:
             estimator.restore(self._progress["estimator"])
         trace = self._progress["trace"]
@@ -199,7 +197,7 @@ class _Search:
         with bar("learning gates", self._options["steps"]) as progress:
             progress.advance(len(trace))
             while len(trace) < self._options["steps"] and not estimator.has_settled():
-                if self._spent() + (one_more if trace else 0.0) > self._learning_until:
+                if self._allowance.spent + (one_more if trace else 0.0) > self._learning_until:
                     break
                 value = estimator.step()
                 keep = [round(p, 4) for p in estimator.keep_probabilities().tolist()]
@@ -214,7 +212,7 @@ class _Search:
             return ScoreFunction(self._cost, samples, scores, seed=self._seed)
         if "num_steps" not in self._progress:
             step = sum(gradient_equivalents(self._cost, sample) for sample in samples) / len(samples)
-            affordable = int((self._learning_until - self._spent()) / step)
+            affordable = int((self._learning_until - self._allowance.spent) / step)
             # Kept: schedules run over all steps, those before an interruption included.
             self._progress["num_steps"] = max(1, min(self._options["steps"], affordable))
         num_steps: int = self._progress["num_steps"]
@@ -236,10 +234,10 @@ class _Search:
             self._save(now=now)
 
         # Of a few windows all are one sample.
-        learned_there = self._learning_samples[0] is self._refinement_sample
+        learned_there = self._samples.learning[0] is self._samples.refinement
         refinement = Refinement(
             self._cost,
-            self._refinement_sample,
+            self._samples.refinement,
             keep_probabilities_U=probabilities_U,
             surrogate=Surrogate(scores, units.per_block),
             measurements=[*drawn, *at_a_glance],
@@ -251,22 +249,26 @@ class _Search:
         own = units.fill(ranked(probabilities_U.tolist()))
         start = {own, units.fill(ranked(scores)), *(measurement.removed for measurement in drawn)}
         # By what is the same after an interruption.
-        for_finals = self._further.reserve(self._allowance, start)
+        for_finals = self._further.reserve(self._allowance.passes, start)
         most = max(_FINALISTS, self._further.most if for_finals else 0)
-        left = self._allowance - for_finals - self._price_of_judging(most)
+        left = self._allowance.passes - for_finals - self._samples.price_of_judging(most)
 
-        search = partial(refinement.search, start, own, self._spent_beyond(left), runs=runs)
+        search = partial(
+            refinement.search, start, own, self._allowance.spent_beyond(left, self._samples.refinement), runs=runs
+        )
         measured = self._measured(0, refinement, search, keep)
         centers = {_best(measured)}
         known = self._judged(measured, most)
         finalists = self._finals(0, known, ())
-        limit = partial(self._further.level_cost, sample=self._refinement_sample)
+        limit = partial(self._further.level_cost, sample=self._samples.refinement)
         # What wins on further text may not be the set whose swaps were looked at.
         while finalists and (center := finalists[0].removed) not in centers:
             centers.add(center)
-            left = self._allowance - self._further.price(center) - self._price_of_judging(most)
+            left = self._allowance.passes - self._further.price(center) - self._samples.price_of_judging(most)
             number = len(centers) - 1
-            look_around = partial(refinement.around, center, limit, self._spent_beyond(left))
+            look_around = partial(
+                refinement.around, center, limit, self._allowance.spent_beyond(left, self._samples.refinement)
+            )
             known |= self._judged(self._measured(number, refinement, look_around, keep), most)
             found = self._finals(number, known, [final.removed for final in finalists])
             if not found:
@@ -280,8 +282,8 @@ class _Search:
         The regression has seen scattered blocks, and cannot tell which runs are the likeliest.
         """
         runs = sorted(spans_of_blocks, key=sorted)
-        first = self._learning_samples[0]
-        if self._cost.predicted_equivalents(len(runs), first) > _GLANCE * self._allowance:
+        first = self._samples.learning[0]
+        if self._cost.predicted_equivalents(len(runs), first) > _GLANCE * self._allowance.passes:
             return []
         known: list[float] = self._progress["runs"]
         for run in runs[len(known) :]:
@@ -303,7 +305,7 @@ class _Search:
 
     def _judged(self, known: Mapping[Removed, float], most: int) -> dict[Removed, float]:
         """The best of some sets, with their costs on all windows."""
-        if self._judges_everything:
+        if self._samples.refines_on_everything:
             return dict(known)
         judged = {frozenset(found): value for found, value in self._progress["judged"]}
         best = sorted(known, key=lambda found: known[found])[:most]
@@ -323,8 +325,9 @@ class _Search:
             stages[number:] = [[found.to_json_dict() for found in past]]
             self._save()
 
-        left = self._spent_left
-        return self._further.finals(known, left, past, keep, earlier=earlier, incumbents=incumbents)
+        return self._further.finals(
+            known, lambda: self._allowance.left, past, keep, earlier=earlier, incumbents=incumbents
+        )
 
     # ------------------------------------------------------------------------------------------- bookkeeping
 
@@ -333,71 +336,17 @@ class _Search:
         """What may be spent when the gates have been learned."""
         has_finals = self._request.compensate and self._options["refine"]
         share = _LEARNING_UNTIL_COMPENSATED if has_finals else _LEARNING_UNTIL
-        return share * self._allowance
-
-    @cached_property
-    def _learning_samples(self) -> list[Sample]:
-        """What gates are learned on, in turn: a micro-batch, or as many as a compensation needs to tell sets apart.
-
-        Fitted on a window or less, it is another one than all that comes after it sees, and favours other sets.
-        """
-        batches = number = self._cost.num_batches
-        if self._request.compensate and self._options["estimator"] == "score":
-            number = max(1, batches // math.ceil(PARTS / self._cost.replay.batch_size))
-        edges = [k * batches // number for k in range(number + 1)]
-        return [self._cost.sample(start, stop) for start, stop in itertools.pairwise(edges)]
+        return share * self._allowance.passes
 
     def _price_of_step(self, estimator: Estimator) -> float:
         """What one more step of learning takes at most; nothing where the number of steps is planned."""
         if not isinstance(estimator, ScoreFunction):
             return 0.0
-        return max(self._cost.predicted_equivalents(SAMPLES, sample) for sample in self._learning_samples)
-
-    @property
-    def _refinement_sample(self) -> Sample:
-        batches = self._cost.num_batches
-        share = max(0.25, _REFINEMENT_TOKENS / self._cost.replay.ids_WT.numel())
-        if self._request.compensate:
-            share = max(share, PARTS / self._cost.replay.num_windows)
-        return self._cost.sample(0, min(batches, math.ceil(batches * share)))
-
-    @property
-    def _judges_everything(self) -> bool:
-        return self._refinement_sample is self._cost.everything
-
-    def _price_of_judging(self, number: int) -> float:
-        """What measuring so many sets on all windows takes, where refinement sees a part of them."""
-        return 0.0 if self._judges_everything else self._cost.predicted_equivalents(number, self._cost.everything)
-
-    def _spent_beyond(self, allowance: float) -> Callable[[], bool]:
-        """Whether one more set of refinement would be too much."""
-        one = self._cost.predicted_equivalents(1, self._refinement_sample)
-        return lambda: self._spent() + one > allowance
-
-    def _spent_left(self) -> float:
-        return self._allowance - self._spent()
-
-    def _spent(self) -> float:
-        """Of the allowance. What a resumed search sets up anew is not: interruptions should not shorten it."""
-        return self._cost.forward_equivalents - self._set_up_again
-
-    @property
-    def _set_up_again(self) -> float:
-        """What was set up more than once, all interruptions together."""
-        return self._set_up_again_before + self._cost.set_up_again(self._samples_before)
+        return max(self._cost.predicted_equivalents(SAMPLES, sample) for sample in self._samples.learning)
 
     def _save(self, *, now: bool = False) -> None:
-        self._progress["samples"] = sorted({*self._samples_before, *self._cost.samples})
-        self._progress["set_up_again"] = self._set_up_again
+        self._progress |= self._allowance.progress()
         self._checkpoint.save(self._progress, now=now)
-
-
-def greedy_equivalents(cost: RemovalCost) -> float:
-    """What greedy removal of the same budget would count in forward passes."""
-    units = cost.units
-    removals = units.target * len(units) / sum(units.sizes)
-    head = cost.predicted_equivalents(1, cost.everything, share_run=0)
-    return removal_passes(len(units), removals, head=head)
 
 
 def gates_passes(request: Request, head: float) -> float:
