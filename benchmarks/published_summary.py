@@ -2,7 +2,7 @@
 
 cd benchmarks/results
 python ../published_summary.py published_smollm2-135m_20.json published_*_all.json published_*_300k.json \\
-    published_*_1m.json
+    published_*_1m.json recovered_whole_tasks_smollm2-135m.json
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from foldgpt.artifacts import write_text
+from foldgpt.artifacts import read_json, write_text
 from foldgpt.comparison import Comparison, difference_text, title_of
 from foldgpt.figures import save_figure
 
@@ -31,9 +31,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     found = sorted(
-        ((path, Comparison.load(path)) for path in arguments.results), key=lambda one: (one[1].model, removed(one[1]))
+        ((path, Comparison.load(path)) for path in arguments.results),
+        key=lambda one: (one[1].model, removed(one[1]), one[1].recovery_tokens),
     )
-    draw([comparison for _, comparison in found], arguments.out / arguments.name)
+    draw(found, arguments.out / arguments.name)
     write_text(arguments.out / f"{arguments.name}.md", as_markdown(found))
     print(as_markdown(found))
 
@@ -42,13 +43,19 @@ def removed(comparison: Comparison) -> int:
     return len(comparison.methods[1].removed)
 
 
-def heading(comparison: Comparison) -> str:
-    """As in "smollm2-135m, 6 blocks removed (−20% of the parameters in blocks), trained on 50,000 tokens"."""
+def heading(path: Path, comparison: Comparison) -> str:
+    """As in "smollm2-135m, 6 blocks removed (−20% of the parameters in blocks), 50,000 tokens, all blocks trained"."""
     model = comparison.model.rpartition(":")[2]
     source, first = (method.figures["block_parameters"] for method in comparison.methods[:2])
     assert source and first
     saved = f"−{1 - first / source:.0%} of the parameters in blocks"
-    return f"{model}, {removed(comparison)} blocks removed ({saved}), trained on {comparison.recovery_tokens:,} tokens"
+    # The first result is of before the recipe stood beside it; it trained all blocks.
+    settings = read_json(path).get("recipe", {}).get("recover", {}).get("settings", {})
+    trained = "blocks behind the first cut" if settings.get("train_blocks") == "behind" else "all blocks"
+    return (
+        f"{model}, {removed(comparison)} blocks removed ({saved}), {comparison.recovery_tokens:,} tokens, "
+        f"{trained} trained"
+    )
 
 
 def as_markdown(found: list[tuple[Path, Comparison]]) -> str:
@@ -57,7 +64,7 @@ def as_markdown(found: list[tuple[Path, Comparison]]) -> str:
         texts = comparison.texts
         heads = [part for text in texts for part in (f"perplexity, {text}", "against bi")]
         lines = [
-            f"## {heading(comparison)}\n",
+            f"## {heading(path, comparison)}\n",
             f"| | blocks removed | {' | '.join(heads)} | accuracy | against bi, points | minutes |",
             "|---" * (5 + len(heads)) + "|",
         ]
@@ -88,18 +95,18 @@ def as_markdown(found: list[tuple[Path, Comparison]]) -> str:
     return "\n".join(parts)
 
 
-def draw(comparisons: list[Comparison], path_stem: Path) -> None:
+def draw(found: list[tuple[Path, Comparison]], path_stem: Path) -> None:
     """Perplexity of each row, a panel for each comparison and text: hollow as folded, filled once trained."""
-    columns = max(len(comparison.texts) for comparison in comparisons)
-    heights = [0.5 + 0.23 * len(drawn_rows(comparison)) for comparison in comparisons]
+    columns = max(len(comparison.texts) for _, comparison in found)
+    heights = [0.5 + 0.23 * len(drawn_rows(comparison)) for _, comparison in found]
     figure = Figure(figsize=(4.6 * columns, 0.9 + sum(heights)), layout="constrained")
-    panels = figure.subplots(len(comparisons), columns, squeeze=False, height_ratios=heights)
-    for line, comparison in zip(panels, comparisons, strict=True):
+    panels = figure.subplots(len(found), columns, squeeze=False, height_ratios=heights)
+    for line, (path, comparison) in zip(panels, found, strict=True):
         for axes in line[len(comparison.texts) :]:
             axes.set_axis_off()
         for number, (axes, text) in enumerate(zip(line, comparison.texts, strict=False)):
             draw_panel(axes, comparison, text)
-            axes.set_title(f"{'' if number else heading(comparison)}\n{text}", fontsize=8, loc="left")
+            axes.set_title(f"{'' if number else heading(path, comparison)}\n{text}", fontsize=8, loc="left")
             if number:
                 axes.set_yticklabels([])
     figure.supxlabel("perplexity, log scale; hollow: folded, filled: trained; dotted: source", fontsize=8)
