@@ -47,6 +47,34 @@ def test_without_a_compiler_nothing_is_begun(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("has_amx", "settings", "tokens", "is_said"),
+    [
+        (True, {}, 128, True),
+        (True, {"compile": True}, 128, False),
+        (True, {"states": 1.0, "states_at": "all"}, 128, False),
+        (True, {}, 64, False),
+        (False, {}, 128, False),
+    ],
+)
+def test_it_is_said_where_compiling_would_pay(
+    has_amx: bool,
+    settings: dict[str, Any],
+    tokens: int,
+    is_said: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("foldgpt.recovery.compiled._BACKEND", "eager")
+    monkeypatch.setattr("foldgpt.recovery.compiled.computes_by_amx", lambda _: has_amx)
+    student = tiny_pair()[0]
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    monkeypatch.setattr("foldgpt.recovery.compiled._PAYS_FROM", {"cpu": 128 * parameters})
+    recovered_on(TrainingWindows(tiny_windows(tokens // 16, seed=1)), tmp_path / "out", settings)
+    assert ("compiled (the setting compile=true)" in capsys.readouterr().err) == is_said
+
+
 def test_loggers_are_known_and_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
     monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)

@@ -42,6 +42,11 @@ def fast_attention(*models: nn.Module | None, compiled: bool = False) -> Iterato
             model.set_attn_implementation("sdpa")
 
 
+def computes_by_amx(model: Any) -> bool:
+    """Whether a model's matrix products in bf16 are those of a CPU with AMX, next to which all else takes long."""
+    return _is_for(model) and _fastest(compiled=True) == _PRODUCTS
+
+
 def _fastest(compiled: bool) -> str | None:
     """By the kinds of CPU on which it was measured; newer versions of torch can tell which this is."""
     if not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():

@@ -9,11 +9,15 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import nn
 
+from foldgpt.attention import computes_by_amx
 from foldgpt.errors import UsageError, first_line
 from foldgpt.families import decoder_of
 
 _BACKEND = "inductor"
 _VARIANTS = 64
+#: Parameters × tokens from which what compiling saves (docs/recovery.md) is more than the minute that it takes: three
+#: tenths of a step on a CPU with AMX, and a quarter on a GPU.
+_PAYS_FROM = {"cpu": 2.7e13, "cuda": 3e15}
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -32,6 +36,19 @@ def check_compiler(device: torch.device) -> None:
         raise UsageError(
             f"torch.compile does not work on {device} here; train without compile. {first_line(error)}"
         ) from error
+
+
+def would_pay(model: nn.Module, num_tokens: int) -> bool:
+    """Whether a training on so many tokens would be done sooner if it were compiled.
+
+    Args:
+        model: the student, where it is trained.
+        num_tokens: the training tokens.
+    """
+    weight = next(model.parameters())
+    knows = weight.device.type == "cuda" or computes_by_amx(model)
+    work = sum(parameter.numel() for parameter in model.parameters()) * num_tokens
+    return knows and work >= _PAYS_FROM[weight.device.type]
 
 
 def compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -24,7 +24,7 @@ from foldgpt.plan import FoldPlan
 from foldgpt.progress import note, quiet_libraries
 from foldgpt.recovery.callbacks import step_of_end
 from foldgpt.recovery.common import common_blocks
-from foldgpt.recovery.compiled import check_compiler, compiled_blocks
+from foldgpt.recovery.compiled import check_compiler, compiled_blocks, would_pay
 from foldgpt.recovery.cuts import check_plan_suits
 from foldgpt.recovery.distillation import Distillation
 from foldgpt.recovery.dropout import without_dropout
@@ -125,6 +125,8 @@ def recover(
     check_device(device)
     if settings.compile:
         check_compiler(device)
+    elif settings.can_compile and would_pay(student, train.ids_WT.numel()):
+        note("compiled (the setting compile=true) this training would take less time: see docs/recovery.md")
     pairs = check_plan_suits(plan, settings)
     args, train = _arguments(settings, train, work, cpu=device.type == "cpu", report_to=report_to)
     is_main = args.process_index == 0
