@@ -17,11 +17,14 @@ from foldgpt.objectives import (
     Head,
     ReducedPredictions,
     Teaching,
+    compare_for_compiler,
     compare_products,
+    compiled_losses,
     cosine_distance,
     divergence,
     forward_kl,
     fused_logit_losses,
+    product_rows,
     relative_error,
 )
 from models import head_of, tiny_model
@@ -66,12 +69,15 @@ def test_certain_models_that_disagree_give_finite_gradients(kind: Divergence) ->
 def comparison(how: str) -> Any:
     """As it is, or as a compiler sees it."""
     torch._dynamo.reset()
-    return compare_products if how == "plainly" else torch.compile(compare_products, backend="aot_eager")
+    return compare_products if how == "plainly" else torch.compile(compare_for_compiler, backend="aot_eager")
 
 
 @pytest.mark.parametrize("how", ["plainly", "traced"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
-def test_the_fused_losses_are_those_of_full_logits(family: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "tau"), [("reverse", 2.0), ("forward", 2.0), ("forward", 1.0)])
+def test_the_fused_losses_are_those_of_full_logits(
+    family: str, how: str, kind: Divergence, tau: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Soft-capping and factors of the head included, with chunks that do not divide the rows."""
     monkeypatch.setattr(divergence, "CHUNK_BYTES", 4 * VOCABULARY * 3)
     compare = comparison(how)
@@ -82,7 +88,7 @@ def test_the_fused_losses_are_those_of_full_logits(family: str, how: str, monkey
     targets = torch.randint(0, VOCABULARY, (ROWS,))
     hidden = states[1].clone().requires_grad_()
     logits = student_head.logits(hidden)
-    expected_kl = plain_divergence("reverse", teacher_head.logits(states[0]), logits, 2.0, 0.1)
+    expected_kl = plain_divergence(kind, teacher_head.logits(states[0]), logits, tau, 0.1)
     expected_lm = cross_entropy(logits, targets, reduction="sum")
     (expected_gradient,) = torch.autograd.grad(0.5 * expected_kl + 3 * expected_lm, hidden)
 
@@ -92,7 +98,7 @@ def test_the_fused_losses_are_those_of_full_logits(family: str, how: str, monkey
         fresh,
         targets,
         teacher=(teacher_head, states[0]),
-        divergence=DivergenceLoss("reverse", temperature=2.0),
+        divergence=DivergenceLoss(kind, temperature=tau),
         divergence_weight=0.5,
         lm_weight=3,
         compare=compare,
@@ -249,3 +255,41 @@ def test_hidden_losses_count_each_token_alike() -> None:
     torch.testing.assert_close(
         cosine_distance(*near).double(), cosine_distance(*(states.double() for states in near)), rtol=1e-2, atol=1e-7
     )
+
+
+@pytest.mark.parametrize(("kl", "lm"), [(0.7, 0.0), (0.0, 0.5), (0.7, 0.5)])
+def test_losses_for_a_compiler_are_the_others(kl: float, lm: float) -> None:
+    """Each by itself and both, where models are certain and disagree as well, in chunks that do not divide the rows."""
+    model = tiny_model("llama").bfloat16()
+    head = Head(model)
+    teacher, student = (30 * torch.randn(2, ROWS, 32)).bfloat16()
+    targets = torch.randint(0, VOCABULARY, (ROWS,))
+    found = []
+    for compare, rows in ((compare_products, None), (compare_for_compiler, 3)):
+        hidden = student.clone().requires_grad_()
+        total, *parts = fused_logit_losses(
+            head,
+            hidden,
+            targets,
+            teacher=(head, teacher) if kl else None,
+            divergence=DivergenceLoss() if kl else None,
+            divergence_weight=kl,
+            lm_weight=lm,
+            compare=compare,
+            rows=rows,
+        )
+        total.backward()
+        assert hidden.grad is not None and bool(hidden.grad.isfinite().all())
+        found.append((total.detach(), *parts, hidden.grad))
+    torch.testing.assert_close(found[1][:3], found[0][:3], rtol=1e-5, atol=1e-5)
+    # A gradient of bf16 products.
+    torch.testing.assert_close(found[1][3], found[0][3], rtol=2e-2, atol=1e-4)
+
+
+def test_as_many_rows_are_compared_as_their_products_have_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = Head(tiny_model("llama"))
+    monkeypatch.setattr(compiled_losses, "PRODUCT_BYTES", 4 * VOCABULARY * 9)
+    assert product_rows(head) == 8
+    assert product_rows(Head(tiny_model("llama").bfloat16())) == 16
+    monkeypatch.setattr(compiled_losses, "PRODUCT_BYTES", 1)
+    assert product_rows(head) == 1

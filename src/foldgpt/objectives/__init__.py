@@ -1,5 +1,6 @@
 """How far a folded model's predictions are from its source's, computed without a full table of logits."""
 
+from foldgpt.objectives.compiled_losses import compare_for_compiler, product_rows
 from foldgpt.objectives.divergence import cross_entropy, forward_kl
 from foldgpt.objectives.fused_logits import Teaching, compare_products, fused_logit_losses
 from foldgpt.objectives.head import Head
@@ -15,10 +16,12 @@ __all__ = [
     "ReducedPredictions",
     "SourcePredictions",
     "Teaching",
+    "compare_for_compiler",
     "compare_products",
     "cosine_distance",
     "cross_entropy",
     "forward_kl",
     "fused_logit_losses",
+    "product_rows",
     "relative_error",
 ]

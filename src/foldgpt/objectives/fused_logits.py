@@ -21,7 +21,7 @@ from foldgpt.objectives.reduced_predictions import ReducedPredictions
 #: left of them for a student with the same head.
 Teaching = tuple[Head, Tensor] | ReducedPredictions
 #: The same of one chunk of rows, with the head's products, [rows, V], in place of hidden states.
-_Taught = tuple[Head, Tensor] | ReducedPredictions
+Taught = tuple[Head, Tensor] | ReducedPredictions
 #: `compare_products`, or what does the same.
 Comparison = Callable[..., tuple[Tensor | float, Tensor | float, Tensor | None, Tensor | None]]
 
@@ -31,7 +31,7 @@ def compare_products(
     student_RV: Tensor,
     student_RH: Tensor,
     targets_R: Tensor,
-    teacher: _Taught | None,
+    teacher: Taught | None,
     divergence: DivergenceLoss | None,
     divergence_weight: float,
     lm_weight: float,
@@ -86,6 +86,7 @@ def fused_logit_losses(
     divergence_weight: float = 1.0,
     lm_weight: float = 0.0,
     compare: Comparison = compare_products,
+    rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum of a divergence from the teacher and the language-modelling loss, summed over rows.
 
@@ -100,7 +101,8 @@ def fused_logit_losses(
         divergence: how the two are compared; None leaves the teacher out.
         divergence_weight: its weight.
         lm_weight: weight of the language-modelling loss.
-        compare: what does as `compare_products` does, which compiled takes half the time.
+        compare: what does as `compare_products` does.
+        rows: how many are compared at once; by default as many as are whose logits fill one chunk in fp32.
 
     Returns:
         The weighted sum, differentiable with respect to `student_RH`; and for the record, without gradient, the
@@ -116,7 +118,7 @@ def fused_logit_losses(
                 f"the predictions were reduced at temperature {teacher.temperature}, not {divergence.temperature}"
             )
     total, kl, lm = _Fused.apply(
-        student_RH, student_head, targets_R, teacher, divergence, divergence_weight, lm_weight, compare
+        student_RH, student_head, targets_R, teacher, divergence, divergence_weight, lm_weight, compare, rows
     )
     return total, kl, lm
 
@@ -133,18 +135,19 @@ class _Fused(torch.autograd.Function):
         divergence_weight: float,
         lm_weight: float,
         compare: Comparison,
+        num_rows: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_gradient = ctx.needs_input_grad[0]
         # Sums over many rows, in fp64 so that the cut into chunks does not show.
         kl, lm = (torch.zeros((), dtype=torch.float64, device=student_RH.device) for _ in range(2))
         gradient_RH = torch.zeros_like(student_RH) if wants_gradient else None
-        size = chunk_rows(student_head)
+        size = num_rows or chunk_rows(student_head)
         for start in range(0, len(student_RH), size):
             rows = slice(start, start + size)
             hidden = student_RH[rows].detach().requires_grad_(wants_gradient)
             with torch.set_grad_enabled(wants_gradient):
                 product_RV = student_head.product(hidden)
-            of_teacher: _Taught | None = None
+            of_teacher: Taught | None = None
             if divergence is not None and teacher is not None:
                 if isinstance(teacher, ReducedPredictions):
                     of_teacher = teacher[rows]
@@ -174,4 +177,4 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_RH,) = ctx.saved_tensors
-        return (gradient_RH * grad_outputs[0].to(gradient_RH.dtype), *([None] * 7))
+        return (gradient_RH * grad_outputs[0].to(gradient_RH.dtype), *([None] * 8))

@@ -68,6 +68,12 @@ class Head:
         return gradient_RV
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of one product."""
+        size: int = self._output.weight.element_size()
+        return size
+
+    @property
     def linear(self) -> nn.Linear | None:
         """The head's matrix where logits are linear in the hidden states (up to `factor`); None otherwise."""
         return self._output if isinstance(self._output, nn.Linear) and not self._cap else None

@@ -76,7 +76,8 @@ class _LoraProduct(torch.autograd.Function):
         inner_TR = output_TO @ b
         input_TI = None
         if ctx.needs_input_grad[0]:
-            input_TI = (output_TO @ weight_OI).addmm_(inner_TR, a).view_as(x)
+            # Of the very weights that the forward pass had.
+            input_TI = (output_TO @ torch.addmm(weight_OI, b, a)).view_as(x)
         wide = torch.promote_types(x.dtype, torch.float32)
         grad_a = (inner_TR.T @ x_TI).to(wide)
         grad_b = (output_TO.T @ (x_TI @ a.T)).to(wide) * ctx.scale
