@@ -42,6 +42,8 @@ def tiny_pair(family: str = "llama", shared: bool = True, **changes: Any) -> tup
 def tiny_recovery(folder: Path, **changes: Any) -> RecoveryResult:
     """Recover it into `folder / "recovered"`."""
     student, teacher, plan = tiny_pair(shared=bool(changes.pop("shared", True)))
+    if changes.pop("bf16", False):
+        student, teacher = student.bfloat16(), teacher.bfloat16()
     cache = changes.pop("teacher_cache", None)
     given = {"batch_size": 4, "micro_batch_size": 2, "evaluate_every": 3, "rank": 4, "learning_rate": 3e-3, **changes}
     return recover(

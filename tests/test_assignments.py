@@ -27,6 +27,9 @@ from foldgpt.errors import UsageError
         ("[piqa, arc_easy]", ["piqa", "arc_easy"]),
         ("{remove: 3}", {"remove": 3}),
         ("2M", "2M"),
+        ('"12345678"', "12345678"),
+        ("'[a]'", "[a]"),
+        ("NULL", None),
     ],
 )
 def test_a_value_is_what_it_looks_like(written: str, value: Any) -> None:
@@ -44,7 +47,13 @@ def test_what_is_no_assignment_is_refused(written: str) -> None:
         assignments([written], "--option")
 
 
-@pytest.mark.parametrize("written", ["[piqa", "[piqa] arc_easy", "[2026-13-01]", "{a: b: c}"])
+@pytest.mark.parametrize(
+    "written",
+    ["[piqa", "[piqa] arc_easy", "[2026-13-01]", "{a: b: c}", "{a: 1, a: 2}", "[!!bool maybe]", "[" * 5000],
+    ids=lambda written: written[:9],
+)
 def test_what_is_no_list_or_mapping_is_refused(written: str) -> None:
-    with pytest.raises(UsageError, match=re.escape(f"--set tasks={written}: a list or a mapping is to be written")):
+    with pytest.raises(
+        UsageError, match=re.escape(f"--set tasks={written}: lists, mappings and quotes are as in YAML")
+    ):
         assignments([f"tasks={written}"])

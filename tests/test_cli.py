@@ -423,7 +423,12 @@ def test_any_key_of_a_recipe_can_be_set(
     assert (seen[0].evaluate.tasks, seen[0].evaluate.data_dir) == (["piqa"], "tasks")
     assert seen[0].recover.settings == {"train_fully": "none"}
     wrong = foldgpt(*given, "--set", "evaluate.task=[piqa]")
-    assert wrong.exit_code == 2 and "error: --set: evaluate.task: unknown key. Did you mean 'tasks'?" in wrong.stderr
+    assert wrong.exit_code == 2 and "error: recipe: evaluate.task: unknown key. Did you mean 'tasks'?" in wrong.stderr
+
+
+def test_an_error_of_a_value_names_its_key(model: Path) -> None:
+    wrong = foldgpt("run", "--model", model, "--set", "select.remove=0.5", "-q")
+    assert wrong.exit_code == 2 and "select.remove (--remove): Input should be a valid integer" in wrong.stderr
 
 
 def test_no_default_is_promised_where_there_is_none() -> None:

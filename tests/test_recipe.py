@@ -296,32 +296,30 @@ def test_another_model_has_neither_the_revision_nor_the_trust_of_the_first() -> 
 
 def test_values_are_set_at_their_keys() -> None:
     recipe = Recipe.from_dict({"model": "m", "select": {"remove_ratio": 0.2}, "recover": {"settings": {"lm": 0.5}}})
-    changed = recipe.changed_at(
+    changed = recipe.changed(
         {
             "seed": 3,
             "evaluate.tasks": ["piqa"],
             "evaluate.data_dir": "tasks",
             "evaluate.max_windows": None,
             "recover.settings.rank": 64,
-            "compare.rows.bi": None,
         }
     )
     assert (changed.seed, changed.evaluate.tasks, changed.evaluate.data_dir) == (3, ["piqa"], "tasks")
     assert changed.evaluate.max_windows is None and recipe.evaluate.max_windows == 40
     assert changed.recover.settings == {"lm": 0.5, "rank": 64}
-    assert changed.compare.rows == {"bi": None}
     assert changed.select.remove_ratio == 0.2
 
 
 def test_what_a_set_value_replaces_goes_with_it() -> None:
     options = {"method": "gates", "remove_ratio": 0.2, "options": {"effort": 0.5}}
     recipe = Recipe.from_dict({"model": "m", "revision": "r", "select": options})
-    other = recipe.changed_at({"select.method": "random", "select.options.seed": 1, "select.remove": 2})
+    other = recipe.changed({"select.method": "random", "select.options.seed": 1, "select.remove": 2})
     assert (other.select.options, other.select.remove_ratio) == ({"seed": 1}, None)
     assert other.revision == "r"
-    assert recipe.changed_at({"model": "n"}).revision is None
-    assert recipe.changed_at({"model": "n", "revision": "s"}).revision == "s"
-    assert recipe.changed_at({"select": {"remove": 3}}).select.options == {}
+    assert recipe.changed({"model": "n"}).revision is None
+    assert recipe.changed({"model": "n", "revision": "s"}).revision == "s"
+    assert recipe.changed({"select": {"remove": 3}}).select.options == {}
 
 
 @pytest.mark.parametrize(
@@ -330,12 +328,65 @@ def test_what_a_set_value_replaces_goes_with_it() -> None:
         ("evaluate.task", ["piqa"], "evaluate.task: unknown key. Did you mean 'tasks'?"),
         ("evalute.tasks", ["piqa"], "evalute: unknown key. Did you mean 'evaluate'?"),
         ("evaluate.tasks", "piqa", "evaluate.tasks: must be a list (got 'piqa')"),
-        ("evaluate.tasks.0", "piqa", "evaluate.tasks: must be a list"),
-        ("seed.first", 1, "seed: "),
         ("select.remove", 0.5, "select.remove: "),
         ("evaluate", None, "evaluate: must hold keys and values"),
     ],
 )
 def test_a_wrong_set_value_is_named_with_its_place(key: str, value: Any, message: str) -> None:
-    with pytest.raises(UsageError, match=re.escape(f"--set: {message}")):
-        Recipe.from_dict({"model": "m"}).changed_at({key: value}, "--set")
+    with pytest.raises(UsageError, match=re.escape(f"options: {message}")):
+        Recipe.from_dict({"model": "m"}).changed({key: value}, place="options")
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("evaluate.tasks.0", "evaluate.tasks is [], which holds no keys; set evaluate.tasks itself"),
+        ("seed.first", "seed is 0, which holds no keys"),
+        ("compare.rows.bi", "compare.rows is null, which holds no keys"),
+    ],
+)
+def test_what_holds_no_keys_is_set_itself(key: str, message: str) -> None:
+    """No rows are all known ones, and a row that is null is what its name stands for."""
+    with pytest.raises(UsageError, match=re.escape(f"{key}: {message}")):
+        Recipe.from_dict({"model": "m"}).changed({key: 1})
+
+
+def test_rows_can_be_changed_where_there_are_some() -> None:
+    rows = {"bi": None, "mine": {"select": {"method": "loo"}}}
+    recipe = Recipe.from_dict({"model": "m", "compare": {"rows": rows}})
+    changed = recipe.changed({"compare.rows.mine.compensate.method": "none", "compare.rows.last": None}).compare.rows
+    assert changed == {
+        "bi": None,
+        "mine": {"select": {"method": "loo"}, "compensate": {"method": "none"}},
+        "last": None,
+    }
+    with pytest.raises(
+        UsageError, match=r"compare\.rows\.bi is null, which holds no keys; set compare\.rows\.bi itself"
+    ):
+        recipe.changed({"compare.rows.bi.compensate.method": "linear"})
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_part_of_what_is_set_whole_is_refused(turned: bool) -> None:
+    """Which of them holds would go by their order."""
+    values = [("recover", {"num_tokens": 1000}), ("recover.settings.rank", 3)]
+    with pytest.raises(UsageError, match=r"recover is set as a whole, and recover\.settings\.rank in it as well"):
+        Recipe.from_dict({"model": "m"}).changed(dict(values[::-1] if turned else values))
+
+
+def test_values_and_flags_are_looked_at_together() -> None:
+    recipe = Recipe.from_dict({"model": "m", "select": {"remove": 2}})
+    changed = recipe.changed({"share.fit": True}, share={"method": "adjacent", "donor": "least_squares"})
+    assert changed.share.fit and changed.share.donor == "least_squares"
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_other_blocks_may_be_more(deep: bool) -> None:
+    """What stood beside them was the number of those before."""
+    options = {"method": "blocks", "remove": 2, "options": {"blocks": [3, 4]}}
+    recipe = Recipe.from_dict({"model": "m", "select": options})
+    blocks = {"blocks": [3, 4, 5]}
+    changed = (
+        recipe.changed({"select.options.blocks": [3, 4, 5]}) if deep else recipe.changed(select={"options": blocks})
+    )
+    assert changed.select.options == blocks and changed.select.remove == 3

@@ -24,17 +24,26 @@ def by_deepspeed(folder: Path, changes: dict[str, Any], **variables: str) -> dic
     return run(folder, changes, 2, recover_by_deepspeed, **(VARIABLES | variables))
 
 
-@pytest.mark.parametrize(("stage", "shared"), [("1", True), ("2", False)])
-def test_a_student_under_deepspeed_learns_what_it_does_alone(tmp_path: Path, stage: str, shared: bool) -> None:
-    changes = {"shared": shared, **SETTINGS}
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [("1", {"shared": True}), ("2", {"shared": False}), ("2", {"shared": False, "bf16": True})],
+    ids=str,
+)
+def test_a_student_under_deepspeed_learns_what_it_does_alone(
+    tmp_path: Path, stage: str, changes: dict[str, Any]
+) -> None:
+    changes |= SETTINGS
     one = tiny_recovery(tmp_path / "one", **changes)
     two = by_deepspeed(tmp_path / "two", changes, ACCELERATE_DEEPSPEED_ZERO_STAGE=stage)
-    assert step_losses(two["history"]) == pytest.approx(step_losses(one.history), rel=1e-5)
-    assert two["after"] == pytest.approx(one.after, rel=1e-5)
+    near, rounding = (
+        (2e-3, {"rtol": 2**-6, "atol": 1e-3}) if "bf16" in changes else (1e-5, {"rtol": 1e-4, "atol": 1e-5})
+    )
+    assert step_losses(two["history"]) == pytest.approx(step_losses(one.history), rel=near)
+    assert two["after"] == pytest.approx(one.after, rel=near)
     files = [load_file(tmp_path / name / "recovered" / "model.safetensors") for name in ("one", "two")]
     assert files[0].keys() == files[1].keys()
     for name, weight in files[0].items():
-        assert weight.allclose(files[1][name], rtol=1e-4, atol=1e-5), name
+        assert weight.allclose(files[1][name], **rounding), name
 
 
 def test_its_checkpoints_are_gone_on_from_and_the_best_is_kept(tmp_path: Path) -> None:
@@ -44,7 +53,8 @@ def test_its_checkpoints_are_gone_on_from_and_the_best_is_kept(tmp_path: Path) -
     with pytest.raises(AssertionError):
         by_deepspeed(tmp_path / "two", changes, DIE_AT="6")
     assert not (tmp_path / "two" / "recovered").exists()
-    assert (tmp_path / "two" / ".recovered.recovery" / "checkpoint-6" / "complete.json").is_file()
+    checkpoint = tmp_path / "two" / ".recovered.recovery" / "checkpoint-6"
+    assert (checkpoint / "complete.json").is_file() and list(checkpoint.rglob("*optim_states.pt"))
     two = by_deepspeed(tmp_path / "two", changes)
     assert "going on at step 6" in (tmp_path / "two" / SAID).read_text(encoding="utf-8")
     assert step_losses(two["history"]) == pytest.approx(step_losses(one.history), rel=1e-3)
@@ -63,4 +73,4 @@ def test_what_would_not_end_in_the_student_is_refused(tmp_path: Path, variables:
     with pytest.raises(AssertionError):
         by_deepspeed(tmp_path, {}, **variables)
     assert message in (tmp_path / SAID).read_text(encoding="utf-8")
-    assert not (tmp_path / "recovered").exists()
+    assert not (tmp_path / "recovered").exists() and not (tmp_path / ".recovered.recovery").exists()

@@ -53,6 +53,7 @@ def test_without_a_compiler_nothing_is_begun(tmp_path: Path, monkeypatch: pytest
         (True, {}, 128, True),
         (True, {"compile": True}, 128, False),
         (True, {"states": 1.0, "states_at": "all"}, 128, False),
+        (True, {"minutes": 5.0}, 128, False),
         (True, {}, 64, False),
         (False, {}, 128, False),
     ],

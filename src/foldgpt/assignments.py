@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from foldgpt.errors import UsageError
+from foldgpt.strict_yaml import load_yaml
 
 
 def assignments(given: Iterable[str], flag: str = "--set") -> dict[str, Any]:
@@ -19,7 +20,7 @@ def assignments(given: Iterable[str], flag: str = "--set") -> dict[str, Any]:
         flag: where, for the error message.
 
     Raises:
-        UsageError: one is not of this form, or begins with a bracket and is no list or mapping.
+        UsageError: one is not of this form, or begins with a bracket or a quote and is no YAML.
     """
     found: dict[str, Any] = {}
     for pair in given:
@@ -28,22 +29,22 @@ def assignments(given: Iterable[str], flag: str = "--set") -> dict[str, Any]:
             raise UsageError(f"{flag} takes NAME=VALUE, not {pair!r}")
         try:
             found[name] = _value(value)
-        except (yaml.YAMLError, ValueError) as error:  # yaml lets errors of what looks like a date through
+        except yaml.YAMLError as error:
             problem = getattr(error, "problem", None) or error
-            raise UsageError(f"{flag} {pair}: a list or a mapping is to be written as in YAML, and {problem}") from None
+            raise UsageError(f"{flag} {pair}: lists, mappings and quotes are as in YAML, and {problem}") from None
     return found
 
 
 def _value(text: str) -> Any:
-    """A number, a truth value, nothing, a list or mapping as in YAML, or the text itself.
+    """A number, a truth value, nothing, a list, a mapping or a quoted text as in YAML, or the text itself.
 
-    `none` is text, a choice of many settings; nothing is `null` or Python's `None`.
+    `none` is text, a choice of many settings; nothing is `null` or Python's `None`. A number in quotes is text too.
     """
     for read in (int, float):
         with contextlib.suppress(ValueError):
             return read(text)
-    if text.startswith(("[", "{")):
-        return yaml.safe_load(text)
-    if text in ("null", "None"):
+    if text.startswith(("[", "{", '"', "'")):
+        return load_yaml(text)
+    if text == "None":
         return None
-    return {"true": True, "false": False}.get(text.lower(), text)
+    return {"true": True, "false": False, "null": None, "~": None}.get(text.lower(), text)

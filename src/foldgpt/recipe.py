@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,6 +25,7 @@ from foldgpt.counts import count
 from foldgpt.errors import ArtifactError, UsageError
 from foldgpt.plan import SUBLAYERS, Sublayer
 from foldgpt.sizes import size
+from foldgpt.strict_yaml import load_yaml
 from foldgpt.targets import target
 from foldgpt.validation import explain
 
@@ -284,45 +286,6 @@ class Compare(_Section):
     """Confidence of the intervals."""
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would silently take the last."""
-
-    def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
-        self._checked: set[int] = set()
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep=deep)
-        except (ValueError, KeyError, AttributeError):
-            # What looks like a date, or is said to be a number, and is none: yaml lets such errors through.
-            problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}; put text in quotes"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        # Before `<<` is resolved, which puts the keys of another mapping in front of those that are given here.
-        if id(node) not in self._checked:
-            self._checked.add(id(node))
-            self._check_keys(node)
-        super().flatten_mapping(node)
-
-    def _check_keys(self, node: yaml.MappingNode) -> None:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, (str, int, float, bool, type(None))):
-                # Such as an unfilled `{{ NAME }}` of a template.
-                problem = "a mapping or a list cannot be a key; put text with braces in quotes"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-
-
 class Recipe(_Section):
     """A whole run: which model, what is cut, how it is measured."""
 
@@ -388,7 +351,7 @@ class Recipe(_Section):
         """
         path = Path(path)
         try:
-            value = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+            value = load_yaml(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ArtifactError(f"recipe not found: {path}") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -398,8 +361,6 @@ class Recipe(_Section):
             mark = getattr(error, "problem_mark", None)
             place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
             raise UsageError(f"the recipe {path} is not valid YAML: {problem}{place}") from None
-        except RecursionError:
-            raise UsageError(f"the recipe {path} is not valid YAML: brackets in brackets without end") from None
         if not isinstance(value, dict):
             raise UsageError(
                 f"the recipe {path} must be a mapping of keys to values, such as `model: demo:smollm2-135m`"
@@ -422,63 +383,77 @@ class Recipe(_Section):
         """Write the recipe, every default spelled out, as YAML."""
         write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
-    def changed_at(self, values: Mapping[str, Any], place: str = "recipe") -> Recipe:
-        """A copy with other values at places such as `evaluate.tasks` or `recover.settings.rank`; None is a value too.
+    def changed(self, at: Mapping[str, Any] | None = None, *, place: str = "recipe", **sections: Any) -> Recipe:
+        """A copy with other values; what they replace goes with it.
 
         Args:
-            values: keys, from the outermost to the innermost with dots between them, and what they are set to.
-            place: where these stand, for the error message.
-
-        Raises:
-            UsageError: a value is wrong, or there is no such key.
-        """
-        value = self.model_dump(mode="json")
-        if values.get("model") not in (None, self.model):
-            _forget_model_(value)
-        sections: dict[str, dict[str, Any]] = {}
-        others: list[tuple[list[str], Any]] = []
-        for key, given in values.items():
-            path = key.split(".")
-            if len(path) == 2 and isinstance(value.get(path[0]), dict):
-                sections.setdefault(path[0], {})[path[1]] = given
-            else:
-                others.append((path, given))
-        merge_sections_(value, sections)
-        for (*outer, innermost), given in others:
-            inside = value
-            for part in outer:
-                if not isinstance(inside.get(part), dict):
-                    inside[part] = {}
-                inside = inside[part]
-            inside[innermost] = given
-        return type(self).from_dict(value, place)
-
-    def changed(self, **sections: Any) -> Recipe:
-        """A copy with other values; `None` leaves a value as it is, a dict changes parts of a section.
+            at: values by place, such as `evaluate.tasks` or `recover.settings.rank`; they stand over all others, and
+                None is one.
+            place: where the recipe comes from, for error messages.
+            sections: values by name; `None` leaves one as it is, a dict changes parts of a section.
 
         Raises:
             UsageError: a value is wrong, or there is no such section or key.
         """
+        at = dict(at or {})
         value = self.model_dump(mode="json")
-        if sections.get("model") not in (None, self.model):
-            _forget_model_(value)
-        parts = {}
+        if at.get("model", sections.get("model")) not in (None, self.model):
+            # A revision, and trust in code, are given to one model.
+            value.update(revision=None, trust_remote_code=False)
+        parts: dict[str, dict[str, Any]] = {}
         for name, change in sections.items():
             if isinstance(change, dict) and isinstance(value.get(name), dict):
                 parts[name] = {key: part for key, part in change.items() if part is not None}
             elif change is not None:
                 value[name] = change
+        _check_apart(at)
+        deeper: dict[str, Any] = {}
+        for key, given in at.items():
+            section, *inside = key.split(".")
+            if len(inside) == 1 and isinstance(value.get(section), dict):
+                parts.setdefault(section, {})[inside[0]] = given
+            else:
+                deeper[key] = given
+        if "select.options.blocks" in at:
+            parts.setdefault("select", {}).setdefault("options", {"blocks": at["select.options.blocks"]})
         merge_sections_(value, parts)
-        return type(self).from_dict(value)
+        for key, given in deeper.items():
+            _set_(value, key, given)
+        return type(self).from_dict(value, place)
+
+
+def _check_apart(keys: Collection[str]) -> None:
+    """Refuse to set a part of what is set whole as well.
+
+    Raises:
+        UsageError: names both.
+    """
+    for whole in keys:
+        for part in keys:
+            if part.startswith(f"{whole}."):
+                raise UsageError(f"{whole} is set as a whole, and {part} in it as well: give one of them")
+
+
+def _set_(value: dict[str, Any], key: str, given: Any) -> None:
+    """Set what lies deeper than in a section, or a section as a whole, in place.
+
+    Raises:
+        UsageError: what should hold it holds no keys.
+    """
+    *outer, innermost = key.split(".")
+    inside = value
+    for depth, part in enumerate(outer):
+        if part not in inside:
+            inside[part] = {}
+        elif not isinstance(inside[part], dict):
+            holder = ".".join(outer[: depth + 1])
+            raise UsageError(f"{key}: {holder} is {json.dumps(inside[part])}, which holds no keys; set {holder} itself")
+        inside = inside[part]
+    inside[innermost] = given
 
 
 #: Selectors that can be asked for either objective.
 TAKE_OBJECTIVE = frozenset(("gates", "greedy", "loo"))
-
-
-def _forget_model_(value: dict[str, Any]) -> None:
-    """Take a revision, and trust in code, out of a recipe in place: they are given to one model."""
-    value.update(revision=None, trust_remote_code=False)
 
 
 def merge_sections_(value: dict[str, Any], changes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -495,6 +470,8 @@ def merge_sections_(value: dict[str, Any], changes: Mapping[str, Mapping[str, An
         if selector not in TAKE_OBJECTIVE:
             value["select"]["objective"] = "kl"
     asked = any(changes.get("select", {}).get(name) is not None for name in BUDGETS)
+    # Other blocks may be more or fewer.
+    asked = asked or "blocks" in (changes.get("select", {}).get("options") or ())
     share = changes.get("share", {})
     # A count, a ratio, a target and a size are one wish: the new one takes the place of the old.
     if asked or share.get("size") is not None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foldgpt.cli.flags import COMPARE, RUN
+from foldgpt.assignments import assignments
+from foldgpt.cli.flags import COMPARE, OPTIONS, RUN
 from foldgpt.cli.options import (
     DEVICES,
     AsJson,
@@ -56,10 +57,8 @@ from foldgpt.cli.requests import (
     check_objective,
     check_recovers,
     check_search_tokens,
-    recipe_of,
     recover_of,
     select_of,
-    with_values,
 )
 from foldgpt.cli.session import session
 from foldgpt.cli.showing import show_path
@@ -125,14 +124,15 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a whole recipe: analyse, plan, fold, verify, measure, draw."""
-    with session(quiet, RUN, recipe=recipe is not None, again="" if dry_run else _AGAIN):
+    with session(quiet, RUN, recipe=recipe is not None or bool(values), again="" if dry_run else _AGAIN):
         from foldgpt.errors import UsageError
         from foldgpt.recipe import Recipe
 
         _check_dry_run(dry_run, tflops, devices)
         if recipe is None and model is None:
             raise UsageError("name a recipe file, or a model with --model")
-        base = None if recipe is None else Recipe.load(recipe)
+        place = OPTIONS if recipe is None else "recipe"
+        base = Recipe.from_dict({"model": model}, OPTIONS) if recipe is None else Recipe.load(recipe)
         changes: dict[str, Any] = {
             "model": model,
             "revision": revision,
@@ -170,11 +170,11 @@ def run(
                 recover_text,
                 recover_minutes,
                 recover_set,
-                over={} if base is None else base.recover.settings,
+                over=base.recover.settings,
             ),
             "evaluate": {"texts": perplexity},
         }
-        whole = with_values(recipe_of(**changes) if base is None else base.changed(**changes), values)
+        whole = base.changed(assignments(values or ()), place=place, **changes)
         check_search_tokens(search_tokens, whole, analyses=True)
         check_objective(objective, whole)
         check_recovers({"text": recover_text, "minutes": recover_minutes, "set": recover_set}, whole)
@@ -226,7 +226,8 @@ def compare(
         from foldgpt.recipe import Recipe
 
         _check_dry_run(dry_run, tflops, devices)
-        changed = Recipe.load(recipe).changed(
+        whole = Recipe.load(recipe).changed(
+            assignments(values or ()),
             model=model,
             revision=revision,
             dtype=dtype,
@@ -238,7 +239,6 @@ def compare(
             select={"remove": remove, "remove_ratio": remove_ratio, "target": target},
             recover={"num_tokens": recover_tokens},
         )
-        whole = with_values(changed, values)
 
         if dry_run:
             _dry_run(whole, compare=True, tflops=tflops, devices=devices, as_json=as_json)

@@ -26,11 +26,6 @@ def recipe_of(**values: Any) -> Recipe:
     return Recipe.from_dict(given, OPTIONS)
 
 
-def with_values(recipe: Recipe, given: list[str] | None) -> Recipe:
-    """The recipe with what `--set` says of it, which stands over its file and over the other flags."""
-    return recipe.changed_at(assignments(given), "--set") if given else recipe
-
-
 def calibration_of(text: list[str] | None, context: int | None, tokens: int | None) -> dict[str, Any]:
     """The section `calibration` of a recipe."""
     return {"texts": text or None, "context": context, "num_tokens": tokens}

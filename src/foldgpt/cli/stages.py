@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from foldgpt.assignments import assignments
-from foldgpt.cli.flags import ANALYZE, EVAL, FOLD, RECOVER
+from foldgpt.cli.flags import ANALYZE, EVAL, FOLD, OPTIONS, RECOVER
 from foldgpt.cli.options import (
     AsJson,
     Context,
@@ -312,7 +312,7 @@ def evaluate(
                 "speed": speed,
                 "memory": memory,
             },
-        ).changed_at({"evaluate.max_windows": max_windows or None})
+        ).changed({"evaluate.max_windows": max_windows or None}, place=OPTIONS)
         bench = Workbench(recipe)
         evaluation = steps.make_evaluation(bench, folder, compare=baseline is not None)
         written = {**evaluation.to_dict(), "environment": describe_environment()}

@@ -16,7 +16,7 @@ _RESULTS: ContextVar[TextIO | None] = ContextVar("results", default=None)
 @contextmanager
 def results_alone() -> Iterator[None]:
     """What is printed goes to standard error meanwhile, but for results."""
-    token = _RESULTS.set(sys.stdout)
+    token = _RESULTS.set(results())
     try:
         with redirect_stdout(sys.stderr):
             yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -125,10 +126,9 @@ def recover(
     check_device(device)
     if settings.compile:
         check_compiler(device)
-    elif settings.can_compile and would_pay(student, train.ids_WT.numel()):
-        note("compiled (the setting compile=true) this training would take less time: see docs/recovery.md")
     pairs = check_plan_suits(plan, settings)
     args, train = _arguments(settings, train, work, cpu=device.type == "cpu", report_to=report_to)
+    _check_deepspeed(args)
     is_main = args.process_index == 0
     identity = _identity(student, teacher, plan, train, held_out, settings)
     # Another recovery into the same place would take what this one has so far for a killed one's.
@@ -220,6 +220,10 @@ def _trained(
         _checkpointing_(student, True)
     num_steps = args.max_steps
     resumed = latest_checkpoint(work)
+    # Where it may end early, or is nearly done, nobody knows.
+    is_whole = resumed is None and settings.minutes is None and settings.patience is None
+    if is_whole and settings.may_compile and would_pay(student, train.ids_WT.numel() // args.world_size):
+        note("compiled (the setting compile=true) this training would take less time: see docs/recovery.md")
     train = _to_the_end(resumed, train, settings, args)
     compiled = compiled_blocks(student, teacher) if settings.compile else nullcontext()
     with quiet_libraries(), fast_attention(student, teacher, compiled=settings.compile), compiled:
@@ -233,7 +237,7 @@ def _trained(
             minutes=settings.minutes,
             callbacks=[] if settings.patience is None else [EarlyStoppingCallback(settings.patience)],
         )
-        _check_launcher(trainer, student)
+        _check_sharded(trainer, student)
         keep_logs_(trainer.callback_handler.callbacks, logs)
         if settings.scale_rate != 1:
             trainer.learn_at(settings.scale_rate, trained_scales(student, plan))
@@ -321,29 +325,34 @@ def _to_the_end(
     return train.first(ended_at * settings.batch_size)
 
 
-def _check_launcher(trainer: RecoveryTrainer, student: Any) -> None:
-    """Refuse what a launcher may ask for and would not end in the student that is to be saved.
+def _check_deepspeed(args: TrainingArguments) -> None:
+    """Refuse what of DeepSpeed would not end in the student that is to be saved.
 
     Raises:
         UsageError: says what to ask for instead.
     """
-    if trainer.is_fsdp_enabled and (getattr(student.config, "fold_layout", None) or {}).get("borrowed"):
-        raise UsageError(
-            "FSDP gathers a block's weights while it runs, and here positions borrow those of other blocks: "
-            "train a model with shared weights on one device, or with DDP"
-        )
-    deepspeed = trainer.accelerator.state.deepspeed_plugin
-    if deepspeed is None:
+    plugin = args.deepspeed_plugin
+    if plugin is None:
         return
-    if deepspeed.zero_stage == 3:
+    if plugin.zero_stage == 3:
         raise UsageError(
             "DeepSpeed's ZeRO of stage 3 takes the student apart and does not put it together again: shard it by FSDP, "
             "or ask for stage 1 or 2 (zero_stage)"
         )
-    if trainer.accelerator.mixed_precision != "no":
+    asked = {"bf16" if args.bf16 else "", "fp16" if args.fp16 else "", os.environ.get("ACCELERATE_MIXED_PRECISION", "")}
+    asked |= {name for name in ("bf16", "fp16") if plugin.deepspeed_config.get(name, {}).get("enabled") is True}
+    if mixed := sorted(asked - {"", "no"}):
         raise UsageError(
-            f"DeepSpeed in {trainer.accelerator.mixed_precision} puts what is trained into 16 bits, in which small "
-            "updates are lost: set mixed_precision to no, and load both models in bfloat16"
+            f"DeepSpeed in {mixed[0]} puts what is trained into 16 bits, in which small updates are lost: set "
+            "mixed_precision to no, and load both models in bfloat16"
+        )
+
+
+def _check_sharded(trainer: RecoveryTrainer, student: Any) -> None:
+    if trainer.is_fsdp_enabled and (getattr(student.config, "fold_layout", None) or {}).get("borrowed"):
+        raise UsageError(
+            "FSDP gathers a block's weights while it runs, and here positions borrow those of other blocks: "
+            "train a model with shared weights on one device, or with DDP or DeepSpeed"
         )
 
 

@@ -133,7 +133,7 @@ class RecoverySettings:
             raise UsageError("nothing is asked of the student's output: set kl, lm, last_error or last_cosine")
         if not (self.rank or self.norms or self.private_terms or self.train_fully != "none"):
             raise UsageError("nothing is trained: set rank, norms, private_terms or train_fully")
-        if self.compile and not self.can_compile:
+        if self.compile and self._compares_all_states:
             raise UsageError(
                 "compile with states_at=all: each block would be compiled by itself. Compare states at cuts, or do "
                 "without compile"
@@ -163,9 +163,13 @@ class RecoverySettings:
                 raise UsageError(f"{field.name} is {value}, but it {why}: leave it out, or set what it is for")
 
     @property
-    def can_compile(self) -> bool:
-        """Whether blocks can be compiled: not where each one's state is compared, and would be compiled by itself."""
-        return not (self.states and self.states_at == "all")
+    def may_compile(self) -> bool:
+        """Whether it does not compile, and could: not where states are compared behind all blocks."""
+        return not self.compile and not self._compares_all_states
+
+    @property
+    def _compares_all_states(self) -> bool:
+        return bool(self.states and self.states_at == "all")
 
     @property
     def needs_teacher(self) -> bool:
