@@ -15,8 +15,8 @@ from foldgpt.families import decoder_of
 
 _BACKEND = "inductor"
 _VARIANTS = 64
-#: Parameters × tokens from which what compiling saves (docs/recovery.md) is more than the minute that it takes: three
-#: tenths of a step on a CPU with AMX, and a quarter on a GPU.
+#: Parameters × tokens from which what compiling saves (docs/recovery.md) is more than the minute that it takes: over a
+#: third of a step on a CPU with AMX, and a quarter on a GPU.
 _PAYS_FROM = {"cpu": 2.7e13, "cuda": 3e15}
 
 _P = ParamSpec("_P")

@@ -81,7 +81,7 @@ class RecoverySettings:
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, a third more time."""
     compile: bool = False
-    """Compile blocks and losses by `torch.compile`: a quarter less time for a step on a GPU, three tenths on a CPU with
+    """Compile blocks and losses by `torch.compile`: a quarter less time for a step on a GPU, over a third on a CPU with
     AMX; on another CPU compiling takes minutes, and saves less than a tenth."""
     minutes: float | None = None
     """Stop after this time, also when it was spent before and after an interruption."""
