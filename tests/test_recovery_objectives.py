@@ -17,9 +17,7 @@ from foldgpt.objectives import (
     Head,
     ReducedPredictions,
     Teaching,
-    compare_for_compiler,
     compare_products,
-    compiled_losses,
     cosine_distance,
     divergence,
     forward_kl,
@@ -69,7 +67,7 @@ def test_certain_models_that_disagree_give_finite_gradients(kind: Divergence) ->
 def comparison(how: str) -> Any:
     """As it is, or as a compiler sees it."""
     torch._dynamo.reset()
-    return compare_products if how == "plainly" else torch.compile(compare_for_compiler, backend="aot_eager")
+    return compare_products if how == "plainly" else torch.compile(compare_products, backend="aot_eager")
 
 
 @pytest.mark.parametrize("how", ["plainly", "traced"])
@@ -265,7 +263,7 @@ def test_losses_for_a_compiler_are_the_others(kl: float, lm: float) -> None:
     teacher, student = (30 * torch.randn(2, ROWS, 32)).bfloat16()
     targets = torch.randint(0, VOCABULARY, (ROWS,))
     found = []
-    for compare, rows in ((compare_products, None), (compare_for_compiler, 3)):
+    for compare, rows in ((compare_products, None), (comparison("traced"), 3)):
         hidden = student.clone().requires_grad_()
         total, *parts = fused_logit_losses(
             head,
@@ -288,8 +286,8 @@ def test_losses_for_a_compiler_are_the_others(kl: float, lm: float) -> None:
 
 def test_as_many_rows_are_compared_as_their_products_have_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     head = Head(tiny_model("llama"))
-    monkeypatch.setattr(compiled_losses, "PRODUCT_BYTES", 4 * VOCABULARY * 9)
+    monkeypatch.setattr(divergence, "PRODUCT_BYTES", 4 * VOCABULARY * 9)
     assert product_rows(head) == 8
     assert product_rows(Head(tiny_model("llama").bfloat16())) == 16
-    monkeypatch.setattr(compiled_losses, "PRODUCT_BYTES", 1)
+    monkeypatch.setattr(divergence, "PRODUCT_BYTES", 1)
     assert product_rows(head) == 1

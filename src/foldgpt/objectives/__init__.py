@@ -1,7 +1,6 @@
 """How far a folded model's predictions are from its source's, computed without a full table of logits."""
 
-from foldgpt.objectives.compiled_losses import compare_for_compiler, product_rows
-from foldgpt.objectives.divergence import cross_entropy, forward_kl
+from foldgpt.objectives.divergence import cross_entropy, forward_kl, product_rows
 from foldgpt.objectives.fused_logits import Teaching, compare_products, fused_logit_losses
 from foldgpt.objectives.head import Head
 from foldgpt.objectives.hidden_losses import cosine_distance, relative_error
@@ -16,7 +15,6 @@ __all__ = [
     "ReducedPredictions",
     "SourcePredictions",
     "Teaching",
-    "compare_for_compiler",
     "compare_products",
     "cosine_distance",
     "cross_entropy",

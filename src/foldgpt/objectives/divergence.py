@@ -14,6 +14,8 @@ from foldgpt.objectives.head import Head
 #: What the logits of one chunk may take, in bytes of fp32: enough rows for an efficient product with a vocabulary
 #: of 262k, and little beside the model.
 CHUNK_BYTES = 64 * 2**20
+#: What its products may take where nothing else is as large. Those of more rows are faster: each reads the whole head.
+PRODUCT_BYTES = 256 * 2**20
 
 
 @torch.no_grad()
@@ -57,12 +59,21 @@ def cross_entropy(head: Head, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
 
 def chunk_rows(head: Head) -> int:
     """Rows whose logits are made at once: a power of two, which products of matrices like."""
-    return 1 << max(0, (CHUNK_BYTES // (4 * head.vocab_size)).bit_length() - 1)
+    return _power_of_two(CHUNK_BYTES // (4 * head.vocab_size))
+
+
+def product_rows(head: Head) -> int:
+    """The same where a compiler leaves nothing as large as the products: no table in fp32."""
+    return _power_of_two(PRODUCT_BYTES // (head.itemsize * head.vocab_size))
 
 
 def chunk_tokens(hidden_size: int) -> int:
     """Tokens whose part of a head's matrix is widened to fp32 at once."""
     return max(1, CHUNK_BYTES // (4 * hidden_size))
+
+
+def _power_of_two(most: int) -> int:
+    return 1 << max(0, most.bit_length() - 1)
 
 
 def _kl_rows(teacher_RV: Tensor, student_RV: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from foldgpt.objectives.reduced_predictions import ReducedPredictions
 #: left of them for a student with the same head.
 Teaching = tuple[Head, Tensor] | ReducedPredictions
 #: The same of one chunk of rows, with the head's products, [rows, V], in place of hidden states.
-Taught = tuple[Head, Tensor] | ReducedPredictions
+_Taught = tuple[Head, Tensor] | ReducedPredictions
 #: `compare_products`, or what does the same.
 Comparison = Callable[..., tuple[Tensor | float, Tensor | float, Tensor | None, Tensor | None]]
 
@@ -31,7 +31,7 @@ def compare_products(
     student_RV: Tensor,
     student_RH: Tensor,
     targets_R: Tensor,
-    teacher: Taught | None,
+    teacher: _Taught | None,
     divergence: DivergenceLoss | None,
     divergence_weight: float,
     lm_weight: float,
@@ -101,7 +101,7 @@ def fused_logit_losses(
         divergence: how the two are compared; None leaves the teacher out.
         divergence_weight: its weight.
         lm_weight: weight of the language-modelling loss.
-        compare: what does as `compare_products` does.
+        compare: `compare_products`, or what a compiler made of it.
         rows: how many are compared at once; by default as many as are whose logits fill one chunk in fp32.
 
     Returns:
@@ -147,7 +147,7 @@ class _Fused(torch.autograd.Function):
             hidden = student_RH[rows].detach().requires_grad_(wants_gradient)
             with torch.set_grad_enabled(wants_gradient):
                 product_RV = student_head.product(hidden)
-            of_teacher: Taught | None = None
+            of_teacher: _Taught | None = None
             if divergence is not None and teacher is not None:
                 if isinstance(teacher, ReducedPredictions):
                     of_teacher = teacher[rows]

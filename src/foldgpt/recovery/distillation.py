@@ -14,7 +14,6 @@ from foldgpt.objectives import (
     Head,
     ReducedPredictions,
     Teaching,
-    compare_for_compiler,
     compare_products,
     cosine_distance,
     fused_logit_losses,
@@ -66,7 +65,7 @@ class Distillation(nn.Module):
         self._teacher_head = teacher_head
         self._num_places = len(behind) if num_places is None else num_places
         self._body = Body(student, behind, common)
-        self._compare = compiled(compare_for_compiler) if settings.compile else compare_products
+        self._compare = compiled(compare_products) if settings.compile else compare_products
         self._rows = product_rows(head) if settings.compile else None
         # By these FSDP knows the blocks.
         self._no_split_modules = sorted({type(block).__name__ for block in decoder_of(student).blocks})
