@@ -127,6 +127,7 @@ def main() -> None:
             num_remove,
             model=source.model,
             ids_WT=windows.ids,
+            copies=config.get("copies", 0.0),  # of before there were any
             seed=selectors["seed"],
             compensate=config["compensate"],
         )
@@ -137,6 +138,8 @@ def main() -> None:
         identity.append("compensated")
     if arguments.on:
         identity.append("loss")
+    elif config.get("copies"):
+        identity.append(f"copies {config['copies']}")
 
     draw = random.Random(arguments.seed)
     starts = {

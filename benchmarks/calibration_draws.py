@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from compare_selectors import Bench, add_arguments, completed, key_of, name_of, spread
+from compare_selectors import Bench, add_arguments, completed, copies_of, key_of, name_of, spread
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import hash_of, read_json, write_json, write_text
 from foldgpt.errors import ArtifactError
@@ -137,7 +137,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     return f"""# Selectors on several draws of calibration text
 
 {config["model"]} ({result["num_blocks"]} blocks, {config["dtype"]}), calibrated on {config["tokens"]:,} tokens of
-{" + ".join(config["text"])} in windows of {config["context"]}, each draw on other
+{" + ".join(config["text"])} in windows of {config["context"]}{copies_of(config)}, each draw on other
 documents and with another seed of the search{fitted * config["compensate"]}. Perplexity is of {texts},
 context {config["perplexity_context"]}, \
 {"the whole text" if config["max_windows"] is None else f"the first {config['max_windows']} windows"}; \

@@ -39,6 +39,7 @@ from foldgpt.plan import FoldPlan
 from foldgpt.progress import be_quiet
 from foldgpt.replay import Replay
 from foldgpt.selection import BY_SUBLAYER, MEASURED, RemovalCost, Request, Selection, number_to_remove, select
+from foldgpt.selection.copies import COPIES
 from foldgpt.selection.units import Units, units_of
 from foldgpt.sources import Source, load_source
 from provenance import measured_by, provenance_lines
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", action="append", help="calibration text; may be repeated (demo:wikipedia)")
     parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens")
     parser.add_argument("--context", type=int, default=512, help="tokens of a calibration window")
+    parser.add_argument("--copies", type=float, default=COPIES, help="share of a window that repeats its beginning")
     parser.add_argument("--ratio", type=float, action="append", help="share of blocks removed; may be repeated (0.2)")
     parser.add_argument("--selector", action="append", choices=SELECTORS, help="may be repeated (all)")
     parser.add_argument(
@@ -176,6 +178,7 @@ class Bench:
             model=self.model if measured else None,
             ids_WT=self.ids if measured else None,
             further_ids_WT=self.further.ids if selector == "gates" else None,
+            copies=self.arguments.copies,
             compensate=self.arguments.compensate and measured,
             sublayers=self.arguments.sublayers,
             options=options_of(self.arguments) if selector == "gates" else {},
@@ -202,6 +205,7 @@ class Bench:
                 num_remove,
                 model=self.model,
                 ids_WT=self.ids,
+                copies=self.arguments.copies,
                 seed=self.arguments.seed,
                 compensate=self.arguments.compensate,
                 sublayers=self.arguments.sublayers,
@@ -270,6 +274,11 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Those of gates."""
     effort = {} if arguments.effort is None else {"effort": arguments.effort}
     return {**effort, **assignments(arguments.option or [], "--option")}
+
+
+def copies_of(config: Mapping[str, Any]) -> str:
+    """What a result says of the windows in which text is repeated; those of before such windows have none."""
+    return f", of which a share of {config['copies']:g} repeats what they begin with" if config.get("copies") else ""
 
 
 def main() -> None:
@@ -370,6 +379,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 {config["model"]} ({result["num_blocks"]} blocks, {config["dtype"]}), calibrated on {config["tokens"]:,} tokens of
 {" + ".join(config["text"])} in windows of {config["context"]}\
+{copies_of(config)}\
 {", attention (a) and MLP (m) apart" if config["sublayers"] else ""}\
 {f", with compensation fitted on {config['compensation_tokens'] or config['tokens']:,} tokens" * config["compensate"]}.
 {seen} Perplexity is of {texts or "nothing"},

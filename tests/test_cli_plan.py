@@ -352,7 +352,7 @@ def test_a_set_of_ones_own_is_planned_and_measured(model: Path, text: Path, tmp_
 
 def test_an_option_changes_a_single_one_of_a_recipe() -> None:
     base = Recipe.from_dict({"model": "m", "select": {"remove": 1, "options": {"estimator": "concrete", "steps": 50}}})
-    asked = dict.fromkeys(("remove", "remove_ratio", "target", "search_tokens", "objective", "sublayers"))
+    asked = dict.fromkeys(("remove", "remove_ratio", "target", "search_tokens", "copies", "objective", "sublayers"))
     for method, expected in (
         (None, {"estimator": "concrete", "steps": 50, "effort": 1}),
         ("gates", {"estimator": "concrete", "steps": 50, "effort": 1}),

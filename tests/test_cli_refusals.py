@@ -64,6 +64,16 @@ from run_inputs import tiny_recipe, tiny_source
             "--search-tokens with the selector 'last', which measures nothing on them",
         ),
         (
+            ["plan", "MODEL", "--copies", "0.1", "--select", "last", "--remove", "2", "--compensate", "none"],
+            2,
+            "--copies with the selector 'last', which measures nothing on them",
+        ),
+        (
+            ["plan", "MODEL", "--copies", "0.75", "--remove", "2", "--out", "OUT"],
+            2,
+            "--copies: Input should be less than or equal to 0.5",
+        ),
+        (
             [
                 *("run", "--model", "MODEL", "--select", "bi", "--remove", "2"),
                 *("--tokens", "256", "--search-tokens", "257", "--out", "OUT"),

@@ -300,3 +300,25 @@ def test_the_held_out_tokens_are_used_in_the_end() -> None:
     expected, _ = solve(Sums.of(mlp.flatten(0, 1), (target - output).flatten(0, 1), weight), 0.1, bias=False)
     _, found = compensator.correct(1, output, mlp, target)
     torch.testing.assert_close(found.map_KH.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_tokens_that_are_spared_pass_as_they_are_and_are_not_fitted_on(family: str) -> None:
+    """Behind a fit on few tokens they would change most, and all later blocks attend to them."""
+    model = tiny_model(family)
+    replay = Replay(model, token_ids(model, (8, 30)))
+    compensator = Compensator(replay, parts=4, spared=10.0)
+    output, mlp, _ = compensator.run(1, replay.split(replay.states[1]))
+    output, target = output.clone(), replay.states[4].clone()
+    output[:, 0], target[:, 0] = 1e3 * output[:, 0], 1e3 * target[:, 0]
+    corrected, found = compensator.correct(1, output, mlp, target)
+    torch.testing.assert_close(corrected[:, 0], output[:, 0])
+    assert found.report.left_out == 8 and found.report.tokens == 8 * 29
+    assert not torch.allclose(corrected[:, 1:], output[:, 1:], rtol=1e-2)
+    target[:, 0] *= -2
+    again, _ = compensator.correct(1, output, mlp, target)
+    torch.testing.assert_close(again, corrected)
+    # Without it they are corrected with the others.
+    changed, plain = Compensator(replay, parts=4).correct(1, output, mlp, target)
+    assert plain.report.left_out == 0 and not torch.allclose(changed[:, 0], output[:, 0], rtol=1e-2)

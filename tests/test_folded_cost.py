@@ -23,7 +23,7 @@ from models import tiny_model, token_ids
 def _request(family: str, **changes: Any) -> tuple[Request, torch.Tensor, torch.Tensor]:
     model = tiny_model(family)
     ids = token_ids(model, (24, 16))
-    return Request(6, 2, model=model, compensate=True, **changes), ids[:18], ids[18:]
+    return Request(6, 2, model=model, compensate=True, copies=0.0, **changes), ids[:18], ids[18:]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral"])

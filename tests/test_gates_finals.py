@@ -60,7 +60,7 @@ def long_request(monkeypatch: pytest.MonkeyPatch) -> Request:
         monkeypatch.setattr(f"foldgpt.selection.gating.further_text.{name}", 1.0)
     model = tiny_model("llama", num_hidden_layers=10)
     ids = token_ids(model, (64, 32))
-    return Request(10, 3, model=model, ids_WT=ids[:16], further_ids_WT=ids[16:], options={"effort": 2.0})
+    return Request(10, 3, model=model, ids_WT=ids[:16], further_ids_WT=ids[16:], copies=0.0, options={"effort": 2.0})
 
 
 def test_a_search_ends_with_finals(long_request: Request) -> None:

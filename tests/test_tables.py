@@ -509,6 +509,8 @@ def test_a_plan_says_where_it_comes_from_and_what_its_search_measured() -> None:
         "on 8,192 further tokens, compensated as folding does it: 0.4251, the next best of 2 sets 0.4800",
         "compensation: linear, fitted when folding on /data/a.txt, 32,768 tokens in windows of 512",
     ]
+    with_copies = lines(num_copied=128, num_positions=2048)
+    assert "8,192 calibration tokens (6% copies of earlier ones), compensated" in with_copies[2]
     plain = lines(compensated=False, objective="lm", finals=[])
     assert len(plain) == 4 and plain[2].startswith("language-modelling loss 0.5061") and "fit" not in plain[2]
     # Nothing was measured, or the plan was written by hand.

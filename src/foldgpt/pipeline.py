@@ -175,7 +175,11 @@ def _asked(bench: Workbench) -> dict[str, Any]:
         number = number_to_remove(num_blocks, remove=section.remove, ratio=section.remove_ratio)
         asked |= {"remove": number, "remove_ratio": None}
     # What others chose stands whatever it was measured on, which its report says.
-    return asked | {"num_tokens": _search_tokens(bench) if section.method in MEASURED else None}
+    measures = section.method in MEASURED
+    return asked | {
+        "num_tokens": _search_tokens(bench) if measures else None,
+        "copies": section.copies if measures else None,
+    }
 
 
 def _search_tokens(bench: Workbench) -> int:

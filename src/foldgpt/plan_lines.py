@@ -87,10 +87,13 @@ def _cost_lines(plan: FoldPlan) -> list[str]:
         what = f"removal by itself: {what}"
     compensated = bool(report.get("compensated"))
     fit = ", compensated by the quick fit of searches" if compensated else ""
+    copies = ""
+    if _has_numbers(report, "num_copied", "num_positions") and report["num_copied"] and report["num_positions"]:
+        copies = f" ({report['num_copied'] / report['num_positions']:.0%} copies of earlier ones)"
     protocol = _protocol_of(plan, "fitted_on")
     of = f" of {' + '.join(map(str, protocol.get('texts') or []))}" if protocol is not None else ""
     lines = [
-        f"{what} {report['cost']:.4f} nats per token on {report['num_tokens']:,} calibration tokens{of}{fit}; "
+        f"{what} {report['cost']:.4f} nats per token on {report['num_tokens']:,} calibration tokens{of}{copies}{fit}; "
         f"{report['forward_equivalents']:.1f} forward passes over them, {report['seconds']:,.0f} s"
     ]
     given = report.get("finals")

@@ -90,6 +90,9 @@ class Select(_Section):
     num_tokens: Tokens = Field(default=4096, ge=2)
     """Calibration tokens that removals are measured on, of those in the calibration section; gates judge on others of
     them what comes out level."""
+    copies: float = Field(default=0.0625, ge=0, le=0.5)
+    """The share of each of these windows in which its beginning is repeated, so that a removal counts which leaves the
+    model less able to copy from its context."""
     options: dict[str, Any] = {}
     """What one selector alone understands; see docs/selection.md."""
 

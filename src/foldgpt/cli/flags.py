@@ -21,6 +21,7 @@ _CUT = {
     "select.remove_ratio": "--remove-ratio",
     "select.target": "--target",
     "select.num_tokens": "--search-tokens",
+    "select.copies": "--copies",
     "select.objective": "--objective",
     "select.sublayers": "--sublayers",
     "select.options": "--option",

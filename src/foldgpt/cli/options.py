@@ -94,6 +94,13 @@ SearchTokens = Annotated[
         "--search-tokens", help="Calibration tokens that removals are measured on.", parser=count, show_default="4096"
     ),
 ]
+Copies = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of each window that removals are measured on in which its beginning is repeated, 0 to 0.5.",
+        show_default="0.0625",
+    ),
+]
 Compensate = Annotated[
     str | None,
     typer.Option(help="none, or linear: the block before each cut takes over what it can.", show_default="linear"),

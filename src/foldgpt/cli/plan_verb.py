@@ -13,6 +13,7 @@ from foldgpt.cli.options import (
     AsJson,
     Compensate,
     Context,
+    Copies,
     Device,
     Donor,
     DType,
@@ -45,7 +46,7 @@ from foldgpt.cli.printing import print_json, print_paths, print_plan
 from foldgpt.cli.requests import (
     calibration_of,
     check_objective,
-    check_search_tokens,
+    check_search_text,
     like_analysis,
     recipe_of,
     say_what_is_not_read,
@@ -77,6 +78,7 @@ def plan(
     remove_ratio: RemoveRatio = None,
     target: Target = None,
     search_tokens: SearchTokens = None,
+    copies: Copies = None,
     objective: Objective = None,
     sublayers: Sublayers = None,
     option: SelectorOption = None,
@@ -138,6 +140,7 @@ def plan(
                 remove_ratio=remove_ratio,
                 target=target,
                 search_tokens=search_tokens,
+                copies=copies,
                 objective=objective,
                 sublayers=sublayers,
                 options=option,
@@ -166,7 +169,7 @@ def plan(
             recipe = recipe.changed(**like_analysis(measured, calibration, seed))
         bench = Workbench(recipe)
         analyses = analysis is None and method not in ANALYSIS_FREE
-        check_search_tokens(search_tokens, recipe, analyses=analyses)
+        check_search_text(search_tokens, copies, recipe, analyses=analyses)
         about_text = {"--text": text, "--context": context, "--tokens": tokens}
         say_what_is_not_read(about_text, recipe, analyses=analyses)
         check_objective(objective, recipe)

@@ -14,6 +14,7 @@ from foldgpt.cli.options import (
     AsJson,
     Compensate,
     Context,
+    Copies,
     Device,
     Devices,
     Donor,
@@ -56,7 +57,7 @@ from foldgpt.cli.requests import (
     calibration_of,
     check_objective,
     check_recovers,
-    check_search_tokens,
+    check_search_text,
     recover_of,
     select_of,
 )
@@ -90,6 +91,7 @@ def run(
     remove_ratio: RemoveRatio = None,
     target: Target = None,
     search_tokens: SearchTokens = None,
+    copies: Copies = None,
     objective: Objective = None,
     sublayers: Sublayers = None,
     option: SelectorOption = None,
@@ -149,6 +151,7 @@ def run(
                 remove_ratio=remove_ratio,
                 target=target,
                 search_tokens=search_tokens,
+                copies=copies,
                 objective=objective,
                 sublayers=sublayers,
                 options=option,
@@ -175,7 +178,7 @@ def run(
             "evaluate": {"texts": perplexity},
         }
         whole = base.changed(assignments(values or ()), place=place, **changes)
-        check_search_tokens(search_tokens, whole, analyses=True)
+        check_search_text(search_tokens, copies, whole, analyses=True)
         check_objective(objective, whole)
         check_recovers({"text": recover_text, "minutes": recover_minutes, "set": recover_set}, whole)
 

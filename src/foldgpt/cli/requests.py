@@ -63,6 +63,7 @@ def select_of(
     remove_ratio: float | None,
     target: str | None,
     search_tokens: int | None,
+    copies: float | None,
     objective: str | None,
     sublayers: bool | None,
     options: list[str] | None,
@@ -76,6 +77,7 @@ def select_of(
         "remove_ratio": remove_ratio,
         "target": target,
         "num_tokens": search_tokens,
+        "copies": copies,
         "objective": objective,
         "sublayers": sublayers,
         "options": {**there, **assignments(options, "--option")} if options else None,
@@ -137,12 +139,13 @@ def check_recovers(given: Mapping[str, object], recipe: Recipe) -> None:
         raise UsageError(f"{' and '.join(idle)}, and nothing is trained: say on how many tokens (--recover-tokens)")
 
 
-def check_search_tokens(given: int | None, recipe: Recipe, *, analyses: bool) -> None:
-    """Refuse `--search-tokens` where it would have no effect. What a recipe says may be its default.
+def check_search_text(given: int | None, copies: float | None, recipe: Recipe, *, analyses: bool) -> None:
+    """Refuse `--search-tokens` and `--copies` where they would have no effect. What a recipe says may be its default.
 
     Args:
-        given: the flag; None if it is left out.
-        recipe: the recipe, the flag in it.
+        given: how many tokens; None if the flag is left out.
+        copies: the share of a window that repeats; None if the flag is left out.
+        recipe: the recipe, the flags in it.
         analyses: whether redundancy is measured on the calibration text.
 
     Raises:
@@ -151,15 +154,18 @@ def check_search_tokens(given: int | None, recipe: Recipe, *, analyses: bool) ->
     from foldgpt.errors import UsageError
     from foldgpt.selection import MEASURED
 
-    if given is None:
-        return
+    flags = {"--search-tokens": given, "--copies": copies}
     method, there, context = recipe.select.method, recipe.calibration.num_tokens, recipe.calibration.context
     # The best donors are measured on these tokens too, and what any selector chose is where the text is read anyway.
-    if not ((_removes(recipe) and _reads(recipe, analyses)) or method in MEASURED or recipe.share.donor == "best"):
-        raise UsageError(
-            f"--search-tokens with the selector {method!r}, which measures nothing on them: leave it out, or "
-            f"--select one of {', '.join(sorted(MEASURED))}"
-        )
+    measures = (_removes(recipe) and _reads(recipe, analyses)) or method in MEASURED or recipe.share.donor == "best"
+    for flag, value in flags.items():
+        if value is not None and not measures:
+            raise UsageError(
+                f"{flag} with the selector {method!r}, which measures nothing on them: leave it out, or "
+                f"--select one of {', '.join(sorted(MEASURED))}"
+            )
+    if given is None:
+        return
     if given > there:
         raise UsageError(
             f"--search-tokens is {given:,}, and the calibration text has {there:,} (calibration.num_tokens): give at "

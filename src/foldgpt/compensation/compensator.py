@@ -43,6 +43,9 @@ class Compensator:
         ridge: multiple of the Gram matrix's mean diagonal; "auto" goes downhill over `RIDGES` on held-out tokens.
         outliers: tokens are left out whose ‖M‖, ‖L − o‖ or ‖L‖ is more than this many times the median;
             by default none.
+        spared: tokens that are so many times the median in one of these pass as they are: none is fitted on, none is
+            corrected; by default none. For whoever merges nothing: behind a fit on few tokens, those with massive
+            activations are changed most, and all later blocks attend to them. Folding's fit leaves them nearly alone.
         rounds: rounds of alternating least squares where a norm stands behind the sublayer (Gemma 2 and 3, OLMo 2).
         parts: with more than 1, the windows are split into so many parts, and each part of the stream is corrected by
             a map that was fitted on the others (cross-fitting). Fewer windows than that make as many parts as there
@@ -62,13 +65,15 @@ class Compensator:
         *,
         ridge: float | Literal["auto"] = "auto",
         outliers: float = math.inf,
+        spared: float = math.inf,
         rounds: int = 3,
         parts: int = 1,
     ) -> None:
         if ridge != "auto" and not ridge >= 0:
             raise UsageError(f"the ridge must be at least 0 or 'auto', not {ridge}")
-        if not outliers > 1:
-            raise UsageError(f"outliers is a multiple of the median norm, so more than 1, not {outliers}")
+        for name, multiple in (("outliers", outliers), ("spared", spared)):
+            if not multiple > 1:
+                raise UsageError(f"{name} is a multiple of the median norm, so more than 1, not {multiple}")
         if rounds < 0:
             raise UsageError(f"there can be 0 rounds or more, not {rounds}")
         if parts < 1:
@@ -76,6 +81,7 @@ class Compensator:
         self.replay = replay
         self.ridge = ridge
         self.outliers = outliers
+        self.spared = spared
         self.rounds = rounds
         self.parts = parts
         config = replay.decoder.config
@@ -93,6 +99,7 @@ class Compensator:
         *,
         sublayer: Sublayer = "mlp",
         inner_RI: Tensor | None = None,
+        left_out_WT: Tensor | None = None,
     ) -> tuple[Tensor, Correction]:
         """Fit the correction of one block and apply it to the stream.
 
@@ -106,6 +113,7 @@ class Compensator:
             target_WTH: the source's stream where the next kept block begins, L.
             sublayer: which sublayer's output M is.
             inner_RI: what the sublayer's output matrix is given, as `run` collects it, for all tokens in order.
+            left_out_WT: bool [W, T]: tokens that are corrected and not fitted on.
 
         Returns:
             The stream behind the corrected block, [W, T, H] in the dtype of o, and the correction.
@@ -124,12 +132,17 @@ class Compensator:
         missing_RH = target_WTH.flatten(0, -2).to(torch.float32, copy=True)
         weight_R = 1 / missing_RH.square().sum(-1).clamp_min(1e-30)
         missing_RH -= output_RH
-        weight_R = self._without_outliers(block, weight_R, (inputs_RH, missing_RH, target_WTH.flatten(0, -2)))
+        size_R = self._size(block, (inputs_RH, missing_RH, target_WTH.flatten(0, -2)))
+        weight_R = weight_R.masked_fill(size_R > min(self.outliers, self.spared), 0.0)
+        if left_out_WT is not None:
+            weight_R = weight_R.masked_fill(left_out_WT.flatten().to(weight_R.device), 0.0)
         parts = _split(target_WTH, self.parts) if self.parts > 1 else _fitted_and_held_out(target_WTH)
         norm = norm_behind(self.replay.decoder, block, sublayer)
         fit = self._fit_linear if norm is None else self._fit_normed
         features_RK = inputs_RH if inner_RI is None else inner_RI
         found_RH, correction = fit(block, sublayer, inputs_RH, features_RK, output_RH, missing_RH, weight_R, parts)
+        spared_R = size_R > self.spared
+        found_RH[spared_R] = output_RH[spared_R].to(found_RH.dtype)
         return found_RH.to(output_WTH.dtype).view(output_WTH.shape), correction
 
     def _fit_linear(
@@ -244,16 +257,17 @@ class Compensator:
             found_RH[rows] += piece.contribution(inputs_RH[rows], features_RK[rows], epsilon)
         return found_RH, correction
 
-    def _without_outliers(self, block: int, weight_R: Tensor, looked_at: Sequence[Tensor]) -> Tensor:
-        """The weights, 0 for tokens that are left out."""
+    def _size(self, block: int, looked_at: Sequence[Tensor]) -> Tensor:
+        """The largest norm of each token, as a multiple of the median of its kind; 0 where that is 0."""
+        size_R = torch.zeros(len(looked_at[0]), device=looked_at[0].device)
         for rows in looked_at:
             norm_R = torch.linalg.vector_norm(rows.float(), dim=-1)
             if not bool(norm_R.isfinite().all()):
                 raise NotFiniteError(f"the states of block {block} hold values that are not finite")
             median = norm_R.median()
             if median > 0:
-                weight_R = weight_R.masked_fill(norm_R > self.outliers * median, 0.0)
-        return weight_R
+                size_R = torch.maximum(size_R, norm_R / median)
+        return size_R
 
     def _check(self, block: int, sublayer: Sublayer, stream_WTH: Tensor) -> None:
         """Once for each sublayer: its output, times the multiplier, is what reaches the stream (of this size)."""

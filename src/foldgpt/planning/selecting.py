@@ -86,6 +86,7 @@ def request_for(bench: Workbench, analysis: Analysis | None, checkpoint: Path | 
         analysis=analysis,
         seed=recipe.seed,
         model=source.model,
+        copies=section.copies,
         objective=section.objective,
         # A set is judged by what it costs as it will be folded.
         compensate=planned_compensation(bench) is not None,

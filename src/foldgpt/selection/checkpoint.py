@@ -60,6 +60,7 @@ def _identity(method: str, request: Request) -> dict[str, Any]:
         "method": method,
         "ids": ids_fingerprint(request.ids_WT),
         "further_ids": None if request.further_ids_WT is None else ids_fingerprint(request.further_ids_WT),
+        "copies": request.copies,
         "num_remove": request.num_remove,
         "seed": request.seed,
         "objective": request.objective,

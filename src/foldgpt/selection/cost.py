@@ -42,6 +42,8 @@ CACHE_BYTES = 1536 * 2**20
 #: What compensates is fitted on the windows that are measured on, each part on the others. Fitted and measured on the
 #: same tokens, sets with many cuts would win by fitting them, and lose on all other text.
 PARTS = 4
+#: Tokens of more than so many times the median norm pass a search's fit as they are.
+_SPARED = 10.0
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ class RemovalCost:
     Args:
         replay: the source on the calibration windows.
         units: what may be removed; by default whole blocks.
+        copied_WT: bool [W, T], where the windows repeat what they begin with: predictions are compared there as
+            everywhere, and what compensates is fitted on the rest, as folding's is; None where they do not.
         objective: "kl" to the source, or "lm", the language-modelling loss.
         compensate: correct the block before each cut, and what is left of a block that loses a sublayer, in closed
             form, as `foldgpt.compensation` does when folding; the fit is made on the windows that are measured on, for
@@ -111,6 +115,7 @@ class RemovalCost:
         replay: Replay,
         *,
         units: Units | None = None,
+        copied_WT: Tensor | None = None,
         objective: Objective = "kl",
         compensate: bool = False,
         seed: int = 0,
@@ -130,11 +135,12 @@ class RemovalCost:
         self._head_rows = 0.0
         self._seed = seed
         self._position_share, self._most_positions = position_share, most_positions
+        self._copied_WT = copied_WT
         self._samples: dict[tuple[int, int], Sample] = {}
         self._source_costs: dict[tuple[int, int], float] = {}
         self._cache: OrderedDict[StateKey, list[Tensor]] = OrderedDict()
         self._cache_room = cache_bytes
-        self._compensator = Compensator(replay, parts=PARTS) if compensate else None
+        self._compensator = Compensator(replay, parts=PARTS, spared=_SPARED) if compensate else None
 
     # ------------------------------------------------------------------------------------------- samples
 
@@ -142,6 +148,13 @@ class RemovalCost:
     def everything(self) -> Sample:
         """All calibration windows."""
         return self.sample(0, self.num_batches)
+
+    @property
+    def num_copied(self) -> int:
+        """How many of the positions that are compared lie in copies of earlier text."""
+        if self._copied_WT is None:
+            return 0
+        return int(self._copied_WT.flatten()[self.everything.rows_R].sum())
 
     @property
     def num_batches(self) -> int:
@@ -364,7 +377,10 @@ class RemovalCost:
         carrier: Sublayer = "attention" if absent == "mlp" else "mlp"
         output_WTH, carried_WTH, _ = self._compensator.run(block, stream, sublayer=carrier, absent=absent)
         target_WTH = self.replay.states[after][sample.windows]
-        corrected_WTH, _ = self._compensator.correct(block, output_WTH, carried_WTH, target_WTH, sublayer=carrier)
+        copied_WT = None if self._copied_WT is None else self._copied_WT[sample.windows]
+        corrected_WTH, _ = self._compensator.correct(
+            block, output_WTH, carried_WTH, target_WTH, sublayer=carrier, left_out_WT=copied_WT
+        )
         return list(corrected_WTH.split([len(hidden) for hidden in stream]))
 
     def _remember(self, key: StateKey, stream: list[Tensor]) -> None:

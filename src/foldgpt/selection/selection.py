@@ -16,6 +16,7 @@ from foldgpt.families import decoder_of
 from foldgpt.folding import predicted_parameters, source_model_of
 from foldgpt.plan import FoldPlan
 from foldgpt.replay import Replay
+from foldgpt.selection.copies import COPIES, with_copies
 from foldgpt.selection.cost import Objective, RemovalCost
 from foldgpt.selection.units import Units
 
@@ -39,6 +40,8 @@ class Request:
             them afterwards, if they are given.
         further_ids_WT: more of them, [W, T] with the same T, for what `gates` could not tell apart: it is judged there
             in the end, after fits on some of them where removed blocks are compensated.
+        copies: the share of each window, 0 to 0.5, whose text is replaced by that which it begins with, so that a set
+            is also measured by how far it leaves the model able to copy from its context.
         objective: what is measured: "kl" to the source or "lm", the language-modelling loss.
         compensate: judge a set by what it costs after closed-form compensation.
         sublayers: remove attention and MLP apart, as many parameters as `num_remove` blocks have.
@@ -54,6 +57,7 @@ class Request:
     model: nn.Module | None = None
     ids_WT: Tensor | None = None
     further_ids_WT: Tensor | None = None
+    copies: float = COPIES
     objective: Objective = "kl"
     compensate: bool = False
     sublayers: bool = False
@@ -118,8 +122,10 @@ class Request:
         windows, tokens = self.ids_WT.shape if self.ids_WT.ndim == 2 else (1, 1)
         if self.ids_WT.ndim == 2 and tokens < 2:
             raise UsageError(f"a search compares predictions on windows of 2 tokens or more, and these have {tokens}")
+        ids_WT, copied_WT = (self.ids_WT, None) if self.ids_WT.ndim != 2 else with_copies(self.ids_WT, self.copies)
         return RemovalCost(
-            Replay(self.model, self.ids_WT, batch_size=windows_at_once(windows, tokens)),
+            Replay(self.model, ids_WT, batch_size=windows_at_once(windows, tokens)),
+            copied_WT=copied_WT,
             units=units,
             objective=self.objective,
             compensate=self.compensate,
