@@ -12,6 +12,7 @@ with the perplexity on each text, over all sets. With --compensate all of it is 
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,21 +90,15 @@ def main() -> None:
     rows = []
     for removed in sets_of(arguments):
         plan = FoldPlan.create(source_model_of(source.model), removed=removed)
-        corrections = (
-            compensate(source.model, plan, fitted.ids_WT, replay=fitted) if arguments.compensate and removed else {}
-        )
+        corrections = compensate(source.model, plan, fitted.ids_WT, replay=fitted) if arguments.compensate else {}
         changed = min(corrections, default=None)
+        of = functools.partial(RemovalCost.costs, removed=frozenset(removed), keep=False, changed_from=changed)
         with merged(source.model, corrections):
-
-            def of(cost: RemovalCost, blocks: frozenset[int] = frozenset(removed), since: int | None = changed) -> Any:
-                return cost.costs(blocks, keep=False, changed_from=since)
-
-            copied_R = copied_WT.flatten()[in_copies.everything.rows_R]
             rows.append(
                 {
                     "removed": removed,
                     "measures": {name: float(of(cost).mean()) for name, cost in costs.items()}
-                    | {"KL in copies": float(of(in_copies)[copied_R].mean())},
+                    | {"KL in copies": float(of(in_copies)[in_copies.copied_R].mean())},
                     "losses": {name: float(of(cost).mean()) for name, cost in texts.items()},
                 }
             )

@@ -150,11 +150,12 @@ class RemovalCost:
         return self.sample(0, self.num_batches)
 
     @property
-    def num_copied(self) -> int:
-        """How many of the positions that are compared lie in copies of earlier text."""
+    def copied_R(self) -> Tensor:
+        """Bool [R]: which of the positions that are compared on all windows lie in copies of earlier text."""
+        rows_R = self.everything.rows_R
         if self._copied_WT is None:
-            return 0
-        return int(self._copied_WT.flatten()[self.everything.rows_R].sum())
+            return torch.zeros_like(rows_R, dtype=torch.bool)
+        return self._copied_WT.flatten()[rows_R]
 
     @property
     def num_batches(self) -> int:
