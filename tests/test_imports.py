@@ -17,7 +17,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     # autoload reaches modeling by name, later
     (
-        "allocator",
         "free_memory",
         "artifacts",
         "counts",
@@ -29,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "autoload",
         "strict_yaml",
     ),
+    ("allocator",),
     ("",),  # the package itself: it imports nothing but `autoload` until a name is asked for
     ("assignments", "cache", "validation", "sizes", "targets", "wikipedia", "recovery_result", "progress_file"),
     ("plan",),

@@ -29,11 +29,16 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    _give_back()
+    give_back()
+    return memory_left()
+
+
+def memory_left() -> int:
+    """Bytes of the machine's own memory that this process may still take beside what it has, freed or not."""
     return min([int(psutil.virtual_memory().available), *_left_to_groups(_CGROUPS, _OWN_GROUPS)])
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Return freed memory to the system, which it is kept from otherwise (see allocator.py); nothing without glibc."""
     try:
         trim = ctypes.CDLL(None).malloc_trim
