@@ -3,7 +3,8 @@
 Sets, those of `--remove` and further ones that exchange blocks of them for others of `--pool`, are measured on windows
 of calibration text of several lengths, and in copies of text, each by the KL to the source; and by their perplexity on
 other texts. The table has the rank correlation (Spearman) of each measure, and of sums with copies at several weights,
-with the perplexity on each text, over all sets. With --compensate all of it is behind the fit that folding makes.
+with the perplexity on each text, over all sets. With --compensate all of it is behind the fit that folding makes; with
+--search-tokens, what a search says of the sets is in the table too, behind its own fit on so many tokens.
 
     python benchmarks/search_measures.py --text C4.jsonl --text WIKIPEDIA.jsonl --evaluate wiki.valid.raw \
         --evaluate OTHER_C4.jsonl --remove 16-18 --remove 13,14,17 --pool 4,5,12-18,25,26 --sets 26
@@ -30,7 +31,7 @@ from foldgpt.folding import source_model_of
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import be_quiet
 from foldgpt.replay import Replay
-from foldgpt.selection import RemovalCost
+from foldgpt.selection import RemovalCost, Request
 from foldgpt.selection.copies import with_copies
 from foldgpt.sources import load_source
 from provenance import provenance_of
@@ -54,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sets", type=int, default=24, help="sets in all")
     parser.add_argument("--compensate", action="store_true")
     parser.add_argument("--compensation-tokens", type=int, default=16384)
+    parser.add_argument("--search-tokens", type=int, action="append", help="tokens of a search; may be repeated")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="search_measures", help="stem of the result files")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -87,8 +89,19 @@ def main() -> None:
         )
     # Other documents than those that are measured on.
     fitted = Replay(source.model, calibration(512, arguments.compensation_tokens, arguments.seed + 2).ids)
+    searches = {}
+    for tokens in arguments.search_tokens or []:
+        request = Request(
+            source.model.config.num_hidden_layers,
+            len(blocks_of(arguments.remove[0])),
+            model=source.model,
+            ids_WT=calibration(512, tokens, arguments.seed).ids,
+            compensate=arguments.compensate,
+        )
+        searches[f"search on {tokens:,} tokens"] = request.need_cost("search_measures", cache_bytes=0)
     rows = []
     for removed in sets_of(arguments):
+        by_search = {name: search.cost(frozenset(removed), keep=False) for name, search in searches.items()}
         plan = FoldPlan.create(source_model_of(source.model), removed=removed)
         corrections = compensate(source.model, plan, fitted.ids_WT, replay=fitted) if arguments.compensate else {}
         changed = min(corrections, default=None)
@@ -98,7 +111,8 @@ def main() -> None:
                 {
                     "removed": removed,
                     "measures": {name: float(of(cost).mean()) for name, cost in costs.items()}
-                    | {"KL in copies": float(of(in_copies)[in_copies.copied_R].mean())},
+                    | {"KL in copies": float(of(in_copies)[in_copies.copied_R].mean())}
+                    | by_search,
                     "losses": {name: float(of(cost).mean()) for name, cost in texts.items()},
                 }
             )

@@ -177,14 +177,9 @@ def _asked(bench: Workbench) -> dict[str, Any]:
     # What others chose stands whatever it was measured on, which its report says.
     measures = section.method in MEASURED
     return asked | {
-        "num_tokens": _search_tokens(bench) if measures else None,
+        "num_tokens": bench.recipe.search_tokens if measures else None,
         "copies": section.copies if measures else None,
     }
-
-
-def _search_tokens(bench: Workbench) -> int:
-    """Tokens that are searched on; what is calibrated on has no more of them."""
-    return min(bench.recipe.select.num_tokens, bench.recipe.calibration.num_tokens)
 
 
 def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis, selection: Selection) -> FoldPlan:
@@ -201,7 +196,7 @@ def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis, selecti
         "compensate": recipe.compensate.model_dump(mode="json"),
         "share": recipe.share.model_dump(mode="json"),
         # The windows on which the best donors are measured.
-        "num_tokens": _search_tokens(bench) if recipe.share.donor == "best" else None,
+        "num_tokens": recipe.search_tokens if recipe.share.donor == "best" else None,
         "model": recipe.model,
         "seed": recipe.seed,
     }

@@ -67,6 +67,10 @@ class Calibration(_Section):
     """Tokens in all windows together."""
 
 
+#: Calibration tokens of a search, unless others are asked for. Compensated sets are fitted on them too, and a fit on
+#: few ranks sets by chance (docs/lab-notebook.md).
+SEARCH_TOKENS, SEARCH_TOKENS_COMPENSATED = 4096, 8192
+
 #: Keys that say how many blocks go; one at most is given.
 BUDGETS = ("remove", "remove_ratio", "target")
 
@@ -87,9 +91,9 @@ class Select(_Section):
     """What searches measure: kl, the divergence from the source, or lm, the language-modelling loss."""
     sublayers: bool = False
     """Remove attention and MLP apart, as many parameters as that many blocks have."""
-    num_tokens: Tokens = Field(default=4096, ge=2)
+    num_tokens: Tokens | None = Field(default=None, ge=2)
     """Calibration tokens that removals are measured on, of those in the calibration section; gates judge on others of
-    them what comes out level."""
+    them what comes out level. By default 4,096, and with compensation a quarter of all up to 8,192."""
     copies: float = Field(default=0.0625, ge=0, le=0.5)
     """The share of each of these windows in which its beginning is repeated, so that a removal counts which leaves the
     model less able to copy from its context."""
@@ -338,6 +342,14 @@ class Recipe(_Section):
                 "of their own: give a number of blocks (select.remove)"
             )
         return self
+
+    @property
+    def search_tokens(self) -> int:
+        """Tokens that removals are measured on: what is asked for or the default, or all that there are."""
+        there, default = self.calibration.num_tokens, SEARCH_TOKENS
+        if self.compensate.method != "none":
+            default = min(max(default, there // 4), SEARCH_TOKENS_COMPENSATED)
+        return min(self.select.num_tokens or default, there)
 
     @property
     def training_texts(self) -> list[str]:

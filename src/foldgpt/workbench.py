@@ -254,7 +254,7 @@ class Workbench:
     def selection_ids(self) -> Tensor:
         """Calibration windows for selectors that measure, [W, T]: the first ones; they are in random order."""
         ids_WT = self.calibration.ids
-        return ids_WT[: search_windows(self.recipe.select.num_tokens, ids_WT.shape[1], len(ids_WT))]
+        return ids_WT[: search_windows(self.recipe.search_tokens, ids_WT.shape[1], len(ids_WT))]
 
     def further_selection_ids(self) -> Tensor:
         """Calibration windows that come after those, [W, T]; there may be none."""

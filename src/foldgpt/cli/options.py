@@ -91,7 +91,10 @@ SelectorOption = Annotated[
 SearchTokens = Annotated[
     int | None,
     typer.Option(
-        "--search-tokens", help="Calibration tokens that removals are measured on.", parser=count, show_default="4096"
+        "--search-tokens",
+        help="Calibration tokens that removals are measured on.",
+        parser=count,
+        show_default="4096; with compensation up to 8192",
     ),
 ]
 Copies = Annotated[

@@ -148,7 +148,7 @@ def expect(
     # Of each row of logits.
     head = 2.0 * config.vocab_size * _hidden_size(source)
     select, text = recipe.select, recipe.calibration
-    num_searched = text.context * search_windows(select.num_tokens, text.context, text.num_tokens // text.context)
+    num_searched = text.context * search_windows(recipe.search_tokens, text.context, text.num_tokens // text.context)
     search = Request(
         plan.source.num_blocks,
         num_searched_for(recipe, source),
