@@ -393,21 +393,22 @@ def test_other_blocks_may_be_more(deep: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "compensated", "asked", "expected"),
+    ("tokens", "compensated", "gone", "asked", "expected"),
     [
-        (32_768, "linear", None, 8192),
-        (32_768, "none", None, 4096),
-        (20_000, "linear", None, 5000),
-        (16_384, "linear", None, 4096),
-        (8192, "linear", None, 4096),
-        (1000, "linear", None, 1000),
-        (32_768, "linear", 512, 512),
-        (1000, "none", 4096, 1000),
+        (32_768, "linear", 0.3, None, 8192),
+        (32_768, "linear", 0.25, None, 4096),
+        (32_768, "none", 0.3, None, 4096),
+        (20_000, "linear", 0.3, None, 5000),
+        (16_384, "linear", 0.3, None, 4096),
+        (8192, "linear", 0.3, None, 4096),
+        (1000, "linear", 0.3, None, 1000),
+        (32_768, "linear", 0.3, 512, 512),
+        (1000, "none", 0.3, 4096, 1000),
     ],
 )
-def test_searches_that_compensate_measure_on_more_and_leave_text_for_the_finals(
-    tokens: int, compensated: str, asked: int | None, expected: int
+def test_searches_that_compensate_much_measure_on_more_and_leave_text_for_the_finals(
+    tokens: int, compensated: str, gone: float, asked: int | None, expected: int
 ) -> None:
     sections = {"calibration": {"num_tokens": tokens}, "compensate": {"method": compensated}}
     recipe = Recipe.from_dict({"model": "x", "select": {"num_tokens": asked}, **sections})
-    assert recipe.search_tokens == expected
+    assert recipe.search_tokens(gone) == expected

@@ -67,9 +67,9 @@ class Calibration(_Section):
     """Tokens in all windows together."""
 
 
-#: Calibration tokens of a search, unless others are asked for. Compensated sets are fitted on them too, and a fit on
-#: few ranks sets by chance (docs/lab-notebook.md).
-SEARCH_TOKENS, SEARCH_TOKENS_COMPENSATED = 4096, 8192
+#: Calibration tokens of a search, unless others are asked for. Compensated sets are fitted on them too, and where more
+#: than this share of the blocks goes, fits on few rank sets by chance (docs/lab-notebook.md).
+SEARCH_TOKENS, SEARCH_TOKENS_COMPENSATED, MUCH = 4096, 8192, 0.25
 
 #: Keys that say how many blocks go; one at most is given.
 BUDGETS = ("remove", "remove_ratio", "target")
@@ -93,7 +93,8 @@ class Select(_Section):
     """Remove attention and MLP apart, as many parameters as that many blocks have."""
     num_tokens: Tokens | None = Field(default=None, ge=2)
     """Calibration tokens that removals are measured on, of those in the calibration section; gates judge on others of
-    them what comes out level. By default 4,096, and with compensation a quarter of all up to 8,192."""
+    them what comes out level. By default 4,096; where more than a quarter of the blocks goes and what is left is
+    compensated, a quarter of all up to 8,192."""
     copies: float = Field(default=0.0625, ge=0, le=0.5)
     """The share of each of these windows in which its beginning is repeated, so that a removal counts which leaves the
     model less able to copy from its context."""
@@ -343,11 +344,14 @@ class Recipe(_Section):
             )
         return self
 
-    @property
-    def search_tokens(self) -> int:
-        """Tokens that removals are measured on: what is asked for or the default, or all that there are."""
+    def search_tokens(self, gone: float = 0.0) -> int:
+        """Tokens that removals are measured on: what is asked for or the default, or all that there are.
+
+        Args:
+            gone: the share of the blocks that is removed.
+        """
         there, default = self.calibration.num_tokens, SEARCH_TOKENS
-        if self.compensate.method != "none":
+        if self.compensate.method != "none" and gone > MUCH:
             default = min(max(default, there // 4), SEARCH_TOKENS_COMPENSATED)
         return min(self.select.num_tokens or default, there)
 

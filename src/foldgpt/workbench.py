@@ -251,14 +251,18 @@ class Workbench:
             "fingerprint": self.calibration.fingerprint,
         }
 
-    def selection_ids(self) -> Tensor:
-        """Calibration windows for selectors that measure, [W, T]: the first ones; they are in random order."""
-        ids_WT = self.calibration.ids
-        return ids_WT[: search_windows(self.recipe.search_tokens, ids_WT.shape[1], len(ids_WT))]
+    def selection_ids(self, gone: float = 0.0) -> Tensor:
+        """Calibration windows for selectors that measure, [W, T]: the first ones; they are in random order.
 
-    def further_selection_ids(self) -> Tensor:
+        Args:
+            gone: the share of the blocks that is removed.
+        """
+        ids_WT = self.calibration.ids
+        return ids_WT[: search_windows(self.recipe.search_tokens(gone), ids_WT.shape[1], len(ids_WT))]
+
+    def further_selection_ids(self, gone: float = 0.0) -> Tensor:
         """Calibration windows that come after those, [W, T]; there may be none."""
-        return self.calibration.ids[len(self.selection_ids()) :]
+        return self.calibration.ids[len(self.selection_ids(gone)) :]
 
     @cached_property
     def tests(self) -> dict[str, Windows]:

@@ -53,15 +53,18 @@ def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path
         # Before the model is loaded, unless that writes it: a text may not be there.
         _ = bench.calibration
     check_rank(bench.recipe, bench.source.model)
-    request = request_for(bench, analysis, checkpoint)
+    request, met = request_for(bench, analysis, checkpoint), None
+    if section.target is not None:
+        met = _meet(bench, section.target, checkpoint)
+        request = replace(request, num_remove=met["num_remove"])
     # What others chose is measured where the text is read anyway, and the model need not be brought from disk for it.
     reads_text = bench.has_read_calibration or will_read_text(bench.recipe)
     if section.method in MEASURED or (reads_text and not bench.source.offloaded):
-        request = replace(request, ids_WT=bench.selection_ids(), further_ids_WT=bench.further_selection_ids())
-    if section.target is None:
-        return select(section.method, request)
-    met = _meet(bench, section.target, checkpoint)
-    selection = select(section.method, replace(request, num_remove=met["num_remove"]))
+        gone = request.num_remove / request.num_blocks
+        request = replace(request, ids_WT=bench.selection_ids(gone), further_ids_WT=bench.further_selection_ids(gone))
+    selection = select(section.method, request)
+    if met is None:
+        return selection
     return replace(selection, report={**selection.report, "target": met})
 
 

@@ -148,10 +148,12 @@ def expect(
     # Of each row of logits.
     head = 2.0 * config.vocab_size * _hidden_size(source)
     select, text = recipe.select, recipe.calibration
-    num_searched = text.context * search_windows(recipe.search_tokens, text.context, text.num_tokens // text.context)
+    num_remove = num_searched_for(recipe, source)
+    tokens = recipe.search_tokens(num_remove / plan.source.num_blocks)
+    num_searched = text.context * search_windows(tokens, text.context, text.num_tokens // text.context)
     search = Request(
         plan.source.num_blocks,
-        num_searched_for(recipe, source),
+        num_remove,
         # Of the right shape alone: how many windows go through at once is part of what is counted.
         ids_WT=torch.empty(num_searched // text.context, text.context, dtype=torch.int64, device="meta"),
         compensate=recipe.compensate.method != "none",
