@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from foldgpt import free_memory as module
+from foldgpt import system_memory as module
 from foldgpt.free_memory import free_memory
 
 _KEPT = """

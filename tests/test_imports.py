@@ -14,9 +14,10 @@ PACKAGE = Path(__file__).parent.parent / "src" / "foldgpt"
 
 #: Lowest first. A room may import from lower layers only; a module of the package has to stand in one of them.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "system_memory"),
     # autoload reaches modeling by name, later
     (
+        "allocator",
         "free_memory",
         "artifacts",
         "counts",
@@ -28,7 +29,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "autoload",
         "strict_yaml",
     ),
-    ("allocator",),
     ("",),  # the package itself: it imports nothing but `autoload` until a name is asked for
     ("assignments", "cache", "validation", "sizes", "targets", "wikipedia", "recovery_result", "progress_file"),
     ("plan",),

@@ -18,7 +18,7 @@ import time
 
 import psutil
 
-from foldgpt.free_memory import give_back, memory_left
+from foldgpt.system_memory import give_back, memory_left
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
