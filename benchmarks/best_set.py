@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from command import command_line
+from compare_selectors import DRAWN, parted
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import read_json, write_json, write_text
 from foldgpt.block_lists import blocks_of
@@ -102,13 +103,14 @@ def main() -> None:
     if not rows or config["sublayers"]:
         raise UsageError(f"{arguments.selectors} has no rows of whole blocks of ratio {arguments.ratio}")
     source = load_source(config["model"], dtype=config["dtype"])
-    windows = calibration_windows(
+    drawn = calibration_windows(
         [str(arguments.text_folder / name) if not name.startswith("demo:") else name for name in config["text"]],
         source.tokenizer,
         context=config["context"],
-        num_tokens=config["tokens"],
+        num_tokens=DRAWN * config["tokens"],
         seed=selectors["seed"],
     )
+    windows, _ = parted(drawn, config["tokens"])
     if windows.fingerprint != selectors["calibration"]["fingerprint"]:
         raise UsageError(f"the texts in {arguments.text_folder} are not those of {arguments.selectors}")
     num_blocks, num_remove = selectors["num_blocks"], rows[0]["num_remove"]

@@ -25,9 +25,6 @@ from foldgpt.errors import ArtifactError
 from foldgpt.progress import be_quiet
 from provenance import measured_by, provenance_lines
 
-#: The seed behind each draw's is that of its finals' text.
-_SEEDS_A_DRAW = 2
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,7 +86,7 @@ def main() -> None:
     known = {} if arguments.compensate else {key_of(row["removed"]): row["perplexities"] for row in rows}
     done = {(row["ratio"], row["selector"], row["seed"]) for row in rows}
     for draw in range(arguments.draws):
-        seed = arguments.seed + _SEEDS_A_DRAW * draw
+        seed = arguments.seed + draw
         for ratio in arguments.ratio:
             for selector in arguments.selector:
                 if (ratio, selector, seed) in done:

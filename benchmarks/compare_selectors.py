@@ -20,6 +20,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ from foldgpt.sources import Source, load_source
 from provenance import measured_by, provenance_lines
 
 SELECTORS = ("gates", "greedy", "loo", "taylor", "bi", "angular", "last", "random")
+
+#: The calibration text is drawn with so much further text, for the finals of gates, as `foldgpt run` divides its own.
+DRAWN = 4
 
 #: Sets are measured from the source's states on a text, which they share, as long as those take no more bytes.
 _MOST_KEPT = 4 * 2**30
@@ -109,9 +113,7 @@ class Bench:
         self.source: Source = beside.source if beside else load_source(arguments.model, dtype=arguments.dtype)
         self.model: Any = self.source.model
         self.num_blocks = len(decoder_of(self.model).blocks)
-        self.calibration: Windows = self.windows(arguments.tokens)
-        # Other windows of the same texts, for the finals of gates: three times as many, as `foldgpt run` has.
-        self.further: Windows = self.windows(3 * arguments.tokens, seed=arguments.seed + 1)
+        self.calibration, self.further = parted(self.windows(DRAWN * arguments.tokens), arguments.tokens)
         self.tests: dict[str, Windows] = beside.tests if beside else self._tests()
         started = time.perf_counter()
         self.analysis = analyze(self.model, self.ids)
@@ -259,15 +261,23 @@ class Bench:
             self._fitted_on = Replay(self.model, windows.ids)
         return compensate(self.model, plan, self._fitted_on.ids_WT, replay=self._fitted_on)
 
-    def windows(self, tokens: int, seed: int | None = None) -> Windows:
+    def windows(self, tokens: int) -> Windows:
         arguments = self.arguments
         return calibration_windows(
             arguments.text,
             self.source.tokenizer,
             context=arguments.context,
             num_tokens=tokens,
-            seed=arguments.seed if seed is None else seed,
+            seed=arguments.seed,
         )
+
+
+def parted(windows: Windows, tokens: int) -> tuple[Windows, Windows]:
+    """The first windows, of so many tokens, and the others."""
+    first = tokens // windows.ids.shape[1]
+    halves = (slice(None, first), slice(first, None))
+    before, behind = (replace(windows, ids=windows.ids[of], score_from=windows.score_from[of]) for of in halves)
+    return before, behind
 
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -153,6 +153,32 @@ def test_massive_activations_stay_what_they_are() -> None:
     assert change(10.0) > 0.3
 
 
+@torch.no_grad()
+def test_few_massive_tokens_count_as_their_share_of_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in a long window would hardly be told from the others' noise, and all later blocks attend to it."""
+    model = tiny_model("llama")
+    replay = Replay(model, token_ids(model, (8, 250)))
+    output, mlp, _ = Compensator(replay).run(1, replay.split(replay.states[1]))
+    generator = torch.Generator().manual_seed(3)
+    output, mlp = output.clone(), torch.randn(mlp.shape, generator=generator)
+    # Massive ones want little of what they put out changed, the others all of it.
+    target = output - mlp + torch.randn(mlp.shape, generator=generator)
+    mlp[:, 0] *= 20
+    output[:, 0] = mlp[:, 0]
+    target[:, 0] = 1.1 * mlp[:, 0]
+
+    def errors() -> tuple[float, float]:
+        corrected, _ = Compensator(replay, ridge=1e-3).correct(1, output, mlp, target)
+        error = (corrected - target).norm(dim=-1) / target.norm(dim=-1)
+        return float(error[:, 0].mean()), float(error[:, 1:].mean())
+
+    massive, others = errors()
+    monkeypatch.setattr(compensator, "_SHARE_OF_MASSIVE", 0.0)
+    massive_before, others_before = errors()
+    assert massive < 0.7 * massive_before
+    assert others < 1.05 * others_before
+
+
 @pytest.mark.parametrize("family", NORMED)
 @torch.no_grad()
 def test_a_map_and_scales_in_front_of_the_stream_are_found_through_the_norm(family: str) -> None:

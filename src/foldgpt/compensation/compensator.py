@@ -25,6 +25,11 @@ RIDGES = (1e-3, 1e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 #: The share of the tokens (the last ones, in whole windows) on which a fit is judged.
 _HELD_OUT = 0.25
 
+#: Tokens are massive whose states are so many times the median. All later blocks attend to them, and they are few (the
+#: first of each window, often): together they count as at least this share of a fit, which is 1 in 512 made ten times
+#: as heavy. With ten times that again, fits of states in bf16 become worse (docs/lab-notebook.md).
+_MASSIVE, _SHARE_OF_MASSIVE = 10.0, 0.02
+
 
 class Compensator:
     """Fits, at a cut, the linear map that makes the block before it do the work of the removed ones.
@@ -34,9 +39,9 @@ class Compensator:
     the block's M becomes M + X D by a change of its output matrix; no parameter is added. The ridge draws the result
     to the plain removal. The idea is ReplaceMe's (Shopkhoev et al. 2025, arXiv 2505.02819), with X = M.
 
-    Each token counts by 1 / ‖L‖², since the next block normalises its input. So tokens with massive activations weigh
-    no more than others, and they must not be left out: later blocks attend to them, and a map that was never told
-    of them may change them beyond recognition.
+    Each token counts by 1 / ‖L‖², since the next block normalises its input. So tokens with massive activations would
+    weigh no more than others, but later blocks attend to them, and a map that was hardly told of them may change them
+    beyond recognition: they are never left out, and together they count as a fiftieth of a fit, or more.
 
     Args:
         replay: the source, recorded on the windows that are fitted on.
@@ -136,6 +141,7 @@ class Compensator:
         weight_R = weight_R.masked_fill(size_R > min(self.outliers, self.spared), 0.0)
         if left_out_WT is not None:
             weight_R = weight_R.masked_fill(left_out_WT.flatten().to(weight_R.device), 0.0)
+        weight_R = _told_of_massive(weight_R, size_R > _MASSIVE)
         parts = _split(target_WTH, self.parts) if self.parts > 1 else _fitted_and_held_out(target_WTH)
         norm = norm_behind(self.replay.decoder, block, sublayer)
         fit = self._fit_linear if norm is None else self._fit_normed
@@ -351,6 +357,15 @@ class Compensator:
                 handle.remove()
         assert collected.rows_RK is not None
         return output_WTH, collected.rows_RK.view(output_WTH.shape), given.rows_RK
+
+
+def _told_of_massive(weight_R: Tensor, massive_R: Tensor) -> Tensor:
+    """Weights of tokens with which those with massive activations, if there are any, count as their share at least."""
+    used_R = weight_R > 0
+    massive_R = massive_R & used_R
+    count, others = int(massive_R.sum()), int((used_R & ~massive_R).sum())
+    factor = _SHARE_OF_MASSIVE / (1 - _SHARE_OF_MASSIVE) * others / max(count, 1)
+    return torch.where(massive_R, max(factor, 1.0) * weight_R, weight_R)
 
 
 class _Rows:

@@ -1,13 +1,14 @@
 """Text to packed token ids: how documents become windows of equal length.
 
-Two ways lead to windows. Calibration wants varied text and little of it: documents in a seeded order, read
-only as far as needed. Perplexity wants one exact protocol: the whole text in order, nothing left to chance,
+Two ways lead to windows. Calibration wants varied text and little of it: a segment of each document, in a seeded
+order, read only as far as needed. Perplexity wants one exact protocol: the whole text in order, nothing left to chance,
 and a record of every choice that changes the number.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from foldgpt.artifacts import hash_of
 from foldgpt.corpus.own_text import OwnText
+from foldgpt.corpus.segments import segments
 from foldgpt.corpus.texts import Text, in_seeded_order, open_texts
 from foldgpt.errors import SourceError, UsageError
 
 #: Calibration draws each document from this many that were read ahead: enough to mix, little to hold.
-_READ_AHEAD = 256
+_READ_AHEAD = 1024
 #: English text has about 4 characters a token; twice that is read before the tokens are counted.
 _CHARACTERS_PER_TOKEN = 8
 #: Tokens read beyond the last one needed, so that cutting the text there cannot change those before it.
@@ -63,9 +65,11 @@ def calibration_windows(
 ) -> Windows:
     """Windows of varied text to calibrate or train on.
 
-    Documents come in a seeded order (each drawn from 256 that were read ahead; local files are shuffled as
-    well), are tokenised without special tokens, each followed by EOS, and packed. Several texts give equal
-    numbers of windows, to within one; the windows of all are then mixed.
+    Documents come in a seeded order (each drawn from 1,024 that were read ahead; local files are shuffled as
+    well), are tokenised without special tokens, each followed by EOS, and give one segment each, no longer than a
+    window and from a random place; only where all of a text have given one, each gives another. Segments are packed.
+    Several texts give equal numbers of windows, to within one, in turns. So windows that follow one another are of
+    the same documents at most where they meet, and the first ones, or the last, are a sample like any other.
 
     Args:
         specs: texts, as in `read_documents`.
@@ -90,25 +94,27 @@ def calibration_windows(
             f"{num_tokens:,} tokens do not fill one window of {context:,} for each of {len(texts)} text(s)"
         )
     order = random.Random(seed)
-    rows: list[list[int]] = []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows_of_texts: list[list[list[int]]] = []
     num_documents = 0
+
+    def documents(text: Text) -> Iterator[Iterator[int]]:
+        nonlocal num_documents
+        for document in in_seeded_order(text, order, _READ_AHEAD):
+            num_documents += 1
+            yield itertools.chain(itertools.chain.from_iterable(_encode(tokenizer, piece) for piece in document), end)
+
     for index, text in enumerate(texts):
         share = num_windows // len(texts) + (index < num_windows % len(texts))
         tokens: list[int] = []
-        for document in in_seeded_order(text, order, _READ_AHEAD):
-            num_documents += 1
-            for piece in document:
-                tokens += _encode(tokenizer, piece)
-                if len(tokens) >= share * text_tokens:
-                    break
-            else:
-                tokens += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        for segment in segments(documents(text), order, text_tokens):
+            tokens += segment
             if len(tokens) >= share * text_tokens:
                 break
         else:
             raise _too_short(text.name, len(tokens), share, text_tokens)
-        rows += [prefix + tokens[row * text_tokens : (row + 1) * text_tokens] for row in range(share)]
-    order.shuffle(rows)
+        rows_of_texts.append([prefix + tokens[row * text_tokens : (row + 1) * text_tokens] for row in range(share)])
+    rows = [row for turn in itertools.zip_longest(*rows_of_texts) for row in turn if row is not None]
     ids = torch.tensor(rows, dtype=torch.int64)
     protocol = {
         "texts": [text.name for text in texts],
