@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from command import command_line
-from compare_selectors import DRAWN, parted
+from compare_selectors import parted
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import read_json, write_json, write_text
 from foldgpt.block_lists import blocks_of
@@ -107,7 +107,7 @@ def main() -> None:
         [str(arguments.text_folder / name) if not name.startswith("demo:") else name for name in config["text"]],
         source.tokenizer,
         context=config["context"],
-        num_tokens=DRAWN * config["tokens"],
+        num_tokens=config["calibration_tokens"],
         seed=selectors["seed"],
     )
     windows, _ = parted(drawn, config["tokens"])

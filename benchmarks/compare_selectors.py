@@ -47,9 +47,6 @@ from provenance import measured_by, provenance_lines
 
 SELECTORS = ("gates", "greedy", "loo", "taylor", "bi", "angular", "last", "random")
 
-#: The calibration text is drawn with so much further text, for the finals of gates, as `foldgpt run` divides its own.
-DRAWN = 4
-
 #: Sets are measured from the source's states on a text, which they share, as long as those take no more bytes.
 _MOST_KEPT = 4 * 2**30
 
@@ -59,7 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo:smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--text", action="append", help="calibration text; may be repeated (demo:wikipedia)")
-    parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens")
+    parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens that selectors see (4,096)")
+    parser.add_argument(
+        "--calibration-tokens", type=int, default=32_768, help="those and the text of finals and fits, in all (32,768)"
+    )
     parser.add_argument("--context", type=int, default=512, help="tokens of a calibration window")
     parser.add_argument("--copies", type=float, default=COPIES, help="share of a window that repeats its beginning")
     parser.add_argument("--ratio", type=float, action="append", help="share of blocks removed; may be repeated (0.2)")
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--option", action="append", help="of gates, NAME=VALUE, e.g. estimator=smoothed; repeatable")
     parser.add_argument("--sublayers", action="store_true", help="remove attention and MLP apart")
     parser.add_argument("--compensate", action="store_true", help="compensate, in the searches and in the result")
-    parser.add_argument("--compensation-tokens", type=int, help="tokens of the final fit (those of the calibration)")
+    parser.add_argument("--compensation-tokens", type=int, help="tokens of the final fit (all)")
     parser.add_argument("--perplexity", action="append", help="text to measure perplexity on; may be repeated (none)")
     parser.add_argument("--perplexity-context", type=int, default=1024)
     parser.add_argument("--max-windows", type=int, help="use the first windows of those texts only")
@@ -95,6 +95,8 @@ def completed(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
     arguments.selector = arguments.selector or [
         name for name in SELECTORS if name in BY_SUBLAYER or not arguments.sublayers
     ]
+    if arguments.tokens > arguments.calibration_tokens:
+        parser.error(f"--tokens {arguments.tokens} is more than --calibration-tokens {arguments.calibration_tokens}")
     if arguments.sublayers and set(arguments.selector) - BY_SUBLAYER:
         parser.error(f"with --sublayers only {', '.join(sorted(BY_SUBLAYER))} can select")
     return arguments
@@ -113,7 +115,8 @@ class Bench:
         self.source: Source = beside.source if beside else load_source(arguments.model, dtype=arguments.dtype)
         self.model: Any = self.source.model
         self.num_blocks = len(decoder_of(self.model).blocks)
-        self.calibration, self.further = parted(self.windows(DRAWN * arguments.tokens), arguments.tokens)
+        # As `foldgpt run` divides its text: finals of gates see windows that selectors do not.
+        self.calibration, self.further = parted(self.windows(arguments.calibration_tokens), arguments.tokens)
         self.tests: dict[str, Windows] = beside.tests if beside else self._tests()
         started = time.perf_counter()
         self.analysis = analyze(self.model, self.ids)
@@ -257,7 +260,7 @@ class Bench:
         """The final fit, which sees more tokens than those of searches."""
         tokens = self.arguments.compensation_tokens
         if self._fitted_on is None:
-            windows = self.calibration if tokens is None else self.windows(tokens)
+            windows = self.windows(tokens or self.arguments.calibration_tokens)
             self._fitted_on = Replay(self.model, windows.ids)
         return compensate(self.model, plan, self._fitted_on.ids_WT, replay=self._fitted_on)
 
@@ -391,7 +394,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 {" + ".join(config["text"])} in windows of {config["context"]}\
 {copies_of(config)}\
 {", attention (a) and MLP (m) apart" if config["sublayers"] else ""}\
-{f", with compensation fitted on {config['compensation_tokens'] or config['tokens']:,} tokens" * config["compensate"]}.
+{f", with compensation fitted on {config['compensation_tokens'] or config['calibration_tokens']:,} tokens" * config["compensate"]}.
 {seen} Perplexity is of {texts or "nothing"},
 context {config["perplexity_context"]}, \
 {"the whole text" if config["max_windows"] is None else f"the first {config['max_windows']} windows"}. \

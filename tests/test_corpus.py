@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from foldgpt.corpus import calibration_windows, evaluation_windows, read_documents, reused_texts, texts
+from foldgpt.corpus.segments import segments
 from foldgpt.corpus.windows import _READ_AHEAD
 from foldgpt.errors import FoldGPTError, SourceError, UsageError
 from tiny import BOS_ID, EOS_ID, tiny_tokenizer
@@ -201,6 +204,51 @@ def test_texts_give_equal_shares(tmp_path: Path) -> None:
     is_b = windows.ids == TOKENIZER("b", add_special_tokens=False)["input_ids"][0]
     assert is_b.all(1).sum() == 6
     assert (~is_b.any(1)).sum() == 6
+
+
+def test_a_long_document_gives_no_more_than_the_others_as_long_as_there_are_others(tmp_path: Path) -> None:
+    """Of a text whose long documents fill the windows, what is measured on it holds for those documents."""
+    long = [letter * 900 for letter in "abc"]
+    spec = _write_jsonl(tmp_path / "a.jsonl", [*long, *(f"{number:02d}" * 4 for number in range(40))])
+    windows = calibration_windows([spec], TOKENIZER, context=10, num_tokens=200)
+    ids = windows.ids.flatten().tolist()
+    for letter in "abc":
+        assert ids.count(TOKENIZER(letter, add_special_tokens=False)["input_ids"][0]) <= 10
+    # When all have given one segment, those that have more give another.
+    windows = calibration_windows([spec], TOKENIZER, context=10, num_tokens=1000)
+    counts = [(windows.ids == TOKENIZER(letter, add_special_tokens=False)["input_ids"][0]).sum() for letter in "abc"]
+    assert sum(counts) > 500 and max(counts) - min(counts) <= 20
+    assert windows.protocol["documents_read"] == 43
+
+
+def test_a_segment_is_from_a_random_place_of_its_document(tmp_path: Path) -> None:
+    letters = "abcdefghij"
+    spec = _write_jsonl(tmp_path / "a.jsonl", ["".join(letter * 10 for letter in letters)] * 50)
+    windows = calibration_windows([spec], TOKENIZER, context=10, num_tokens=400)
+    begins = {TOKENIZER.decode(row[:1]) for row in windows.ids}
+    assert len(begins) > 5
+    assert all(len(set(row.tolist())) == 1 for row in windows.ids[:1])
+
+
+def test_every_token_is_in_one_segment_and_documents_take_turns() -> None:
+    documents = [range(405), range(1000, 1007), range(2000, 2033)]
+    found = [list(segment) for segment in segments(documents, random.Random(0), 10)]
+    assert sorted(itertools.chain.from_iterable(found)) == [*range(405), *range(1000, 1007), *range(2000, 2033)]
+    assert max(map(len, found)) == 10
+    assert [segment[0] // 1000 for segment in found] == [0, 1, 2, 0, 2, 0, 2, 0, 2] + [0] * (len(found) - 9)
+    # Of a long document sixteen are read for the first one.
+    assert {next(segments([iter(range(10**6))], random.Random(seed), 10))[0] for seed in range(200)} == {
+        *range(0, 160, 10)
+    }
+
+
+def test_windows_of_several_texts_come_in_turns_and_share_no_document_across_a_cut(tmp_path: Path) -> None:
+    """Parts of the windows are held out from what is fitted on the others."""
+    specs = [_write_jsonl(tmp_path / f"{name}.jsonl", [name * 200 + f"{i:02d}" for i in range(30)]) for name in "ab"]
+    windows = calibration_windows(specs, TOKENIZER, context=20, num_tokens=400)
+    a, b = (TOKENIZER(name, add_special_tokens=False)["input_ids"][0] for name in "ab")
+    assert [bool((row == a).any()) for row in windows.ids] == [True, False] * 10
+    assert [bool((row == b).any()) for row in windows.ids] == [False, True] * 10
 
 
 def test_calibration_reads_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

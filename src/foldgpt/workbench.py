@@ -252,7 +252,7 @@ class Workbench:
         }
 
     def selection_ids(self, gone: float = 0.0) -> Tensor:
-        """Calibration windows for selectors that measure, [W, T]: the first ones; they are in random order.
+        """Calibration windows for selectors that measure, [W, T]: the first ones; documents are in random order.
 
         Args:
             gone: the share of the blocks that is removed.

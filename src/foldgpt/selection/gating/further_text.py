@@ -24,8 +24,9 @@ _LEVEL, _MOST = 0.03, 4
 _LEVEL_COMPENSATED, _MOST_COMPENSATED = 0.1, 6
 #: The share of the allowance that a search leaves for finals; at most, where sets are compensated.
 _SHARE, _SHARE_COMPENSATED = 0.1, 0.25
-#: Compensated sets are fitted on so many times the search's windows at most, and measured on as many as those, but on
-#: no more than this share of all. Behind a fit on fewer, the order may be neither the search's nor that of folding.
+#: Compensated sets are fitted on so many times the search's windows at most, and measured on this share of all. Behind
+#: a fit on fewer, the order may be neither the search's nor that of folding; measured on as few as a search looks at,
+#: sets were in an order that other text did not bear out (docs/lab-notebook.md).
 _FITTED, _HELD_OUT = 3, 0.25
 #: What a round may keep of the states of its few sets, in bytes.
 _CACHE = 256 * 2**20
@@ -194,7 +195,7 @@ def windows_of_finals(searched: int, further: int, compensated: bool) -> int:
         further: windows beside them.
         compensated: whether sets are compensated.
     """
-    wanted = min(searched, _quarter(searched + further)) if compensated else searched
+    wanted = _quarter(searched + further) if compensated else searched
     if 2 * further < wanted:
         return 0
     return sum(_divided(searched, further)) if compensated else min(searched, further)
@@ -202,7 +203,7 @@ def windows_of_finals(searched: int, further: int, compensated: bool) -> int:
 
 def _divided(searched: int, further: int) -> tuple[int, int]:
     """On how many windows, the first ones, compensated sets are fitted, and on how many of the last ones measured."""
-    held = min(searched, further, _quarter(searched + further))
+    held = min(further, _quarter(searched + further))
     return min(_FITTED * searched, searched + further - held), held
 
 
