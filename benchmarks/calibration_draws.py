@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from compare_selectors import Bench, add_arguments, completed, copies_of, key_of, name_of, spread
+from compare_selectors import Bench, add_arguments, completed, copies_of, key_of, name_of, spread, tokens_fitted_on
 from foldgpt.allocator import keep_freed_memory
 from foldgpt.artifacts import hash_of, read_json, write_json, write_text
 from foldgpt.errors import ArtifactError
@@ -130,7 +130,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     table, differences = "\n".join(filter(None, lines)), "\n".join(filter(None, beside))
     texts = ", ".join(f"{name} (the source's is {result['source_perplexities'][name]:.2f})" for name in tests)
     heads = "".join(f" {name} |" for name in tests)
-    fitted = f", with compensation fitted on {config['compensation_tokens'] or config['tokens']:,} tokens of each draw"
+    fitted = f", with compensation fitted on {tokens_fitted_on(config):,} tokens of each draw"
     return f"""# Selectors on several draws of calibration text
 
 {config["model"]} ({result["num_blocks"]} blocks, {config["dtype"]}), calibrated on {config["tokens"]:,} tokens of

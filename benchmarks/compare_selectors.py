@@ -289,6 +289,11 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**effort, **assignments(arguments.option or [], "--option")}
 
 
+def tokens_fitted_on(config: Mapping[str, Any]) -> int:
+    """Tokens that the final fit of compensation saw; without a number of its own, all that were drawn."""
+    return int(config["compensation_tokens"] or config.get("calibration_tokens") or config["tokens"])
+
+
 def copies_of(config: Mapping[str, Any]) -> str:
     """What a result says of the windows in which text is repeated; those of before such windows have none."""
     return f", of which a share of {config['copies']:g} repeats what they begin with" if config.get("copies") else ""
@@ -394,7 +399,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 {" + ".join(config["text"])} in windows of {config["context"]}\
 {copies_of(config)}\
 {", attention (a) and MLP (m) apart" if config["sublayers"] else ""}\
-{f", with compensation fitted on {config['compensation_tokens'] or config['calibration_tokens']:,} tokens" * config["compensate"]}.
+{f", with compensation fitted on {tokens_fitted_on(config):,} tokens" * config["compensate"]}.
 {seen} Perplexity is of {texts or "nothing"},
 context {config["perplexity_context"]}, \
 {"the whole text" if config["max_windows"] is None else f"the first {config['max_windows']} windows"}. \

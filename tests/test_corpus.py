@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
@@ -230,16 +229,32 @@ def test_a_segment_is_from_a_random_place_of_its_document(tmp_path: Path) -> Non
     assert all(len(set(row.tolist())) == 1 for row in windows.ids[:1])
 
 
+def _segments(documents: list[str], seed: int = 0, length: int = 10) -> list[tuple[int, str]]:
+    found = segments(
+        [(text,) for text in documents],
+        lambda text: [ord(letter) for letter in text],
+        [],
+        length=length,
+        order=random.Random(seed),
+        read_ahead=100,
+    )
+    return [(number, "".join(map(chr, segment))) for number, segment in found]
+
+
 def test_every_token_is_in_one_segment_and_documents_take_turns() -> None:
-    documents = [range(405), range(1000, 1007), range(2000, 2033)]
-    found = [list(segment) for segment in segments(documents, random.Random(0), 10)]
-    assert sorted(itertools.chain.from_iterable(found)) == [*range(405), *range(1000, 1007), *range(2000, 2033)]
-    assert max(map(len, found)) == 10
-    assert [segment[0] // 1000 for segment in found] == [0, 1, 2, 0, 2, 0, 2, 0, 2] + [0] * (len(found) - 9)
-    # Of a long document sixteen are read for the first one.
-    assert {next(segments([iter(range(10**6))], random.Random(seed), 10))[0] for seed in range(200)} == {
-        *range(0, 160, 10)
-    }
+    documents = ["".join(map(chr, numbers)) for numbers in (range(300, 705), range(1000, 1007), range(2000, 2033))]
+    found = _segments(documents)
+    assert sorted("".join(segment for _, segment in found)) == sorted("".join(documents))
+    assert max(len(segment) for _, segment in found) == 10
+    rounds = [number for number, _ in found]
+    assert rounds[:3] == [0, 1, 2] and sorted(rounds[3:5]) == rounds[3:5] and len(set(rounds[-30:])) == 1
+
+
+def test_longer_documents_give_their_segment_sooner() -> None:
+    """Else tokens of long documents would be rarer than they are in the text."""
+    documents = ["a" * 400, *["b" * 10] * 40]
+    is_first = [_segments(documents, seed)[0][1][0] == "a" for seed in range(200)]
+    assert 60 < sum(is_first) < 140  # as many characters as all others together
 
 
 def test_windows_of_several_texts_come_in_turns_and_share_no_document_across_a_cut(tmp_path: Path) -> None:

@@ -4,39 +4,83 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 
 #: So many segments of a document are read at a time, of which one is taken at random: long ones are not read to their
 #: end for it.
 _READ = 16
+#: English text has about 4 characters a token.
+_CHARACTERS_PER_TOKEN = 4
 
 
-def segments(documents: Iterable[Iterable[int]], order: random.Random, length: int) -> Iterator[array[int]]:
-    """Segments of documents: one of each, and only then another of each that has more.
+def segments(
+    documents: Iterable[Iterable[str]],
+    encode: Callable[[str], list[int]],
+    end: list[int],
+    *,
+    length: int,
+    order: random.Random,
+    read_ahead: int,
+) -> Iterator[tuple[int, array[int]]]:
+    """Token ids of segments: one of each document, and only then another of each that has more.
 
-    Which one a document gives is random. So text that is packed from them is as varied as it can be, and of two parts
-    of it none has seen the other's documents but for one at the border, as long as there are documents enough.
+    Of the documents that were read ahead, one that is twice as long is twice as likely to be the next, up to a length
+    of 16 segments; which of its segments it gives is random. So tokens of long and of short documents come as often as
+    they are in the text, and of two parts of what is made of the segments neither has seen the other's documents, as
+    long as there are documents enough.
 
     Args:
-        documents: token ids of each, read only as far as needed.
-        order: where the order comes from.
+        documents: each in pieces, read only as far as needed; they can be read more than once unless `read_ahead` is 1.
+        encode: the token ids of a piece.
+        end: token ids that end a document.
         length: of a segment in tokens, at most.
+        order: where the order comes from.
+        read_ahead: each document is drawn from so many.
+
+    Yields:
+        The number of its document, in the order in which they are drawn, and the segment.
     """
-    opened: Iterable[Iterator[array[int]]] = (_in_random_order(document, order, length) for document in documents)
+    coming: Iterable[Iterable[str]] = documents
+    if read_ahead > 1:
+        coming = _longer_ones_sooner(documents, order, read_ahead, _READ * length * _CHARACTERS_PER_TOKEN)
+    opened: Iterable[tuple[int, Iterator[array[int]]]] = (
+        (number, _in_random_order(chain(chain.from_iterable(map(encode, pieces)), end), order, length))
+        for number, pieces in enumerate(coming)
+    )
     while True:
         left = []
-        for document in opened:
+        for number, document in opened:
             if (segment := next(document, None)) is not None:
-                left.append(document)
-                yield segment
+                left.append((number, document))
+                yield number, segment
         if not left:
             return
         opened = left
 
 
-def _in_random_order(document: Iterable[int], order: random.Random, length: int) -> Iterator[array[int]]:
-    tokens = iter(document)
+def _longer_ones_sooner(
+    documents: Iterable[Iterable[str]], order: random.Random, read_ahead: int, enough: int
+) -> Iterator[Iterable[str]]:
+    """The documents, drawn by their lengths from those read ahead; no more than `enough` characters of each count."""
+    coming = iter(documents)
+    waiting: list[tuple[int, Iterable[str]]] = []
+    while True:
+        for document in islice(coming, read_ahead - len(waiting)):
+            size = 0
+            for piece in document:
+                size += len(piece)
+                if size >= enough:
+                    break
+            waiting.append((min(size, enough), document))
+        if not waiting:
+            return
+        chosen = order.choices(range(len(waiting)), weights=[1 + size for size, _ in waiting])[0]
+        waiting[chosen], waiting[-1] = waiting[-1], waiting[chosen]
+        yield waiting.pop()[1]
+
+
+def _in_random_order(tokens: Iterator[int], order: random.Random, length: int) -> Iterator[array[int]]:
     while read := array("q", islice(tokens, _READ * length)):
         parts = [read[start : start + length] for start in range(0, len(read), length)]
         while parts:

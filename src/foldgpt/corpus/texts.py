@@ -329,16 +329,20 @@ class _TextFile:
 
     def __iter__(self) -> Iterator[str]:
         try:
-            # newline="": what is measured is the file's text, whatever the system's line ends.
-            with self.path.open(encoding="utf-8", newline="") as file:
-                rest = ""
-                while len(piece := file.read(_PIECE_CHARACTERS)) == _PIECE_CHARACTERS:
-                    # Behind a line; where there is none, in front of a blank, which tokenizers take with the word.
-                    end = piece.rfind("\n") + 1 or max(piece.rfind(" "), 0)
+            rest, position, is_last = "", 0, False
+            while not is_last:
+                # Opened for each piece: many files can be begun at a time. newline="": what is measured is the file's
+                # text, whatever the system's line ends.
+                with self.path.open(encoding="utf-8", newline="") as file:
+                    file.seek(position)
+                    piece = file.read(_PIECE_CHARACTERS)
+                    position = file.tell()
+                is_last = len(piece) < _PIECE_CHARACTERS
+                # Behind a line; where there is none, in front of a blank, which tokenizers take with the word.
+                end = len(piece) if is_last else piece.rfind("\n") + 1 or max(piece.rfind(" "), 0)
+                if not is_last or rest or piece:
                     yield rest + piece[:end]
-                    rest = piece[end:]
-                if rest or piece:
-                    yield rest + piece
+                rest = piece[end:]
         except UnicodeDecodeError as error:
             raise SourceError(f"{self.path} is not UTF-8 text: {error.reason}") from error
         except OSError as error:

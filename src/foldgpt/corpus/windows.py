@@ -7,6 +7,7 @@ and a record of every choice that changes the number.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import random
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from foldgpt.artifacts import hash_of
 from foldgpt.corpus.own_text import OwnText
 from foldgpt.corpus.segments import segments
-from foldgpt.corpus.texts import Text, in_seeded_order, open_texts
+from foldgpt.corpus.texts import Text, open_texts
 from foldgpt.errors import SourceError, UsageError
 
 #: Calibration draws each document from this many that were read ahead: enough to mix, little to hold.
@@ -65,11 +66,11 @@ def calibration_windows(
 ) -> Windows:
     """Windows of varied text to calibrate or train on.
 
-    Documents come in a seeded order (each drawn from 1,024 that were read ahead; local files are shuffled as
-    well), are tokenised without special tokens, each followed by EOS, and give one segment each, no longer than a
-    window and from a random place; only where all of a text have given one, each gives another. Segments are packed.
-    Several texts give equal numbers of windows, to within one, in turns. So windows that follow one another are of
-    the same documents at most where they meet, and the first ones, or the last, are a sample like any other.
+    Documents come in a seeded order: each is drawn from 1,024 that were read ahead, longer ones sooner, and local files
+    are shuffled as well. They are tokenised without special tokens, each followed by EOS, and give one segment each, no
+    longer than a window and from a random place; only where all of a text have given one, each gives another. One that
+    is as long as a window fills one, shorter ones are packed. Several texts give equal numbers of windows, to within
+    one, in turns. So the first windows, or the last ones, are a sample like any other, of documents of their own.
 
     Args:
         specs: texts, as in `read_documents`.
@@ -95,27 +96,41 @@ def calibration_windows(
         )
     order = random.Random(seed)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encode = functools.partial(_encode, tokenizer)
     rows_of_texts: list[list[list[int]]] = []
     num_documents = 0
 
-    def documents(text: Text) -> Iterator[Iterator[int]]:
-        nonlocal num_documents
-        for document in in_seeded_order(text, order, _READ_AHEAD):
-            num_documents += 1
-            yield itertools.chain(itertools.chain.from_iterable(_encode(tokenizer, piece) for piece in document), end)
-
     for index, text in enumerate(texts):
         share = num_windows // len(texts) + (index < num_windows % len(texts))
-        tokens: list[int] = []
-        for segment in segments(documents(text), order, text_tokens):
-            tokens += segment
-            if len(tokens) >= share * text_tokens:
+        drawn = segments(
+            text.documents(order),
+            encode,
+            end,
+            length=text_tokens,
+            order=order,
+            # What the model writes is dear, and in random order as it comes.
+            read_ahead=1 if text.endless else _READ_AHEAD,
+        )
+        rows: list[list[int]] = []
+        packed: list[int] = []
+        begun = 0
+        for number, segment in drawn:
+            begun = max(begun, number + 1)
+            if len(segment) == text_tokens:
+                rows.append(prefix + segment.tolist())
+            else:
+                packed += segment
+            if len(packed) >= text_tokens:
+                rows.append(prefix + packed[:text_tokens])
+                packed = packed[text_tokens:]
+            if len(rows) == share:
                 break
         else:
-            raise _too_short(text.name, len(tokens), share, text_tokens)
-        rows_of_texts.append([prefix + tokens[row * text_tokens : (row + 1) * text_tokens] for row in range(share)])
-    rows = [row for turn in itertools.zip_longest(*rows_of_texts) for row in turn if row is not None]
-    ids = torch.tensor(rows, dtype=torch.int64)
+            raise _too_short(text.name, len(rows) * text_tokens + len(packed), share, text_tokens)
+        rows_of_texts.append(rows)
+        num_documents += begun
+    turns = itertools.zip_longest(*rows_of_texts)
+    ids = torch.tensor([row for turn in turns for row in turn if row is not None], dtype=torch.int64)
     protocol = {
         "texts": [text.name for text in texts],
         "documents_read": num_documents,
