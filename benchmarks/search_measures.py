@@ -87,7 +87,7 @@ def main() -> None:
             most_positions=ids_WT.numel(),
             cache_bytes=0,
         )
-    # Other documents than those that are measured on.
+    # Another draw, with hardly any text of those that are measured on.
     fitted = Replay(source.model, calibration(512, arguments.compensation_tokens, arguments.seed + 2).ids)
     searches = {}
     for tokens in arguments.search_tokens or []:
