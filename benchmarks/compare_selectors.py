@@ -39,7 +39,16 @@ from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan
 from foldgpt.progress import be_quiet
 from foldgpt.replay import Replay
-from foldgpt.selection import BY_SUBLAYER, MEASURED, RemovalCost, Request, Selection, number_to_remove, select
+from foldgpt.selection import (
+    BY_SUBLAYER,
+    MEASURED,
+    RemovalCost,
+    Request,
+    Selection,
+    number_to_remove,
+    search_windows,
+    select,
+)
 from foldgpt.selection.copies import COPIES
 from foldgpt.selection.units import Units, units_of
 from foldgpt.sources import Source, load_source
@@ -116,7 +125,8 @@ class Bench:
         self.model: Any = self.source.model
         self.num_blocks = len(decoder_of(self.model).blocks)
         # As `foldgpt run` divides its text: finals of gates see windows that selectors do not.
-        self.calibration, self.further = parted(self.windows(arguments.calibration_tokens), arguments.tokens)
+        self._drawn = self.windows(arguments.calibration_tokens)
+        self.calibration, self.further = parted(self._drawn, arguments.tokens)
         self.tests: dict[str, Windows] = beside.tests if beside else self._tests()
         started = time.perf_counter()
         self.analysis = analyze(self.model, self.ids)
@@ -260,7 +270,7 @@ class Bench:
         """The final fit, which sees more tokens than those of searches."""
         tokens = self.arguments.compensation_tokens
         if self._fitted_on is None:
-            windows = self.windows(tokens or self.arguments.calibration_tokens)
+            windows = self._drawn if tokens is None else self.windows(tokens)
             self._fitted_on = Replay(self.model, windows.ids)
         return compensate(self.model, plan, self._fitted_on.ids_WT, replay=self._fitted_on)
 
@@ -277,7 +287,8 @@ class Bench:
 
 def parted(windows: Windows, tokens: int) -> tuple[Windows, Windows]:
     """The first windows, of so many tokens, and the others."""
-    first = tokens // windows.ids.shape[1]
+    num_windows, context = windows.ids.shape
+    first = search_windows(tokens, context, num_windows)
     halves = (slice(None, first), slice(first, None))
     before, behind = (replace(windows, ids=windows.ids[of], score_from=windows.score_from[of]) for of in halves)
     return before, behind
@@ -291,7 +302,7 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def tokens_fitted_on(config: Mapping[str, Any]) -> int:
     """Tokens that the final fit of compensation saw; without a number of its own, all that were drawn."""
-    return int(config["compensation_tokens"] or config.get("calibration_tokens") or config["tokens"])
+    return int(config["compensation_tokens"] or config["calibration_tokens"])
 
 
 def copies_of(config: Mapping[str, Any]) -> str:

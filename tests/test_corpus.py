@@ -231,7 +231,7 @@ def test_a_segment_is_from_a_random_place_of_its_document(tmp_path: Path) -> Non
 
 def _segments(documents: list[str], seed: int = 0, length: int = 10) -> list[tuple[int, str]]:
     found = segments(
-        [(text,) for text in documents],
+        texts.Text("a", "", lambda _: iter([(text,) for text in documents]), lambda: None),
         lambda text: [ord(letter) for letter in text],
         [],
         length=length,

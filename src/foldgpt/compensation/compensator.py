@@ -28,7 +28,7 @@ _HELD_OUT = 0.25
 #: Tokens are massive whose states are so many times the median. All later blocks attend to them, and they are few (the
 #: first of each window, often): together they count as at least this share of a fit, which is 1 in 512 made ten times
 #: as heavy. With ten times that again, fits of states in bf16 become worse (docs/lab-notebook.md).
-_MASSIVE, _SHARE_OF_MASSIVE = 10.0, 0.02
+MASSIVE, _SHARE_OF_MASSIVE = 10.0, 0.02
 
 
 class Compensator:
@@ -141,7 +141,7 @@ class Compensator:
         weight_R = weight_R.masked_fill(size_R > min(self.outliers, self.spared), 0.0)
         if left_out_WT is not None:
             weight_R = weight_R.masked_fill(left_out_WT.flatten().to(weight_R.device), 0.0)
-        weight_R = _told_of_massive(weight_R, size_R > _MASSIVE)
+        weight_R = _told_of_massive(weight_R, size_R > MASSIVE)
         parts = _split(target_WTH, self.parts) if self.parts > 1 else _fitted_and_held_out(target_WTH)
         norm = norm_behind(self.replay.decoder, block, sublayer)
         fit = self._fit_linear if norm is None else self._fit_normed

@@ -5,7 +5,10 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain, islice
+
+from foldgpt.corpus.texts import Document, Text, in_seeded_order
 
 #: So many segments of a document are read at a time, of which one is taken at random: long ones are not read to their
 #: end for it.
@@ -15,7 +18,7 @@ _CHARACTERS_PER_TOKEN = 4
 
 
 def segments(
-    documents: Iterable[Iterable[str]],
+    text: Text,
     encode: Callable[[str], list[int]],
     end: list[int],
     *,
@@ -31,7 +34,7 @@ def segments(
     long as there are documents enough.
 
     Args:
-        documents: each in pieces, read only as far as needed; they can be read more than once unless `read_ahead` is 1.
+        text: whose documents they are, read only as far as needed.
         encode: the token ids of a piece.
         end: token ids that end a document.
         length: of a segment in tokens, at most.
@@ -41,12 +44,11 @@ def segments(
     Yields:
         The number of its document, in the order in which they are drawn, and the segment.
     """
-    coming: Iterable[Iterable[str]] = documents
-    if read_ahead > 1:
-        coming = _longer_ones_sooner(documents, order, read_ahead, _READ * length * _CHARACTERS_PER_TOKEN)
+    weight = partial(_length, enough=_READ * length * _CHARACTERS_PER_TOKEN)
+    documents = in_seeded_order(text, order, read_ahead, weight=weight)
     opened: Iterable[tuple[int, Iterator[array[int]]]] = (
         (number, _in_random_order(chain(chain.from_iterable(map(encode, pieces)), end), order, length))
-        for number, pieces in enumerate(coming)
+        for number, pieces in enumerate(documents)
     )
     while True:
         left = []
@@ -59,25 +61,14 @@ def segments(
         opened = left
 
 
-def _longer_ones_sooner(
-    documents: Iterable[Iterable[str]], order: random.Random, read_ahead: int, enough: int
-) -> Iterator[Iterable[str]]:
-    """The documents, drawn by their lengths from those read ahead; no more than `enough` characters of each count."""
-    coming = iter(documents)
-    waiting: list[tuple[int, Iterable[str]]] = []
-    while True:
-        for document in islice(coming, read_ahead - len(waiting)):
-            size = 0
-            for piece in document:
-                size += len(piece)
-                if size >= enough:
-                    break
-            waiting.append((min(size, enough), document))
-        if not waiting:
-            return
-        chosen = order.choices(range(len(waiting)), weights=[1 + size for size, _ in waiting])[0]
-        waiting[chosen], waiting[-1] = waiting[-1], waiting[chosen]
-        yield waiting.pop()[1]
+def _length(document: Document, enough: int) -> int:
+    """Of a document in characters, of which no more than `enough` count; one that is empty counts as well."""
+    size = 0
+    for piece in document:
+        size += len(piece)
+        if size >= enough:
+            break
+    return 1 + min(size, enough)
 
 
 def _in_random_order(tokens: Iterator[int], order: random.Random, length: int) -> Iterator[array[int]]:

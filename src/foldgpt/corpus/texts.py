@@ -146,7 +146,9 @@ def _open_text(spec: str, own: OwnText | None) -> Text:
     return _local_text(spec)
 
 
-def in_seeded_order(text: Text, order: random.Random, read_ahead: int) -> Iterator[Document]:
+def in_seeded_order(
+    text: Text, order: random.Random, read_ahead: int, *, weight: Callable[[Document], int] | None = None
+) -> Iterator[Document]:
     """Documents through a shuffle buffer: mixed well for small texts, bounded memory for large ones.
 
     What is in random order already comes as it is, since reading it ahead may be dear.
@@ -155,22 +157,26 @@ def in_seeded_order(text: Text, order: random.Random, read_ahead: int) -> Iterat
         text: the text; local files are shuffled as well.
         order: where the order comes from.
         read_ahead: each document is drawn from so many.
+        weight: of a document, above 0: with twice of it one is twice as likely to be drawn; by default all are alike.
     """
-    buffer: list[Document] = []
+    buffer: list[tuple[Document, int]] = []
     if text.endless:
         yield from text.documents()
     for document in text.documents(order):
-        buffer.append(document)
+        buffer.append((document, weight(document) if weight else 1))
         if len(buffer) == read_ahead:
-            yield _take_any(buffer, order)
+            yield _take_any(buffer, order, weighed=weight is not None)
     while buffer:
-        yield _take_any(buffer, order)
+        yield _take_any(buffer, order, weighed=weight is not None)
 
 
-def _take_any(buffer: list[Document], order: random.Random) -> Document:
-    index = order.randrange(len(buffer))
+def _take_any(buffer: list[tuple[Document, int]], order: random.Random, *, weighed: bool) -> Document:
+    if weighed:
+        index = order.choices(range(len(buffer)), weights=[weight for _, weight in buffer])[0]
+    else:
+        index = order.randrange(len(buffer))
     buffer[index], buffer[-1] = buffer[-1], buffer[index]
-    return buffer.pop()
+    return buffer.pop()[0]
 
 
 def reused_texts(tested: Sequence[str], uses: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

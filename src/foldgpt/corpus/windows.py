@@ -102,15 +102,7 @@ def calibration_windows(
 
     for index, text in enumerate(texts):
         share = num_windows // len(texts) + (index < num_windows % len(texts))
-        drawn = segments(
-            text.documents(order),
-            encode,
-            end,
-            length=text_tokens,
-            order=order,
-            # What the model writes is dear, and in random order as it comes.
-            read_ahead=1 if text.endless else _READ_AHEAD,
-        )
+        drawn = segments(text, encode, end, length=text_tokens, order=order, read_ahead=_READ_AHEAD)
         rows: list[list[int]] = []
         packed: list[int] = []
         begun = 0

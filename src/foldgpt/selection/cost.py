@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from foldgpt.compensation import Compensator
+from foldgpt.compensation.compensator import MASSIVE
 from foldgpt.errors import FoldGPTError
 from foldgpt.objectives import Head, SourcePredictions, cross_entropy
 from foldgpt.plan import Sublayer
@@ -42,8 +43,6 @@ CACHE_BYTES = 1536 * 2**20
 #: What compensates is fitted on the windows that are measured on, each part on the others. Fitted and measured on the
 #: same tokens, sets with many cuts would win by fitting them, and lose on all other text.
 PARTS = 4
-#: Tokens of more than so many times the median norm pass a search's fit as they are.
-_SPARED = 10.0
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,8 @@ class RemovalCost:
         self._source_costs: dict[tuple[int, int], float] = {}
         self._cache: OrderedDict[StateKey, list[Tensor]] = OrderedDict()
         self._cache_room = cache_bytes
-        self._compensator = Compensator(replay, parts=PARTS, spared=_SPARED) if compensate else None
+        # Massive tokens pass a search's fit as they are.
+        self._compensator = Compensator(replay, parts=PARTS, spared=MASSIVE) if compensate else None
 
     # ------------------------------------------------------------------------------------------- samples
 
