@@ -110,7 +110,7 @@ def main() -> None:
         num_tokens=config["calibration_tokens"],
         seed=selectors["seed"],
     )
-    windows, _ = parted(drawn, config["tokens"])
+    windows, further = parted(drawn, config["tokens"])
     if windows.fingerprint != selectors["calibration"]["fingerprint"]:
         raise UsageError(f"the texts in {arguments.text_folder} are not those of {arguments.selectors}")
     num_blocks, num_remove = selectors["num_blocks"], rows[0]["num_remove"]
@@ -129,6 +129,8 @@ def main() -> None:
             num_remove,
             model=source.model,
             ids_WT=windows.ids,
+            # Of before priors there are results as well.
+            further_ids_WT=further.ids if config.get("prior_tokens") else None,
             copies=config.get("copies", 0.0),  # of before there were any
             seed=selectors["seed"],
             compensate=config["compensate"],
@@ -137,7 +139,7 @@ def main() -> None:
     place = arguments.out / f"{arguments.name}.json"
     identity = [windows.fingerprint, source.fingerprint, config["dtype"], num_remove]
     if config["compensate"]:
-        identity.append("compensated")
+        identity.append(f"compensated from {config.get('prior_tokens', 0)}")
     if arguments.on:
         identity.append("loss")
     elif config.get("copies"):

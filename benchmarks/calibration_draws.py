@@ -62,7 +62,12 @@ def main() -> None:
     config = {name: value for name, value in vars(arguments).items() if name not in left_out}
     header = {
         "benchmark": "calibration_draws",
-        "config": {**config, "text": [Path(text).name for text in arguments.text], "perplexity": list(tests)},
+        "config": {
+            **config,
+            "text": [Path(text).name for text in arguments.text],
+            "perplexity": list(tests),
+            "prior_tokens": draws.first.prior_tokens,
+        },
         "seed": arguments.seed,
         "source": {"spec": draws.first.source.spec, "fingerprint": draws.first.source.fingerprint},
         "calibration": draws.first.calibration.fingerprint,

@@ -3,10 +3,10 @@
 For each selector and ratio: the removed blocks, the KL to the source on all calibration windows as searches see it (one
 measure for all, whatever the selector looked at), the perplexity on other texts, and the cost of the search in seconds
 and in forward passes over the calibration windows. Sets that come out level are judged by gates on other windows of the
-same texts, three times as many. With --compensate searches see the weaker fit that is fast enough for them, of each
-quarter of the windows on the other three; the perplexity is of the model that folding makes. The cost of bi and angular
-is that of their analysis; greedy runs once, for the largest ratio, and passes the smaller ones on its way. Each row is
-written when it is done; the same command goes on where it was stopped.
+same texts. With --compensate searches see the weaker fit that is fast enough for them, of each quarter of the windows
+on the other three, begun at one of further text; the perplexity is of the model that folding makes. The cost of bi and
+angular is that of their analysis; greedy runs once, for the largest ratio, and passes the smaller ones on its way. Each
+row is written when it is done; the same command goes on where it was stopped.
 
     python benchmarks/compare_selectors.py --model demo:smollm2-135m --text C4.jsonl --text WIKIPEDIA.jsonl \
         --perplexity wiki.test.raw --ratio 0.1 --ratio 0.2 --ratio 0.3
@@ -192,12 +192,17 @@ class Bench:
             seed=seed,
             model=self.model if measured else None,
             ids_WT=self.ids if measured else None,
-            further_ids_WT=self.further.ids if selector == "gates" else None,
+            further_ids_WT=self.further.ids if measured else None,
             copies=self.arguments.copies,
             compensate=self.arguments.compensate and measured,
             sublayers=self.arguments.sublayers,
             options=options_of(self.arguments) if selector == "gates" else {},
         )
+
+    @property
+    def prior_tokens(self) -> int:
+        """Tokens of the further text on which the starts of a search's fits are fitted; 0 if it does not compensate."""
+        return self.request("gates", 1, 0).num_prior_windows * self.arguments.context
 
     def units_of(self, selection: Selection) -> tuple[int, ...]:
         """What is removed: blocks, or with sublayers 2 i for the attention of block i and 2 i + 1 for its MLP."""
@@ -220,6 +225,7 @@ class Bench:
                 num_remove,
                 model=self.model,
                 ids_WT=self.ids,
+                further_ids_WT=self.further.ids,
                 copies=self.arguments.copies,
                 seed=self.arguments.seed,
                 compensate=self.arguments.compensate,
@@ -325,6 +331,7 @@ def main() -> None:
             },
             "text": [Path(text).name for text in arguments.text],
             "perplexity": list(bench.tests),
+            "prior_tokens": bench.prior_tokens,
         },
         "seed": arguments.seed,
         "source": {"spec": bench.source.spec, "fingerprint": bench.source.fingerprint},
@@ -397,9 +404,10 @@ def as_markdown(result: dict[str, Any]) -> str:
                 lines.append(line_of(found, config["sublayers"], tests))
     table = "\n".join(lines)
     texts = ", ".join(f"{name} (the source's is {test['perplexities']['']:.2f})" for name, test in tests.items())
+    begun = f"\nand begun at one of {config['prior_tokens']:,} further tokens." if config.get("prior_tokens") else "."
     seen = (
         "KL is what searches see: in nats per token, on the calibration windows, after the fit that is fast enough\n"
-        "for them (a map of the MLP output), made for each quarter of the windows on the other three."
+        "for them (a map of the MLP output), made for each quarter of the windows on the other three" + begun
         if config["compensate"]
         else "KL is in nats per token, on the calibration windows."
     )

@@ -4,7 +4,8 @@ Sets, those of `--remove` and further ones that exchange blocks of them for othe
 of calibration text of several lengths, and in copies of text, each by the KL to the source; and by their perplexity on
 other texts. The table has the rank correlation (Spearman) of each measure, and of sums with copies at several weights,
 with the perplexity on each text, over all sets. With --compensate all of it is behind the fit that folding makes; with
---search-tokens, what a search says of the sets is in the table too, behind its own fit on so many tokens.
+--search-tokens, what a search says of the sets is in the table too, behind its own fit on so many tokens, begun at the
+plain removal and at one of further text.
 
     python benchmarks/search_measures.py --text C4.jsonl --text WIKIPEDIA.jsonl --evaluate wiki.valid.raw \
         --evaluate OTHER_C4.jsonl --remove 16-18 --remove 13,14,17 --pool 4,5,12-18,25,26 --sets 26
@@ -16,6 +17,7 @@ import argparse
 import functools
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +93,20 @@ def main() -> None:
     fitted = Replay(source.model, calibration(512, arguments.compensation_tokens, arguments.seed + 2).ids)
     searches = {}
     for tokens in arguments.search_tokens or []:
+        # As many as leave priors their full text behind what is held out for finals.
+        drawn_WT = calibration(512, 6 * tokens, arguments.seed).ids
         request = Request(
             source.model.config.num_hidden_layers,
             len(blocks_of(arguments.remove[0])),
             model=source.model,
-            ids_WT=calibration(512, tokens, arguments.seed).ids,
+            ids_WT=drawn_WT[: tokens // 512],
             compensate=arguments.compensate,
         )
         searches[f"search on {tokens:,} tokens"] = request.need_cost("search_measures", cache_bytes=0)
+        if arguments.compensate:
+            begun = replace(request, further_ids_WT=drawn_WT[tokens // 512 :])
+            name = f"search on {tokens:,} tokens, fits begun on {512 * begun.num_prior_windows:,} others"
+            searches[name] = begun.need_cost("search_measures", cache_bytes=0)
     rows = []
     for removed in sets_of(arguments):
         by_search = {name: search.cost(frozenset(removed), keep=False) for name, search in searches.items()}

@@ -17,9 +17,10 @@ from foldgpt import pipeline
 from foldgpt.recipe import Recipe
 from foldgpt.selection import RemovalCost, Request, select
 from foldgpt.selection.folded_cost import FoldedCost
+from foldgpt.selection.further_windows import fitted_windows, held_windows, prior_windows
 from foldgpt.selection.gating.allowance import greedy_equivalents
 from foldgpt.selection.gating.finals import Final, Round
-from foldgpt.selection.gating.further_text import FurtherText, _divided, windows_of_finals
+from foldgpt.selection.gating.further_text import FurtherText, windows_of_finals
 from foldgpt.selection.gating.refine import Refinement
 from foldgpt.selection.units import Removed
 from models import tiny_model, token_ids
@@ -361,7 +362,8 @@ def test_compensated_finals_are_paid_from_the_allowance(long_request: Request, c
     effort = float(request.options["effort"])
     report = select("gates", request).report
     assert len(report["finals"]) > 1
-    assert report["forward_equivalents"] <= effort * greedy_equivalents(request.need_cost("test"))
+    cost = request.need_cost("test")
+    assert report["forward_equivalents"] <= effort * greedy_equivalents(cost) + cost.prior_equivalents
 
 
 @pytest.mark.parametrize("compensate", [False, True])
@@ -384,8 +386,9 @@ def test_finals_need_some_text(long_request: Request, windows: int, compensate: 
 
 def test_nothing_is_fitted_on_windows_that_compensated_sets_are_judged_on() -> None:
     for searched, further in itertools.product(range(1, 41), repeat=2):
-        fitted, held = _divided(searched, further)
+        fitted, held = fitted_windows(searched, further), held_windows(searched, further)
         assert fitted >= 1 and 1 <= held <= further and fitted + held <= searched + further
+        assert 0 <= prior_windows(searched, further) <= further - held
 
 
 def test_a_search_leaves_what_its_finals_need(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,7 +398,8 @@ def test_a_search_leaves_what_its_finals_need(monkeypatch: pytest.MonkeyPatch) -
     ids = token_ids(model, (32, 16))
     options = {"effort": 1.0}
     request = Request(16, 5, model=model, ids_WT=ids[:8], further_ids_WT=ids[8:], compensate=True, options=options)
-    allowance = greedy_equivalents(request.need_cost("test"))
+    cost = request.need_cost("test")
+    allowance = greedy_equivalents(cost) + cost.prior_equivalents
     report = select("gates", request).report
     assert len(report["finals"]) > 1 and report["forward_equivalents"] <= allowance
     monkeypatch.setattr(FurtherText, "reserve", lambda *args: 0.0)

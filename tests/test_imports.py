@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "counts",
         "formats",
         "block_lists",
+        "byte_cache",
         "fingerprints",
         "progress",
         "environment",

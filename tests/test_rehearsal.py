@@ -19,6 +19,7 @@ from foldgpt.analysis import analyze
 from foldgpt.architectures import known_architectures
 from foldgpt.cli import app
 from foldgpt.comparison.rows import known_rows
+from foldgpt.compensation.priors import bytes_kept
 from foldgpt.errors import SourceError, UnsupportedModelError, UsageError
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan
@@ -295,7 +296,8 @@ def test_a_search_is_counted_on_the_windows_that_it_has(tmp_path: Path) -> None:
     searched, flops = {}, {}
     for num_tokens in (20, 100, 256, 8192):
         select = {"method": "loo", "remove": 2, "num_tokens": num_tokens}
-        recipe = Recipe.from_dict({**tiny_recipe(source, text, select=select), "dtype": "float32"})
+        changes = {"dtype": "float32", "compensate": {"method": "none"}}
+        recipe = Recipe.from_dict({**tiny_recipe(source, text, select=select), **changes})
         found = expect(tiny_config("llama"), recipe, plan, RecoverySettings())
         searched[num_tokens] = Workbench(recipe).selection_ids().numel()
         states = searched[num_tokens] * 7 * tiny_config("llama").hidden_size * 4
@@ -309,7 +311,7 @@ def test_a_search_is_counted_on_the_windows_that_it_has(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("compensate", "others"), [("none", 96), ("linear", 256)])
 def test_states_of_finals_are_counted(tmp_path: Path, compensate: str, others: int) -> None:
-    """Of 96 tokens searched and 160 more: 96 at a time, or fitted on 192 and measured on 64."""
+    """Of 96 tokens searched and 160 more: 96 at a time, or fitted on 192 and measured on 64, and 96 for priors."""
     source, text = tiny_source(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
     plan = FoldPlan.create(source_model_of(tiny_model("llama"), name="m"), removed=[2, 3])
     select = {"method": "gates", "remove": 2, "num_tokens": 100}
@@ -319,7 +321,8 @@ def test_states_of_finals_are_counted(tmp_path: Path, compensate: str, others: i
     states = (96 + others) * 7 * tiny_config("llama").hidden_size * 4
     passes = found.flops["search"] / (found.flops["analysis"] * 96 / 256)
     assert states * passes < CACHE_BYTES
-    assert found.memory["search"].activations == pytest.approx(states * (1 + passes))
+    of_priors = 96 * 7 * 32 * 4 + bytes_kept(6, 32, 96, 4) if compensate == "linear" else 0
+    assert found.memory["search"].activations == pytest.approx(states * (1 + passes) + of_priors)
 
 
 def test_what_a_search_keeps_of_measured_sets_is_counted(tmp_path: Path) -> None:

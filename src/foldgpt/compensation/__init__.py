@@ -5,6 +5,7 @@ from foldgpt.compensation.compensator import RIDGES, Compensator
 from foldgpt.compensation.correction import Correction, CutReport
 from foldgpt.compensation.judge import COMPENSATION, HELD_OUT, Compensated, compensate_, compensate_and_judge_
 from foldgpt.compensation.merge import merge_, merged, set_parameters_
+from foldgpt.compensation.priors import Priors
 from foldgpt.compensation.walk import Walk
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Compensator",
     "Correction",
     "CutReport",
+    "Priors",
     "Walk",
     "compensate",
     "compensate_",

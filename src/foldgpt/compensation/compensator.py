@@ -105,11 +105,13 @@ class Compensator:
         sublayer: Sublayer = "mlp",
         inner_RI: Tensor | None = None,
         left_out_WT: Tensor | None = None,
+        start: Correction | None = None,
     ) -> tuple[Tensor, Correction]:
         """Fit the correction of one block and apply it to the stream.
 
         With `inner_RI` the whole output matrix is refitted; without it only what it puts out is mapped, which is
-        faster and weaker.
+        faster and weaker. With a start, which was fitted on more text, the ridge draws the result to that instead of
+        to the plain removal, so that few tokens change it only in what they tell for certain.
 
         Args:
             block: source index of the last kept block before the cut.
@@ -119,9 +121,11 @@ class Compensator:
             sublayer: which sublayer's output M is.
             inner_RI: what the sublayer's output matrix is given, as `run` collects it, for all tokens in order.
             left_out_WT: bool [W, T]: tokens that are corrected and not fitted on.
+            start: a correction of the same sublayer from which the fit begins; none of it may know the windows that
+                are measured on.
 
         Returns:
-            The stream behind the corrected block, [W, T, H] in the dtype of o, and the correction.
+            The stream behind the corrected block, [W, T, H] in the dtype of o, and the correction, the start included.
 
         Raises:
             UsageError: the shapes differ.
@@ -146,7 +150,9 @@ class Compensator:
         norm = norm_behind(self.replay.decoder, block, sublayer)
         fit = self._fit_linear if norm is None else self._fit_normed
         features_RK = inputs_RH if inner_RI is None else inner_RI
-        found_RH, correction = fit(block, sublayer, inputs_RH, features_RK, output_RH, missing_RH, weight_R, parts)
+        found_RH, correction = fit(
+            block, sublayer, inputs_RH, features_RK, output_RH, missing_RH, weight_R, parts, start
+        )
         spared_R = size_R > self.spared
         found_RH[spared_R] = output_RH[spared_R].to(found_RH.dtype)
         return found_RH.to(output_WTH.dtype).view(output_WTH.shape), correction
@@ -161,10 +167,14 @@ class Compensator:
         missing_RH: Tensor,
         weight_R: Tensor,
         parts: Sequence[slice],
+        start: Correction | None,
     ) -> tuple[Tensor, Correction]:
         decoder = self.replay.decoder
         matrices = output_matrices(decoder, block, sublayer, output_module(decoder, block, sublayer))
         bias = len(matrices) == 1 and matrices[0].bias is not None
+        if start is not None:
+            begun_RH = self._multiplier * _change(features_RK, start.map_KH, start.bias_H, missing_RH.dtype)
+            output_RH, missing_RH = output_RH + begun_RH, missing_RH - begun_RH
         wanted_RH = missing_RH if self._multiplier == 1 else missing_RH / self._multiplier
         sums = [Sums.of(features_RK[rows], wanted_RH[rows], weight_R[rows]) for rows in parts]
         fitted, held = added(sums[:-1]), sums[-1]
@@ -185,8 +195,8 @@ class Compensator:
             block=block,
             sublayer=sublayer,
             features="output" if features_RK is inputs_RH else "inner",
-            map_KH=map_KH.to(missing_RH),
-            bias_H=None if bias_H is None else bias_H.to(missing_RH),
+            map_KH=_with_start(map_KH, start, "map_KH").to(missing_RH),
+            bias_H=None if bias_H is None else _with_start(bias_H, start, "bias_H").to(missing_RH),
             scale_H=None,
             report=report,
         )
@@ -198,10 +208,7 @@ class Compensator:
             pieces = [(rows, *found) for rows, found in zip(parts, maps, strict=True)]
         found_RH = output_RH.to(missing_RH.dtype, copy=True)
         for rows, piece_KH, piece_H in pieces:
-            # In the dtype of the states, as the merged model will.
-            change_RH = (features_RK[rows] @ piece_KH.to(features_RK)).to(missing_RH.dtype)
-            if piece_H is not None:
-                change_RH += piece_H.to(change_RH)
+            change_RH = _change(features_RK[rows], piece_KH, piece_H, missing_RH.dtype)
             found_RH[rows] += change_RH if self._multiplier == 1 else self._multiplier * change_RH
         return found_RH, correction
 
@@ -215,23 +222,29 @@ class Compensator:
         missing_RH: Tensor,
         weight_R: Tensor,
         parts: Sequence[slice],
+        start: Correction | None,
     ) -> tuple[Tensor, Correction]:
         norm = norm_behind(self.replay.decoder, block, sublayer)
         assert norm is not None
         scale_H, epsilon = effective_scale(norm), epsilon_of(norm)
-        own = NormedFit(torch.zeros(features_RK.shape[1], len(scale_H)).to(scale_H), scale_H)
         contribution_RH = scale_H * rms_normed(inputs_RH.float(), epsilon)
         wanted_RH = missing_RH + contribution_RH
+        # What goes into the norm where the fit begins.
+        begin_RH = inputs_RH
+        if start is not None and start.scale_H is not None:
+            begin_RH = inputs_RH + _change(features_RK, start.map_KH, None, inputs_RH.dtype)
+            scale_H = start.scale_H
+        own = NormedFit(torch.zeros(features_RK.shape[1], len(scale_H)).to(scale_H), scale_H)
 
         def fit(left_out: slice, ridge: float) -> NormedFit:
             weight = weight_R.clone()
             weight[left_out] = 0  # no row of it is looked at
             return fit_through_norm(
-                inputs_RH, features_RK, wanted_RH, weight, scale_H, epsilon, ridge=ridge, rounds=self.rounds
+                begin_RH, features_RK, wanted_RH, weight, scale_H, epsilon, ridge=ridge, rounds=self.rounds
             )
 
         def error(found: NormedFit, rows: slice) -> float:
-            inputs, features, wanted, weight = (x[rows] for x in (inputs_RH, features_RK, wanted_RH, weight_R))
+            inputs, features, wanted, weight = (x[rows] for x in (begin_RH, features_RK, wanted_RH, weight_R))
             return error_of(found, inputs, features, wanted, weight, epsilon) / max(int((weight > 0).sum()), 1)
 
         fitted, held = slice(0, parts[-1].start), parts[-1]
@@ -253,14 +266,15 @@ class Compensator:
             fitted=error(part, fitted),
         )
         features: Literal["inner", "output"] = "output" if features_RK is inputs_RH else "inner"
-        correction = Correction(block, sublayer, features, found.map_KH, None, found.scale_H, report)
+        map_KH = _with_start(found.map_KH, start, "map_KH")
+        correction = Correction(block, sublayer, features, map_KH, None, found.scale_H, report)
         pieces = [(slice(None), found)]
         if self.parts > 1:
             # What was fitted to choose the ridge is the map of the last part.
             pieces = [*((rows, fit(rows, ridge)) for rows in parts[:-1]), (held, part)]
         found_RH = output_RH - contribution_RH
         for rows, piece in pieces:
-            found_RH[rows] += piece.contribution(inputs_RH[rows], features_RK[rows], epsilon)
+            found_RH[rows] += piece.contribution(begin_RH[rows], features_RK[rows], epsilon)
         return found_RH, correction
 
     def _size(self, block: int, looked_at: Sequence[Tensor]) -> Tensor:
@@ -357,6 +371,20 @@ class Compensator:
                 handle.remove()
         assert collected.rows_RK is not None
         return output_WTH, collected.rows_RK.view(output_WTH.shape), given.rows_RK
+
+
+def _change(features_RK: Tensor, map_KH: Tensor, bias_H: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """X D + b in this dtype; the product in that of the states, as the merged model will make it."""
+    change_RH = (features_RK @ map_KH.to(features_RK)).to(dtype)
+    if bias_H is not None:
+        change_RH += bias_H.to(change_RH)
+    return change_RH
+
+
+def _with_start(found: Tensor, start: Correction | None, name: Literal["map_KH", "bias_H"]) -> Tensor:
+    """What was fitted beyond a start, and that of the start."""
+    begun: Tensor | None = None if start is None else getattr(start, name)
+    return found if begun is None else found + begun.to(found)
 
 
 def _told_of_massive(weight_R: Tensor, massive_R: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class CutReport:
         tokens: tokens fitted on, held-out ones included.
         left_out: tokens left out because of their extreme norm.
         ridge: the ridge, as a multiple of the mean diagonal of the Gram matrix.
-        before: error of the uncorrected stream, on the held-out tokens.
+        before: error of the stream where the fit began, uncorrected unless it had a start, on the held-out tokens.
         after: error on the held-out tokens of a map that was fitted on the others only.
         fitted: error of that map on the tokens it was fitted on; far below `after`, there were too few.
     """

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from foldgpt.compensation.priors import bytes_kept
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_
 from foldgpt.folding.private import sizes_of_leaf
@@ -150,12 +151,16 @@ def expect(
     select, text = recipe.select, recipe.calibration
     num_remove = num_searched_for(recipe, source)
     tokens = recipe.search_tokens(num_remove / plan.source.num_blocks)
-    num_searched = text.context * search_windows(tokens, text.context, text.num_tokens // text.context)
+    windows = text.num_tokens // text.context
+    searched = search_windows(tokens, text.context, windows)
+    num_searched = text.context * searched
+    # Of the right shape alone: how many windows go through at once is part of what is counted.
+    ids_WT = torch.empty(windows, text.context, dtype=torch.int64, device="meta")
     search = Request(
         plan.source.num_blocks,
         num_remove,
-        # Of the right shape alone: how many windows go through at once is part of what is counted.
-        ids_WT=torch.empty(num_searched // text.context, text.context, dtype=torch.int64, device="meta"),
+        ids_WT=ids_WT[:searched],
+        further_ids_WT=ids_WT[searched:],
         compensate=recipe.compensate.method != "none",
         sublayers=select.sublayers,
         options=select.options,
@@ -173,13 +178,15 @@ def expect(
             flops["perplexity before recovery"] = flops["perplexity"]
     weights = _bytes(source)
     states = num_searched * _hidden_size(source) * (len(decoder_of(source).blocks) + 1) * dtype.itemsize
+    of_priors = search.num_prior_windows / searched * states
     if select.method == "gates":
-        searched = num_searched // text.context
-        further = text.num_tokens // text.context - searched
         # In the finals those of other windows as well.
-        states *= 1 + windows_of_finals(searched, further, recipe.compensate.method != "none") / searched
+        states *= 1 + windows_of_finals(searched, windows - searched, search.compensate) / searched
     # States that measured sets went through are kept beside those of the source; a set has no more of them than that.
     kept_states = min(CACHE_BYTES, passes * states)
+    if of_priors:
+        num_tokens = search.num_prior_windows * text.context
+        kept_states += of_priors + bytes_kept(search.num_blocks, _hidden_size(source), num_tokens, dtype.itemsize)
     memory = {
         "search": Memory(weights, activations=states + kept_states if passes else 0, other=_LOGIT_BYTES),
         "fits": Memory(weights, activations=bytes_of_fits(source, plan, text.num_tokens)),

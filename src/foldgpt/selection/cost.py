@@ -10,7 +10,6 @@ then far more accurate than the values themselves.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foldgpt.compensation import Compensator
+from foldgpt.byte_cache import ByteCache
+from foldgpt.compensation import Compensator, Priors
 from foldgpt.compensation.compensator import MASSIVE
 from foldgpt.errors import FoldGPTError
 from foldgpt.objectives import Head, SourcePredictions, cross_entropy
@@ -99,6 +99,7 @@ class RemovalCost:
         compensate: correct the block before each cut, and what is left of a block that loses a sublayer, in closed
             form, as `foldgpt.compensation` does when folding; the fit is made on the windows that are measured on, for
             each part of them on the others.
+        priors: where these fits begin, fitted on other windows; by default at the plain removal.
         seed: seed of the positions.
         position_share: the share of the positions at which predictions are compared, at most `most_positions`.
         most_positions: see there.
@@ -117,6 +118,7 @@ class RemovalCost:
         copied_WT: Tensor | None = None,
         objective: Objective = "kl",
         compensate: bool = False,
+        priors: Priors | None = None,
         seed: int = 0,
         position_share: float = _POSITION_SHARE,
         most_positions: int = _MOST_POSITIONS,
@@ -137,10 +139,10 @@ class RemovalCost:
         self._copied_WT = copied_WT
         self._samples: dict[tuple[int, int], Sample] = {}
         self._source_costs: dict[tuple[int, int], float] = {}
-        self._cache: OrderedDict[StateKey, list[Tensor]] = OrderedDict()
-        self._cache_room = cache_bytes
+        self._cache: ByteCache[StateKey, list[Tensor]] = ByteCache(cache_bytes, _bytes)
         # Massive tokens pass a search's fit as they are.
         self._compensator = Compensator(replay, parts=PARTS, spared=MASSIVE) if compensate else None
+        self._priors = priors
 
     # ------------------------------------------------------------------------------------------- samples
 
@@ -203,6 +205,8 @@ class RemovalCost:
         """
         head = self._head_rows * self.head_cost / self.replay.ids_WT.numel()
         own = self.set_up_equivalents + self.replay.num_block_calls / self.replay.num_blocks + head
+        if self._priors is not None:
+            own += (self._priors.forward_tokens - self._priors.num_tokens) / self.replay.ids_WT.numel()
         return self._spent_before + own
 
     @property
@@ -212,8 +216,8 @@ class RemovalCost:
 
     @property
     def set_up_equivalents(self) -> float:
-        """The part of `forward_equivalents` that is the source's: the recording, and its predictions."""
-        return 1 + self._source_equivalents(self._samples)
+        """The part of `forward_equivalents` that is the source's: the recordings, and its predictions."""
+        return self._recordings + self._source_equivalents(self._samples)
 
     @property
     def samples(self) -> list[tuple[int, int]]:
@@ -224,7 +228,17 @@ class RemovalCost:
         """What of `set_up_equivalents` an earlier run that had made these samples set up too; 0 if it made none."""
         if not samples:
             return 0.0
-        return 1 + self._source_equivalents(self._samples.keys() & set(samples))
+        return self._recordings + self._source_equivalents(self._samples.keys() & set(samples))
+
+    @property
+    def prior_equivalents(self) -> float:
+        """What priors take of `forward_equivalents` once each block was in a fit: their recording, and each once."""
+        return 0.0 if self._priors is None else 2 * self._priors.num_tokens / self.replay.ids_WT.numel()
+
+    @property
+    def _recordings(self) -> float:
+        """Passes in which the source's states are recorded."""
+        return 1 + self.prior_equivalents / 2
 
     def _source_equivalents(self, samples: Iterable[tuple[int, int]]) -> float:
         """What the source's own predictions on some samples have taken: two passes of the head by the KL."""
@@ -350,7 +364,7 @@ class RemovalCost:
                 stream = [self.replay.block(block, hidden, without=lacking.get(block)) for hidden in stream]
             block = after
             if keep and block <= up_to and block < num_blocks:
-                self._remember((sample.key, self.units.below(removed, block), block), stream)
+                self._cache.put((sample.key, self.units.below(removed, block), block), stream)
         return stream
 
     def _deepest(
@@ -364,10 +378,9 @@ class RemovalCost:
             below = self.units.below(removed, block)
             if not below:
                 return block, [self.replay.states[block][windows] for windows in sample.batches]
-            key = (sample.key, below, block)
-            if key in self._cache:
-                self._cache.move_to_end(key)
-                return block, self._cache[key]
+            known = self._cache.get((sample.key, below, block))
+            if known is not None:
+                return block, known
         raise AssertionError("nothing is removed below block 0")
 
     def _compensated(
@@ -379,19 +392,11 @@ class RemovalCost:
         output_WTH, carried_WTH, _ = self._compensator.run(block, stream, sublayer=carrier, absent=absent)
         target_WTH = self.replay.states[after][sample.windows]
         copied_WT = None if self._copied_WT is None else self._copied_WT[sample.windows]
+        start = None if self._priors is None else self._priors.of(block, after, absent)
         corrected_WTH, _ = self._compensator.correct(
-            block, output_WTH, carried_WTH, target_WTH, sublayer=carrier, left_out_WT=copied_WT
+            block, output_WTH, carried_WTH, target_WTH, sublayer=carrier, left_out_WT=copied_WT, start=start
         )
         return list(corrected_WTH.split([len(hidden) for hidden in stream]))
-
-    def _remember(self, key: StateKey, stream: list[Tensor]) -> None:
-        if key in self._cache:
-            return
-        self._cache[key] = stream
-        self._cache_room -= _bytes(stream)
-        while self._cache_room < 0 and self._cache:
-            _, dropped = self._cache.popitem(last=False)
-            self._cache_room += _bytes(dropped)
 
     def _predictions(self, stream: list[Tensor], rows_R: Tensor) -> Tensor:
         """Inputs of the head [R, H] at the chosen positions. What follows the last block acts token by token."""
@@ -414,9 +419,10 @@ class RemovalCost:
         return (run * tokens + heads * self.head_cost) / self.replay.ids_WT.numel()
 
     def forget(self) -> None:
-        """Drop the states that were kept for sets that begin alike."""
-        self._cache_room += sum(map(_bytes, self._cache.values()))
+        """Drop the states that were kept for sets that begin alike, and for further priors."""
         self._cache.clear()
+        if self._priors is not None:
+            self._priors.forget_outputs()
 
     def predicted_equivalents(self, num_sets: int, sample: Sample, *, share_run: float = 0.5) -> float:
         """What measuring some sets will count in `forward_equivalents`.

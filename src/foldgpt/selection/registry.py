@@ -132,9 +132,9 @@ def search_passes(method: str, request: Request, *, head: float = 0.0) -> float:
     """
     check_request(method, request)
     passes = _ROWS[method].passes
-    if passes is None:
-        return cost_passes(head) if request.num_remove else 0.0
-    return passes(request, head)
+    if passes is not None:
+        return passes(request, head) + request.prior_passes
+    return cost_passes(head) + request.prior_passes if request.num_remove else 0.0
 
 
 def select(method: str, request: Request) -> Selection:

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from foldgpt.analysis import Analysis
+from foldgpt.compensation import Priors
 from foldgpt.errors import ArtifactError, UsageError, did_you_mean, first_problem
 from foldgpt.families import decoder_of
 from foldgpt.folding import predicted_parameters, source_model_of
@@ -18,6 +19,7 @@ from foldgpt.plan import FoldPlan
 from foldgpt.replay import Replay
 from foldgpt.selection.copies import COPIES, with_copies
 from foldgpt.selection.cost import Objective, RemovalCost
+from foldgpt.selection.further_windows import prior_windows
 from foldgpt.selection.units import Units
 
 #: Micro-batches hold about so many tokens, and there are at least so many of them if the windows suffice.
@@ -38,8 +40,9 @@ class Request:
             read off its config which sets can be folded, and without a model take it that all can.
         ids_WT: calibration windows, int64 [W, T], for selectors that measure; what the others chose is measured on
             them afterwards, if they are given.
-        further_ids_WT: more of them, [W, T] with the same T, for what `gates` could not tell apart: it is judged there
-            in the end, after fits on some of them where removed blocks are compensated.
+        further_ids_WT: more of them, [W, T] with the same T. What `gates` could not tell apart is judged there in the
+            end. Where removed blocks are compensated, fits know the first of them: those of a search begin at what was
+            fitted there on the source's own states.
         copies: the share of each window, 0 to 0.5, whose text is replaced by that which it begins with, so that a set
             is also measured by how far it leaves the model able to copy from its context.
         objective: what is measured: "kl" to the source or "lm", the language-modelling loss.
@@ -73,6 +76,18 @@ class Request:
     def num_units(self) -> int:
         """Units of the whole model."""
         return self.per_block * self.num_blocks
+
+    @property
+    def num_prior_windows(self) -> int:
+        """On how many of the further windows priors are fitted; see `foldgpt.compensation.Priors`."""
+        if not self.compensate or self.ids_WT is None or self.further_ids_WT is None:
+            return 0
+        return prior_windows(len(self.ids_WT), len(self.further_ids_WT))
+
+    @property
+    def prior_passes(self) -> float:
+        """What priors take at most, in forward passes over the search's windows: a recording, and each block once."""
+        return 2 * self.num_prior_windows / len(self.ids_WT) if self.ids_WT is not None else 0.0
 
     def need_analysis(self, method: str) -> Analysis:
         """The analysis, or an error that says who needs it."""
@@ -123,12 +138,18 @@ class Request:
         if self.ids_WT.ndim == 2 and tokens < 2:
             raise UsageError(f"a search compares predictions on windows of 2 tokens or more, and these have {tokens}")
         ids_WT, copied_WT = (self.ids_WT, None) if self.ids_WT.ndim != 2 else with_copies(self.ids_WT, self.copies)
+        replay = Replay(self.model, ids_WT, batch_size=windows_at_once(windows, tokens))
+        priors = None
+        if self.num_prior_windows:
+            assert self.further_ids_WT is not None
+            priors = Priors(Replay(self.model, self.further_ids_WT[: self.num_prior_windows]))
         return RemovalCost(
-            Replay(self.model, ids_WT, batch_size=windows_at_once(windows, tokens)),
+            replay,
             copied_WT=copied_WT,
             units=units,
             objective=self.objective,
             compensate=self.compensate,
+            priors=priors,
             seed=self.seed,
             **options,
         )

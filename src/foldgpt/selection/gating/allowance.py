@@ -22,7 +22,7 @@ class Allowance:
     """
 
     def __init__(self, cost: RemovalCost, effort: float, progress: dict[str, Any]) -> None:
-        self.passes = effort * greedy_equivalents(cost)
+        self.passes = effort * greedy_equivalents(cost) + cost.prior_equivalents
         self._cost = cost
         self._samples_before: Collection[tuple[int, int]] = [tuple(sample) for sample in progress["samples"]]
         self._set_up_again_before: float = progress["set_up_again"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foldgpt.selection.cost import RemovalCost, Sample
 from foldgpt.selection.folded_cost import FoldedCost, fit_tokens
+from foldgpt.selection.further_windows import fitted_windows, held_windows, wanted_held_windows
 from foldgpt.selection.gating.finals import Final, Measure, Round, finals, highest_level_cost, level_with_best
 from foldgpt.selection.selection import Request
 from foldgpt.selection.units import Removed
@@ -24,10 +25,6 @@ _LEVEL, _MOST = 0.03, 4
 _LEVEL_COMPENSATED, _MOST_COMPENSATED = 0.1, 6
 #: The share of the allowance that a search leaves for finals; at most, where sets are compensated.
 _SHARE, _SHARE_COMPENSATED = 0.1, 0.25
-#: Compensated sets are fitted on so many times the search's windows at most, and measured on this share of all. Behind
-#: a fit on fewer, the order may be neither the search's nor that of folding; measured on as few as a search looks at,
-#: sets were in an order that other text did not bear out (docs/lab-notebook.md).
-_FITTED, _HELD_OUT = 3, 0.25
 #: What a round may keep of the states of its few sets, in bytes.
 _CACHE = 256 * 2**20
 
@@ -61,9 +58,9 @@ class FurtherText:
         if not request.compensate:
             self.rounds = [part for part in further_WT.split(len(ids_WT)) if 2 * len(part) >= len(ids_WT)]
             return
-        num_fitted, num_held = _divided(len(ids_WT), len(further_WT))
-        self._fitted_WT = torch.cat([ids_WT, further_WT])[:num_fitted]
-        self.rounds = [further_WT[-num_held:]]
+        searched, further = len(ids_WT), len(further_WT)
+        self._fitted_WT = torch.cat([ids_WT, further_WT])[: fitted_windows(searched, further)]
+        self.rounds = [further_WT[-held_windows(searched, further) :]]
 
     def reserve(self, allowance: float, sets: Collection[Removed]) -> float:
         """What a search should leave for its finals, in forward equivalents; nothing where that would not pay for two.
@@ -195,17 +192,8 @@ def windows_of_finals(searched: int, further: int, compensated: bool) -> int:
         further: windows beside them.
         compensated: whether sets are compensated.
     """
-    wanted = _quarter(searched + further) if compensated else searched
+    wanted = wanted_held_windows(searched, further) if compensated else searched
     if 2 * further < wanted:
         return 0
-    return sum(_divided(searched, further)) if compensated else min(searched, further)
-
-
-def _divided(searched: int, further: int) -> tuple[int, int]:
-    """On how many windows, the first ones, compensated sets are fitted, and on how many of the last ones measured."""
-    held = min(further, _quarter(searched + further))
-    return min(_FITTED * searched, searched + further - held), held
-
-
-def _quarter(windows: int) -> int:
-    return max(1, round(_HELD_OUT * windows))
+    held = held_windows(searched, further)
+    return fitted_windows(searched, further) + held if compensated else min(searched, further)

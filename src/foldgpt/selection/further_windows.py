@@ -1,0 +1,35 @@
+"""How the windows beside those of a search are divided: what fits may know, and what is held out for finals."""
+
+from __future__ import annotations
+
+#: This share of all windows is held out where sets are compensated, and finals measure there, once. Measured on as few
+#: as a search looks at, sets were in an order that other text did not bear out (docs/lab-notebook.md).
+_HELD_OUT = 0.25
+#: Finals fit on so many times the search's windows at most, those included. Behind a fit on fewer, the order may be
+#: neither the search's nor that of folding. Priors are fitted on as many, and none of the search's.
+_FITTED = 3
+
+
+def held_windows(searched: int, further: int) -> int:
+    """On how many of the further windows, the last ones, finals measure compensated sets.
+
+    Args:
+        searched: windows of the search.
+        further: windows beside them.
+    """
+    return min(further, wanted_held_windows(searched, further))
+
+
+def wanted_held_windows(searched: int, further: int) -> int:
+    """On how many they would if there were enough."""
+    return max(1, round(_HELD_OUT * (searched + further)))
+
+
+def fitted_windows(searched: int, further: int) -> int:
+    """On how many windows, those of the search and the first further ones, finals fit compensated sets."""
+    return min(_FITTED * searched, searched + further - held_windows(searched, further))
+
+
+def prior_windows(searched: int, further: int) -> int:
+    """On how many of the further windows, the first ones, priors are fitted; 0 if there are none to spare."""
+    return min(_FITTED * searched, further - held_windows(searched, further))

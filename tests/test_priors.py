@@ -1,0 +1,162 @@
+"""Corrections fitted on the source's own states of further text, as a start for fits on few tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+import pytest
+import torch
+
+from foldgpt.byte_cache import ByteCache
+from foldgpt.compensation import Compensator, Priors
+from foldgpt.compensation.priors import bytes_kept
+from foldgpt.families.norms import effective_scale
+from foldgpt.replay import Replay
+from foldgpt.selection import Request
+from foldgpt.selection.further_windows import held_windows
+from models import tiny_model, token_ids
+
+#: Plain, with a bias, with a multiple of the sublayer's output, with a norm behind it.
+FAMILIES = ("llama", "llama-tied", "granite", "gemma3")
+
+
+def _request(model: Any, windows: int = 24, tokens: int = 16, searched: int = 4, **changes: Any) -> Request:
+    ids = token_ids(model, (windows, tokens))
+    request = Request(
+        6, 2, model=model, ids_WT=ids[:searched], further_ids_WT=ids[searched:], compensate=True, copies=0
+    )
+    return replace(request, **changes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_ridge_draws_a_fit_to_its_start(family: str) -> None:
+    model = tiny_model(family)
+    ids = token_ids(model, (12, 20))
+    start = Priors(Replay(model, ids[4:])).of(1, 3)
+    replay = Replay(model, ids[:4])
+    output, mlp, _ = Compensator(replay).run(1, replay.split(replay.states[1]))
+    for parts in (1, 4):
+        firm, loose = (Compensator(replay, ridge=ridge, parts=parts, rounds=0) for ridge in (1e9, 1e-3))
+        corrected, found = firm.correct(1, output, mlp, replay.states[3], start=start)
+        torch.testing.assert_close(found.map_KH, start.map_KH, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(corrected, output, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(loose.correct(1, output, mlp, replay.states[3], start=start)[0], corrected)
+        if family == "gemma3":
+            torch.testing.assert_close(found.scale_H, start.scale_H)
+            assert not torch.allclose(start.scale_H, effective_scale(model.model.layers[1].post_feedforward_layernorm))
+        if family == "llama":  # without a bias, which is not drawn anywhere
+            torch.testing.assert_close(corrected, output + mlp @ start.map_KH, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "granite"])
+@torch.no_grad()
+def test_with_text_enough_the_start_does_not_matter(family: str) -> None:
+    model = tiny_model(family)
+    ids = token_ids(model, (24, 20))
+    start = Priors(Replay(model, ids[20:])).of(1, 3)
+    replay = Replay(model, ids[:20])
+    compensator = Compensator(replay, ridge=0.0)
+    output, mlp, _ = compensator.run(1, replay.split(replay.states[1]))
+    plain, without = compensator.correct(1, output, mlp, replay.states[3])
+    begun, found = compensator.correct(1, output, mlp, replay.states[3], start=start)
+    torch.testing.assert_close(found.map_KH, without.map_KH, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(begun, plain, rtol=1e-3, atol=1e-3)
+    if without.bias_H is not None:
+        torch.testing.assert_close(found.bias_H, without.bias_H, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("absent", [None, "attention", "mlp"])
+@torch.no_grad()
+def test_a_prior_is_the_fit_at_that_cut_of_the_source(absent: Any) -> None:
+    model = tiny_model("llama")
+    replay = Replay(model, token_ids(model, (12, 20)))
+    carrier = "attention" if absent == "mlp" else "mlp"
+    compensator = Compensator(replay)
+    output, carried, _ = compensator.run(2, replay.split(replay.states[2]), sublayer=carrier, absent=absent)
+    _, expected = compensator.correct(2, output, carried, replay.states[4], sublayer=carrier)
+    priors = Priors(replay)
+    found = priors.of(2, 4, absent)
+    torch.testing.assert_close(found.map_KH, expected.map_KH)
+    assert found.sublayer == carrier
+    # Made once, and another cut behind the same block passes no block again.
+    passed = priors.forward_tokens
+    assert priors.of(2, 4, absent) is found and priors.of(2, 5, absent) is not found
+    assert priors.forward_tokens == passed
+    priors.forget_outputs()
+    assert priors.of(2, 4, absent) is found
+    priors.of(2, 6, absent)
+    assert priors.forward_tokens == pytest.approx(passed + priors.num_tokens / 6)
+
+
+def test_a_search_begins_at_priors_of_text_that_it_does_not_see_and_finals_do_not_measure() -> None:
+    model = tiny_model("llama")
+    for windows in (8, 24, 40):
+        request = _request(model, windows)
+        cost = request.need_cost("test")
+        further = windows - 4
+        held = held_windows(4, further)
+        assert cost._priors is not None
+        fitted = cost._priors._replay.ids_WT
+        assert torch.equal(fitted, request.further_ids_WT[: min(12, further - held)])
+    assert _request(model, 5).need_cost("test")._priors is None, "the one window is held out"
+    assert _request(model, 24, compensate=False).need_cost("test")._priors is None
+    assert _request(model, 24, further_ids_WT=None).need_cost("test")._priors is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fits_on_few_tokens_are_better_for_it(family: str) -> None:
+    """And so is what a search says of sets, behind fits on 64 tokens each."""
+    model = tiny_model(family)
+    request = _request(model, 32)
+    sets = [frozenset(removed) for removed in ([1, 2], [2, 3], [2, 4], [3, 4])]
+    costs = [
+        fmean(asked.need_cost("test").cost(removed) for removed in sets)
+        for asked in (request, replace(request, further_ids_WT=None))
+    ]
+    assert costs[0] < costs[1]
+
+
+def test_what_priors_take_is_counted_and_granted() -> None:
+    model = tiny_model("llama")
+    request = _request(model)
+    cost, without = (asked.need_cost("test") for asked in (request, replace(request, further_ids_WT=None)))
+    assert cost.set_up_equivalents - without.set_up_equivalents == 3, "12 windows are recorded for 4"
+    assert cost.prior_equivalents == request.prior_passes == 6
+    for measure in (cost, without):
+        measure.cost(frozenset([2, 3]))
+    # One block passes the 12 windows once more.
+    assert cost.forward_equivalents - without.forward_equivalents == pytest.approx(3 + 3 / 6)
+    for block in range(5):
+        cost.cost(frozenset([block + 1]))
+    assert cost.set_up_again([(0, 1)]) == cost.set_up_again([]) + 4
+
+
+def test_no_more_is_kept_than_is_said() -> None:
+    model = tiny_model("llama")
+    replay = Replay(model, token_ids(model, (12, 20)))
+    priors = Priors(replay)
+    for block in range(6):
+        for after in range(block + 1, 7):
+            priors.of(block, after)
+    kept = sum(found.map_KH.nbytes for found in priors._corrections.values())
+    kept += sum(part.nbytes for outputs in priors._outputs.values() for part in outputs)
+    assert kept == bytes_kept(6, 32, 240, 4)
+
+
+def test_what_was_not_asked_for_the_longest_goes_first() -> None:
+    cache: ByteCache[str, bytes] = ByteCache(10, len)
+    for name in "abc":
+        cache.put(name, 3 * name.encode())
+    assert cache.get("a") == b"aaa"
+    cache.put("d", b"dddd")
+    assert [cache.get(name) for name in "abcd"] == [b"aaa", None, b"ccc", b"dddd"]
+    cache.put("e", 11 * b"e")
+    assert cache.get("e") is None and len(cache.values()) == 3, "what has no room alone drives nothing out"
+    cache.put("a", b"other")
+    assert cache.get("a") == b"aaa"
+    cache.clear()
+    cache.put("f", 10 * b"f")
+    assert cache.get("f") == 10 * b"f" and cache.get("a") is None
