@@ -446,16 +446,14 @@ def test_where_there_is_a_recipe_its_values_are_the_defaults() -> None:
     assert set(defaults_shown("compare")) == {"runs/comparison", "(the recipe's)", *dry_run}
     of_run = defaults_shown("run")
     assert {
-        "(the recipe's, else 4096; up to 8192 where more than a quarter goes)",
+        "(the recipe's, else 4096)",
         "(the recipe's, else gates)",
         "(the recipe's, else 0)",
     } <= set(of_run)
     others = [default for default in of_run if not default.startswith("(the recipe's, else ")]
     assert others == ["runs/latest", *dry_run]
     of_plan = defaults_shown("plan")
-    assert "(4096; up to 8192 where more than a quarter goes)" in of_plan and not [
-        default for default in of_plan if "recipe" in default
-    ]
+    assert "(4096)" in of_plan and not [default for default in of_plan if "recipe" in default]
 
 
 def test_dry_runs_take_the_defaults_that_help_shows(

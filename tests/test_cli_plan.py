@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cli_case import CALIBRATION, foldgpt
-from foldgpt import planning, recipe
+from foldgpt import planning
 from foldgpt.analysis import sweep
 from foldgpt.artifacts import alone
 from foldgpt.cli.requests import select_of
@@ -241,24 +241,6 @@ def test_where_text_is_read_in_any_case_what_selectors_chose_that_look_at_none_i
     assert plan.origin["calibration"]["specs"] == [str(text)]
     words = " ".join(made.output.split())
     assert "; measured on " in words and "8 windows of 32 tokens" in words and "on 128 calibration tokens" in words
-
-
-@pytest.mark.parametrize(
-    ("asked", "expected"),
-    [(("--remove", 2), 128), (("--remove", 1), 64), (("--remove", 2, "--compensate", "none"), 64)],
-    ids=["much", "little", "nothing compensated"],
-)
-def test_a_search_that_compensates_much_measures_on_more(
-    asked: tuple[Any, ...], expected: int, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(recipe, "SEARCH_TOKENS", 64)
-    monkeypatch.setattr(recipe, "SEARCH_TOKENS_COMPENSATED", 128)
-    made = foldgpt(
-        *("plan", model, "--text", text, "--context", 32, "--tokens", 512, "--select", "greedy", *asked, "-q"),
-        *("--out", tmp_path / "plan.json"),
-    )
-    assert made.exit_code == 0, made.output
-    assert FoldPlan.load(tmp_path / "plan.json").origin["report"]["num_tokens"] == expected
 
 
 def test_search_tokens_are_also_for_the_best_donors(model: Path, text: Path, tmp_path: Path) -> None:

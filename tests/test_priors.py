@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from foldgpt.byte_cache import ByteCache
-from foldgpt.compensation import Compensator, Priors
-from foldgpt.compensation.priors import bytes_kept
+from foldgpt.compensation import Compensator, Priors, Start
 from foldgpt.families.norms import effective_scale
+from foldgpt.rehearsal.fits import bytes_of_priors
 from foldgpt.replay import Replay
 from foldgpt.selection import Request
 from foldgpt.selection.further_windows import held_windows
@@ -30,42 +30,51 @@ def _request(model: Any, windows: int = 24, tokens: int = 16, searched: int = 4,
     return replace(request, **changes)
 
 
+def _started(model: Any, num_fitted: int, num_prior: int = 8) -> tuple[Replay, Any, Any, Start]:
+    """The source on some windows, block 1 on them, and a start for a cut from there to 3 that others were fitted on."""
+    ids = token_ids(model, (num_fitted + num_prior, 20))
+    prior = Priors(Replay(model, ids[num_fitted:])).of(1, 3)
+    replay = Replay(model, ids[:num_fitted])
+    inner = prior.features == "inner"
+    output, mlp, inner_RI = Compensator(replay).run(1, replay.split(replay.states[1]), inner=inner)
+    return replay, output, mlp, Start(prior, mlp.flatten(0, 1) if inner_RI is None else inner_RI)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_the_ridge_draws_a_fit_to_its_start(family: str) -> None:
+def test_the_ridge_draws_a_fit_to_its_start(family: str, parts: int) -> None:
     model = tiny_model(family)
-    ids = token_ids(model, (12, 20))
-    start = Priors(Replay(model, ids[4:])).of(1, 3)
-    replay = Replay(model, ids[:4])
-    output, mlp, _ = Compensator(replay).run(1, replay.split(replay.states[1]))
-    for parts in (1, 4):
-        firm, loose = (Compensator(replay, ridge=ridge, parts=parts, rounds=0) for ridge in (1e9, 1e-3))
-        corrected, found = firm.correct(1, output, mlp, replay.states[3], start=start)
-        torch.testing.assert_close(found.map_KH, start.map_KH, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(corrected, output, rtol=1e-3, atol=1e-3)
-        assert not torch.allclose(loose.correct(1, output, mlp, replay.states[3], start=start)[0], corrected)
-        if family == "gemma3":
-            torch.testing.assert_close(found.scale_H, start.scale_H)
-            assert not torch.allclose(start.scale_H, effective_scale(model.model.layers[1].post_feedforward_layernorm))
-        if family == "llama":  # without a bias, which is not drawn anywhere
-            torch.testing.assert_close(corrected, output + mlp @ start.map_KH, rtol=1e-4, atol=1e-5)
+    replay, output, mlp, start = _started(model, 4)
+    assert start.correction.features == ("output" if family == "gemma3" else "inner")
+    firm, loose = (Compensator(replay, ridge=ridge, parts=parts, rounds=0) for ridge in (1e9, 1e-3))
+    corrected, found = firm.correct(1, output, mlp, replay.states[3], start=start)
+    assert found.features == "output" and float(found.map_KH.abs().max()) < 1e-5
+    assert not torch.allclose(corrected, output, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(loose.correct(1, output, mlp, replay.states[3], start=start)[0], corrected)
+    if family == "gemma3":
+        torch.testing.assert_close(found.scale_H, start.correction.scale_H)
+        own = effective_scale(model.model.layers[1].post_feedforward_layernorm)
+        assert not torch.allclose(start.correction.scale_H, own)
+    if family in ("llama", "granite"):  # a bias is not drawn anywhere
+        multiplier = 0.5 if family == "granite" else 1.0
+        expected = output + multiplier * start.change(torch.float32).view(output.shape)
+        torch.testing.assert_close(corrected, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "granite"])
 @torch.no_grad()
-def test_with_text_enough_the_start_does_not_matter(family: str) -> None:
+def test_with_text_enough_and_the_same_features_the_start_does_not_matter(family: str) -> None:
     model = tiny_model(family)
-    ids = token_ids(model, (24, 20))
-    start = Priors(Replay(model, ids[20:])).of(1, 3)
-    replay = Replay(model, ids[:20])
-    compensator = Compensator(replay, ridge=0.0)
-    output, mlp, _ = compensator.run(1, replay.split(replay.states[1]))
-    plain, without = compensator.correct(1, output, mlp, replay.states[3])
-    begun, found = compensator.correct(1, output, mlp, replay.states[3], start=start)
-    torch.testing.assert_close(found.map_KH, without.map_KH, rtol=1e-3, atol=1e-3)
+    replay, output, mlp, start = _started(model, 20, 4)
+    compensator, target = Compensator(replay, ridge=0.0), replay.states[3]
+    options = {"inner_RI": start.features_RK}
+    plain, without = compensator.correct(1, output, mlp, target, **options)
+    begun, beyond = compensator.correct(1, output, mlp, target, start=start, **options)
     torch.testing.assert_close(begun, plain, rtol=1e-3, atol=1e-3)
-    if without.bias_H is not None:
-        torch.testing.assert_close(found.bias_H, without.bias_H, rtol=1e-3, atol=1e-3)
+    # What is found is what is fitted beyond the start.
+    torch.testing.assert_close(beyond.map_KH + start.correction.map_KH, without.map_KH, rtol=1e-2, atol=1e-2)
+    assert beyond.report.before < without.report.before
 
 
 @pytest.mark.parametrize("absent", [None, "attention", "mlp"])
@@ -74,13 +83,13 @@ def test_a_prior_is_the_fit_at_that_cut_of_the_source(absent: Any) -> None:
     model = tiny_model("llama")
     replay = Replay(model, token_ids(model, (12, 20)))
     carrier = "attention" if absent == "mlp" else "mlp"
-    compensator = Compensator(replay)
-    output, carried, _ = compensator.run(2, replay.split(replay.states[2]), sublayer=carrier, absent=absent)
-    _, expected = compensator.correct(2, output, carried, replay.states[4], sublayer=carrier)
+    compensator, stream = Compensator(replay), replay.split(replay.states[2])
+    output, carried, inner = compensator.run(2, stream, sublayer=carrier, absent=absent, inner=True)
+    _, expected = compensator.correct(2, output, carried, replay.states[4], sublayer=carrier, inner_RI=inner)
     priors = Priors(replay)
     found = priors.of(2, 4, absent)
     torch.testing.assert_close(found.map_KH, expected.map_KH)
-    assert found.sublayer == carrier
+    assert (found.sublayer, found.features) == (carrier, "inner")
     # Made once, and another cut behind the same block passes no block again.
     passed = priors.forward_tokens
     assert priors.of(2, 4, absent) is found and priors.of(2, 5, absent) is not found
@@ -142,8 +151,8 @@ def test_no_more_is_kept_than_is_said() -> None:
         for after in range(block + 1, 7):
             priors.of(block, after)
     kept = sum(found.map_KH.nbytes for found in priors._corrections.values())
-    kept += sum(part.nbytes for outputs in priors._outputs.values() for part in outputs)
-    assert kept == bytes_kept(6, 32, 240, 4)
+    kept += sum(outputs.nbytes for outputs in priors._outputs.values())
+    assert kept == bytes_of_priors(model, 240)
 
 
 def test_what_was_not_asked_for_the_longest_goes_first() -> None:

@@ -393,22 +393,10 @@ def test_other_blocks_may_be_more(deep: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "compensated", "gone", "asked", "expected"),
-    [
-        (32_768, "linear", 0.3, None, 8192),
-        (32_768, "linear", 0.25, None, 4096),
-        (32_768, "none", 0.3, None, 4096),
-        (20_000, "linear", 0.3, None, 5000),
-        (16_384, "linear", 0.3, None, 4096),
-        (8192, "linear", 0.3, None, 4096),
-        (1000, "linear", 0.3, None, 1000),
-        (32_768, "linear", 0.3, 512, 512),
-        (1000, "none", 0.3, 4096, 1000),
-    ],
+    ("tokens", "asked", "expected"), [(32_768, None, 4096), (1000, None, 1000), (32_768, 512, 512), (1000, 4096, 1000)]
 )
-def test_searches_that_compensate_much_measure_on_more_and_leave_text_for_the_finals(
-    tokens: int, compensated: str, gone: float, asked: int | None, expected: int
+def test_searches_measure_on_as_many_tokens_as_are_asked_for_and_there(
+    tokens: int, asked: int | None, expected: int
 ) -> None:
-    sections = {"calibration": {"num_tokens": tokens}, "compensate": {"method": compensated}}
-    recipe = Recipe.from_dict({"model": "x", "select": {"num_tokens": asked}, **sections})
-    assert recipe.search_tokens(gone) == expected
+    recipe = Recipe.from_dict({"model": "x", "select": {"num_tokens": asked}, "calibration": {"num_tokens": tokens}})
+    assert recipe.search_tokens == expected

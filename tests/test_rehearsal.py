@@ -19,7 +19,6 @@ from foldgpt.analysis import analyze
 from foldgpt.architectures import known_architectures
 from foldgpt.cli import app
 from foldgpt.comparison.rows import known_rows
-from foldgpt.compensation.priors import bytes_kept
 from foldgpt.errors import SourceError, UnsupportedModelError, UsageError
 from foldgpt.folding import fold_, source_model_of
 from foldgpt.plan import FoldPlan
@@ -35,6 +34,7 @@ from foldgpt.rehearsal import (
     expectation_table,
     rehearse,
 )
+from foldgpt.rehearsal.fits import bytes_of_priors
 from foldgpt.rehearsal.tiny import config_of
 from foldgpt.replay import Replay
 from foldgpt.selection import RemovalCost, Request, search_passes, select
@@ -299,7 +299,7 @@ def test_a_search_is_counted_on_the_windows_that_it_has(tmp_path: Path) -> None:
         changes = {"dtype": "float32", "compensate": {"method": "none"}}
         recipe = Recipe.from_dict({**tiny_recipe(source, text, select=select), **changes})
         found = expect(tiny_config("llama"), recipe, plan, RecoverySettings())
-        searched[num_tokens] = Workbench(recipe).selection_ids().numel()
+        searched[num_tokens] = Workbench(recipe).selection_ids.numel()
         states = searched[num_tokens] * 7 * tiny_config("llama").hidden_size * 4
         passes = found.flops["search"] / (found.flops["analysis"] * searched[num_tokens] / 256)
         # And those that measured sets leave behind.
@@ -321,7 +321,7 @@ def test_states_of_finals_are_counted(tmp_path: Path, compensate: str, others: i
     states = (96 + others) * 7 * tiny_config("llama").hidden_size * 4
     passes = found.flops["search"] / (found.flops["analysis"] * 96 / 256)
     assert states * passes < CACHE_BYTES
-    of_priors = 96 * 7 * 32 * 4 + bytes_kept(6, 32, 96, 4) if compensate == "linear" else 0
+    of_priors = 96 * 7 * 32 * 4 + bytes_of_priors(tiny_model("llama"), 96) if compensate == "linear" else 0
     assert found.memory["search"].activations == pytest.approx(states * (1 + passes) + of_priors)
 
 

@@ -511,6 +511,9 @@ def test_a_plan_says_where_it_comes_from_and_what_its_search_measured() -> None:
     ]
     with_copies = lines(num_copied=128, num_positions=2048)
     assert "8,192 calibration tokens (6% copies of earlier ones), compensated" in with_copies[2]
+    begun = lines(num_prior_tokens=12_288)
+    assert "by the quick fit of searches (begun on 12,288 others); 51.8 forward" in begun[2]
+    assert "begun" not in lines(num_prior_tokens=0)[2]
     plain = lines(compensated=False, objective="lm", finals=[])
     assert len(plain) == 4 and plain[2].startswith("language-modelling loss 0.5061") and "fit" not in plain[2]
     # Nothing was measured, or the plan was written by hand.

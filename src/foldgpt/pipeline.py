@@ -170,15 +170,14 @@ def _selection_stage(folder: RunFolder, bench: Workbench, analysis: Analysis) ->
 def _asked(bench: Workbench) -> dict[str, Any]:
     """What is asked of the selector, however it is written: another way to say the same repeats no search."""
     section, num_blocks = bench.recipe.select, bench.text_config.num_hidden_layers
-    asked, gone = section.model_dump(mode="json"), 0.0
+    asked = section.model_dump(mode="json")
     if section.target is None:
         number = number_to_remove(num_blocks, remove=section.remove, ratio=section.remove_ratio)
         asked |= {"remove": number, "remove_ratio": None}
-        gone = number / num_blocks
     # What others chose stands whatever it was measured on, which its report says.
     measures = section.method in MEASURED
     return asked | {
-        "num_tokens": bench.recipe.search_tokens(gone) if measures else None,
+        "num_tokens": bench.recipe.search_tokens if measures else None,
         "copies": section.copies if measures else None,
     }
 
@@ -197,7 +196,7 @@ def _plan_stage(folder: RunFolder, bench: Workbench, analysis: Analysis, selecti
         "compensate": recipe.compensate.model_dump(mode="json"),
         "share": recipe.share.model_dump(mode="json"),
         # The windows on which the best donors are measured.
-        "num_tokens": recipe.search_tokens() if recipe.share.donor == "best" else None,
+        "num_tokens": recipe.search_tokens if recipe.share.donor == "best" else None,
         "model": recipe.model,
         "seed": recipe.seed,
     }

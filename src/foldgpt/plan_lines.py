@@ -87,6 +87,8 @@ def _cost_lines(plan: FoldPlan) -> list[str]:
         what = f"removal by itself: {what}"
     compensated = bool(report.get("compensated"))
     fit = ", compensated by the quick fit of searches" if compensated else ""
+    if fit and _has_numbers(report, "num_prior_tokens") and report["num_prior_tokens"]:
+        fit += f" (begun on {report['num_prior_tokens']:,} others)"
     copies = ""
     if _has_numbers(report, "num_copied", "num_positions") and report["num_copied"] and report["num_positions"]:
         copies = f" ({report['num_copied'] / report['num_positions']:.0%} copies of earlier ones)"

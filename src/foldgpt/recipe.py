@@ -67,9 +67,8 @@ class Calibration(_Section):
     """Tokens in all windows together."""
 
 
-#: Calibration tokens of a search, unless others are asked for. Compensated sets are fitted on them too, and where more
-#: than this share of the blocks goes, fits on few rank sets by chance (docs/lab-notebook.md).
-SEARCH_TOKENS, SEARCH_TOKENS_COMPENSATED, MUCH = 4096, 8192, 0.25
+#: Calibration tokens of a search, unless others are asked for.
+SEARCH_TOKENS = 4096
 
 #: Keys that say how many blocks go; one at most is given.
 BUDGETS = ("remove", "remove_ratio", "target")
@@ -344,16 +343,10 @@ class Recipe(_Section):
             )
         return self
 
-    def search_tokens(self, gone: float = 0.0) -> int:
-        """Tokens that removals are measured on: what is asked for or the default, or all that there are.
-
-        Args:
-            gone: the share of the blocks that is removed.
-        """
-        there, default = self.calibration.num_tokens, SEARCH_TOKENS
-        if self.compensate.method != "none" and gone > MUCH:
-            default = min(max(default, there // 4), SEARCH_TOKENS_COMPENSATED)
-        return min(self.select.num_tokens or default, there)
+    @property
+    def search_tokens(self) -> int:
+        """Tokens that removals are measured on: what is asked for or the default, or all that there are."""
+        return min(self.select.num_tokens or SEARCH_TOKENS, self.calibration.num_tokens)
 
     @property
     def training_texts(self) -> list[str]:

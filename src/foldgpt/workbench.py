@@ -251,18 +251,16 @@ class Workbench:
             "fingerprint": self.calibration.fingerprint,
         }
 
-    def selection_ids(self, gone: float = 0.0) -> Tensor:
-        """Calibration windows for selectors that measure, [W, T]: the first ones; documents are in random order.
-
-        Args:
-            gone: the share of the blocks that is removed.
-        """
+    @property
+    def selection_ids(self) -> Tensor:
+        """Calibration windows for selectors that measure, [W, T]: the first ones; documents are in random order."""
         ids_WT = self.calibration.ids
-        return ids_WT[: search_windows(self.recipe.search_tokens(gone), ids_WT.shape[1], len(ids_WT))]
+        return ids_WT[: search_windows(self.recipe.search_tokens, ids_WT.shape[1], len(ids_WT))]
 
-    def further_selection_ids(self, gone: float = 0.0) -> Tensor:
+    @property
+    def further_selection_ids(self) -> Tensor:
         """Calibration windows that come after those, [W, T]; there may be none."""
-        return self.calibration.ids[len(self.selection_ids(gone)) :]
+        return self.calibration.ids[len(self.selection_ids) :]
 
     @cached_property
     def tests(self) -> dict[str, Windows]:

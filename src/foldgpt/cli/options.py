@@ -94,7 +94,7 @@ SearchTokens = Annotated[
         "--search-tokens",
         help="Calibration tokens that removals are measured on.",
         parser=count,
-        show_default="4096; up to 8192 where more than a quarter goes",
+        show_default="4096",
     ),
 ]
 Copies = Annotated[

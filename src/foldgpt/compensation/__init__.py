@@ -2,7 +2,7 @@
 
 from foldgpt.compensation.compensate import compensate, why_not
 from foldgpt.compensation.compensator import RIDGES, Compensator
-from foldgpt.compensation.correction import Correction, CutReport
+from foldgpt.compensation.correction import Correction, CutReport, Start
 from foldgpt.compensation.judge import COMPENSATION, HELD_OUT, Compensated, compensate_, compensate_and_judge_
 from foldgpt.compensation.merge import merge_, merged, set_parameters_
 from foldgpt.compensation.priors import Priors
@@ -17,6 +17,7 @@ __all__ = [
     "Correction",
     "CutReport",
     "Priors",
+    "Start",
     "Walk",
     "compensate",
     "compensate_",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from foldgpt.compensation.carriers import inner_module, norm_behind, output_matrices, output_module
-from foldgpt.compensation.correction import Correction, CutReport
+from foldgpt.compensation.correction import Correction, CutReport, Start, changed_by
 from foldgpt.compensation.least_squares import Sums, added, best_ridge, downhill, solve
 from foldgpt.compensation.through_norm import NormedFit, error_of, fit_through_norm
 from foldgpt.errors import NotFiniteError, UnsupportedModelError, UsageError
@@ -105,7 +105,7 @@ class Compensator:
         sublayer: Sublayer = "mlp",
         inner_RI: Tensor | None = None,
         left_out_WT: Tensor | None = None,
-        start: Correction | None = None,
+        start: Start | None = None,
     ) -> tuple[Tensor, Correction]:
         """Fit the correction of one block and apply it to the stream.
 
@@ -121,11 +121,11 @@ class Compensator:
             sublayer: which sublayer's output M is.
             inner_RI: what the sublayer's output matrix is given, as `run` collects it, for all tokens in order.
             left_out_WT: bool [W, T]: tokens that are corrected and not fitted on.
-            start: a correction of the same sublayer from which the fit begins; none of it may know the windows that
-                are measured on.
+            start: where the fit begins; it must not know windows that are measured on.
 
         Returns:
-            The stream behind the corrected block, [W, T, H] in the dtype of o, and the correction, the start included.
+            The stream behind the corrected block, [W, T, H] in the dtype of o, and the correction, beyond the start if
+            there is one.
 
         Raises:
             UsageError: the shapes differ.
@@ -167,13 +167,13 @@ class Compensator:
         missing_RH: Tensor,
         weight_R: Tensor,
         parts: Sequence[slice],
-        start: Correction | None,
+        start: Start | None,
     ) -> tuple[Tensor, Correction]:
         decoder = self.replay.decoder
         matrices = output_matrices(decoder, block, sublayer, output_module(decoder, block, sublayer))
         bias = len(matrices) == 1 and matrices[0].bias is not None
         if start is not None:
-            begun_RH = self._multiplier * _change(features_RK, start.map_KH, start.bias_H, missing_RH.dtype)
+            begun_RH = self._multiplier * start.change(missing_RH.dtype)
             output_RH, missing_RH = output_RH + begun_RH, missing_RH - begun_RH
         wanted_RH = missing_RH if self._multiplier == 1 else missing_RH / self._multiplier
         sums = [Sums.of(features_RK[rows], wanted_RH[rows], weight_R[rows]) for rows in parts]
@@ -195,8 +195,8 @@ class Compensator:
             block=block,
             sublayer=sublayer,
             features="output" if features_RK is inputs_RH else "inner",
-            map_KH=_with_start(map_KH, start, "map_KH").to(missing_RH),
-            bias_H=None if bias_H is None else _with_start(bias_H, start, "bias_H").to(missing_RH),
+            map_KH=map_KH.to(missing_RH),
+            bias_H=None if bias_H is None else bias_H.to(missing_RH),
             scale_H=None,
             report=report,
         )
@@ -208,7 +208,7 @@ class Compensator:
             pieces = [(rows, *found) for rows, found in zip(parts, maps, strict=True)]
         found_RH = output_RH.to(missing_RH.dtype, copy=True)
         for rows, piece_KH, piece_H in pieces:
-            change_RH = _change(features_RK[rows], piece_KH, piece_H, missing_RH.dtype)
+            change_RH = changed_by(features_RK[rows], piece_KH, piece_H, missing_RH.dtype)
             found_RH[rows] += change_RH if self._multiplier == 1 else self._multiplier * change_RH
         return found_RH, correction
 
@@ -222,7 +222,7 @@ class Compensator:
         missing_RH: Tensor,
         weight_R: Tensor,
         parts: Sequence[slice],
-        start: Correction | None,
+        start: Start | None,
     ) -> tuple[Tensor, Correction]:
         norm = norm_behind(self.replay.decoder, block, sublayer)
         assert norm is not None
@@ -231,9 +231,9 @@ class Compensator:
         wanted_RH = missing_RH + contribution_RH
         # What goes into the norm where the fit begins.
         begin_RH = inputs_RH
-        if start is not None and start.scale_H is not None:
-            begin_RH = inputs_RH + _change(features_RK, start.map_KH, None, inputs_RH.dtype)
-            scale_H = start.scale_H
+        if start is not None and start.correction.scale_H is not None:
+            begin_RH = inputs_RH + start.change(inputs_RH.dtype)
+            scale_H = start.correction.scale_H
         own = NormedFit(torch.zeros(features_RK.shape[1], len(scale_H)).to(scale_H), scale_H)
 
         def fit(left_out: slice, ridge: float) -> NormedFit:
@@ -266,8 +266,7 @@ class Compensator:
             fitted=error(part, fitted),
         )
         features: Literal["inner", "output"] = "output" if features_RK is inputs_RH else "inner"
-        map_KH = _with_start(found.map_KH, start, "map_KH")
-        correction = Correction(block, sublayer, features, map_KH, None, found.scale_H, report)
+        correction = Correction(block, sublayer, features, found.map_KH, None, found.scale_H, report)
         pieces = [(slice(None), found)]
         if self.parts > 1:
             # What was fitted to choose the ridge is the map of the last part.
@@ -371,20 +370,6 @@ class Compensator:
                 handle.remove()
         assert collected.rows_RK is not None
         return output_WTH, collected.rows_RK.view(output_WTH.shape), given.rows_RK
-
-
-def _change(features_RK: Tensor, map_KH: Tensor, bias_H: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """X D + b in this dtype; the product in that of the states, as the merged model will make it."""
-    change_RH = (features_RK @ map_KH.to(features_RK)).to(dtype)
-    if bias_H is not None:
-        change_RH += bias_H.to(change_RH)
-    return change_RH
-
-
-def _with_start(found: Tensor, start: Correction | None, name: Literal["map_KH", "bias_H"]) -> Tensor:
-    """What was fitted beyond a start, and that of the start."""
-    begun: Tensor | None = None if start is None else getattr(start, name)
-    return found if begun is None else found + begun.to(found)
 
 
 def _told_of_massive(weight_R: Tensor, massive_R: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from foldgpt.plan import Sublayer
@@ -58,3 +59,28 @@ class Correction:
     bias_H: Tensor | None
     scale_H: Tensor | None
     report: CutReport
+
+
+@dataclass(frozen=True)
+class Start:
+    """A correction at which another fit of the same sublayer begins, fitted on other text.
+
+    Attributes:
+        correction: the correction; what it is fitted on may differ from what is fitted beyond it.
+        features_RK: what its map is applied to, for all tokens in order.
+    """
+
+    correction: Correction
+    features_RK: Tensor
+
+    def change(self, dtype: torch.dtype) -> Tensor:
+        """X D + b, what it adds to the sublayer's output, [tokens, H] in this dtype."""
+        return changed_by(self.features_RK, self.correction.map_KH, self.correction.bias_H, dtype)
+
+
+def changed_by(features_RK: Tensor, map_KH: Tensor, bias_H: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """X D + b in this dtype; the product in that of the states, as the merged model will make it."""
+    change_RH = (features_RK @ map_KH.to(features_RK)).to(dtype)
+    if bias_H is not None:
+        change_RH += bias_H.to(change_RH)
+    return change_RH

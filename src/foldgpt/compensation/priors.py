@@ -2,24 +2,27 @@
 
 A search fits at each cut of each set anew, and on few tokens. But the block before a cut and the block behind it say
 most of what a correction has to be, whatever else is removed. That can be fitted once, on more text, in the source, and
-is then the start of all fits at this cut: the ridge draws them to it instead of to the plain removal.
+is then the start of all fits at this cut: the ridge draws them to it instead of to the plain removal. And it can be the
+fit that folding makes, of the whole output matrix, which is too dear to be made for each set.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from foldgpt.byte_cache import ByteCache
+from foldgpt.compensation.carriers import inner_width, norm_behind
 from foldgpt.compensation.compensator import MASSIVE, Compensator
 from foldgpt.compensation.correction import Correction
+from foldgpt.families import Decoder
 from foldgpt.plan import Sublayer
 from foldgpt.replay import Replay
 
 #: What kept corrections take at most, and kept outputs of sublayers, in bytes.
-_CORRECTION_BYTES, _OUTPUT_BYTES = 1024 * 2**20, 512 * 2**20
+CORRECTION_BYTES, OUTPUT_BYTES = 1024 * 2**20, 1536 * 2**20
 
 
 class Priors:
@@ -37,9 +40,9 @@ class Priors:
         # As in a search, whose fits leave massive tokens alone.
         self._compensator = Compensator(replay, spared=MASSIVE)
         self._corrections: ByteCache[tuple[int, int, Sublayer | None], Correction]
-        self._corrections = ByteCache(_CORRECTION_BYTES, lambda correction: correction.map_KH.nbytes)
-        self._outputs: ByteCache[tuple[int, Sublayer | None], tuple[Tensor, Tensor]]
-        self._outputs = ByteCache(_OUTPUT_BYTES, lambda outputs: sum(output.nbytes for output in outputs))
+        self._corrections = ByteCache(CORRECTION_BYTES, lambda correction: correction.map_KH.nbytes)
+        self._outputs: ByteCache[tuple[int, Sublayer | None], _Outputs]
+        self._outputs = ByteCache(OUTPUT_BYTES, lambda outputs: outputs.nbytes)
 
     @property
     def num_tokens(self) -> int:
@@ -68,20 +71,31 @@ class Priors:
         if known is not None:
             return known
         carrier: Sublayer = "attention" if absent == "mlp" else "mlp"
-        output_WTH, carried_WTH = self._outputs_of(block, carrier, absent)
-        target_WTH = self._replay.states[after]
-        _, fitted = self._compensator.correct(block, output_WTH, carried_WTH, target_WTH, sublayer=carrier)
+        outputs = self._outputs_of(block, carrier, absent)
+        behind_WTH = self._replay.states[block + 1] if outputs.behind_WTH is None else outputs.behind_WTH
+        _, fitted = self._compensator.correct(
+            block,
+            behind_WTH,
+            outputs.carried_WTH,
+            self._replay.states[after],
+            sublayer=carrier,
+            inner_RI=outputs.inner_RI,
+        )
         # It is multiplied with states, in their dtype.
-        correction = replace(fitted, map_KH=fitted.map_KH.to(carried_WTH.dtype))
+        correction = replace(fitted, map_KH=fitted.map_KH.to(behind_WTH.dtype))
         self._corrections.put((block, after, absent), correction)
         return correction
 
-    def _outputs_of(self, block: int, carrier: Sublayer, absent: Sublayer | None) -> tuple[Tensor, Tensor]:
-        """The stream behind a block of the source, and what the sublayer that carries the correction put out."""
+    def _outputs_of(self, block: int, carrier: Sublayer, absent: Sublayer | None) -> _Outputs:
         known = self._outputs.get((block, absent))
         if known is None:
+            inner = prior_width(self._replay.decoder, block, carrier) is not None
             stream = self._replay.split(self._replay.states[block])
-            known = self._compensator.run(block, stream, sublayer=carrier, absent=absent)[:2]
+            behind_WTH, carried_WTH, inner_RI = self._compensator.run(
+                block, stream, sublayer=carrier, absent=absent, inner=inner
+            )
+            # Behind a whole block it is what was recorded there.
+            known = _Outputs(None if absent is None else behind_WTH, carried_WTH, inner_RI)
             self._outputs.put((block, absent), known)
         return known
 
@@ -90,15 +104,32 @@ class Priors:
         self._outputs.clear()
 
 
-def bytes_kept(num_blocks: int, hidden_size: int, num_tokens: int, item_size: int) -> int:
-    """What priors keep at most, beside the source's states.
+@dataclass(frozen=True)
+class _Outputs:
+    """What a fit looks at, all that a block of the source puts out.
 
-    Args:
-        num_blocks: blocks of the source.
-        hidden_size: width of its stream.
-        num_tokens: that are fitted on.
-        item_size: bytes of one number of its states.
+    Attributes:
+        behind_WTH: the stream behind it; None if it is the source's own.
+        carried_WTH: what the sublayer that carries the correction put out.
+        inner_RI: what its output matrix was given; None where the correction maps what it puts out.
     """
-    cuts = num_blocks * (num_blocks + 1) // 2
-    corrections = min(_CORRECTION_BYTES, cuts * hidden_size**2 * item_size)
-    return corrections + min(_OUTPUT_BYTES, 2 * num_blocks * num_tokens * hidden_size * item_size)
+
+    behind_WTH: Tensor | None
+    carried_WTH: Tensor
+    inner_RI: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.behind_WTH, self.carried_WTH, self.inner_RI) if part is not None)
+
+
+def prior_width(decoder: Decoder, block: int, carrier: Sublayer) -> int | None:
+    """Inputs of the output matrix whose correction a prior is; None where it maps what the sublayer puts out.
+
+    That is so where there are several such matrices, and where a norm stands behind: rounds through it take many times
+    as long.
+
+    Raises:
+        UnsupportedModelError: the family's sublayers are not known.
+    """
+    return None if norm_behind(decoder, block, carrier) is not None else inner_width(decoder, block, carrier)

@@ -72,7 +72,7 @@ def make_plan(
             raise UsageError(f"{why}, and nothing is removed: the model would be as it is")
         note(f"nothing is shared: {why}")
     if recipe.share.donor == "best":
-        groups = with_best_donors(Replay(source.model, bench.selection_ids()), groups)
+        groups = with_best_donors(Replay(source.model, bench.selection_ids), groups)
     plan = FoldPlan.create(
         _source_model(bench),
         **cut_of(recipe, selection, groups),

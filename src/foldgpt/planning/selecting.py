@@ -60,8 +60,7 @@ def make_selection(bench: Workbench, analysis: Analysis | None, checkpoint: Path
     # What others chose is measured where the text is read anyway, and the model need not be brought from disk for it.
     reads_text = bench.has_read_calibration or will_read_text(bench.recipe)
     if section.method in MEASURED or (reads_text and not bench.source.offloaded):
-        gone = request.num_remove / request.num_blocks
-        request = replace(request, ids_WT=bench.selection_ids(gone), further_ids_WT=bench.further_selection_ids(gone))
+        request = replace(request, ids_WT=bench.selection_ids, further_ids_WT=bench.further_selection_ids)
     selection = select(section.method, request)
     if met is None:
         return selection

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from foldgpt.compensation.priors import bytes_kept
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_
 from foldgpt.folding.private import sizes_of_leaf
@@ -31,7 +30,7 @@ from foldgpt.recipe import Recipe
 from foldgpt.recovery import RecoverySettings
 from foldgpt.recovery.teacher_cache import Kept
 from foldgpt.recovery.trainable import make_trainable_
-from foldgpt.rehearsal.fits import bytes_of_fits
+from foldgpt.rehearsal.fits import bytes_of_fits, bytes_of_priors
 from foldgpt.selection import (
     Request,
     Share,
@@ -150,9 +149,8 @@ def expect(
     head = 2.0 * config.vocab_size * _hidden_size(source)
     select, text = recipe.select, recipe.calibration
     num_remove = num_searched_for(recipe, source)
-    tokens = recipe.search_tokens(num_remove / plan.source.num_blocks)
     windows = text.num_tokens // text.context
-    searched = search_windows(tokens, text.context, windows)
+    searched = search_windows(recipe.search_tokens, text.context, windows)
     num_searched = text.context * searched
     # Of the right shape alone: how many windows go through at once is part of what is counted.
     ids_WT = torch.empty(windows, text.context, dtype=torch.int64, device="meta")
@@ -185,8 +183,7 @@ def expect(
     # States that measured sets went through are kept beside those of the source; a set has no more of them than that.
     kept_states = min(CACHE_BYTES, passes * states)
     if of_priors:
-        num_tokens = search.num_prior_windows * text.context
-        kept_states += of_priors + bytes_kept(search.num_blocks, _hidden_size(source), num_tokens, dtype.itemsize)
+        kept_states += of_priors + bytes_of_priors(source, search.num_prior_windows * text.context)
     memory = {
         "search": Memory(weights, activations=states + kept_states if passes else 0, other=_LOGIT_BYTES),
         "fits": Memory(weights, activations=bytes_of_fits(source, plan, text.num_tokens)),

@@ -11,6 +11,7 @@ from typing import Any
 from foldgpt.compensation import HELD_OUT, Walk
 from foldgpt.compensation.carriers import inner_width, norm_behind
 from foldgpt.compensation.least_squares import WIDEST_ON_DEVICE
+from foldgpt.compensation.priors import CORRECTION_BYTES, OUTPUT_BYTES, prior_width
 from foldgpt.errors import UnsupportedModelError
 from foldgpt.families import decoder_of
 from foldgpt.folding.private import sizes_of_leaf
@@ -50,6 +51,25 @@ def bytes_of_fits(source: Any, plan: FoldPlan, num_tokens: int) -> float:
     recorded = rows * stream * len({0, *walk.boundaries}) + 2 * held * stream
     largest = max(_bytes_of_cut(source, index, rows, hidden, itemsize, walk, plan) for index in walk.carriers)
     return sharing + recorded + largest
+
+
+def bytes_of_priors(source: Any, num_tokens: int) -> float:
+    """What the priors of a search keep at most, beside the source's states.
+
+    Args:
+        source: the model, with or without values.
+        num_tokens: that they are fitted on.
+    """
+    decoder = decoder_of(source)
+    num_blocks, itemsize = len(decoder.blocks), next(source.parameters()).element_size()
+    hidden = int(source.config.get_text_config(decoder=True).hidden_size)
+    try:
+        inner = prior_width(decoder, 0, "mlp")
+    except UnsupportedModelError:
+        return 0.0  # such a model is not compensated
+    corrections = num_blocks * (num_blocks + 1) // 2 * (inner or hidden) * hidden * itemsize
+    outputs = num_blocks * num_tokens * (hidden + (inner or 0)) * itemsize
+    return min(CORRECTION_BYTES, corrections) + min(OUTPUT_BYTES, outputs)
 
 
 def _bytes_of_group(source: Any, group: Group, num_tokens: int, hidden: int, itemsize: int) -> float:

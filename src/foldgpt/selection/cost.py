@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from foldgpt.byte_cache import ByteCache
-from foldgpt.compensation import Compensator, Priors
+from foldgpt.compensation import Compensator, Priors, Start
 from foldgpt.compensation.compensator import MASSIVE
 from foldgpt.errors import FoldGPTError
 from foldgpt.objectives import Head, SourcePredictions, cross_entropy
@@ -206,7 +206,7 @@ class RemovalCost:
         head = self._head_rows * self.head_cost / self.replay.ids_WT.numel()
         own = self.set_up_equivalents + self.replay.num_block_calls / self.replay.num_blocks + head
         if self._priors is not None:
-            own += (self._priors.forward_tokens - self._priors.num_tokens) / self.replay.ids_WT.numel()
+            own += (self._priors.forward_tokens - self.num_prior_tokens) / self.replay.ids_WT.numel()
         return self._spent_before + own
 
     @property
@@ -231,9 +231,14 @@ class RemovalCost:
         return self._recordings + self._source_equivalents(self._samples.keys() & set(samples))
 
     @property
+    def num_prior_tokens(self) -> int:
+        """Tokens that priors are fitted on; 0 without them."""
+        return 0 if self._priors is None else self._priors.num_tokens
+
+    @property
     def prior_equivalents(self) -> float:
         """What priors take of `forward_equivalents` once each block was in a fit: their recording, and each once."""
-        return 0.0 if self._priors is None else 2 * self._priors.num_tokens / self.replay.ids_WT.numel()
+        return 2 * self.num_prior_tokens / self.replay.ids_WT.numel()
 
     @property
     def _recordings(self) -> float:
@@ -389,10 +394,17 @@ class RemovalCost:
         """Pass a block that makes up for what is removed of it, and for the removed blocks up to block `after`."""
         assert self._compensator is not None
         carrier: Sublayer = "attention" if absent == "mlp" else "mlp"
-        output_WTH, carried_WTH, _ = self._compensator.run(block, stream, sublayer=carrier, absent=absent)
+        prior = None if self._priors is None else self._priors.of(block, after, absent)
+        output_WTH, carried_WTH, inner_RI = self._compensator.run(
+            block,
+            stream,
+            sublayer=carrier,
+            absent=absent,
+            inner=prior is not None and prior.features == "inner",
+        )
+        start = None if prior is None else Start(prior, carried_WTH.flatten(0, -2) if inner_RI is None else inner_RI)
         target_WTH = self.replay.states[after][sample.windows]
         copied_WT = None if self._copied_WT is None else self._copied_WT[sample.windows]
-        start = None if self._priors is None else self._priors.of(block, after, absent)
         corrected_WTH, _ = self._compensator.correct(
             block, output_WTH, carried_WTH, target_WTH, sublayer=carrier, left_out_WT=copied_WT, start=start
         )

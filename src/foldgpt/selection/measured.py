@@ -91,6 +91,7 @@ def _report_of(cost: RemovalCost, further: Mapping[str, Any]) -> dict[str, Any]:
         "num_tokens": cost.replay.ids_WT.numel(),
         "num_positions": len(cost.everything.rows_R),
         "num_copied": int(cost.copied_R.sum()),
+        "num_prior_tokens": cost.num_prior_tokens,
         "seconds": round(cost.seconds, 3),
         "forward_equivalents": round(cost.forward_equivalents, 2),
         **further,
