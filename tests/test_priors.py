@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -98,6 +99,23 @@ def test_a_prior_is_the_fit_at_that_cut_of_the_source(absent: Any) -> None:
     assert priors.of(2, 4, absent) is found
     priors.of(2, 6, absent)
     assert priors.forward_tokens == pytest.approx(passed + priors.num_tokens / 6)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "falcon", "gpt_neox", "mixtral", "olmo2", "gemma2"])
+@pytest.mark.parametrize("sublayers", [False, True])
+def test_searches_begin_at_priors_in_families_of_other_shapes(family: str, sublayers: bool) -> None:
+    """Matrices the other way round, biases, outputs that are added to in place, experts, norms behind."""
+    model = tiny_model(family)
+    request = _request(model, sublayers=sublayers)
+    cost = request.need_cost("test")
+    removed = frozenset([2, 3, 5, 8]) if sublayers else frozenset([2, 3])
+    assert math.isfinite(cost.cost(removed))
+    assert cost._priors is not None
+    inner = family not in ("mixtral", "olmo2", "gemma2")
+    for found in cost._priors._corrections.values():
+        # The attention of a mixture has one output matrix.
+        one_matrix = inner or (family == "mixtral" and found.sublayer == "attention")
+        assert found.features == ("inner" if one_matrix else "output")
 
 
 def test_a_search_begins_at_priors_of_text_that_it_does_not_see_and_finals_do_not_measure() -> None:
