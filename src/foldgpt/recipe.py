@@ -92,8 +92,8 @@ class Select(_Section):
     """Remove attention and MLP apart, as many parameters as that many blocks have."""
     num_tokens: Tokens | None = Field(default=None, ge=2)
     """Calibration tokens that removals are measured on, of those in the calibration section; gates judge on others of
-    them what comes out level. By default 4,096; where more than a quarter of the blocks goes and what is left is
-    compensated, a quarter of all up to 8,192."""
+    them what comes out level. By default 4,096. With compensation the fits of all measured selectors begin at what is
+    fitted on further ones."""
     copies: float = Field(default=0.0625, ge=0, le=0.5)
     """The share of each of these windows in which its beginning is repeated, so that a removal counts which leaves the
     model less able to copy from its context."""
