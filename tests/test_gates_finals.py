@@ -17,10 +17,10 @@ from foldgpt import pipeline
 from foldgpt.recipe import Recipe
 from foldgpt.selection import RemovalCost, Request, select
 from foldgpt.selection.folded_cost import FoldedCost
-from foldgpt.selection.further_windows import fitted_windows, held_windows, prior_windows
+from foldgpt.selection.further_windows import fitted_windows, held_windows, prior_windows, windows_of_finals
 from foldgpt.selection.gating.allowance import greedy_equivalents
 from foldgpt.selection.gating.finals import Final, Round
-from foldgpt.selection.gating.further_text import FurtherText, windows_of_finals
+from foldgpt.selection.gating.further_text import FurtherText
 from foldgpt.selection.gating.refine import Refinement
 from foldgpt.selection.units import Removed
 from models import tiny_model, token_ids

@@ -51,8 +51,8 @@ class Priors:
 
     @property
     def forward_tokens(self) -> float:
-        """Work so far, as a number of tokens that pass all blocks, the recording included; solving is not counted."""
-        return (1 + self._replay.num_block_calls / self._replay.num_blocks) * self.num_tokens
+        """Work since the recording, as a number of tokens that pass all blocks; solving is not counted."""
+        return self._replay.num_block_calls / self._replay.num_blocks * self.num_tokens
 
     @torch.no_grad()
     def of(self, block: int, after: int, absent: Sublayer | None = None) -> Correction:

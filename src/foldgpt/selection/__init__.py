@@ -11,7 +11,7 @@ from foldgpt.selection.budget import (
     share_for,
 )
 from foldgpt.selection.cost import Objective, RemovalCost, search_windows
-from foldgpt.selection.gating.further_text import windows_of_finals
+from foldgpt.selection.further_windows import windows_of_finals
 from foldgpt.selection.registry import (
     ANALYSIS_FREE,
     BY_SUBLAYER,

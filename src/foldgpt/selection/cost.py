@@ -24,6 +24,7 @@ from foldgpt.errors import FoldGPTError
 from foldgpt.objectives import Head, SourcePredictions, cross_entropy
 from foldgpt.plan import Sublayer
 from foldgpt.replay import Replay
+from foldgpt.selection.further_windows import prior_passes
 from foldgpt.selection.units import Removed, Units
 
 Objective = Literal["kl", "lm"]
@@ -206,7 +207,7 @@ class RemovalCost:
         head = self._head_rows * self.head_cost / self.replay.ids_WT.numel()
         own = self.set_up_equivalents + self.replay.num_block_calls / self.replay.num_blocks + head
         if self._priors is not None:
-            own += (self._priors.forward_tokens - self.num_prior_tokens) / self.replay.ids_WT.numel()
+            own += self._priors.forward_tokens / self.replay.ids_WT.numel()
         return self._spent_before + own
 
     @property
@@ -237,13 +238,13 @@ class RemovalCost:
 
     @property
     def prior_equivalents(self) -> float:
-        """What priors take of `forward_equivalents` once each block was in a fit: their recording, and each once."""
-        return 2 * self.num_prior_tokens / self.replay.ids_WT.numel()
+        """What priors take of `forward_equivalents` once each block was in a fit."""
+        return prior_passes(self.num_prior_tokens, self.replay.ids_WT.numel())
 
     @property
     def _recordings(self) -> float:
         """Passes in which the source's states are recorded."""
-        return 1 + self.prior_equivalents / 2
+        return 1 + self.num_prior_tokens / self.replay.ids_WT.numel()
 
     def _source_equivalents(self, samples: Iterable[tuple[int, int]]) -> float:
         """What the source's own predictions on some samples have taken: two passes of the head by the KL."""

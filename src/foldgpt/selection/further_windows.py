@@ -17,12 +17,7 @@ def held_windows(searched: int, further: int) -> int:
         searched: windows of the search.
         further: windows beside them.
     """
-    return min(further, wanted_held_windows(searched, further))
-
-
-def wanted_held_windows(searched: int, further: int) -> int:
-    """On how many they would if there were enough."""
-    return max(1, round(_HELD_OUT * (searched + further)))
+    return min(further, _wanted(searched, further))
 
 
 def fitted_windows(searched: int, further: int) -> int:
@@ -33,3 +28,33 @@ def fitted_windows(searched: int, further: int) -> int:
 def prior_windows(searched: int, further: int) -> int:
     """On how many of the further windows, the first ones, priors are fitted; 0 if there are none to spare."""
     return min(_FITTED * searched, further - held_windows(searched, further))
+
+
+def prior_passes(fitted: int, searched: int) -> float:
+    """What priors take once each block was in a fit, in passes over a search's text: a recording, and each block once.
+
+    Args:
+        fitted: windows, or tokens, that they are fitted on.
+        searched: those of the search.
+    """
+    return 2 * fitted / searched
+
+
+def windows_of_finals(searched: int, further: int, compensated: bool) -> int:
+    """On how many windows finals record states at a time; 0 if there are too few further ones for finals.
+
+    Args:
+        searched: windows of the search.
+        further: windows beside them.
+        compensated: whether sets are compensated.
+    """
+    wanted = _wanted(searched, further) if compensated else searched
+    if 2 * further < wanted:
+        return 0
+    held = held_windows(searched, further)
+    return fitted_windows(searched, further) + held if compensated else min(searched, further)
+
+
+def _wanted(searched: int, further: int) -> int:
+    """On how many windows finals would measure compensated sets if there were enough."""
+    return max(1, round(_HELD_OUT * (searched + further)))

@@ -19,7 +19,7 @@ from foldgpt.plan import FoldPlan
 from foldgpt.replay import Replay
 from foldgpt.selection.copies import COPIES, with_copies
 from foldgpt.selection.cost import Objective, RemovalCost
-from foldgpt.selection.further_windows import prior_windows
+from foldgpt.selection.further_windows import prior_passes, prior_windows
 from foldgpt.selection.units import Units
 
 #: Micro-batches hold about so many tokens, and there are at least so many of them if the windows suffice.
@@ -86,8 +86,8 @@ class Request:
 
     @property
     def prior_passes(self) -> float:
-        """What priors take at most, in forward passes over the search's windows: a recording, and each block once."""
-        return 2 * self.num_prior_windows / len(self.ids_WT) if self.ids_WT is not None else 0.0
+        """What priors take, in forward passes over the search's windows."""
+        return 0.0 if self.ids_WT is None else prior_passes(self.num_prior_windows, len(self.ids_WT))
 
     def need_analysis(self, method: str) -> Analysis:
         """The analysis, or an error that says who needs it."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foldgpt.selection.cost import RemovalCost, Sample
 from foldgpt.selection.folded_cost import FoldedCost, fit_tokens
-from foldgpt.selection.further_windows import fitted_windows, held_windows, wanted_held_windows
+from foldgpt.selection.further_windows import fitted_windows, held_windows, windows_of_finals
 from foldgpt.selection.gating.finals import Final, Measure, Round, finals, highest_level_cost, level_with_best
 from foldgpt.selection.selection import Request
 from foldgpt.selection.units import Removed
@@ -182,18 +182,3 @@ class FurtherText:
     @property
     def _num_tokens(self) -> int:
         return self._cost.replay.ids_WT.numel()
-
-
-def windows_of_finals(searched: int, further: int, compensated: bool) -> int:
-    """On how many windows finals record states at a time; 0 if there are too few further ones for finals.
-
-    Args:
-        searched: windows of the search.
-        further: windows beside them.
-        compensated: whether sets are compensated.
-    """
-    wanted = wanted_held_windows(searched, further) if compensated else searched
-    if 2 * further < wanted:
-        return 0
-    held = held_windows(searched, further)
-    return fitted_windows(searched, further) + held if compensated else min(searched, further)
