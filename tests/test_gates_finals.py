@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from torch import Tensor
 from foldgpt import pipeline
 from foldgpt.recipe import Recipe
 from foldgpt.selection import RemovalCost, Request, select
-from foldgpt.selection.folded_cost import FoldedCost
-from foldgpt.selection.further_windows import fitted_windows, held_windows, prior_windows, windows_of_finals
+from foldgpt.selection.further_windows import windows_of_finals
 from foldgpt.selection.gating.allowance import greedy_equivalents
 from foldgpt.selection.gating.finals import Final, Round
 from foldgpt.selection.gating.further_text import FurtherText
@@ -57,8 +55,7 @@ def test_no_more_than_four_are_measured(long_request: Request, monkeypatch: pyte
 @pytest.fixture
 def long_request(monkeypatch: pytest.MonkeyPatch) -> Request:
     """A search that may take twice what greedy does, after which the best four sets count as level."""
-    for name in ("_LEVEL", "_LEVEL_COMPENSATED"):
-        monkeypatch.setattr(f"foldgpt.selection.gating.further_text.{name}", 1.0)
+    monkeypatch.setattr("foldgpt.selection.gating.further_text._LEVEL", 1.0)
     model = tiny_model("llama", num_hidden_layers=10)
     ids = token_ids(model, (64, 32))
     return Request(10, 3, model=model, ids_WT=ids[:16], further_ids_WT=ids[16:], copies=0.0, options={"effort": 2.0})
@@ -222,20 +219,7 @@ def test_what_a_round_will_take_is_no_less_than_what_it_takes(long_request: Requ
     assert took <= cost.further_equivalents(sets, ids_WT) <= 1.6 * took
 
 
-def test_a_round_of_compensated_sets_is_expected_to_begin_at_the_blocks_that_compensate(long_request: Request) -> None:
-    request = replace(long_request, compensate=True)
-    held_WT = request.further_ids_WT[-12:]
-    sets = [frozenset(removed) for removed in ([4], [2, 5, 9], [7, 8, 9])]
-    folded = FoldedCost(request, request.ids_WT, held_WT)
-    for removed in sets:
-        folded.cost(removed)
-    # That removed blocks are not run is not taken into account.
-    not_run = sum(map(len, sets)) / 10 * held_WT.numel()
-    expected = request.need_cost("test").further_equivalents(sets, held_WT) * request.ids_WT.numel()
-    assert expected == pytest.approx(folded._held.forward_tokens + not_run, rel=0.01)
-
-
-@pytest.mark.parametrize("changes", [{}, {"compensate": True}, {"objective": "lm"}, {"sublayers": True}])
+@pytest.mark.parametrize("changes", [{}, {"objective": "lm"}, {"sublayers": True}])
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_search_stopped_in_its_finals_ends_in_the_same(
     after: int, long_request: Request, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -284,18 +268,15 @@ def test_a_search_stopped_in_its_finals_ends_in_the_same(
     assert 1 <= set_up_again <= again + 0.01 < set_up_again + 0.9
 
 
-@pytest.mark.parametrize("compensate", ["none", "linear"])
 def test_a_run_judges_on_the_rest_of_its_calibration_text(
-    compensate: str, inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("_LEVEL", "_LEVEL_COMPENSATED"):
-        monkeypatch.setattr(f"foldgpt.selection.gating.further_text.{name}", 9.0)
+    monkeypatch.setattr("foldgpt.selection.gating.further_text._LEVEL", 9.0)
     method = {"method": "gates", "remove": 2, "num_tokens": 128, "options": {"effort": 9.0}}
-    recipe = Recipe.from_dict(tiny_recipe(*inputs, select=method, compensate={"method": compensate}))
+    recipe = Recipe.from_dict(tiny_recipe(*inputs, select=method, compensate={"method": "none"}))
     report = pipeline.run(recipe, tmp_path / "run").plan.origin["report"]
     assert report["num_tokens"] == 128
-    num_tokens = recipe.calibration.num_tokens
-    assert report["finals"][0]["num_tokens"] == (num_tokens - 128 if compensate == "none" else num_tokens / 4)
+    assert report["finals"][0]["num_tokens"] == recipe.calibration.num_tokens - 128
 
 
 def test_a_round_of_a_few_windows_is_left_out(long_request: Request) -> None:
@@ -303,121 +284,13 @@ def test_a_round_of_a_few_windows_is_left_out(long_request: Request) -> None:
     assert select("gates", replace(long_request, further_ids_WT=few)).report["finals"] == []
 
 
-def _folded_costs(monkeypatch: pytest.MonkeyPatch, costs: Mapping[Removed, float] | None = None) -> list[list[Tensor]]:
-    """Watch what sets are compensated on and judged on; without `costs`, by the real measure."""
-    seen: list[list[Tensor]] = []
-
-    class Watched(FoldedCost):
-        def __init__(self, request: Request, fitted_WT: Tensor, held_WT: Tensor) -> None:
-            seen.append([fitted_WT, held_WT])
-            super().__init__(request, fitted_WT, held_WT)
-
-        def cost(self, removed: Removed) -> float:
-            value = super().cost(removed)
-            return value if costs is None else costs[removed]
-
-    monkeypatch.setattr("foldgpt.selection.gating.further_text.FoldedCost", Watched)
-    return seen
-
-
-def test_compensated_sets_are_judged_behind_the_fit_that_folding_makes(
-    long_request: Request, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    request = replace(long_request, compensate=True)
-    seen = _folded_costs(monkeypatch)
-    report = select("gates", request).report
-    ((fitted, held),) = seen
-    everything = torch.cat([request.ids_WT, request.further_ids_WT])
-    assert torch.equal(fitted, everything[:48]), "fitted on three times the windows of the search"
-    assert torch.equal(held, everything[-16:]), "and measured on as many as it has"
-    by_hand = FoldedCost(request, fitted, held)
-    for final in report["finals"]:
-        assert final["num_tokens"] == held.numel()
-        assert final["cost"] == pytest.approx(by_hand.cost(frozenset(final["removed"])))
-    assert len(report["finals"]) > 1
-
-
-def test_what_is_best_behind_that_fit_is_removed(long_request: Request, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = replace(long_request, compensate=True)
-    finals = select("gates", request).report["finals"]
-    last = frozenset(finals[-1]["removed"])
-    _folded_costs(monkeypatch, {frozenset(final["removed"]): 1.0 - (final is finals[-1]) for final in finals})
-    assert frozenset(select("gates", request).removed) == last
-
-
-def test_sets_within_a_tenth_are_compensated_and_judged(long_request: Request, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    request = replace(long_request, compensate=True)
-    further = FurtherText(request, request.need_cost("test"))
-    sets = [frozenset([1, 2, unit]) for unit in range(3, 10)]
-    found = further.finals(dict(zip(sets, [1.0, 1.09, 1.11], strict=False)), lambda: 99.0, [], lambda: None)
-    assert {final.removed for final in found} == set(sets[:2])
-    found = further.finals(dict.fromkeys(sets, 1.0), lambda: 99.0, [], lambda: None)
-    assert {final.removed for final in found} == set(sets[:6]), "six at most"
-
-
-@pytest.mark.parametrize("changes", [{}, {"sublayers": True}])
-def test_compensated_finals_are_paid_from_the_allowance(long_request: Request, changes: dict[str, Any]) -> None:
-    request = replace(long_request, compensate=True, **changes)
-    effort = float(request.options["effort"])
-    report = select("gates", request).report
-    assert len(report["finals"]) > 1
-    cost = request.need_cost("test")
-    assert report["forward_equivalents"] <= effort * greedy_equivalents(cost) + cost.prior_equivalents
-
-
-@pytest.mark.parametrize("compensate", [False, True])
 @pytest.mark.parametrize("windows", [0, 1, 3, 8, 15, 16, 40])
-def test_finals_need_some_text(long_request: Request, windows: int, compensate: bool) -> None:
-    """Compensated: of 16 windows and 3 more, 5 are to be held out, and 3 are at least half as many."""
-    request = replace(long_request, compensate=compensate, further_ids_WT=long_request.further_ids_WT[:windows])
+def test_finals_need_some_text(long_request: Request, windows: int) -> None:
+    request = replace(long_request, further_ids_WT=long_request.further_ids_WT[:windows])
     further = FurtherText(request, request.need_cost("test"))
-    sets = [frozenset([1, 2, 3])]
-    assert bool(further.rounds) == (windows >= (3 if compensate else 8))
-    assert (further.reserve(1000.0, sets) > 0) == bool(further.rounds)
-    recorded = windows_of_finals(16, windows, compensate)
-    if not further.rounds:
-        assert recorded == 0
-    elif compensate:
-        assert recorded == len(further._fitted_WT) + len(further.rounds[0])
-    else:
-        assert recorded == max(map(len, further.rounds))
-
-
-def test_nothing_is_fitted_on_windows_that_compensated_sets_are_judged_on() -> None:
-    for searched, further in itertools.product(range(1, 41), repeat=2):
-        fitted, held = fitted_windows(searched, further), held_windows(searched, further)
-        assert fitted >= 1 and 1 <= held <= further and fitted + held <= searched + further
-        assert 0 <= prior_windows(searched, further) <= further - held
-
-
-def test_a_search_leaves_what_its_finals_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foldgpt.selection.gating.further_text._LEVEL_COMPENSATED", 1.0)
-    monkeypatch.setattr("foldgpt.selection.gating.refine._PATIENCE", 10**6)
-    model = tiny_model("llama", num_hidden_layers=16)
-    ids = token_ids(model, (32, 16))
-    options = {"effort": 1.0}
-    request = Request(16, 5, model=model, ids_WT=ids[:8], further_ids_WT=ids[8:], compensate=True, options=options)
-    cost = request.need_cost("test")
-    allowance = greedy_equivalents(cost) + cost.prior_equivalents
-    report = select("gates", request).report
-    assert len(report["finals"]) > 1 and report["forward_equivalents"] <= allowance
-    monkeypatch.setattr(FurtherText, "reserve", lambda *args: 0.0)
-    assert select("gates", request).report["finals"] == [], "refinement takes all that it may"
-
-
-def test_nothing_is_left_for_finals_of_fewer_than_two(long_request: Request) -> None:
-    request = replace(long_request, compensate=True)
-    further = FurtherText(request, request.need_cost("test"))
-    sets = [frozenset([2, 5, 8]), frozenset([4, 5, 6])]
-    reserves = [further.reserve(float(allowance), sets) for allowance in range(100)]
-    pays = [reserve > 0 for reserve in reserves]
-    assert pays == sorted(pays) and not pays[0] and pays[-1]
-    least = reserves[pays.index(True)]
-    start = further._equivalents([], further.rounds[0])
-    one = (reserves[-1] - start) / 6
-    assert start + 2 * one <= least <= start + 2 * one + 0.25
-    assert all(reserve <= allowance / 4 for allowance, reserve in enumerate(reserves))
+    assert bool(further.rounds) == (windows >= 8) == (further.reserve(1000.0) > 0)
+    assert windows_of_finals(16, windows, compensated=False) == max(map(len, further.rounds), default=0)
+    assert FurtherText(replace(request, compensate=True), request.need_cost("test")).rounds == []
 
 
 def test_what_was_refined_on_a_part_of_the_windows_is_judged_on_all_of_them_and_paid_for(
@@ -439,5 +312,5 @@ def test_as_many_sets_as_finals_take_are_measured_on_all_windows(
     long_request: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("foldgpt.selection.gating.stage_samples._REFINEMENT_TOKENS", 256)
-    request = replace(long_request, compensate=True, options={"effort": 5.0})
-    assert len(select("gates", request).report["finals"]) == 6
+    report = select("gates", replace(long_request, options={"effort": 5.0})).report
+    assert len(report["refined"]) >= len(report["finals"]) and len(report["finals"]) > 1

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from statistics import fmean
 
-import torch
 from torch import Tensor
 
 from foldgpt.selection.cost import RemovalCost, Sample
-from foldgpt.selection.folded_cost import FoldedCost, fit_tokens
-from foldgpt.selection.further_windows import fitted_windows, held_windows, windows_of_finals
+from foldgpt.selection.further_windows import windows_of_finals
 from foldgpt.selection.gating.finals import Final, Measure, Round, finals, highest_level_cost, level_with_best
 from foldgpt.selection.selection import Request
 from foldgpt.selection.units import Removed
@@ -19,12 +16,9 @@ from foldgpt.selection.units import Removed
 #: Sets are level whose damage is at most this much more than the best one's; so many of them are measured, the best
 #: ones. On 2,048 positions the mean KL is known to about 3 %; differences between sets, which are measured at the same
 #: ones, to less.
-_LEVEL, _MOST = 0.03, 4
-#: The same where sets are compensated, and searches see a weaker fit than folding makes: of four blocks of Gemma 3 270M
-#: the set that was best once folded had been fourth, 6 % behind.
-_LEVEL_COMPENSATED, _MOST_COMPENSATED = 0.1, 6
-#: The share of the allowance that a search leaves for finals; at most, where sets are compensated.
-_SHARE, _SHARE_COMPENSATED = 0.1, 0.25
+_LEVEL, MOST = 0.03, 4
+#: The share of the allowance that a search leaves for finals.
+_SHARE = 0.1
 #: What a round may keep of the states of its few sets, in bytes.
 _CACHE = 256 * 2**20
 
@@ -32,8 +26,8 @@ _CACHE = 256 * 2**20
 class FurtherText:
     """What a search may know of the text that it does not see.
 
-    Sets that are not compensated are measured on one part of it after the other. Those that are, once, on the last
-    windows, behind the fit that folding makes: on the search's windows, and on further ones that are not held out.
+    Sets are measured on one part of it after the other. Of compensated ones something else decides
+    (`folded_refinement`).
 
     Args:
         request: of the search.
@@ -41,42 +35,25 @@ class FurtherText:
 
     Attributes:
         rounds: the windows of each round, int64 [W, T]; empty if there are too few for finals.
-        most: so many sets are measured.
     """
 
     def __init__(self, request: Request, cost: RemovalCost) -> None:
         self._request = request
         self._cost = cost
-        self.most = _MOST_COMPENSATED if request.compensate else _MOST
         self.rounds: list[Tensor] = []
-        self._fitted_WT: Tensor | None = None
         further_WT, ids_WT = request.further_ids_WT, request.ids_WT
-        if further_WT is None or ids_WT is None:
+        if request.compensate or further_WT is None or ids_WT is None:
             return
-        if not windows_of_finals(len(ids_WT), len(further_WT), request.compensate):
-            return
-        if not request.compensate:
+        if windows_of_finals(len(ids_WT), len(further_WT), compensated=False):
             self.rounds = [part for part in further_WT.split(len(ids_WT)) if 2 * len(part) >= len(ids_WT)]
-            return
-        searched, further = len(ids_WT), len(further_WT)
-        self._fitted_WT = torch.cat([ids_WT, further_WT])[: fitted_windows(searched, further)]
-        self.rounds = [further_WT[-held_windows(searched, further) :]]
 
-    def reserve(self, allowance: float, sets: Collection[Removed]) -> float:
-        """What a search should leave for its finals, in forward equivalents; nothing where that would not pay for two.
+    def reserve(self, allowance: float) -> float:
+        """What a search should leave for its finals, in forward equivalents.
 
         Args:
             allowance: of the whole search.
-            sets: some like those that may come into them.
         """
-        if not self.rounds:
-            return 0.0
-        if not self._request.compensate:
-            return _SHARE * allowance
-        start = self._equivalents([], self.rounds[0])
-        one = fmean(self._equivalents([removed], self.rounds[0]) - start for removed in sets)
-        share = _SHARE_COMPENSATED * allowance
-        return min(start + self.most * one, share) if start + 2 * one <= share else 0.0
+        return _SHARE * allowance if self.rounds else 0.0
 
     def price(self, removed: Removed) -> float:
         """What the first round of finals takes for one more set, its recording included, in forward equivalents.
@@ -84,7 +61,8 @@ class FurtherText:
         Args:
             removed: a set like it; it may begin at the first block, though, and then shares no states.
         """
-        return max(self._equivalents([found], self.rounds[0]) for found in (removed, removed | {0}))
+        equivalents = self._cost.further_equivalents
+        return max(equivalents([found], self.rounds[0]) for found in (removed, removed | {0}))
 
     def level_cost(self, known: Mapping[Removed, float], sample: Sample) -> float:
         """The cost up to which sets are level with the best one.
@@ -93,7 +71,7 @@ class FurtherText:
             known: set → cost, as the search measured them.
             sample: where it did.
         """
-        return highest_level_cost(min(known.values()), self._cost.source_cost(sample), self._level)
+        return highest_level_cost(min(known.values()), self._cost.source_cost(sample), _LEVEL)
 
     def finals(
         self,
@@ -119,13 +97,13 @@ class FurtherText:
             See `finals.finals`; none as well where one set was ahead in the search.
 
         Raises:
-            FoldGPTError: the predictions of a set that is not compensated are not finite.
+            FoldGPTError: the predictions of a set are not finite.
         """
         if not known or not self.rounds:
             return []
         before = {removed for stage in earlier for found in stage for removed in found.sets}
-        level = level_with_best(known, self._cost.source_cost(), self._level)
-        sets = [*incumbents, *[removed for removed in level if removed not in before][: self.most]]
+        level = level_with_best(known, self._cost.source_cost(), _LEVEL)
+        sets = [*incumbents, *[removed for removed in level if removed not in before][:MOST]]
         if len(sets) < 2 or len(sets) == len(incumbents):
             return []
         self._cost.forget()
@@ -150,13 +128,15 @@ class FurtherText:
 
         def affordable(sets: Sequence[Removed], ids_WT: Tensor) -> int:
             numbers = range(len(sets), 0, -1)
-            return next((number for number in numbers if self._equivalents(sets[:number], ids_WT) <= left()), 0)
+            return next(
+                (number for number in numbers if self._cost.further_equivalents(sets[:number], ids_WT) <= left()), 0
+            )
 
         return finals(
             sets,
             self.rounds,
             measure,
-            level=self._level,
+            level=_LEVEL,
             past=past,
             earlier=earlier,
             affordable=affordable,
@@ -164,20 +144,7 @@ class FurtherText:
         )
 
     def _measure(self, ids_WT: Tensor) -> Measure:
-        if self._fitted_WT is not None:
-            return FoldedCost(self._request, self._fitted_WT, ids_WT)
         return replace(self._request, ids_WT=ids_WT).need_cost("gates", cache_bytes=_CACHE)
-
-    def _equivalents(self, sets: Sequence[Removed], ids_WT: Tensor) -> float:
-        """What a round will count at most, in forward passes over the windows of the search."""
-        equivalents = self._cost.further_equivalents(sets, ids_WT)
-        if self._fitted_WT is not None:
-            equivalents += fit_tokens(sets, self._cost.units, self._fitted_WT.numel()) / self._num_tokens
-        return equivalents
-
-    @property
-    def _level(self) -> float:
-        return _LEVEL_COMPENSATED if self._request.compensate else _LEVEL
 
     @property
     def _num_tokens(self) -> int:

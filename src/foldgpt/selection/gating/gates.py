@@ -2,9 +2,9 @@
 
 Each unit's removal is measured alone; gates start from there and are learned with the backbone frozen; the sets they
 point to are then measured, and refined by swaps; sets that come out level are judged on further text, and the swaps of
-what wins there are looked at as well. All stages share one allowance of forward passes: about half of what greedy
-removal is expected to take for the same budget, or, where removed blocks are compensated, all of it, unless told
-otherwise.
+what wins there are looked at as well. Of compensated sets what folding leaves of them decides. All stages share one
+allowance of forward passes: about half of what greedy removal is expected to take for the same budget, or, where
+removed blocks are compensated, all of it, unless told otherwise.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from foldgpt.selection.gated_pass import gradient_equivalents
 from foldgpt.selection.gating.allowance import Allowance
 from foldgpt.selection.gating.estimator import Estimator
 from foldgpt.selection.gating.finals import Final, Round
-from foldgpt.selection.gating.further_text import FurtherText
+from foldgpt.selection.gating.folded_refinement import FoldedRefinement, FoldedSets
+from foldgpt.selection.gating.further_text import MOST, FurtherText
 from foldgpt.selection.gating.hard_concrete import HardConcrete
 from foldgpt.selection.gating.refine import Refinement
 from foldgpt.selection.gating.score_function import NOISE, SAMPLES, ScoreFunction
@@ -52,7 +53,7 @@ _ESTIMATORS = ("score", "concrete", "smoothed")
 _MOST_EFFORT = 1_000_000
 
 #: Shares of the allowance after which leave-one-out scores and the learning of gates must be done. Where sets are
-#: compensated, finals take more of what comes after it, and refinement has to have some as well.
+#: compensated, folding them takes more of what comes after it, and refinement has to have some as well.
 _SCORES_UNTIL, _LEARNING_UNTIL, _LEARNING_UNTIL_COMPENSATED = 0.225, 0.54, 0.4
 #: Share of the allowance that a glance at all runs of neighbouring blocks may take.
 _GLANCE = 0.08
@@ -123,9 +124,11 @@ class _Search:
         self._options = options
         self._seed = request.seed
         self._further = FurtherText(request, cost)
+        self._folded = FoldedRefinement(request, cost)
         # Of a search with other defaults nothing is taken over.
         self._checkpoint = Checkpoint("gates", replace(request, options=options), cost)
         fresh: dict[str, Any] = {"samples": [], "set_up_again": 0.0, "waited": 0}
+        fresh["folded"] = FoldedSets().to_json_dict()
         fresh |= {name: [] for name in ("scores", "trace", "runs", "known", "num_known", "judged", "stages")}
         self._progress: dict[str, Any] = {**fresh, **self._checkpoint.found}
         self._allowance = Allowance(cost, options["effort"], self._progress)
@@ -249,14 +252,38 @@ class _Search:
         own = units.fill(ranked(probabilities_U.tolist()))
         start = {own, units.fill(ranked(scores)), *(measurement.removed for measurement in drawn)}
         # By what is the same after an interruption.
-        for_finals = self._further.reserve(self._allowance.passes, start)
-        most = max(_FINALISTS, self._further.most if for_finals else 0)
-        left = self._allowance.passes - for_finals - self._samples.price_of_judging(most)
+        for_folded = self._folded.reserve(self._allowance.passes, start)
+        for_finals = self._further.reserve(self._allowance.passes)
+        most = max(_FINALISTS, MOST if for_finals else 0)
+        left = self._allowance.passes - for_folded - for_finals - self._samples.price_of_judging(most)
 
         search = partial(
             refinement.search, start, own, self._allowance.spent_beyond(left, self._samples.refinement), runs=runs
         )
         measured = self._measured(0, refinement, search, keep)
+        if for_folded:
+            return self._as_folding_leaves_them(refinement, {*start, *runs})
+        return self._by_finals(refinement, measured, most, keep)
+
+    def _as_folding_leaves_them(
+        self, refinement: Refinement, pool: Collection[Removed]
+    ) -> tuple[dict[Removed, float], list[Final]]:
+        """Compensated sets, and what folding leaves of those that may well be the best."""
+        folded = FoldedSets.from_json_dict(self._progress["folded"])
+
+        def keep() -> None:
+            self._progress["folded"] = folded.to_json_dict()
+            self._save()
+
+        price = self._samples.price_of_judging(1 + _FINALISTS)
+        found = self._folded.search(refinement, pool, lambda: self._allowance.left - price, folded, keep)
+        best = [final.removed for final in found[:1]]
+        return self._judged(refinement.known, _FINALISTS, also=best), found
+
+    def _by_finals(
+        self, refinement: Refinement, measured: Mapping[Removed, float], most: int, keep: Callable[..., None]
+    ) -> tuple[dict[Removed, float], list[Final]]:
+        """What is level, judged on further text; and so with the swaps of what wins there."""
         centers = {_best(measured)}
         known = self._judged(measured, most)
         finalists = self._finals(0, known, ())
@@ -303,12 +330,12 @@ class _Search:
         start = ends[number - 1] if number else 0
         return dict(list(refinement.known.items())[start : ends[number]])
 
-    def _judged(self, known: Mapping[Removed, float], most: int) -> dict[Removed, float]:
-        """The best of some sets, with their costs on all windows."""
+    def _judged(self, known: Mapping[Removed, float], most: int, also: Sequence[Removed] = ()) -> dict[Removed, float]:
+        """The best of some sets, and certain other ones, with their costs on all windows."""
         if self._samples.refines_on_everything:
             return dict(known)
         judged = {frozenset(found): value for found, value in self._progress["judged"]}
-        best = sorted(known, key=lambda found: known[found])[:most]
+        best = [*also, *sorted(known, key=lambda found: known[found])[:most]]
         for found in sorted(set(best) - judged.keys(), key=sorted):
             judged[found] = self._cost.cost(found)
             self._progress["judged"] = [[sorted(removed), value] for removed, value in judged.items()]

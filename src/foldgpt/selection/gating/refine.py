@@ -52,6 +52,8 @@ class Refinement:
     Attributes:
         known: set → cost on `sample`, in the order in which they were measured.
         waited: rounds since the last better set.
+        sample: where sets are measured.
+        keep_probabilities_U: as given.
     """
 
     def __init__(
@@ -71,8 +73,8 @@ class Refinement:
         self.waited = waited
         self._measured = measured
         self._cost = cost
-        self._sample = sample
-        self._keep_probabilities_U = keep_probabilities_U
+        self.sample = sample
+        self.keep_probabilities_U = keep_probabilities_U
         self._surrogate = surrogate
         self._measurements = [*measurements, *_as_measurements(self.known)]
         self._after_round = after_round
@@ -100,8 +102,8 @@ class Refinement:
             near: set[Removed] = set()
             if self.known:
                 best = min(self.known, key=lambda removed: self.known[removed])
-                near = swaps(best, self._cost.units, self._keep_probabilities_U)
-                pool |= near | double_swaps(best, self._cost.units, self._keep_probabilities_U)
+                near = swaps(best, self._cost.units, self.keep_probabilities_U)
+                pool |= self.swapped(best)
             # Before anything is known, what is most likely good comes first.
             bounds = self._bounds(pool, doubt=_DOUBT if self.known else 0.0)
             if not bounds:
@@ -133,7 +135,7 @@ class Refinement:
             limit: the cost up to which sets are good enough, by all that is known.
             is_spent: whether no more may be measured.
         """
-        near = swaps(center, self._cost.units, self._keep_probabilities_U)
+        near = swaps(center, self._cost.units, self.keep_probabilities_U)
         while True:
             bounds = self._bounds(near, doubt=_DOUBT)
             best = sorted(bounds, key=lambda removed: bounds[removed])[:_ROUND]
@@ -142,14 +144,30 @@ class Refinement:
             if not chosen or not self._measure(chosen, is_spent):
                 return
 
+    def predict(self, sets: Sequence[Removed]) -> tuple[Tensor, Tensor]:
+        """The log cost that is expected of each set, and its standard deviation, both fp64 [S].
+
+        Args:
+            sets: any sets; what was measured of them is not taken into account as such.
+        """
+        expected_S, uncertain_S = (f(sets, _REFINEMENT) for f in (self._surrogate.predict, self._surrogate.uncertainty))
+        return expected_S, uncertain_S
+
+    def swapped(self, removed: Removed) -> set[Removed]:
+        """Sets that differ from one by a swap, or by two swaps of units whose gates are in doubt."""
+        units, probabilities_U = self._cost.units, self.keep_probabilities_U
+        return swaps(removed, units, probabilities_U) | double_swaps(removed, units, probabilities_U)
+
+    def measure(self, removed: Removed) -> None:
+        """Measure one set, whatever it takes."""
+        self._measure([removed], lambda: False)
+
     def _bounds(self, pool: Iterable[Removed], doubt: float) -> dict[Removed, float]:
         """The least log cost that each set which was not measured may well have."""
         open_sets = sorted(set(pool) - self.known.keys(), key=sorted)
         if not open_sets:
             return {}
-        expected_S, uncertain_S = (
-            f(open_sets, _REFINEMENT) for f in (self._surrogate.predict, self._surrogate.uncertainty)
-        )
+        expected_S, uncertain_S = self.predict(open_sets)
         return dict(zip(open_sets, (expected_S - doubt * uncertain_S).tolist(), strict=True))
 
     def _measure(self, chosen: Sequence[Removed], is_spent: Callable[[], bool], first: Sequence[Removed] = ()) -> bool:
@@ -168,7 +186,7 @@ class Refinement:
             cut_short = value is None and removed not in first and is_spent()
             if cut_short:
                 break
-            self.known[removed] = self._cost.cost(removed, self._sample) if value is None else value
+            self.known[removed] = self._cost.cost(removed, self.sample) if value is None else value
             self._measurements += _as_measurements({removed: self.known[removed]})
         self.waited = 0 if min(self.known.values(), default=math.inf) < before else self.waited + 1
         self._surrogate.fit(self._measurements)

@@ -42,6 +42,29 @@ def log_of(cost: float) -> float:
     return math.log(max(cost, 1e-12))
 
 
+def nearness(num_units: int, per_block: int, reach: float) -> Tensor:
+    """How much alike units are by their depth, fp64 [U, U]: 1 for the same, half of that for the two kinds of a block.
+
+    Args:
+        num_units: how many there are.
+        per_block: units in a block.
+        reach: blocks this far apart are alike to 1/e.
+    """
+    units = torch.arange(num_units)
+    depth, kind = (units // per_block).double(), units % per_block
+    near = torch.exp(-(depth[:, None] - depth[None]).abs() / reach)
+    return torch.where(kind[:, None] == kind[None], near, 0.5 * near)
+
+
+def features_of(sets: Sequence[Removed], num_units: int) -> Tensor:
+    """Which units each set has, fp64 [S, U]."""
+    features = torch.zeros(len(sets), num_units, dtype=torch.float64)
+    entries = [(row, unit) for row, removed in enumerate(sets) for unit in removed]
+    if entries:
+        features[tuple(torch.tensor(entries).T)] = 1
+    return features
+
+
 class Surrogate:
     """Predicts the log cost of sets that were not measured.
 
@@ -54,13 +77,8 @@ class Surrogate:
 
     def __init__(self, scores_U: Sequence[float], per_block: int) -> None:
         self._scores_U = torch.tensor(capped(scores_U), dtype=torch.float64)
-        depth = torch.arange(len(scores_U), dtype=torch.float64) // per_block
-        same_kind = torch.arange(len(scores_U)) % per_block
-        near = torch.exp(-(depth[:, None] - depth[None]).abs() / _REACH)
         self._per_block = per_block
-        self._near_UU = near * (same_kind[:, None] == same_kind[None]) + 0.5 * near * (
-            same_kind[:, None] != same_kind[None]
-        )
+        self._near_UU = nearness(len(scores_U), per_block, _REACH)
         self._known = torch.zeros(0, len(scores_U), dtype=torch.float64)
         self._weights = torch.zeros(0, dtype=torch.float64)
         self._samples_M = torch.zeros(0, dtype=torch.int64)
@@ -109,10 +127,7 @@ class Surrogate:
         return variance_S.clamp_min(0).sqrt()
 
     def _features(self, sets: Sequence[Removed]) -> Tensor:
-        features = torch.zeros(len(sets), len(self._scores_U), dtype=torch.float64)
-        for row, removed in enumerate(sets):
-            features[row, sorted(removed)] = 1
-        return features
+        return features_of(sets, len(self._scores_U))
 
     def _expected(self, features: Tensor) -> Tensor:
         return (features @ self._scores_U).clamp_min(1e-12).log()
