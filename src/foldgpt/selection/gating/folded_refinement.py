@@ -35,13 +35,14 @@ from foldgpt.selection.units import Removed
 _SHARE = 0.45
 #: Standard deviations below what is expected that a cost may well be.
 _DOUBT = 1.0
-#: Before swaps are tried, so many sets say what lies between the two measures: on the way to the search's best ones,
-#: of the many kinds that the gates were learned on.
+#: Before swaps are tried, so many of the sets that are known, or that gates were learned on, say what lies between the
+#: two measures. The doubt makes them unlike one another.
 _FIRST = 4
 #: From so many of the best sets swaps are tried, and so many are followed: farther away the regression of a search
 #: knows too little.
 _STARTS, _SWAPS = 3, 3
-#: No more than so many sets are measured by the search before another one is folded.
+#: After so many sets that the search measured another one is folded, if one that is known may be the least: what a
+#: regression expects of many sets is too good for some of them, and passes are spent on finding that out.
 _BETWEEN = 2
 
 
