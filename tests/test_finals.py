@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -138,15 +137,6 @@ def test_a_kept_round_knows_which_set_costs_what() -> None:
     """Sets are measured in another order than they are in."""
     found = Round([A, B], {B: 1.0, A: 2.0}, 0.5)
     assert Round.from_json_dict(json.loads(json.dumps(found.to_json_dict()))) == found
-
-
-def test_predictions_that_are_not_finite_do_not_win() -> None:
-    past: list[Round] = []
-    found, _ = _finals({A: 1.0, B: 1.0, C: 1.0}, [{A: math.inf, B: 2.0, C: 1.0}], past=past)
-    assert [final.removed for final in found] == [C, B]
-    kept = Round.from_json_dict(json.loads(json.dumps(past[0].to_json_dict(), allow_nan=False)))
-    assert kept == past[0]
-    assert _finals({A: 1.0, B: 1.0}, [{A: math.inf, B: math.inf}] * 2)[0] == []
 
 
 def test_later_finals_measure_what_is_new_beside_what_won() -> None:

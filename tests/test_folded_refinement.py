@@ -188,12 +188,13 @@ def test_it_ends_when_nothing_may_well_be_less(
     request_: Request, folded: type[Folded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = replace(request_, options={"effort": 50.0})
-    monkeypatch.setattr("foldgpt.selection.gating.discrepancy._UNITS", 0.02)
-    monkeypatch.setattr("foldgpt.selection.gating.discrepancy._OFFSET", 0.02)
+    monkeypatch.setattr("foldgpt.selection.gating.discrepancy._UNITS", 0.002)
+    monkeypatch.setattr("foldgpt.selection.gating.discrepancy._OFFSET", 0.002)
     search = request.need_cost("test")
     folded.costs = search.cost
     report = select("gates", request).report
     assert report["forward_equivalents"] < 25 * greedy_equivalents(search)
+    assert len(report["finals"]) == 2, "one alone says too little"
     assert report["finals"][0]["cost"] == min(map(search.cost, map(frozenset, itertools.combinations(range(10), 3))))
 
 

@@ -2,27 +2,24 @@
 
 A search measures hundreds of sets at the same few thousand positions and takes the least cost. Among sets that are
 level, the least is the one that these positions flatter most, so that what decides between them has to be other text.
-Where removed blocks are compensated, it is also the fit: searches make a weaker one than folding does, and it tells
-sets apart less finely.
+(Of compensated sets it is not the text alone, and something else decides: `folded_refinement`.)
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from foldgpt.artifacts import with_infinity, without_infinity
 from foldgpt.progress import bar
 from foldgpt.selection.units import Removed
 
 
 @dataclass(frozen=True)
 class Final:
-    """A set that reached the finals.
+    """A set that reached the finals, or was folded.
 
     Attributes:
         removed: the set.
@@ -61,7 +58,7 @@ class Round:
 
     Attributes:
         sets: that are in it, the best first.
-        costs: of those that have been measured; infinite where the predictions are not finite.
+        costs: of those that have been measured.
         floor: what removing nothing costs; None until it has been measured.
     """
 
@@ -74,7 +71,7 @@ class Round:
         return {
             "sets": [sorted(removed) for removed in self.sets],
             "measured": [sorted(removed) for removed in self.costs],
-            "costs": without_infinity(list(self.costs.values())),
+            "costs": list(self.costs.values()),
             "floor": self.floor,
         }
 
@@ -82,7 +79,7 @@ class Round:
     def from_json_dict(cls, value: Mapping[str, Any]) -> Round:
         """Read what `to_json_dict` wrote."""
         measured = map(frozenset, value["measured"])
-        costs = dict(zip(measured, with_infinity(value["costs"]), strict=True))
+        costs = dict(zip(measured, value["costs"], strict=True))
         return cls([frozenset(removed) for removed in value["sets"]], costs, value["floor"])
 
 
@@ -110,8 +107,8 @@ def finals(
         after_each: called with the measure whenever it has measured something.
 
     Returns:
-        The sets that were measured in every round, best first, without those whose predictions are not finite; none if
-        there is no text or no allowance for a round of two, or for any set that has not been measured before.
+        The sets that were measured in every round, best first; none if there is no text or no allowance for a round of
+        two, or for any set that has not been measured before.
     """
     left = list(sets)
     totals = dict.fromkeys(left, 0.0)
@@ -133,8 +130,7 @@ def finals(
         left = level_with_best(totals, floors, level)
     if not num_tokens:
         return []
-    best = [removed for removed in _best_first(totals) if math.isfinite(totals[removed])]
-    return [Final(removed, totals[removed] / num_tokens, num_tokens) for removed in best]
+    return [Final(removed, totals[removed] / num_tokens, num_tokens) for removed in _best_first(totals)]
 
 
 def _completed(

@@ -164,7 +164,7 @@ class FoldedRefinement:
         return [Final(frozenset(removed), cost, self._held_WT.numel()) for cost, removed in best]
 
     def _most_promising(self, refinement: Refinement, pool: Collection[Removed], folded: FoldedSets) -> Removed | None:
-        """The set to measure next, by the search if it has not; None if none may cost less than the least known."""
+        """The set to measure next, by the search if it has not; None if none may cost less than the least of two."""
         regressions = _Regressions(refinement, self._discrepancy(refinement, folded.costs))
         found = {*pool, *refinement.known}
         if len(folded.costs) >= _FIRST:
@@ -172,7 +172,8 @@ class FoldedRefinement:
             for start in best:
                 found |= refinement.swapped(start) | {self._descended(start, refinement, regressions)}
         bounds = regressions.bounds(found - folded.costs.keys())
-        least = min(map(log_of, folded.costs.values()), default=math.inf)
+        # From one set alone it is not known whether all cost more, or less, as folding leaves them.
+        least = min(map(log_of, folded.costs.values())) if len(folded.costs) > 1 else math.inf
         promising = [removed for removed in bounds if bounds[removed] < least]
         measured = [removed for removed in promising if removed in refinement.known]
         if measured and len(refinement.known) - folded.num_known >= _BETWEEN:
