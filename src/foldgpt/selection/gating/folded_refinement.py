@@ -164,21 +164,18 @@ class FoldedRefinement:
         return [Final(frozenset(removed), cost, self._held_WT.numel()) for cost, removed in best]
 
     def _most_promising(self, refinement: Refinement, pool: Collection[Removed], folded: FoldedSets) -> Removed | None:
-        """The set to measure next, by the search if it has not; None if none may cost less than the least of two."""
+        """The set to measure next, by the search if it has not; None if none may be the least."""
         regressions = _Regressions(refinement, self._discrepancy(refinement, folded.costs))
-        found = {*pool, *refinement.known}
-        if len(folded.costs) >= _FIRST:
+        sets = {*pool, *refinement.known}
+        found = None
+        if len(folded.costs) < _FIRST:
+            found = _least(sets, refinement, folded, regressions)
+        if found is None:
             best = sorted(folded.costs, key=lambda removed: (folded.costs[removed], sorted(removed)))[:_STARTS]
             for start in best:
-                found |= refinement.swapped(start) | {self._descended(start, refinement, regressions)}
-        bounds = regressions.bounds(found - folded.costs.keys())
-        # From one set alone it is not known whether all cost more, or less, as folding leaves them.
-        least = min(map(log_of, folded.costs.values())) if len(folded.costs) > 1 else math.inf
-        promising = [removed for removed in bounds if bounds[removed] < least]
-        measured = [removed for removed in promising if removed in refinement.known]
-        if measured and len(refinement.known) - folded.num_known >= _BETWEEN:
-            promising = measured
-        return min(promising, key=lambda removed: bounds[removed], default=None)
+                sets |= refinement.swapped(start) | {self._descended(start, refinement, regressions)}
+            found = _least(sets, refinement, folded, regressions)
+        return found
 
     def _discrepancy(self, refinement: Refinement, folded: Mapping[Removed, float]) -> Discrepancy:
         units = self._cost.units
@@ -245,3 +242,17 @@ class _Regressions:
         measured_S = torch.tensor([removed in known for removed in sets])
         values_S = torch.tensor([log_of(known.get(removed, 1.0)) for removed in sets], dtype=torch.float64)
         return torch.where(measured_S, values_S, expected_S), uncertain_S.masked_fill(measured_S, 0.0)
+
+
+def _least(
+    sets: Collection[Removed], refinement: Refinement, folded: FoldedSets, regressions: _Regressions
+) -> Removed | None:
+    """The set that may well cost least; None if none may cost less than the least of two that were folded."""
+    bounds = regressions.bounds(set(sets) - folded.costs.keys())
+    # From one set alone it is not known whether all cost more, or less, as folding leaves them.
+    least = min(map(log_of, folded.costs.values())) if len(folded.costs) > 1 else math.inf
+    promising = [removed for removed in bounds if bounds[removed] < least]
+    measured = [removed for removed in promising if removed in refinement.known]
+    if measured and len(refinement.known) - folded.num_known >= _BETWEEN:
+        promising = measured
+    return min(promising, key=lambda removed: bounds[removed], default=None)
