@@ -20,7 +20,8 @@ from foldgpt.selection.units import Removed
 #: than what a block is worth.
 _REACH = 3.0
 #: Standard deviations of a difference in log cost: of what the units of a set add, of what all sets share, and of what
-#: is left. On three draws of text, for sets of six and nine of SmolLM2-135M's blocks, other values are hardly likelier.
+#: is left. By hand; by 41 sets of SmolLM2-135M a smoother, smaller and noisier difference is likelier, about which
+#: less would be looked for (docs/lab-notebook.md).
 _UNITS, _OFFSET, _NOISE = 0.15, 0.1, 0.02
 
 

@@ -26,7 +26,7 @@ from foldgpt.selection.folded_cost import FoldedCost, fit_tokens
 from foldgpt.selection.further_windows import fitted_windows, held_windows, windows_of_finals
 from foldgpt.selection.gating.discrepancy import Discrepancy
 from foldgpt.selection.gating.finals import Final
-from foldgpt.selection.gating.refine import Refinement, swaps
+from foldgpt.selection.gating.refine import Refinement
 from foldgpt.selection.gating.surrogate import log_of
 from foldgpt.selection.selection import Request
 from foldgpt.selection.units import Removed
@@ -173,7 +173,8 @@ class FoldedRefinement:
         if found is None:
             best = sorted(folded.costs, key=lambda removed: (folded.costs[removed], sorted(removed)))[:_STARTS]
             for start in best:
-                sets |= refinement.swapped(start) | {self._descended(start, refinement, regressions)}
+                sets |= refinement.swaps(start) | refinement.double_swaps(start)
+                sets.add(_descended(start, refinement, regressions))
             found = _least(sets, refinement, folded, regressions)
         return found
 
@@ -189,17 +190,6 @@ class FoldedRefinement:
             known = refinement.known
             discrepancy.fit({removed: log_of(cost) - log_of(known[removed]) for removed, cost in finite.items()})
         return discrepancy
-
-    def _descended(self, start: Removed, refinement: Refinement, regressions: _Regressions) -> Removed:
-        """Where swaps lead of which each may well be better than what was before it."""
-        best, least = start, regressions.bounds([start])[start]
-        for _ in range(_SWAPS):
-            bounds = regressions.bounds(swaps(best, self._cost.units, refinement.keep_probabilities_U))
-            swapped = min(bounds, key=lambda removed: bounds[removed], default=best)
-            if bounds.get(swapped, math.inf) >= least:
-                break
-            best, least = swapped, bounds[swapped]
-        return best
 
     @property
     def _start(self) -> float:
@@ -256,3 +246,15 @@ def _least(
     if measured and len(refinement.known) - folded.num_known >= _BETWEEN:
         promising = measured
     return min(promising, key=lambda removed: bounds[removed], default=None)
+
+
+def _descended(start: Removed, refinement: Refinement, regressions: _Regressions) -> Removed:
+    """Where swaps lead of which each may well be better than what was before it."""
+    best, least = start, regressions.bounds([start])[start]
+    for _ in range(_SWAPS):
+        bounds = regressions.bounds(refinement.swaps(best))
+        swapped = min(bounds, key=lambda removed: bounds[removed], default=best)
+        if bounds.get(swapped, math.inf) >= least:
+            break
+        best, least = swapped, bounds[swapped]
+    return best

@@ -53,7 +53,6 @@ class Refinement:
         known: set → cost on `sample`, in the order in which they were measured.
         waited: rounds since the last better set.
         sample: where sets are measured.
-        keep_probabilities_U: as given.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class Refinement:
         self._measured = measured
         self._cost = cost
         self.sample = sample
-        self.keep_probabilities_U = keep_probabilities_U
+        self._keep_probabilities_U = keep_probabilities_U
         self._surrogate = surrogate
         self._measurements = [*measurements, *_as_measurements(self.known)]
         self._after_round = after_round
@@ -102,8 +101,8 @@ class Refinement:
             near: set[Removed] = set()
             if self.known:
                 best = min(self.known, key=lambda removed: self.known[removed])
-                near = swaps(best, self._cost.units, self.keep_probabilities_U)
-                pool |= self.swapped(best)
+                near = self.swaps(best)
+                pool |= near | self.double_swaps(best)
             # Before anything is known, what is most likely good comes first.
             bounds = self._bounds(pool, doubt=_DOUBT if self.known else 0.0)
             if not bounds:
@@ -135,7 +134,7 @@ class Refinement:
             limit: the cost up to which sets are good enough, by all that is known.
             is_spent: whether no more may be measured.
         """
-        near = swaps(center, self._cost.units, self.keep_probabilities_U)
+        near = self.swaps(center)
         while True:
             bounds = self._bounds(near, doubt=_DOUBT)
             best = sorted(bounds, key=lambda removed: bounds[removed])[:_ROUND]
@@ -153,10 +152,13 @@ class Refinement:
         expected_S, uncertain_S = (f(sets, _REFINEMENT) for f in (self._surrogate.predict, self._surrogate.uncertainty))
         return expected_S, uncertain_S
 
-    def swapped(self, removed: Removed) -> set[Removed]:
-        """Sets that differ from one by a swap, or by two swaps of units whose gates are in doubt."""
-        units, probabilities_U = self._cost.units, self.keep_probabilities_U
-        return swaps(removed, units, probabilities_U) | double_swaps(removed, units, probabilities_U)
+    def swaps(self, removed: Removed) -> set[Removed]:
+        """Sets that differ from one by a swap; see the function of that name."""
+        return swaps(removed, self._cost.units, self._keep_probabilities_U)
+
+    def double_swaps(self, removed: Removed) -> set[Removed]:
+        """Sets that differ from one by two swaps of units in doubt; see the function of that name."""
+        return double_swaps(removed, self._cost.units, self._keep_probabilities_U)
 
     def measure(self, removed: Removed) -> None:
         """Measure one set, whatever it takes."""
