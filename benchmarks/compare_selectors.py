@@ -5,8 +5,9 @@ measure for all, whatever the selector looked at), the perplexity on other texts
 and in forward passes over the calibration windows. Sets that come out level are judged by gates on other windows of the
 same texts. With --compensate searches see the weaker fit that is fast enough for them, of each quarter of the windows
 on the other three, begun at one of further text; the perplexity is of the model that folding makes. The cost of bi and
-angular is that of their analysis; greedy runs once, for the largest ratio, and passes the smaller ones on its way. Each
-row is written when it is done; the same command goes on where it was stopped.
+angular is that of their analysis; greedy runs once, for the largest ratio, and passes the smaller ones on its way. With
+--remove the sets that it names are measured likewise, such as those that other searches ended at, and selectors only if
+some are asked for. Each row is written when it is done; the same command goes on where it was stopped.
 
     python benchmarks/compare_selectors.py --model demo:smollm2-135m --text C4.jsonl --text WIKIPEDIA.jsonl \
         --perplexity wiki.test.raw --ratio 0.1 --ratio 0.2 --ratio 0.3
@@ -19,7 +20,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from foldgpt.allocator import keep_freed_memory
 from foldgpt.analysis import analyze
 from foldgpt.artifacts import hash_of, read_json, write_json, write_text
 from foldgpt.assignments import assignments
+from foldgpt.block_lists import blocks_of
 from foldgpt.compensation import Correction, compensate, merge_
 from foldgpt.corpus import Windows, calibration_windows, evaluation_windows
 from foldgpt.errors import ArtifactError
@@ -55,6 +57,8 @@ from foldgpt.sources import Source, load_source
 from provenance import measured_by, provenance_lines
 
 SELECTORS = ("gates", "greedy", "loo", "taylor", "bi", "angular", "last", "random")
+#: What sets go by that --remove names.
+NAMED = "blocks"
 
 #: Sets are measured from the source's states on a text, which they share, as long as those take no more bytes.
 _MOST_KEPT = 4 * 2**30
@@ -92,18 +96,24 @@ def parse_arguments() -> argparse.Namespace:
     add_arguments(parser)
     parser.add_argument("--search-seeds", type=int, default=1, help="searches by gates, each with another seed")
     parser.add_argument("--random-seeds", type=int, default=5, help="draws of the selector random")
+    parser.add_argument("--remove", action="append", type=blocks_of, help="a set, e.g. 13-18 or 3,7-9; repeatable")
     parser.add_argument("--name", default="selectors", help="stem of the result files")
-    return completed(parser, parser.parse_args())
+    arguments = parser.parse_args()
+    arguments.remove = arguments.remove or []
+    if arguments.remove and arguments.sublayers:
+        parser.error("--remove names whole blocks; with --sublayers only selectors choose")
+    if arguments.remove and not arguments.selector:
+        arguments.ratio = arguments.selector = []
+    return completed(parser, arguments)
 
 
 def completed(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
     """The arguments, with what is meant where nothing was given; exits where they do not go together."""
     arguments.text = arguments.text or ["demo:wikipedia"]
     arguments.perplexity = arguments.perplexity or []
-    arguments.ratio = arguments.ratio or [0.2]
-    arguments.selector = arguments.selector or [
-        name for name in SELECTORS if name in BY_SUBLAYER or not arguments.sublayers
-    ]
+    arguments.ratio = [0.2] if arguments.ratio is None else arguments.ratio
+    if arguments.selector is None:
+        arguments.selector = [name for name in SELECTORS if name in BY_SUBLAYER or not arguments.sublayers]
     if arguments.tokens > arguments.calibration_tokens:
         parser.error(f"--tokens {arguments.tokens} is more than --calibration-tokens {arguments.calibration_tokens}")
     if arguments.sublayers and set(arguments.selector) - BY_SUBLAYER:
@@ -170,17 +180,29 @@ class Bench:
         if selector in ("bi", "angular"):
             seconds, passes = self.analysis_seconds, 1.0
         return {
+            **self.named(removed),
             "selector": selector,
             "ratio": ratio,
             "seed": seed,
             "num_remove": num_remove,
-            "removed": list(removed),
-            "kl": self.kl(removed, num_remove),
             "seconds": round(seconds, 1),
             "forward_equivalents": passes,
             "steps": report.get("steps"),
             "by_gates_alone": report.get("by_gates_alone"),
             "finals": report.get("finals"),
+        }
+
+    def named(self, removed: Sequence[int]) -> dict[str, Any]:
+        """The row of a set that no selector was asked for."""
+        return {
+            "selector": NAMED,
+            "ratio": len(removed) / self.num_blocks,
+            "seed": self.arguments.seed,
+            "num_remove": len(removed),
+            "removed": list(removed),
+            "kl": self.kl(tuple(removed), len(removed)),
+            "seconds": 0.0,
+            "forward_equivalents": None,
         }
 
     def request(self, selector: str, num_remove: int, seed: int) -> Request:
@@ -341,7 +363,7 @@ def main() -> None:
     }
     call = measured_by()
     # Rows of another model, text or setting are not taken over; other ratios and texts may be added.
-    more_rows = ("ratio", "random_seeds", "search_seeds", "perplexity")
+    more_rows = ("ratio", "random_seeds", "search_seeds", "perplexity", "remove")
     settings = {name: value for name, value in header["config"].items() if name not in more_rows}
     identity = hash_of([settings, *(header[name] for name in ("seed", "source", "calibration", "further"))])
     place = arguments.out / f"{arguments.name}.json"
@@ -358,20 +380,26 @@ def main() -> None:
         for text, value in bench.perplexities(removed, missing).items():
             tests[text]["perplexities"][key] = value
 
+    def add(row: dict[str, Any]) -> None:
+        rows.append({**row, "call": call})
+        measure(row["removed"])
+        print(rows[-1], flush=True)
+        save()
+
     for removed in ([], *(row["removed"] for row in rows)):
         measure(removed)
     save()
+    named = [row["removed"] for row in rows if row["selector"] == NAMED]
+    for blocks in map(sorted, arguments.remove):
+        if blocks not in named:
+            add(bench.named(blocks))
     done = {(row["selector"], row["ratio"], row["seed"]) for row in rows}
     for ratio in arguments.ratio:
         for selector in arguments.selector:
             draws = {"random": arguments.random_seeds, "gates": arguments.search_seeds}.get(selector, 1)
             for seed in range(arguments.seed, arguments.seed + draws):
-                if (selector, ratio, seed) in done:
-                    continue
-                rows.append({**bench.row(selector, ratio, seed), "call": call})
-                measure(rows[-1]["removed"])
-                print(rows[-1], flush=True)
-                save()
+                if (selector, ratio, seed) not in done:
+                    add(bench.row(selector, ratio, seed))
     print(place.with_suffix(".md").read_text())
 
 
@@ -402,6 +430,8 @@ def as_markdown(result: dict[str, Any]) -> str:
             found = [row for row in result["rows"] if (row["ratio"], row["selector"]) == (ratio, selector)]
             if found:
                 lines.append(line_of(found, config["sublayers"], tests))
+        named = [row for row in result["rows"] if (row["ratio"], row["selector"]) == (ratio, NAMED)]
+        lines += [line_of([row], config["sublayers"], tests) for row in named]
     table = "\n".join(lines)
     texts = ", ".join(f"{name} (the source's is {test['perplexities']['']:.2f})" for name, test in tests.items())
     begun = f"\nand begun at one of {config['prior_tokens']:,} further tokens." if config.get("prior_tokens") else "."
