@@ -18,7 +18,7 @@ from foldgpt import pipeline
 from foldgpt.recipe import Recipe
 from foldgpt.selection import Request, Selection, select
 from foldgpt.selection.folded_cost import FoldedCost
-from foldgpt.selection.further_windows import fitted_windows, held_windows, prior_windows, windows_of_finals
+from foldgpt.selection.further_windows import fitted_windows, held_windows, last_stage_windows, prior_windows
 from foldgpt.selection.gating.allowance import greedy_equivalents
 from foldgpt.selection.gating.discrepancy import Discrepancy
 from foldgpt.selection.gating.folded_refinement import FoldedRefinement
@@ -274,7 +274,7 @@ def test_it_needs_some_text(request_: Request, windows: int) -> None:
     sets = [frozenset([1, 2, 3])]
     assert refinement.has_text == (windows >= 3)
     assert (refinement.reserve(1000.0, sets) > 0) == refinement.has_text
-    recorded = windows_of_finals(16, windows, compensated=True)
+    recorded = last_stage_windows(16, windows, compensated=True)
     assert recorded == (len(refinement._fitted_WT) + len(refinement._held_WT) if refinement.has_text else 0)
     assert not FoldedRefinement(replace(request, compensate=False), request.need_cost("test")).has_text
 

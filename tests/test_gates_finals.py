@@ -15,7 +15,7 @@ from torch import Tensor
 from foldgpt import pipeline
 from foldgpt.recipe import Recipe
 from foldgpt.selection import RemovalCost, Request, select
-from foldgpt.selection.further_windows import windows_of_finals
+from foldgpt.selection.further_windows import last_stage_windows
 from foldgpt.selection.gating.allowance import greedy_equivalents
 from foldgpt.selection.gating.finals import Final, Round
 from foldgpt.selection.gating.further_text import FurtherText
@@ -289,7 +289,7 @@ def test_finals_need_some_text(long_request: Request, windows: int) -> None:
     request = replace(long_request, further_ids_WT=long_request.further_ids_WT[:windows])
     further = FurtherText(request, request.need_cost("test"))
     assert bool(further.rounds) == (windows >= 8) == (further.reserve(1000.0) > 0)
-    assert windows_of_finals(16, windows, compensated=False) == max(map(len, further.rounds), default=0)
+    assert last_stage_windows(16, windows, compensated=False) == max(map(len, further.rounds), default=0)
     assert FurtherText(replace(request, compensate=True), request.need_cost("test")).rounds == []
 
 

@@ -35,9 +35,9 @@ from foldgpt.selection import (
     Request,
     Share,
     flops_of,
+    last_stage_windows,
     search_passes,
     search_windows,
-    windows_of_finals,
 )
 from foldgpt.selection.cost import CACHE_BYTES, num_positions
 from foldgpt.sources import DTYPES
@@ -178,8 +178,8 @@ def expect(
     states = num_searched * _hidden_size(source) * (len(decoder_of(source).blocks) + 1) * dtype.itemsize
     of_priors = search.num_prior_windows / searched * states
     if select.method == "gates":
-        # In the finals those of other windows as well.
-        states *= 1 + windows_of_finals(searched, windows - searched, search.compensate) / searched
+        # In its last stage those of other windows as well.
+        states *= 1 + last_stage_windows(searched, windows - searched, search.compensate) / searched
     # States that measured sets went through are kept beside those of the source; a set has no more of them than that.
     kept_states = min(CACHE_BYTES, passes * states)
     if of_priors:

@@ -11,7 +11,7 @@ from foldgpt.selection.budget import (
     share_for,
 )
 from foldgpt.selection.cost import Objective, RemovalCost, search_windows
-from foldgpt.selection.further_windows import windows_of_finals
+from foldgpt.selection.further_windows import last_stage_windows
 from foldgpt.selection.registry import (
     ANALYSIS_FREE,
     BY_SUBLAYER,
@@ -42,6 +42,7 @@ __all__ = [
     "check_name",
     "check_request",
     "flops_of",
+    "last_stage_windows",
     "number_for_target",
     "number_for_wish",
     "number_to_remove",
@@ -51,5 +52,4 @@ __all__ = [
     "seconds_of",
     "select",
     "share_for",
-    "windows_of_finals",
 ]

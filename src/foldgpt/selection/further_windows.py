@@ -1,17 +1,20 @@
-"""How the windows beside those of a search are divided: what fits may know, and what is held out for finals."""
+"""How the windows beside those of a search are divided: what fits may know, and what is held out for its last stage.
+
+The last stage of a search by gates are finals, or, where sets are compensated, the refinement by what folding leaves.
+"""
 
 from __future__ import annotations
 
-#: This share of all windows is held out where sets are compensated, and finals measure there, once. Measured on as few
-#: as a search looks at, sets were in an order that other text did not bear out (docs/lab-notebook.md).
+#: This share of all windows is held out where sets are compensated: what folding leaves is measured there. Measured on
+#: as few as a search looks at, sets were in an order that other text did not bear out (docs/lab-notebook.md).
 _HELD_OUT = 0.25
-#: Finals fit on so many times the search's windows at most, those included. Behind a fit on fewer, the order may be
-#: neither the search's nor that of folding. Priors are fitted on as many, and none of the search's.
+#: The last stage fits on so many times the search's windows at most, those included. Behind a fit on fewer, the order
+#: may be neither the search's nor that of folding. Priors are fitted on as many, and none of the search's.
 _FITTED = 3
 
 
 def held_windows(searched: int, further: int) -> int:
-    """On how many of the further windows, the last ones, finals measure compensated sets.
+    """On how many of the further windows, the last ones, folded sets are measured.
 
     Args:
         searched: windows of the search.
@@ -21,7 +24,7 @@ def held_windows(searched: int, further: int) -> int:
 
 
 def fitted_windows(searched: int, further: int) -> int:
-    """On how many windows, those of the search and the first further ones, finals fit compensated sets."""
+    """On how many windows, those of the search and the first further ones, the last stage fits sets."""
     return min(_FITTED * searched, searched + further - held_windows(searched, further))
 
 
@@ -40,8 +43,8 @@ def prior_passes(fitted: int, searched: int) -> float:
     return 2 * fitted / searched
 
 
-def windows_of_finals(searched: int, further: int, compensated: bool) -> int:
-    """On how many windows finals record states at a time; 0 if there are too few further ones for finals.
+def last_stage_windows(searched: int, further: int, compensated: bool) -> int:
+    """On how many windows the last stage records states at a time; 0 if there are too few further ones for it.
 
     Args:
         searched: windows of the search.
@@ -56,5 +59,5 @@ def windows_of_finals(searched: int, further: int, compensated: bool) -> int:
 
 
 def _wanted(searched: int, further: int) -> int:
-    """On how many windows finals would measure compensated sets if there were enough."""
+    """On how many windows folded sets would be measured if there were enough."""
     return max(1, round(_HELD_OUT * (searched + further)))

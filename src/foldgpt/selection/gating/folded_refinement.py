@@ -23,7 +23,7 @@ from foldgpt.artifacts import with_infinity, without_infinity
 from foldgpt.progress import bar
 from foldgpt.selection.cost import RemovalCost
 from foldgpt.selection.folded_cost import FoldedCost, fit_tokens
-from foldgpt.selection.further_windows import fitted_windows, held_windows, windows_of_finals
+from foldgpt.selection.further_windows import fitted_windows, held_windows, last_stage_windows
 from foldgpt.selection.gating.discrepancy import Discrepancy
 from foldgpt.selection.gating.finals import Final
 from foldgpt.selection.gating.refine import Refinement
@@ -97,7 +97,7 @@ class FoldedRefinement:
         if not request.compensate or further_WT is None or ids_WT is None:
             return
         searched, further = len(ids_WT), len(further_WT)
-        self.has_text = windows_of_finals(searched, further, compensated=True) > 0
+        self.has_text = last_stage_windows(searched, further, compensated=True) > 0
         self._fitted_WT = torch.cat([ids_WT, further_WT])[: fitted_windows(searched, further)]
         self._held_WT = further_WT[further - held_windows(searched, further) :]
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from foldgpt.selection.cost import RemovalCost, Sample
-from foldgpt.selection.further_windows import windows_of_finals
+from foldgpt.selection.further_windows import last_stage_windows
 from foldgpt.selection.gating.finals import Final, Measure, Round, finals, highest_level_cost, level_with_best
 from foldgpt.selection.selection import Request
 from foldgpt.selection.units import Removed
@@ -44,7 +44,7 @@ class FurtherText:
         further_WT, ids_WT = request.further_ids_WT, request.ids_WT
         if request.compensate or further_WT is None or ids_WT is None:
             return
-        if windows_of_finals(len(ids_WT), len(further_WT), compensated=False):
+        if last_stage_windows(len(ids_WT), len(further_WT), compensated=False):
             self.rounds = [part for part in further_WT.split(len(ids_WT)) if 2 * len(part) >= len(ids_WT)]
 
     def reserve(self, allowance: float) -> float:
