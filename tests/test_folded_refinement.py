@@ -283,6 +283,7 @@ def test_nothing_is_fitted_on_windows_that_sets_are_judged_on() -> None:
     for searched, further in itertools.product(range(1, 41), repeat=2):
         fitted, held = fitted_windows(searched, further), held_windows(searched, further)
         assert fitted >= 1 and 1 <= held <= further and fitted + held <= searched + further
+        assert held <= 2 * searched, "of much text a quarter would take the allowance"
         assert 0 <= prior_windows(searched, further) <= further - held
 
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 #: This share of all windows is held out where sets are compensated: what folding leaves is measured there. Measured on
 #: as few as a search looks at, sets were in an order that other text did not bear out (docs/lab-notebook.md).
 _HELD_OUT = 0.25
+#: But no more than so many times the search's windows: of larger texts a quarter takes so much of a search's allowance
+#: that too few sets are folded.
+_MOST_HELD = 2
 #: The last stage fits on so many times the search's windows at most, those included. Behind a fit on fewer, the order
 #: may be neither the search's nor that of folding. Priors are fitted on as many, and none of the search's.
 _FITTED = 3
@@ -60,4 +63,4 @@ def last_stage_windows(searched: int, further: int, compensated: bool) -> int:
 
 def _wanted(searched: int, further: int) -> int:
     """On how many windows folded sets would be measured if there were enough."""
-    return max(1, round(_HELD_OUT * (searched + further)))
+    return max(1, min(round(_HELD_OUT * (searched + further)), _MOST_HELD * searched))
