@@ -441,7 +441,8 @@ def as_markdown(result: dict[str, Any]) -> str:
         if config["compensate"]
         else "KL is in nats per token, on the calibration windows."
     )
-    heads = "".join(f" {name} |" for name in tests)
+    heads = "".join(f" {name} |" for name in tests) + (" × source |" if len(tests) > 1 else "")
+    beside = "; beside the source's, the geometric mean over texts" if len(tests) > 1 else ""
     return f"""# Selectors
 
 {config["model"]} ({result["num_blocks"]} blocks, {config["dtype"]}), calibrated on {config["tokens"]:,} tokens of
@@ -451,11 +452,11 @@ def as_markdown(result: dict[str, Any]) -> str:
 {f", with compensation fitted on {tokens_fitted_on(config):,} tokens" * config["compensate"]}.
 {seen} Perplexity is of {texts or "nothing"},
 context {config["perplexity_context"]}, \
-{"the whole text" if config["max_windows"] is None else f"the first {config['max_windows']} windows"}. \
+{"the whole text" if config["max_windows"] is None else f"the first {config['max_windows']} windows"}{beside}. \
 Passes are forward passes over the calibration windows.
 
 | removed | selector | blocks | KL |{heads} seconds | passes |
-|---|---|---|---|{"---|" * len(tests)}---|---|
+|---|---|---|---|{"---|" * heads.count("|")}---|---|
 {table}
 
 {provenance_lines((row["call"] for row in result["rows"]), result["seed"])}
@@ -473,10 +474,19 @@ def line_of(found: list[dict[str, Any]], sublayers: bool, tests: dict[str, Any])
         name_of(row["removed"], sublayers) if same else f"{len(found)} draws",
         spread([r["kl"] for r in found], 3),
         *(spread([test["perplexities"].get(key_of(r["removed"])) for r in found], 1) for test in tests.values()),
+        *([spread([beside_source(r["removed"], tests) for r in found], 2)] if len(tests) > 1 else []),
         f"{statistics.mean(r['seconds'] for r in found):.0f}",
         passes,
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def beside_source(removed: list[int], tests: Mapping[str, Any]) -> float | None:
+    """Perplexity over the source's, as a geometric mean over all texts; None if one of them is not measured."""
+    found = [(test["perplexities"].get(key_of(removed)), test["perplexities"][""]) for test in tests.values()]
+    if any(value is None for value, _ in found):
+        return None
+    return statistics.geometric_mean(value / source for value, source in found)
 
 
 def name_of(removed: list[int], sublayers: bool) -> str:
