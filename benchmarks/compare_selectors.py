@@ -34,7 +34,7 @@ from foldgpt.assignments import assignments
 from foldgpt.block_lists import blocks_of
 from foldgpt.compensation import Correction, compensate, merge_
 from foldgpt.corpus import Windows, calibration_windows, evaluation_windows
-from foldgpt.errors import ArtifactError
+from foldgpt.errors import ArtifactError, UsageError
 from foldgpt.evaluation.perplexity import perplexity
 from foldgpt.families import decoder_of
 from foldgpt.folding import fold_, source_model_of
@@ -96,10 +96,13 @@ def parse_arguments() -> argparse.Namespace:
     add_arguments(parser)
     parser.add_argument("--search-seeds", type=int, default=1, help="searches by gates, each with another seed")
     parser.add_argument("--random-seeds", type=int, default=5, help="draws of the selector random")
-    parser.add_argument("--remove", action="append", type=blocks_of, help="a set, e.g. 13-18 or 3,7-9; repeatable")
+    parser.add_argument("--remove", action="append", help="a set, e.g. 13-18 or 3,7-9; repeatable")
     parser.add_argument("--name", default="selectors", help="stem of the result files")
     arguments = parser.parse_args()
-    arguments.remove = arguments.remove or []
+    try:
+        arguments.remove = [sorted(blocks_of(words)) for words in arguments.remove or []]
+    except UsageError as error:
+        parser.error(str(error))
     if arguments.remove and arguments.sublayers:
         parser.error("--remove names whole blocks; with --sublayers only selectors choose")
     if arguments.remove and not arguments.selector:
@@ -390,7 +393,7 @@ def main() -> None:
         measure(removed)
     save()
     named = [row["removed"] for row in rows if row["selector"] == NAMED]
-    for blocks in map(sorted, arguments.remove):
+    for blocks in arguments.remove:
         if blocks not in named:
             add(bench.named(blocks))
     done = {(row["selector"], row["ratio"], row["seed"]) for row in rows}
