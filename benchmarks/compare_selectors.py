@@ -20,7 +20,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,11 +183,7 @@ class Bench:
         if selector in ("bi", "angular"):
             seconds, passes = self.analysis_seconds, 1.0
         return {
-            **self.named(removed),
-            "selector": selector,
-            "ratio": ratio,
-            "seed": seed,
-            "num_remove": num_remove,
+            **self._row_of(selector, ratio, seed, num_remove, removed),
             "seconds": round(seconds, 1),
             "forward_equivalents": passes,
             "steps": report.get("steps"),
@@ -195,17 +191,22 @@ class Bench:
             "finals": report.get("finals"),
         }
 
-    def named(self, removed: Sequence[int]) -> dict[str, Any]:
-        """The row of a set that no selector was asked for."""
+    def named(self, blocks: list[int]) -> dict[str, Any]:
+        """The row of blocks that no selector was asked for."""
+        number = len(blocks)
+        row = self._row_of(NAMED, number / self.num_blocks, self.arguments.seed, number, tuple(blocks))
+        return {**row, "seconds": 0.0, "forward_equivalents": None}
+
+    def _row_of(
+        self, selector: str, ratio: float, seed: int, num_remove: int, removed: tuple[int, ...]
+    ) -> dict[str, Any]:
         return {
-            "selector": NAMED,
-            "ratio": len(removed) / self.num_blocks,
-            "seed": self.arguments.seed,
-            "num_remove": len(removed),
+            "selector": selector,
+            "ratio": ratio,
+            "seed": seed,
+            "num_remove": num_remove,
             "removed": list(removed),
-            "kl": self.kl(tuple(removed), len(removed)),
-            "seconds": 0.0,
-            "forward_equivalents": None,
+            "kl": self.kl(removed, num_remove),
         }
 
     def request(self, selector: str, num_remove: int, seed: int) -> Request:
